@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON as RFC 8259 has it: UTF-8, no NaN, and integers of any length in bounded time.
+
+``json.loads`` is kinder than that (it guesses UTF-16, takes ``NaN``), and its errors, and
+the interpreter's, are not words for a client.
+"""
+
+import json
+
+#: Integers longer than this are all "beyond anything": int() of more digits takes its time,
+#: and of more than 4300 is refused by the interpreter.
+_MAX_DIGITS = 40
+_BEYOND: int = 10**_MAX_DIGITS
+
+
+class InvalidJson(Exception):
+    """The text is no JSON; ``str()`` says where, in a client's terms."""
+
+
+def parse_json(text: bytes) -> object:
+    """Parse a JSON text.
+
+    Raises:
+        InvalidJson: it is none.
+    """
+    try:
+        return json.loads(text.decode("utf-8"), parse_int=_integer, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as exc:
+        raise InvalidJson(f"not UTF-8 at byte {exc.start}") from exc
+    except json.JSONDecodeError as exc:
+        raise InvalidJson(f"{exc.msg} at character {exc.pos}") from exc
+    except RecursionError as exc:
+        raise InvalidJson("nested too deeply") from exc
+
+
+def _integer(digits: str) -> int:
+    if len(digits) <= _MAX_DIGITS:
+        return int(digits)
+    return -_BEYOND if digits.startswith("-") else _BEYOND
+
+
+def _refuse_constant(name: str) -> object:
+    raise InvalidJson(f"{name} is not a JSON value")

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams: what the work layer asks of its adapters, operation by operation.
+
+Offsets and lengths are bytes. Nothing here waits for a client; what waits for a back end is
+bounded by the back-end timeout. One ``Backend`` serves one request, on one thread.
+"""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+from imageserver.extents import Extent
+from imageserver.slots import Kind
+from imageserver.transfers import Image
+
+
+class Intent(Enum):
+    """What an image is opened for."""
+
+    READ = auto()
+    WRITE = auto()
+    """Also zero."""
+    REPLACE = auto()
+    """Write the whole image; the only way a missing file may be opened."""
+    FLUSH = auto()
+    EXTENTS = auto()
+    DIRTY_EXTENTS = auto()
+    """Extents with the image's dirty bitmap, where it has one."""
+    INSPECT = auto()
+    """Look at size and abilities, within a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a slot is claimed for, shown to operators."""
+
+    transfer: str
+    operation: str
+    image: str
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What an image can do, as its back end says."""
+
+    size: int
+    read_only: bool
+    can_zero: bool
+    can_flush: bool
+
+
+class Source(Protocol):
+    """Where the bytes of a write come from: the client's body."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill as much of ``buffer`` as has arrived, waiting for at least one byte.
+
+        Returns 0 only where the body has ended (or ``buffer`` is empty).
+
+        Raises:
+            ClientGone: the connection broke or fell silent.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """One open image.
+
+    Every method may raise ``BackendError`` or ``BackendTimeout`` (NBD), ``FileAccessError``
+    or ``NoSpace`` (files). After a failure only ``close`` may be called.
+    """
+
+    size: int
+
+    @property
+    def info(self) -> ImageInfo:
+        """What the image can do. Asked before ``close``."""
+        ...
+
+    @property
+    def settled(self) -> bool:
+        """False while a write may still be under way; asked after ``close``, too."""
+        ...
+
+    def read(self, start: int, length: int) -> Generator[memoryview]:
+        """Yield exactly ``length`` bytes from ``start``, in pieces, in order.
+
+        A piece is valid until the next one is asked for; the last one stays valid after
+        ``close``. The caller sees to ``start + length <= size``. Nothing is yielded for 0.
+        """
+        ...
+
+    def write(self, start: int, length: int, source: Source) -> Iterator[int]:
+        """Write ``length`` bytes from ``source`` at ``start``; yield running totals acknowledged.
+
+        The last total is ``length``: a write is done only when the back end has said so.
+        Where the source fails, what is in flight is settled before the error goes on.
+
+        Raises:
+            ShortBody: the source ended early; what had arrived may be written.
+            ClientGone: from the source.
+        """
+        ...
+
+    def replace(self, length: int, source: Source) -> Iterator[int]:
+        """Make ``length`` bytes from ``source`` the whole image; yield running totals.
+
+        For a file: readers and disk see the old one until the last byte is there, and after
+        any failure. For an export: as ``write`` from 0.
+        """
+        ...
+
+    def zero(self, start: int, length: int) -> Iterator[int]:
+        """Zero a range of any length; yield running totals. Unaligned edges included."""
+        ...
+
+    def flush(self) -> None:
+        """Return when all that was written before is on stable storage."""
+        ...
+
+    def extents(self, *, dirty: bool) -> Generator[list[Extent]]:
+        """Yield the image's extents, in order, merged, without gaps, in lists of any size.
+
+        ``dirty``: with the dirty flag of the image's bitmap, true everywhere where there is
+        none. False everywhere otherwise.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Never fails, may be called twice."""
+        ...
+
+
+class Lock(Protocol):
+    """An image held."""
+
+    #: The last holder died, or gave up, with writes that its back end may still carry out.
+    abandoned: bool
+
+    def release(self, *, settled: bool) -> None:
+        """Let the image go; ``settled`` False leaves it marked as abandoned. Never fails."""
+        ...
+
+
+class Locks(Protocol):
+    """Who may change an image: one holder per image over all processes of the server."""
+
+    def acquire(self, image: Image) -> Lock:
+        """Take the image's lock, or raise ``ImageBusy`` at once."""
+        ...
+
+
+class Slot(Protocol):
+    """A place among the readers or writers, and where the operation's progress is shown."""
+
+    def progress(self, done: int, expected: int) -> None:
+        """Show how many bytes are done, of how many."""
+        ...
+
+    def release(self) -> None:
+        """Give the place back. Never fails, may be called twice."""
+        ...
+
+
+class Slots(Protocol):
+    """How many may read and write at once, over all processes of the server."""
+
+    def claim(self, kind: Kind, ticket: Ticket) -> Slot:
+        """Take a slot, or raise ``NoSlot`` at once."""
+        ...
+
+
+class Backends(Protocol):
+    """Opens images."""
+
+    def settle(self, image: Image) -> None:
+        """Wait, within the back-end timeout, until no write of a dead holder can land any more.
+
+        Raises:
+            BackendTimeout: one still can.
+        """
+        ...
+
+    def open(self, image: Image, intent: Intent) -> Backend:
+        """Open an image; bounded by the connect timeout.
+
+        Raises:
+            BackendError, BackendTimeout: the NBD server refuses, or is silent.
+            FileAccessError: the file cannot be opened or sized, or is none.
+        """
+        ...

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Byte ranges: from a ``Range`` header to a half-open span of an image.
+
+Grammar (RFC 9110 section 14.1.2), one range only and nothing lenient, because a client
+whose bad range is ignored reads the wrong bytes and does not notice:
+
+    Range          = "bytes=" ( first-pos "-" [ last-pos ] / "-" suffix-length )
+    first-pos, last-pos, suffix-length = 1*DIGIT
+
+The header is inclusive, everything behind it is half-open. Parsing knows no image size;
+``resolve`` brings the size in, so that a malformed header is refused before the image is opened.
+"""
+
+import re
+from dataclasses import dataclass
+
+from imageserver.errors import BadRequest, RangeOutsideImage
+
+# RFC 9110 section 14.1: units are case-insensitive. [0-9], for \d takes other scripts' digits.
+_RANGE = re.compile(
+    r"bytes=(?:(?P<first>[0-9]+)-(?P<last>[0-9]+)?|-(?P<suffix>[0-9]+))", re.IGNORECASE | re.ASCII
+)
+
+# No image is larger than 2**63 - 1 bytes (off_t), so numbers this long all mean "beyond the
+# end". Cutting them short keeps int() of a header of digits linear.
+_MAX_DIGITS = 40
+_BEYOND = 10**_MAX_DIGITS
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes ``start`` up to but excluding ``stop`` of an image of ``size`` bytes."""
+
+    start: int
+    stop: int
+    size: int
+
+    @property
+    def length(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
+    @property
+    def content_range(self) -> str:
+        """The ``Content-Range`` value of a 206 answer (RFC 9110 section 14.4)."""
+        return f"bytes {self.start}-{self.stop - 1}/{self.size}"
+
+
+def whole(size: int) -> Span:
+    """Return the span of a whole image of ``size`` bytes."""
+    return Span(0, size, size)
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """One range: ``first`` to ``last`` inclusive (None: to the end), or the last ``suffix``."""
+
+    first: int = 0
+    last: int | None = None
+    suffix: int | None = None
+
+    def resolve(self, size: int) -> Span:
+        """Clip this range to an image of ``size`` bytes.
+
+        Raises:
+            RangeOutsideImage: the range begins beyond the end, ends before it begins, or
+                is a suffix of an empty image.
+        """
+        if self.suffix is not None:
+            first, last = max(0, size - self.suffix), size - 1
+        else:
+            first = self.first
+            last = size - 1 if self.last is None else min(self.last, size - 1)
+        if first >= size or (self.last is not None and self.last < first):
+            raise RangeOutsideImage(size)
+        return Span(first, last + 1, size)
+
+
+def _number(digits: str) -> int:
+    digits = digits.lstrip("0")
+    return _BEYOND if len(digits) > _MAX_DIGITS else int(digits or "0")
+
+
+def parse_range(header: str) -> ByteRange:
+    """Parse the value of a ``Range`` header.
+
+    Raises:
+        BadRequest: several ranges, another unit, ``-0``, or anything malformed.
+    """
+    match = _RANGE.fullmatch(header.strip(" \t"))
+    if match is None:
+        raise BadRequest("invalid Range header")
+    if match["suffix"] is not None:
+        suffix = _number(match["suffix"])
+        if suffix == 0:
+            raise BadRequest("invalid Range header")
+        return ByteRange(suffix=suffix)
+    last = match["last"]
+    return ByteRange(_number(match["first"]), None if last is None else _number(last))
+
+
+_DECIMAL = re.compile(r"[0-9]+")
+
+
+def parse_length(header: str | None) -> int:
+    """Parse a ``Content-Length`` (RFC 9110 section 8.6) into bytes.
+
+    Raises:
+        BadRequest: it is missing or not a plain decimal number.
+    """
+    if header is None or header == "":
+        raise BadRequest("Content-Length required")
+    if _DECIMAL.fullmatch(header) is None:
+        raise BadRequest("Invalid Content-Length")
+    return _number(header)

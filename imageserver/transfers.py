@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers: the right to one image, as a control program wrote it down.
+
+A transfer is a JSON object in a file named by the transfer's id. Here live the two parsers,
+of the id and of the object, and the images that come out. No file is opened here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from imageserver.extents import dirty_context
+from imageserver.jsontext import InvalidJson, parse_json
+
+#: Largest transfer file, in bytes.
+MAX_TRANSFER_SIZE = 64 * 1024
+#: Longest file name of Linux (NAME_MAX), in bytes; a longer id cannot have a file.
+MAX_ID_SIZE = 255
+#: Longest path of a Unix socket: sizeof(sun_path) less its NUL (unix(7)), in bytes.
+MAX_SOCKET_PATH = 107
+#: NBD protocol, "String values": names are at most 4096 bytes.
+MAX_NAME = 4096
+
+
+class InvalidTransfer(Exception):
+    """A transfer's object is unusable; ``str()`` names the field and what would be right."""
+
+
+@dataclass(frozen=True, slots=True)
+class NbdImage:
+    """An export of an NBD server behind a Unix socket."""
+
+    socket: str
+    export: str = ""
+    bitmap: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """The bytes of a file or block device."""
+
+    path: str
+
+
+Image = NbdImage | FileImage
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The right to read, or to read and write, one image."""
+
+    id: str
+    image: Image
+    read_only: bool = False
+
+
+def is_valid_id(text: str) -> bool:
+    """Tell whether ``text`` can name a transfer: one path component of valid UTF-8.
+
+    ``*`` is the server itself (contract B3); U+FFFD is what undecodable bytes turn into.
+    """
+    if text in {"", ".", "..", "*"} or any(c in text for c in "/\\\0\ufffd"):
+        return False
+    try:
+        return len(text.encode()) <= MAX_ID_SIZE
+    except UnicodeEncodeError:
+        return False
+
+
+def parse_transfer(transfer_id: str, text: bytes) -> Transfer:
+    """Parse a transfer file.
+
+    Raises:
+        InvalidTransfer: not JSON, not an object, or a field is missing, blank or ill-typed.
+    """
+    try:
+        fields = parse_json(text)
+    except InvalidJson as exc:
+        raise InvalidTransfer(f"not valid JSON: {exc}") from exc
+    if not isinstance(fields, dict):
+        raise InvalidTransfer("not a JSON object")
+    return transfer_from_fields(transfer_id, fields)
+
+
+def transfer_from_fields(transfer_id: str, fields: Mapping[str, object]) -> Transfer:
+    """Build a transfer from a parsed object.
+
+    Raises:
+        InvalidTransfer: a field is missing, blank or ill-typed.
+    """
+    backend = _text(fields, "backend", default="nbd")
+    parse = _BACKENDS.get(backend.lower())
+    if parse is None:
+        raise InvalidTransfer(
+            f'unsupported backend: {_quoted(backend)}; "backend" must be "nbd" or "file"'
+        )
+    read_only = fields.get("read_only")
+    if read_only is not None and not isinstance(read_only, bool):
+        raise InvalidTransfer('"read_only" must be true or false')
+    return Transfer(transfer_id, parse(fields), bool(read_only))
+
+
+def _quoted(text: str) -> str:
+    """Return text for a log line: printable, on one line, not endless."""
+    return "".join(c if c.isprintable() else "?" for c in text[:64])
+
+
+def _nbd(fields: Mapping[str, object]) -> NbdImage:
+    socket = _path(fields, "socket")
+    if len(socket.encode()) > MAX_SOCKET_PATH:
+        raise InvalidTransfer(f'"socket" must be at most {MAX_SOCKET_PATH} bytes long')
+    export = _text(fields, "export", default="")
+    bitmap = _text(fields, "export_bitmap", default="")
+    for name, value in (("export", export), ("export_bitmap", dirty_context(bitmap))):
+        if len(value.encode()) > MAX_NAME:
+            raise InvalidTransfer(f'"{name}" makes a name of over {MAX_NAME} bytes')
+    return NbdImage(socket, export, bitmap or None)
+
+
+def _file(fields: Mapping[str, object]) -> FileImage:
+    return FileImage(_path(fields, "file"))
+
+
+_BACKENDS: dict[str, Callable[[Mapping[str, object]], Image]] = {"nbd": _nbd, "file": _file}
+
+
+def _text(fields: Mapping[str, object], name: str, default: str | None = None) -> str:
+    value = fields.get(name)
+    if value is None:
+        if default is None:
+            raise InvalidTransfer(f'missing "{name}"')
+        return default
+    if not isinstance(value, str):
+        raise InvalidTransfer(f'"{name}" must be a string')
+    if "\0" in value:
+        raise InvalidTransfer(f'"{name}" must not contain NUL')
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidTransfer(f'"{name}" must be valid Unicode') from exc
+    return value
+
+
+def _path(fields: Mapping[str, object], name: str) -> str:
+    value = _text(fields, name).strip()
+    if not value:
+        raise InvalidTransfer(f'"{name}" must not be blank')
+    if not PurePosixPath(value).is_absolute():
+        raise InvalidTransfer(f'"{name}" must be an absolute path')
+    return value

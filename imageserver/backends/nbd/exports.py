@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening exports, and an open one as the work layer sees it.
+
+One connection serves one request of one client and is closed before the image is given
+back: a server with room for one client only must not meet an idle connection of ours.
+"""
+
+import time
+from collections.abc import Generator, Iterator
+
+from imageserver import extents
+from imageserver.backends.nbd import status, transfer, zeroing
+from imageserver.backends.nbd.link import Link, Tuning, connect
+from imageserver.backends.nbd.peers import has_orphans
+from imageserver.errors import BackendTimeout
+from imageserver.extents import Extent
+from imageserver.ports import ImageInfo, Intent, Source
+from imageserver.transfers import NbdImage
+
+CONNECT_SECONDS = 10.0
+#: How long an OPTIONS or HEAD may wait for a server (contract A3).
+INSPECT_SECONDS = 1.0
+#: How often a server is asked whether it has done with the connections of the dead.
+_SETTLE_SECONDS = 0.01
+
+
+class NbdExports:
+    """Opens exports; one for all requests."""
+
+    def __init__(self, tuning: Tuning) -> None:
+        self._tuning = tuning
+
+    def open(self, image: NbdImage, intent: Intent) -> "NbdExport":
+        """Connect to an export: see ``ports.Backends``."""
+        contexts = []
+        if intent in {Intent.EXTENTS, Intent.DIRTY_EXTENTS}:
+            contexts.append(extents.ALLOCATION)
+        if intent is Intent.DIRTY_EXTENTS and image.bitmap:
+            contexts.append(extents.dirty_context(image.bitmap))
+        seconds = INSPECT_SECONDS if intent is Intent.INSPECT else CONNECT_SECONDS
+        return NbdExport(connect(image, contexts, seconds, self._tuning), image.bitmap)
+
+    def settle(self, image: NbdImage) -> None:
+        """Wait until the server has done with every connection whose client is dead.
+
+        Raises:
+            BackendTimeout: it has not, for the back-end timeout.
+        """
+        deadline = time.monotonic() + self._tuning.timeout
+        while has_orphans(image.socket):
+            if time.monotonic() > deadline:
+                raise BackendTimeout(f"{image.socket} still holds the connection of a dead client")
+            time.sleep(_SETTLE_SECONDS)
+
+
+class NbdExport:
+    """One connection to one export: a ``ports.Backend``."""
+
+    def __init__(self, link: Link, bitmap: str | None) -> None:
+        self._link = link
+        self._bitmap = bitmap
+        self.size = link.size
+
+    @property
+    def info(self) -> ImageInfo:
+        """What the export can do."""
+        return self._link.info
+
+    @property
+    def settled(self) -> bool:
+        """False while a write may still be under way."""
+        return self._link.settled
+
+    def read(self, start: int, length: int) -> Generator[memoryview]:
+        """Yield ``length`` bytes from ``start``."""
+        return transfer.read(self._link, start, length)
+
+    def write(self, start: int, length: int, source: Source) -> Iterator[int]:
+        """Write ``length`` bytes from ``source`` at ``start``."""
+        return transfer.write(self._link, start, length, source)
+
+    def replace(self, length: int, source: Source) -> Iterator[int]:
+        """Write the whole export."""
+        return transfer.write(self._link, 0, length, source)
+
+    def zero(self, start: int, length: int) -> Iterator[int]:
+        """Zero a range of any length."""
+        return zeroing.zero(self._link, start, length)
+
+    def flush(self) -> None:
+        """Bring all earlier writes to stable storage."""
+        self._link.wait(self._link.flush())
+
+    def extents(self, *, dirty: bool) -> Generator[list[Extent]]:
+        """Yield the export's extents."""
+        return status.list_extents(self._link, self._bitmap, dirty=dirty)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._link.close()

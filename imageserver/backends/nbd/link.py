@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection to an NBD server: connecting, submitting, waiting, saying good-bye.
+
+The only importer of libnbd; its errors become ours here, once. Everything is asynchronous
+underneath (nbd_aio_*(3)): that is what allows several requests in flight, and ``poll`` with
+a timeout is what bounds a silent server. libnbd connects by itself: a descriptor with two
+owners has handed out another image's bytes before.
+
+A link is used by one thread at a time; only ``stopped`` is for another one.
+"""
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import nbd
+
+from imageserver.errors import BackendError, BackendTimeout, ImageServerError, NoSpace
+from imageserver.extents import Reply
+from imageserver.ports import ImageInfo
+from imageserver.transfers import NbdImage
+
+#: How long an orderly good-bye may take. A server that does not answer one is hanging.
+DISCONNECT_SECONDS = 1.0
+#: Between tries to connect to a server whose backlog is full.
+_RETRY_SECONDS = 0.02
+#: How soon ``stop`` is noticed while the server is silent.
+_STOP_SECONDS = 0.1
+
+#: NBD protocol, "Block size constraints": what a client may send to a server that says nothing.
+_DEFAULT_MAXIMUM = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a transfer uses a server: bytes per request, requests in flight, seconds of silence."""
+
+    chunk_size: int
+    queue_depth: int
+    timeout: float
+
+
+class NotSupported(BackendError):
+    """The server declines this request, as NBD_CMD_FLAG_FAST_ZERO lets it (NBD_ENOTSUP)."""
+
+
+class Stopped(BackendError):
+    """Nobody wants the answer any more: see ``Link.stopped``."""
+
+
+class TryAgain(BackendError):
+    """The server's backlog is full (EAGAIN); connect(2) on a Unix socket does not wait."""
+
+
+_ERRORS: dict[int, type[ImageServerError]] = {
+    errno.ENOSPC: NoSpace,
+    errno.EDQUOT: NoSpace,
+    errno.EOPNOTSUPP: NotSupported,
+    errno.ETIMEDOUT: BackendTimeout,
+    errno.EAGAIN: TryAgain,
+}
+
+
+def connect(image: NbdImage, contexts: Sequence[str], seconds: float, tuning: Tuning) -> "Link":
+    """Connect to an export and negotiate, within ``seconds``.
+
+    Raises:
+        BackendError: the server refuses, or cannot be reached.
+        BackendTimeout: the connection or its handshake takes too long.
+    """
+    deadline = time.monotonic() + seconds
+    name = f"{image.socket} export {image.export!r}"
+    while True:
+        try:
+            return Link(_handshake(image, name, contexts, deadline), name, tuning)
+        except TryAgain as exc:
+            if time.monotonic() > deadline:
+                raise BackendTimeout(f"{name}: the backlog of its socket is full") from exc
+            time.sleep(_RETRY_SECONDS)
+
+
+def _handshake(image: NbdImage, name: str, contexts: Sequence[str], deadline: float) -> Any:
+    handle = nbd.NBD()
+    try:
+        if image.export:
+            handle.set_export_name(image.export)
+        # Buffers are only ever handed on after a read has filled them.
+        handle.set_pread_initialize(False)
+        for context in contexts:
+            handle.add_meta_context(context)
+        handle.aio_connect_unix(image.socket)
+        # Few calls: each gives the interpreter to another thread and has to win it back.
+        while handle.aio_is_connecting():
+            left = deadline - time.monotonic()
+            if left <= 0 or handle.poll(_milliseconds(left)) == 0:
+                raise BackendTimeout(f"{name}: the handshake took too long")
+        if not handle.aio_is_ready():
+            raise BackendError(f"{name}: closed the connection during the handshake")
+    except nbd.Error as exc:
+        raise _translated(exc, name) from exc.with_traceback(None)
+    else:
+        return handle
+    finally:
+        # A connection is closed when nothing refers to it, a traceback included: an error
+        # that somebody keeps must not keep a place in the server's queue with it.
+        handle = None
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, int(seconds * 1000))
+
+
+def _translated(exc: Any, name: str) -> ImageServerError:
+    cls = _ERRORS.get(exc.errnum, BackendError)
+    return cls(f"{name}: {exc}")
+
+
+class Link:
+    """A connected export."""
+
+    def __init__(self, handle: Any, name: str, tuning: Tuning) -> None:
+        self._handle = handle
+        self._name = name
+        self._stopped = False
+        self.timeout = tuning.timeout
+        self.depth = tuning.queue_depth
+        self.size: int = handle.get_size()
+        #: Requests must start and end at multiples of this.
+        self.align: int = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
+        #: The most bytes a read or write request may have.
+        self.maximum: int = handle.get_block_size(nbd.SIZE_MAXIMUM) or _DEFAULT_MAXIMUM
+        #: Bytes per read or write request: what is configured, within what the server takes.
+        self.chunk: int = max(
+            self.align, min(tuning.chunk_size, self.maximum) // self.align * self.align
+        )
+        #: False while a write or zero may still be under way.
+        self.settled = True
+        #: The server completed nothing for the timeout: waiting again would only double that.
+        self._is_silent = False
+
+    @cached_property
+    def info(self) -> ImageInfo:
+        """What the export can do; asked when first needed, which a plain read never is."""
+        return ImageInfo(
+            size=self.size,
+            read_only=bool(self._handle.is_read_only()),
+            can_zero=bool(self._handle.can_zero()),
+            can_flush=bool(self._handle.can_flush()),
+        )
+
+    def can_fast_zero(self) -> bool:
+        """Tell whether ``zero`` may ask for ``fast``."""
+        return bool(self._handle.can_fast_zero())
+
+    def has_context(self, name: str) -> bool:
+        """Tell whether the server agreed to a meta context."""
+        return bool(name and self._handle.can_meta_context(name))
+
+    # Submitting: each returns a cookie for ``wait``.
+
+    def pread(self, view: memoryview, offset: int) -> int:
+        """Ask for as many bytes as ``view`` has; it is filled once the request is complete."""
+        # The view itself, no nbd.Buffer: libnbd 1.14 leaks a reference with each of those.
+        return self._submit(self._handle.aio_pread, view, offset)
+
+    def pwrite(self, view: memoryview, offset: int) -> int:
+        """Send bytes; ``view`` must not change until the request is complete."""
+        self.settled = False
+        return self._submit(self._handle.aio_pwrite, view, offset)
+
+    def zero(self, offset: int, length: int, *, fast: bool) -> int:
+        """Zero a range; ``fast``: or fail with ``NotSupported`` where that means writing."""
+        self.settled = False
+        flags = nbd.CMD_FLAG_FAST_ZERO if fast else 0
+        return self._submit(self._handle.aio_zero, length, offset, flags=flags)
+
+    def flush(self) -> int:
+        """Bring all completed writes to stable storage (NBD_CMD_FLUSH)."""
+        return self._submit(self._handle.aio_flush)
+
+    def block_status(self, offset: int, length: int, replies: dict[str, Reply]) -> int:
+        """Ask for block status; ``replies`` has it by context once the request is complete."""
+
+        def keep(context: str, _offset: int, entries: list[int], _error: object) -> int:
+            replies[context] = Reply(entries[0::2], entries[1::2])
+            return 0
+
+        return self._submit(self._handle.aio_block_status, length, offset, keep)
+
+    def _submit(self, command: Callable[..., int], *args: object, **kwargs: object) -> int:
+        try:
+            return command(*args, **kwargs)
+        except nbd.Error as exc:
+            raise _translated(exc, self._name) from exc.with_traceback(None)
+
+    # Waiting
+
+    def wait(self, cookie: int) -> None:
+        """Wait until a request is complete; the clock starts anew with each call.
+
+        Raises:
+            BackendTimeout: the server completed nothing for the timeout.
+            BackendError, NoSpace: it failed the request, or the connection broke.
+        """
+        deadline = time.monotonic() + self.timeout
+        while not self.is_complete(cookie):
+            self._poll(deadline)
+
+    def is_complete(self, cookie: int) -> bool:
+        """Tell whether a request is complete; raises what it failed with."""
+        try:
+            return bool(self._handle.aio_command_completed(cookie))
+        except nbd.Error as exc:
+            raise _translated(exc, self._name) from exc.with_traceback(None)
+
+    def settle(self) -> None:
+        """Wait for every write in flight, so that none lands after the image is given back."""
+        if self.settled or self._is_silent:
+            return
+        deadline = time.monotonic() + self.timeout
+        try:
+            while self._handle.aio_in_flight():
+                self._poll(deadline)
+        except (ImageServerError, nbd.Error):
+            return  # dead or hanging: the image's lock stays marked
+        self.settled = True
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Make the thread that waits on this link give up, with ``Stopped``. From another one."""
+        self._stopped = True
+        try:
+            yield
+        finally:
+            self._stopped = False
+
+    def _poll(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if self._stopped:
+            raise Stopped(self._name)
+        if left <= 0:
+            self._is_silent = True
+            raise BackendTimeout(f"{self._name}: completed nothing in {self.timeout:g} s")
+        try:
+            self._handle.poll(_milliseconds(min(left, _STOP_SECONDS)))
+        except nbd.Error as exc:
+            raise _translated(exc, self._name) from exc.with_traceback(None)
+
+    def close(self) -> None:
+        """Say good-bye and wait, within bounds, until the server has let go of the connection.
+
+        So that the next client of a server with room for one finds room, and no server ever
+        sees more of us than the limits allow. Never fails, may be called twice.
+        """
+        handle, self._handle = self._handle, None
+        if handle is None or self._is_silent:
+            return
+        deadline = time.monotonic() + DISCONNECT_SECONDS
+        with contextlib.suppress(nbd.Error):  # it is gone: that is what we want
+            handle.aio_disconnect()
+            while not handle.aio_is_closed():
+                left = deadline - time.monotonic()
+                if left <= 0 or handle.poll(_milliseconds(left)) == 0:
+                    break

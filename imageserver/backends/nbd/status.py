@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block status, asked for in the largest steps, as extents."""
+
+from collections.abc import Generator
+
+from imageserver import extents
+from imageserver.backends.nbd.link import Link
+from imageserver.errors import BackendError
+from imageserver.extents import Extent, Merger, Reply
+
+#: Lengths are 32 bits on the wire, and a request ends at a block (at most 64 KiB, NBD protocol).
+_MAX_LENGTH = (1 << 32) - (1 << 16)
+
+
+def list_extents(link: Link, bitmap: str | None, *, dirty: bool) -> Generator[list[Extent]]:
+    """Yield the export's extents: see ``ports.Backend``."""
+    size = link.size
+    allocation = link.has_context(extents.ALLOCATION)
+    context = extents.dirty_context(bitmap) if dirty and bitmap else ""
+    context = context if link.has_context(context) else ""
+    everywhere = int(dirty and not context)
+    merger = Merger()
+    while (at := merger.position) < size:
+        limit = size - at
+        replies = _ask(link, at, limit) if allocation or context else {}
+        try:
+            state = replies[extents.ALLOCATION] if allocation else Reply((limit,), (0,))
+            if context:
+                pieces = extents.union_pieces(state, replies[context], limit)
+            else:
+                pieces = extents.allocation_pieces(state, limit, everywhere)
+        except KeyError as exc:
+            raise BackendError(f"the server left out the status of {exc}") from exc
+        yield list(merger.add(pieces))
+        if merger.position == at:
+            raise BackendError("the server's block status makes no progress")
+    yield list(merger.finish())
+
+
+def _ask(link: Link, offset: int, limit: int) -> dict[str, Reply]:
+    replies: dict[str, Reply] = {}
+    link.wait(link.block_status(offset, min(limit, _MAX_LENGTH), replies))
+    return replies

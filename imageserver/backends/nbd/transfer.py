@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing an export through a ring of buffers.
+
+Requests lie on multiples of the chunk size, within what the server takes. Where its minimum
+block size is larger than a byte, a read is widened and cut, and a write's edges are read
+first; the image's lock makes that safe.
+
+A long transfer has a thread for the NBD side, so that receiving from one socket and sending
+to the other overlap; both release the interpreter while they copy:
+
+    read    NBD thread: pread ... complete --filled--> client thread: send
+                  ^--------------empty----------------------'
+    write   client thread: recv --filled--> NBD thread: pwrite ... complete
+                  ^--------------empty----------------------'
+
+Measured on 2 cores against qemu-nbd: about twice what one thread moves in turns. A short
+transfer fits into the ring at once and is done on the spot; there a thread costs more than
+it saves.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Self
+
+from imageserver.backends.nbd.link import Link
+from imageserver.errors import ShortBody
+from imageserver.ports import Source
+
+
+@dataclass(slots=True)
+class _Piece:
+    """One request's place in the image: bytes [start, stop), of which [low, high) are wanted."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    buffer: bytearray = field(default_factory=bytearray)
+    cookie: int = 0
+
+    def whole(self) -> memoryview:
+        """Return the buffer as far as the request reaches."""
+        return memoryview(self.buffer)[: self.stop - self.start]
+
+    def wanted(self) -> memoryview:
+        """Return the part that the client reads or writes."""
+        return memoryview(self.buffer)[self.low - self.start : self.high - self.start]
+
+
+def _cut(link: Link, start: int, stop: int) -> Iterator[_Piece]:
+    """Cut [start, stop) at multiples of the chunk size, each piece widened to whole blocks."""
+    low = start
+    chunks = _opening_chunks(link, stop - start)
+    while low < stop:
+        high = min(stop, (low // link.chunk + chunks) * link.chunk)
+        chunks = 1
+        first = low // link.align * link.align
+        last = min(-(-high // link.align) * link.align, link.size)
+        yield _Piece(first, last, low, high)
+        low = high
+
+
+#: How much larger than the others the first request of a long transfer is. qemu-nbd allocates
+#: a buffer for each request; glibc gets those from mmap, and their pages from the kernel one
+#: fault at a time, until a larger one has been freed once (mallopt(3), M_MMAP_THRESHOLD).
+#: Measured: qemu-nbd needs 0.34 s of CPU for a GiB then, instead of 0.8.
+_OPENING_CHUNKS = 4
+
+
+def _opening_chunks(link: Link, length: int) -> int:
+    if length < link.chunk * link.depth * 2:
+        return 1
+    return max(1, min(_OPENING_CHUNKS, link.maximum // link.chunk))
+
+
+class _Ring:
+    """The buffers of one transfer, as many as it can keep in flight, none larger than needed."""
+
+    def __init__(self, link: Link, length: int) -> None:
+        self._size = min(link.chunk, length + 2 * link.align)
+        #: The whole transfer is in flight at once.
+        self.is_short = length <= link.chunk * (link.depth - 1)
+        self._empty: SimpleQueue[bytearray | None] = SimpleQueue()
+        for _ in range(min(link.depth, 2 + length // link.chunk)):
+            self._empty.put(bytearray(self._size))
+
+    def take(self, size: int, *, wait: bool) -> bytearray | None:
+        """Return a buffer for ``size`` bytes; None where there is none, or after ``close``."""
+        if size > self._size:
+            return bytearray(size)  # the opening request's
+        try:
+            return self._empty.get(block=wait)
+        except Empty:
+            return None
+
+    def give(self, buffer: bytearray) -> None:
+        """Make a buffer available again."""
+        if len(buffer) == self._size:
+            self._empty.put(buffer)
+
+    def close(self) -> None:
+        """Wake whoever waits for a buffer: there will be none."""
+        self._empty.put(None)
+
+
+class _Side(threading.Thread):
+    """The NBD side of a transfer on a thread of its own, while the ``with`` block runs."""
+
+    def __init__(
+        self,
+        link: Link,
+        work: Callable[[], None],
+        ended: Callable[[], None],
+        stop: Callable[[], None],
+    ) -> None:
+        """``ended`` tells the client's side that there will be no more; ``stop`` wakes ours."""
+        super().__init__(name="nbd", daemon=True)
+        self._link = link
+        self._work = work
+        self._ended = ended
+        self._stop_waiting = stop
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work; what it fails with is raised by ``finish``."""
+        try:
+            self._work()
+        except BaseException as exc:  # noqa: BLE001 - raised again by the other thread
+            self._failure = exc
+        finally:
+            self._ended()
+
+    def finish(self) -> None:
+        """Wait for the end of the work; raise what it failed with."""
+        self.join()
+        if self._failure:
+            raise self._failure
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self.is_alive():
+            with self._link.stopped():
+                self._stop_waiting()
+                self.join()
+
+
+def read(link: Link, start: int, length: int) -> Generator[memoryview]:
+    """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
+    ring = _Ring(link, length)
+    pieces = _read_pieces(link, start, length, ring)
+    if not ring.is_short:
+        pieces = _read_ahead(link, pieces, ring)
+    with closing(pieces):
+        for piece in pieces:
+            yield piece.wanted()
+            ring.give(piece.buffer)
+
+
+def _read_pieces(link: Link, start: int, length: int, ring: _Ring) -> Generator[_Piece]:
+    pieces = _cut(link, start, start + length)
+    pending: deque[_Piece] = deque()
+    piece = next(pieces, None)
+    while piece or pending:
+        while (
+            piece and (buffer := ring.take(piece.stop - piece.start, wait=not pending)) is not None
+        ):
+            piece.buffer = buffer
+            piece.cookie = link.pread(piece.whole(), piece.start)
+            pending.append(piece)
+            piece = next(pieces, None)
+        if not pending:
+            return  # the ring was closed
+        link.wait(pending[0].cookie)
+        yield pending.popleft()
+
+
+def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: _Ring) -> Generator[_Piece]:
+    """Run ``pieces`` on a thread, as far ahead as there are empty buffers."""
+    filled: SimpleQueue[_Piece | None] = SimpleQueue()
+
+    def work() -> None:
+        for piece in pieces:
+            filled.put(piece)
+
+    with _Side(link, work, ended=lambda: filled.put(None), stop=ring.close) as side:
+        while (piece := filled.get()) is not None:
+            yield piece
+        side.finish()
+
+
+def write(link: Link, start: int, length: int, source: Source) -> Generator[int]:
+    """Write ``length`` bytes from ``source``: see ``ports.Backend``."""
+    ring = _Ring(link, length)
+    pieces = _fill_pieces(link, start, length, ring, source)
+    write_pieces = _write_here if ring.is_short else _write_behind
+    try:
+        for acknowledged in write_pieces(link, pieces, ring):
+            yield acknowledged - start
+        link.settled = True
+    finally:
+        link.settle()
+
+
+def _fill_pieces(
+    link: Link, start: int, length: int, ring: _Ring, source: Source
+) -> Iterator[_Piece]:
+    edges = _read_edges(link, start, start + length)
+    for piece in _cut(link, start, start + length):
+        buffer = ring.take(piece.stop - piece.start, wait=True)
+        if buffer is None:
+            return  # the NBD side has failed
+        piece.buffer = buffer
+        for offset, block in edges.items():
+            if piece.start <= offset < piece.stop:
+                at = offset - piece.start
+                buffer[at : at + len(block)] = block
+        wanted = piece.wanted()
+        filled = _fill(source, wanted)
+        if filled < len(wanted):
+            raise ShortBody(piece.low - start + filled)
+        yield piece
+
+
+def _read_edges(link: Link, start: int, stop: int) -> dict[int, bytes]:
+    """Return the blocks that a write covers only in part, as the export holds them."""
+    edges = {}
+    for at in (start, stop):
+        block = at // link.align * link.align
+        if block != at and block not in edges:
+            view = memoryview(bytearray(min(link.align, link.size - block)))
+            link.wait(link.pread(view, block))
+            edges[block] = bytes(view)
+    return edges
+
+
+def _fill(source: Source, view: memoryview) -> int:
+    """Fill ``view`` from ``source``; return how much there was."""
+    filled = 0
+    while filled < len(view):
+        count = source.readinto(view[filled:])
+        if count == 0:
+            break
+        filled += count
+    return filled
+
+
+def _write_here(link: Link, pieces: Iterator[_Piece], _ring: _Ring) -> Iterator[int]:
+    pending = []
+    for piece in pieces:
+        piece.cookie = link.pwrite(piece.whole(), piece.start)
+        pending.append(piece)
+    for piece in pending:
+        link.wait(piece.cookie)
+        yield piece.high
+
+
+def _write_behind(link: Link, pieces: Iterator[_Piece], ring: _Ring) -> Iterator[int]:
+    """Fill pieces here and write them on a thread."""
+    filled: SimpleQueue[_Piece | None] = SimpleQueue()
+    acknowledged: SimpleQueue[int] = SimpleQueue()
+
+    def work() -> None:
+        pending: deque[_Piece] = deque()
+        more = True
+        while more or pending:
+            while more:
+                try:
+                    piece = filled.get(block=not pending)
+                except Empty:
+                    break
+                more = piece is not None
+                if piece:
+                    piece.cookie = link.pwrite(piece.whole(), piece.start)
+                    pending.append(piece)
+            if pending:
+                link.wait(pending[0].cookie)
+                piece = pending.popleft()
+                acknowledged.put(piece.high)
+                ring.give(piece.buffer)
+
+    with _Side(link, work, ended=ring.close, stop=lambda: filled.put(None)) as side:
+        for piece in pieces:
+            filled.put(piece)
+            while not acknowledged.empty():
+                yield acknowledged.get()
+        filled.put(None)
+        side.finish()
+        while not acknowledged.empty():
+            yield acknowledged.get()

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zeroing: NBD_CMD_WRITE_ZEROES in the largest steps a server takes well.
+
+A server that can punch holes zeroes 2 GiB in no time; one that has to write the zeros itself
+takes seconds for them, and must not run into the back-end timeout. NBD_CMD_FLAG_FAST_ZERO
+asks which it is: such a request is quick, or refused at once. Where that is not offered,
+steps start small and grow while they are quick.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from imageserver.backends.nbd.link import Link, NotSupported
+from imageserver.backends.nbd.transfer import write
+
+#: Lengths are 32 bits on the wire; a large power of two keeps requests aligned for any format.
+_MAX_STEP = 1 << 31
+#: A server that writes 64 MiB of zeros a second is done with this step in a second.
+_SLOW_STEP = 64 << 20
+_QUICK_SECONDS = 0.25
+
+
+def zero(link: Link, start: int, length: int) -> Iterator[int]:
+    """Zero a range of any length: see ``ports.Backend``."""
+    stop = start + length
+    first, last = -(-start // link.align) * link.align, stop // link.align * link.align
+    if not link.info.can_zero or first >= last:
+        yield from write(link, start, length, _Zeros())
+        return
+    for _ in write(link, start, first - start, _Zeros()):
+        pass
+    for at in _zero_blocks(link, first, last):
+        yield at - start
+    for _ in write(link, last, stop - last, _Zeros()):
+        pass
+    yield length
+
+
+def _zero_blocks(link: Link, start: int, stop: int) -> Iterator[int]:
+    """Zero whole blocks; yield up to where."""
+    at = start
+    if link.can_fast_zero():
+        try:
+            for at in _steps(link, start, stop, _MAX_STEP, fast=True):
+                yield at
+        except NotSupported:
+            pass  # the server would have to write: in slower steps, from where it stopped
+        else:
+            return
+    yield from _steps(link, at, stop, _SLOW_STEP, fast=False)
+
+
+def _steps(link: Link, start: int, stop: int, step: int, *, fast: bool) -> Iterator[int]:
+    pending: deque[tuple[int, int, float]] = deque()
+    at = start
+    try:
+        while at < stop or pending:
+            while at < stop and len(pending) < link.depth:
+                end = min(stop, (at // step + 1) * step)
+                pending.append((link.zero(at, end - at, fast=fast), end, time.monotonic()))
+                at = end
+            cookie, end, began = pending.popleft()
+            link.wait(cookie)
+            yield end
+            if time.monotonic() - began < _QUICK_SECONDS:
+                step = min(step * 2, _MAX_STEP)
+        link.settled = True
+    finally:
+        link.settle()
+
+
+class _Zeros:
+    """A source that never ends."""
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill all of ``buffer``."""
+        buffer[:] = bytes(len(buffer))
+        return len(buffer)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: every knob declared once, read from ``IMAGESERVER_*`` variables.
+
+A setting is a field of ``Settings`` with its default, its parser and one line of help; the
+sample environment file, the table in the documentation and ``--show-config`` derive from it.
+A value that does not parse stops the server with a sentence that names the variable.
+"""
+
+import os
+import pwd
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from imageserver.slots import CAPACITY, Kind
+
+PREFIX = "IMAGESERVER_"
+
+
+class InvalidSetting(Exception):
+    """A variable's value is wrong; ``str()`` names it and says what would be right."""
+
+
+class _Wrong(Exception):
+    """What would have been right."""
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,18}", text) is None or not low <= int(text) <= high:
+            raise _Wrong(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        if (
+            re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) is None
+            or not low <= float(text) <= high
+        ):
+            raise _Wrong(f"a number of seconds from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+_MAX_PORT = 65535
+#: sizeof(sun_path) less its NUL (unix(7)).
+_MAX_SUN_PATH = 107
+#: (uid_t)-1 is no user: chown(2) takes it for "leave alone".
+_NO_UID = 2**32 - 1
+_MAX_WORKERS = 128
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def _size(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        match = re.fullmatch(r"([0-9]{1,12})(?:([kmg])(?:ib)?)?", text, re.ASCII | re.IGNORECASE)
+        value = int(match[1]) * _UNITS[(match[2] or "").lower()] if match else -1
+        if not low <= value <= high or value % 4096:
+            raise _Wrong(f"a multiple of 4096 from {low} to {high} bytes, such as 512k or 1m")
+        return value
+
+    return parse
+
+
+def _path(text: str) -> str:
+    if not os.path.isabs(text):
+        raise _Wrong("an absolute path")
+    return text
+
+
+def _paths(text: str) -> tuple[str, ...]:
+    paths = tuple(_path(part.strip()) for part in text.split(",") if part.strip())
+    if not paths:  # no directory would read as any directory
+        raise _Wrong("absolute paths separated by commas")
+    return paths
+
+
+def _addresses(text: str) -> tuple[str, ...]:
+    addresses = tuple(part.strip() for part in text.split(",") if part.strip())
+    pattern = r"unix:(/[^,\0]+|@[^,\0]+)|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})"
+    for address in addresses:
+        match = re.fullmatch(pattern, address)
+        if match is None or int(match[3] or 0) > _MAX_PORT or len(match[1] or "") > _MAX_SUN_PATH:
+            raise _Wrong("HOST:PORT, unix:/PATH or unix:@NAME, several separated by commas")
+    if not addresses:
+        raise _Wrong("at least one address, such as 127.0.0.1:54323")
+    return addresses
+
+
+def _owners(text: str) -> tuple[int, ...]:
+    owners = tuple(_uid(part.strip()) for part in text.split(",") if part.strip())
+    if not owners:
+        raise _Wrong("at least one user, such as root")
+    return owners
+
+
+def _uid(name: str) -> int:
+    if re.fullmatch(r"[0-9]{1,10}", name) and int(name) < _NO_UID:
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except (KeyError, ValueError) as exc:
+        raise _Wrong("user names or numbers that exist, separated by commas") from exc
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise _Wrong(" or ".join(choices))
+        return text.lower()
+
+    return parse
+
+
+def _default_workers() -> int:
+    return min(max(2, len(os.sched_getaffinity(0))), _MAX_WORKERS)
+
+
+def _default_owners() -> tuple[int, ...]:
+    return tuple(sorted({0, os.geteuid()}))
+
+
+def _default_runtime_dir() -> str:
+    for parent in ("/run", os.environ.get("XDG_RUNTIME_DIR", "")):
+        path = os.path.join(parent, "imageserver")
+        if os.path.isabs(parent) and os.access(
+            path if os.path.isdir(path) else parent, os.W_OK | os.X_OK
+        ):
+            return path
+    return os.path.join(tempfile.gettempdir(), f"imageserver-{os.geteuid()}")
+
+
+def _setting(default: Any, parse: Callable[[str], Any], help_text: str, shown: str = "") -> Any:
+    """Declare a setting; a callable default is computed at start and documented as ``shown``."""
+    metadata = {"parse": parse, "help": help_text, "shown": shown}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings, parsed. Seconds and bytes throughout."""
+
+    bind: tuple[str, ...] = _setting(
+        ("127.0.0.1:54323",),
+        _addresses,
+        "addresses to serve: HOST:PORT, unix:/PATH or unix:@ABSTRACT, comma-separated",
+    )
+    workers: int = _setting(
+        _default_workers, _integer(1, _MAX_WORKERS), "worker processes", "CPUs, at least 2"
+    )
+    threads: int = _setting(
+        64,
+        _integer(1, 1024),
+        "requests a worker serves at once; a waiting one costs a thread and no CPU",
+    )
+    config_dir: str = _setting(
+        "/tmp/imagetransfer",  # noqa: S108 - the contract's default (A1)
+        _path,
+        "directory of transfer files",
+    )
+    config_owners: tuple[int, ...] = _setting(
+        _default_owners,
+        _owners,
+        "users who may own the config directory and its files",
+        "root and the server's user",
+    )
+    runtime_dir: str = _setting(
+        _default_runtime_dir,
+        _path,
+        "private directory for locks and the slot table",
+        "/run/imageserver, else $XDG_RUNTIME_DIR/imageserver, else one per user under /tmp",
+    )
+    max_readers: int = _setting(8, _integer(1, 512), "image reads at once, over all workers")
+    max_writers: int = _setting(1, _integer(1, 256), "image writes at once, over all workers")
+    client_timeout: float = _setting(
+        60.0, _seconds(0.1, 86400), "seconds a client may be silent, or take to send a head"
+    )
+    backend_timeout: float = _setting(
+        60.0, _seconds(0.1, 86400), "seconds in which a back end must complete some request"
+    )
+    drain_timeout: float = _setting(
+        600.0, _seconds(0, 604800), "seconds running transfers get to finish on stop or reload"
+    )
+    keepalive: float = _setting(75.0, _seconds(1, 86400), "seconds an idle connection stays open")
+    chunk_size: int = _setting(
+        1 << 20, _size(4096, 32 << 20), "bytes of one back-end request and one piece of a body"
+    )
+    queue_depth: int = _setting(4, _integer(1, 64), "back-end requests in flight per transfer")
+    file_roots: tuple[str, ...] = _setting(
+        (), _paths, "directories the file backend may touch, comma-separated", "any"
+    )
+    log_level: str = _setting(
+        "info", _choice("debug", "info", "warning", "error"), "least severe messages to log"
+    )
+
+    @property
+    def slot_limits(self) -> dict[Kind, int]:
+        """How many slots of each limited kind there are."""
+        others = CAPACITY - self.max_readers - self.max_writers - _MAX_WORKERS
+        return {Kind.READ: self.max_readers, Kind.WRITE: self.max_writers, Kind.OTHER: others}
+
+    @property
+    def locks_dir(self) -> str:
+        """Where the image locks live."""
+        return os.path.join(self.runtime_dir, "locks")
+
+    @property
+    def unix_socket(self) -> str | None:
+        """The Unix socket that OPTIONS advertises; a leading NUL says it is abstract (unix(7))."""
+        for address in self.bind:
+            if address.startswith("unix:"):
+                path = address.removeprefix("unix:")
+                return "\0" + path[1:] if path.startswith("@") else path
+        return None
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the settings from ``environ``; an empty value counts as absent.
+
+        Raises:
+            InvalidSetting: a value is wrong, or a variable with the prefix names no setting.
+        """
+        known = {f.name: f for f in fields(cls)}
+        values = {}
+        for variable, text in environ.items():
+            if not variable.startswith(PREFIX) or not text.strip():
+                continue
+            declared = known.get(variable.removeprefix(PREFIX).lower())
+            if declared is None or variable != variable_of(declared.name):
+                raise InvalidSetting(
+                    f"{variable} is not a setting; known are {', '.join(map(variable_of, known))}."
+                )
+            try:
+                values[declared.name] = declared.metadata["parse"](text.strip())
+            except _Wrong as exc:
+                raise InvalidSetting(f"{variable}={text!r} is wrong: it must be {exc}.") from exc
+        return cls(**values)
+
+
+def variable_of(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
+def as_text(value: object) -> str:
+    """Write a setting's value as its variable takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.6f}".rstrip("0").rstrip(".")
+    return str(value)

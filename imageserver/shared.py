@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot table between processes: the mapping, the guard, and who is alive.
+
+``slots.py`` has the rules; here is what they need from the system. Every process maps the
+same small file and claims under a guard that the kernel drops when its holder dies:
+flock(2) on this process's own descriptor, plus a thread lock within the process. A
+descriptor inherited over fork would share its parent's flock, so each process opens the
+file itself, after the fork.
+
+A second file, ``slots.use``, is held shared by every process that has the table mapped,
+whatever its version: only who holds it alone may replace a table it cannot read.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from imageserver import slots
+from imageserver.errors import NoSlot
+from imageserver.ports import Ticket
+from imageserver.slots import Holder, IncompatibleTable, Kind, Owner, SlotTable
+
+log = logging.getLogger(__name__)
+
+_TABLE = "slots"
+_USE = "slots.use"
+#: The guard is held for microseconds. Only a process stopped inside it can make us wait.
+_GUARD_SECONDS = 5.0
+
+
+class UnusableDirectory(Exception):
+    """The runtime directory cannot be trusted or used; ``str()`` is a sentence."""
+
+
+def prepare_directory(path: str) -> None:
+    """Make the runtime directory, or check that it is ours alone (mode 0700, no link).
+
+    Raises:
+        UnusableDirectory: it is not, or cannot be made.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+            os.chmod(path, 0o700)
+            return
+    except OSError as exc:
+        raise UnusableDirectory(
+            f"{path} cannot be made or used ({exc.strerror}); choose another"
+        ) from exc
+    raise UnusableDirectory(
+        f"{path} is not a directory that belongs to uid {os.geteuid()}; remove it or choose another"
+    )
+
+
+def open_private(directory: str, name: str) -> int:
+    """Open a file of the runtime directory for reading and writing, 0600, following no link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(os.path.join(directory, name), flags, 0o600)
+
+
+def boot_id() -> bytes:
+    """Return 16 bytes that differ between boots: start times count from the boot (proc(5))."""
+    text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return bytes.fromhex(text.strip().replace("-", ""))
+
+
+def owner_of(pid: int) -> Owner | None:
+    """Return a running process's identity; None where it is gone or a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name, in parentheses, may hold anything: fields count from the last ")".
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in b"ZX" else Owner(pid, int(fields[19]))
+
+
+def is_alive(owner: Owner) -> bool:
+    """Tell whether this very process still runs."""
+    return owner_of(owner.pid) == owner
+
+
+class ClaimedSlot:
+    """A record this process holds."""
+
+    def __init__(self, mapping: "_Mapping", index: int, started_ns: int) -> None:
+        self._mapping = mapping
+        self._index = index
+        self._started_ns = started_ns
+        self._held = True
+
+    def progress(self, done: int, expected: int) -> None:
+        """Show how far the operation has come, in bytes."""
+        if self._held:
+            self._mapping.table.set_progress(self._index, done, expected)
+
+    def release(self) -> None:
+        """Give the record back. Never fails, may be called twice."""
+        if self._held:
+            self._held = False
+            self._mapping.table.release(self._index, self._mapping.owner, self._started_ns)
+
+
+class _Mapping:
+    """The table as one process has it open."""
+
+    def __init__(self, directory: str) -> None:
+        owner = owner_of(os.getpid())
+        assert owner is not None  # noqa: S101 - this process runs
+        self.owner = owner
+        self.lock = threading.Lock()
+        with contextlib.ExitStack() as opened:
+            self._use = open_private(directory, _USE)
+            opened.callback(os.close, self._use)
+            self.file = open_private(directory, _TABLE)
+            opened.callback(os.close, self.file)
+            boot = boot_id()
+            self._format_if_alone(boot)
+            try:
+                self._map = mmap.mmap(self.file, slots.SIZE)
+                opened.callback(self._map.close)
+                self.table = SlotTable(memoryview(self._map), boot)
+            except (IncompatibleTable, ValueError) as exc:
+                raise IncompatibleTable(
+                    f"the slot table in {directory} belongs to another version of this server "
+                    "that still runs; stop it first, or choose another directory"
+                ) from exc
+            opened.callback(self.table.close)
+            self._opened = opened.pop_all()
+
+    def _format_if_alone(self, boot: bytes) -> None:
+        try:
+            fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        else:
+            if not self._is_readable(boot):
+                os.ftruncate(self.file, 0)
+                os.ftruncate(self.file, slots.SIZE)
+                with mmap.mmap(self.file, slots.SIZE) as fresh, memoryview(fresh) as view:
+                    slots.format_table(view, boot)
+        fcntl.flock(self._use, fcntl.LOCK_SH)
+
+    def _is_readable(self, boot: bytes) -> bool:
+        if os.fstat(self.file).st_size != slots.SIZE:
+            return False
+        with mmap.mmap(self.file, slots.SIZE) as found, memoryview(found) as view:
+            try:
+                SlotTable(view[:], boot).close()
+            except IncompatibleTable:
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[SlotTable]:
+        """Hold the table against all other threads and processes."""
+        with self.lock:
+            deadline = time.monotonic() + _GUARD_SECONDS
+            while True:
+                try:
+                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.0005)
+            try:
+                yield self.table
+            finally:
+                fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+class SharedTable:
+    """The slot table in ``directory``, shared by all processes of the server."""
+
+    def __init__(self, directory: str, limits: dict[Kind, int]) -> None:
+        """Name the table; it is mapped at first use, in whichever process that is."""
+        self._directory = directory
+        self._limits = limits
+        self._mapping: _Mapping | None = None
+
+    def open(self) -> None:
+        """Map the table now, making or replacing it where no process uses it.
+
+        Raises:
+            IncompatibleTable: processes of another version use it.
+            OSError: the directory cannot be used.
+        """
+        self._open()
+
+    def _open(self) -> _Mapping:
+        mapping = self._mapping
+        # A child must not share its parent's flock: it maps the file itself, at first use.
+        if mapping is None or mapping.owner.pid != os.getpid():
+            mapping = self._mapping = _Mapping(self._directory)
+        return mapping
+
+    def claim(self, kind: Kind, ticket: Ticket) -> ClaimedSlot:
+        """Take a slot; dead holders are swept first where the table looks full.
+
+        Raises:
+            NoSlot: as many as the limit allows are held by the living.
+        """
+        mapping = self._open()
+        holder = Holder(
+            kind,
+            mapping.owner,
+            ticket.transfer,
+            ticket.operation,
+            ticket.image,
+            ticket.client,
+            time.time_ns(),
+        )
+        limit = self._limits.get(kind, slots.CAPACITY)
+        with mapping.guard() as table:
+            index = table.claim(holder, limit)
+        if index is None:
+            self.sweep()
+            with mapping.guard() as table:
+                index = table.claim(holder, limit)
+        if index is None:
+            raise NoSlot(kind)
+        return ClaimedSlot(mapping, index, holder.started_ns)
+
+    def is_first(self, text: str) -> bool:
+        """Tell whether no process of the server has said this lately; it counts as said now."""
+        key = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
+        with self._open().guard() as table:
+            return table.note(key)
+
+    def sweep(self) -> int:
+        """Free what dead processes held; return how many records."""
+        # Asked outside the guard: a process that is dead stays dead.
+        owners = {holder.owner for holder in self.holders(*Kind)}
+        dead = {owner for owner in owners if not is_alive(owner)}
+        with self._open().guard() as table:
+            freed = table.sweep(lambda owner: owner not in dead)
+        for holder in freed:
+            if holder is None:
+                log.warning("slot table: a damaged record was freed")
+            elif holder.kind is not Kind.WORKER:
+                log.warning(
+                    "slot freed: its worker died: transfer=%s op=%s pid=%d",
+                    holder.transfer,
+                    holder.operation,
+                    holder.owner.pid,
+                )
+        return len(freed)
+
+    def holders(self, *kinds: Kind) -> list[Holder]:
+        """Return a snapshot of what is held."""
+        return list(self._open().table.holders(*kinds))
+
+    def count(self, kind: Kind) -> int:
+        """Return how many records of a kind are held, the dead's included."""
+        return self._open().table.count(kind)
+
+    def close(self) -> None:
+        """Unmap. Records still held stay, for ``sweep`` to find."""
+        mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            mapping.close()

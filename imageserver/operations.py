@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be done to an image: each function moves bytes and shows progress, and knows no HTTP.
+
+Those that stream give the session back *before* their last piece goes out: who has received
+the last byte must not meet this request's own lock or slot in the next one.
+"""
+
+from collections.abc import Generator
+from contextlib import closing
+
+from imageserver.errors import BadRequest, MethodNotAllowed
+from imageserver.extents import Extent
+from imageserver.ports import ImageInfo, Source
+from imageserver.ranges import Span
+from imageserver.sessions import Session
+
+#: What a read-only image allows (contract A2).
+READ_ONLY_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+def check_writable(info: ImageInfo) -> None:
+    """Raise ``MethodNotAllowed`` for a read-only image."""
+    if info.read_only:
+        raise MethodNotAllowed(READ_ONLY_METHODS)
+
+
+def read(session: Session, span: Span) -> Generator[memoryview]:
+    """Yield the bytes of ``span``; each piece is valid until the next is asked for."""
+    with session, closing(session.backend.read(span.start, span.length)) as pieces:
+        done = 0
+        for piece in pieces:
+            done += len(piece)
+            session.progress(done, span.length)
+            if done == span.length:
+                session.close()
+            yield piece
+
+
+def write(session: Session, span: Span, source: Source) -> None:
+    """Write ``span`` from ``source``."""
+    for done in session.backend.write(span.start, span.length, source):
+        session.progress(done, span.length)
+
+
+def replace(session: Session, length: int, source: Source) -> None:
+    """Make ``length`` bytes from ``source`` the whole image."""
+    for done in session.backend.replace(length, source):
+        session.progress(done, length)
+
+
+def zero(session: Session, span: Span, *, flush: bool) -> None:
+    """Zero ``span``; then flush, where asked for and possible."""
+    for done in session.backend.zero(span.start, span.length):
+        session.progress(done, span.length)
+    if flush and session.info.can_flush:
+        session.backend.flush()
+
+
+def flush(session: Session) -> None:
+    """Bring the image's data to stable storage.
+
+    Raises:
+        BadRequest: the export offers no flush.
+    """
+    if not session.info.can_flush:
+        raise BadRequest("flush not supported by this export")
+    session.backend.flush()
+
+
+def extents(session: Session, *, dirty: bool) -> Generator[list[Extent]]:
+    """Yield the image's extents in lists, the last of which may be empty."""
+    size = session.size
+    with session, closing(session.backend.extents(dirty=dirty)) as batches:
+        for batch in batches:
+            if batch:
+                session.progress(batch[-1][0] + batch[-1][1], size)
+            yield batch

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The application: routes, and who handles which error, in reading order."""
+
+from typing import Any, TypeAlias
+
+import falcon
+
+from imageserver.errors import ClientGone, ImageServerError
+from imageserver.inspection import Inspector
+from imageserver.sessions import Sessions
+from imageserver.web import errors
+from imageserver.web.extents import ExtentsResource
+from imageserver.web.flush import FlushResource
+from imageserver.web.images import ImageResource, Limits
+from imageserver.web.middleware import ImageMiddleware, Transfers
+
+App: TypeAlias = "falcon.App[Any, Any]"
+
+
+def create_app(
+    transfers: Transfers, sessions: Sessions, inspector: Inspector, limits: Limits
+) -> App:
+    """Put the application together."""
+    app = falcon.App(middleware=[ImageMiddleware(transfers)])
+    app.req_options.strip_url_path_trailing_slash = True
+
+    app.add_route("/images/{image_id}", ImageResource(sessions, inspector, limits))
+    app.add_route("/images/{image_id}/extents", ExtentsResource(sessions))
+    app.add_route("/images/{image_id}/flush", FlushResource(sessions))
+
+    # The last one added that fits is asked first.
+    app.add_error_handler(Exception, errors.handle_unexpected)
+    app.add_error_handler(falcon.HTTPError, errors.handle_http)
+    app.add_error_handler(ImageServerError, errors.handle)
+    app.add_error_handler(ClientGone, errors.cut_off)
+    return app

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bodies: the client's as a source of bytes, ours as something a server can iterate.
+
+The zero-copy way is one small agreement with the server (``server/exchange.py``): it marks
+the environ with ``ZERO_COPY``, accepts memoryviews as pieces of a body, and its
+``wsgi.input`` has ``readinto``. Under any other WSGI server pieces are copied into bytes.
+"""
+
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+import falcon
+
+from imageserver.errors import BadRequest, ClientGone
+from imageserver.sessions import Session
+
+#: A true value under this key: the server takes memoryviews, and gives ``readinto``.
+ZERO_COPY = "imageserver.zero_copy"
+
+
+class RequestSource:
+    """The request's body, ``length`` bytes of it: a ``ports.Source``."""
+
+    def __init__(self, req: falcon.Request, length: int) -> None:
+        self._input: Any = req.env["wsgi.input"]
+        self._left = length
+        self._zero_copy = bool(req.env.get(ZERO_COPY))
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill ``buffer`` with what has arrived: see ``ports.Source``."""
+        wanted = min(len(buffer), self._left)
+        if wanted == 0:
+            return 0
+        if self._zero_copy:
+            count: int = self._input.readinto(buffer[:wanted])
+        else:
+            count = self._copy(buffer, wanted)
+        self._left -= count
+        return count
+
+    def _copy(self, buffer: memoryview, wanted: int) -> int:
+        try:
+            data = self._input.read(wanted)
+        except OSError as exc:
+            raise ClientGone from exc
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def read_all(req: falcon.Request, length: int) -> bytes:
+    """Read a small body whole.
+
+    Raises:
+        BadRequest: it ends early.
+    """
+    source = RequestSource(req, length)
+    body = memoryview(bytearray(length))
+    filled = 0
+    while filled < length:
+        count = source.readinto(body[filled:])
+        if count == 0:
+            raise BadRequest("request body truncated")
+        filled += count
+    return bytes(body)
+
+
+class StreamedBody(Iterable[bytes]):
+    """A body that owns its session until its last piece, an error, or ``close()``.
+
+    Making one asks for the first piece, so that what fails before the first byte still gets
+    an answer. It has no ``read``: file wrappers would cut it to pieces again.
+    """
+
+    def __init__(
+        self, req: falcon.Request, session: Session, pieces: Generator[memoryview | bytes]
+    ) -> None:
+        self._session = session
+        self._pieces = pieces
+        self._zero_copy = bool(req.env.get(ZERO_COPY))
+        try:
+            self._first = next(pieces, None)
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._first is not None:
+            yield self._piece(self._first)
+            self._first = None
+        for piece in self._pieces:
+            yield self._piece(piece)
+
+    def _piece(self, piece: memoryview | bytes) -> memoryview | bytes:
+        return piece if self._zero_copy else bytes(piece)
+
+    def close(self) -> None:
+        """Give the session back, wherever the body had come to."""
+        self._pieces.close()
+        self._session.close()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table from errors to answers (contract A2), and how an answer looks.
+
+What a client is told stands here; the error's own text, with its paths and library
+messages, goes to the log.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import falcon
+
+from imageserver import errors
+from imageserver.slots import Kind
+from imageserver.web.answers import set_json
+
+log = logging.getLogger(__name__)
+
+#: Locks and slots are held for as long as a transfer takes; asking again costs little.
+_RETRY_AFTER = {"Retry-After": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A status, the message for the client, and further headers."""
+
+    status: int
+    message: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+_NO_SLOT = {
+    Kind.READ: "too many parallel reads",
+    Kind.WRITE: "too many parallel writes",
+    Kind.OTHER: "server busy",
+    Kind.WORKER: "server busy",
+}
+
+#: Every leaf that has an answer; the nearest class in an error's ancestry counts.
+TABLE: dict[type[errors.ImageServerError], Callable[[Any], Answer]] = {
+    errors.NotFound: lambda _: Answer(404, "not found"),
+    errors.UnknownImage: lambda _: Answer(404, "unknown image_id"),
+    errors.BadRequest: lambda e: Answer(400, e.message),
+    errors.UnsupportedMediaType: lambda e: Answer(415, e.message),
+    errors.MethodNotAllowed: lambda e: Answer(
+        405, "method not allowed", {"Allow": ", ".join(e.allowed)}
+    ),
+    errors.RangeOutsideImage: lambda e: Answer(
+        416, "range not satisfiable", {"Content-Range": f"bytes */{e.size}"}
+    ),
+    errors.ImageBusy: lambda _: Answer(409, "image busy", _RETRY_AFTER),
+    errors.NoSlot: lambda e: Answer(503, _NO_SLOT[e.kind], _RETRY_AFTER),
+    errors.ShortBody: lambda e: Answer(400, f"request body ended early at {e.received} bytes"),
+    errors.NoSpace: lambda _: Answer(507, "no space left"),
+    errors.FileAccessError: lambda _: Answer(500, "failed to access file"),
+    errors.BackendError: lambda _: Answer(500, "backend error"),
+    errors.BackendTimeout: lambda _: Answer(504, "backend timeout"),
+}
+
+
+def answer_for(error: errors.ImageServerError) -> Answer:
+    """Look an error's answer up."""
+    for cls in type(error).__mro__:
+        if cls in TABLE:
+            return TABLE[cls](error)
+    raise error
+
+
+def handle(
+    req: falcon.Request, resp: falcon.Response, error: errors.ImageServerError, _params: object
+) -> None:
+    """Answer one of our errors; what the client is not told goes to the log."""
+    answer = answer_for(error)
+    if answer.status >= 500:  # noqa: PLR2004
+        log.warning("%s %s: %s: %s", req.method, req.path, type(error).__name__, error)
+    _send(resp, answer)
+
+
+def cut_off(
+    _req: falcon.Request, _resp: falcon.Response, error: errors.ClientGone, _params: object
+) -> None:
+    """Pass a vanished client on to the server, which closes the connection."""
+    raise error
+
+
+def handle_unexpected(
+    req: falcon.Request, resp: falcon.Response, error: Exception, _params: object
+) -> None:
+    """Answer a bug: the traceback goes to the log, nothing of it to the client."""
+    log.error("%s %s failed", req.method, req.path, exc_info=error)
+    _send(resp, Answer(500, "internal error"))
+
+
+def handle_http(
+    _req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, _params: object
+) -> None:
+    """Answer what Falcon itself refuses: no route, or a method unknown to HTTP."""
+    message = "not found" if isinstance(error, falcon.HTTPNotFound) else "bad request"
+    _send(resp, Answer(error.status_code, message))
+
+
+def _send(resp: falcon.Response, answer: Answer) -> None:
+    resp.status = answer.status
+    for name, value in answer.headers.items():
+        resp.set_header(name, value)
+    set_json(resp, {"error": answer.message})

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/images/{id}/extents``: the image's map as a JSON list, streamed.
+
+Millions of extents go out in pieces as the back end answers; none of it is kept. The text
+is put together by hand: the shape is fixed, and this is several times faster than making
+dictionaries for an encoder.
+"""
+
+from collections.abc import Generator, Iterator
+
+import falcon
+
+from imageserver import operations, sessions
+from imageserver.errors import BadRequest
+from imageserver.extents import Extent
+from imageserver.sessions import Sessions
+from imageserver.transfers import FileImage, Transfer
+from imageserver.web.body import StreamedBody
+from imageserver.web.headers import check_method
+
+_CONTEXTS = {"zero": sessions.EXTENTS, "dirty": sessions.DIRTY_EXTENTS}
+_BOOL = ("false", "true")
+
+
+class ExtentsResource:
+    """What of an image is data, zero, or dirty."""
+
+    def __init__(self, opened: Sessions) -> None:
+        self._sessions = opened
+
+    def check_method(self, method: str, _transfer: Transfer) -> None:
+        """Refuse all but GET."""
+        check_method(method, ("GET",))
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Send the list of extents."""
+        if isinstance(transfer.image, FileImage):
+            raise BadRequest("extents not supported for file backend")
+        context = req.get_param("context", default="zero")
+        if context not in _CONTEXTS:
+            raise BadRequest('unsupported context; only "zero" and "dirty" are supported')
+        session = self._sessions.open(transfer, _CONTEXTS[context], req.remote_addr)
+        dirty = context == "dirty"
+        pieces = encode(operations.extents(session, dirty=dirty), dirty=dirty)
+        resp.content_type = falcon.MEDIA_JSON
+        resp.stream = StreamedBody(req, session, pieces)
+
+
+def encode(batches: Iterator[list[Extent]], *, dirty: bool) -> Generator[bytes]:
+    """Write batches of extents as one JSON list."""
+    write = _with_dirty if dirty else _without_dirty
+    opening = "["
+    for batch in batches:
+        if batch:
+            yield (opening + ",".join(write(batch))).encode()
+            opening = ","
+    yield b"[]" if opening == "[" else b"]"
+
+
+def _without_dirty(batch: list[Extent]) -> Iterator[str]:
+    return (f'{{"start":{s},"length":{n},"zero":{_BOOL[z]}}}' for s, n, z, _ in batch)
+
+
+def _with_dirty(batch: list[Extent]) -> Iterator[str]:
+    return (
+        f'{{"start":{s},"length":{n},"dirty":{_BOOL[d]},"zero":{_BOOL[z]}}}' for s, n, z, d in batch
+    )

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/images/{id}/flush``: data on stable storage before the answer."""
+
+import falcon
+
+from imageserver import operations, sessions
+from imageserver.sessions import Sessions
+from imageserver.transfers import Transfer
+from imageserver.web.answers import set_json
+from imageserver.web.headers import check_method
+
+
+class FlushResource:
+    """The image's way to stable storage."""
+
+    def __init__(self, opened: Sessions) -> None:
+        self._sessions = opened
+
+    def check_method(self, method: str, _transfer: Transfer) -> None:
+        """Refuse all but POST."""
+        check_method(method, ("POST",))
+
+    def on_post(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Flush; the body, if any, is not looked at."""
+        with self._sessions.open(transfer, sessions.FLUSH, req.remote_addr) as session:
+            operations.flush(session)
+        set_json(resp, {"ok": True})

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What request headers say, parsed once: lengths, ranges, media types."""
+
+import falcon
+
+from imageserver.errors import BadRequest, MethodNotAllowed
+from imageserver.patches import MAX_PATCH_SIZE
+from imageserver.ranges import ByteRange, parse_length, parse_range
+
+
+def read_range(req: falcon.Request) -> ByteRange | None:
+    """Return the range a GET asks for; None for the whole image.
+
+    ``If-Range`` never matches, for images have no validators (RFC 9110 section 13.1.5).
+    """
+    header = req.get_header("Range")
+    if header is None or req.get_header("If-Range") is not None:
+        return None
+    return parse_range(header)
+
+
+def full_body_length(req: falcon.Request) -> int:
+    """Return the length of a body that is a whole image, in bytes."""
+    if req.get_header("Range") is not None or req.get_header("Content-Range") is not None:
+        raise BadRequest("Range/Content-Range not supported; full writes only")
+    return body_length(req)
+
+
+def body_length(req: falcon.Request) -> int:
+    """Return the body's announced length. A chunked body announces none."""
+    if req.get_header("Transfer-Encoding") is not None:
+        raise BadRequest("Content-Length required")
+    return parse_length(req.env.get("CONTENT_LENGTH"))
+
+
+def json_length(req: falcon.Request) -> int:
+    """Return the length of a JSON body, 1 byte to 64 KiB."""
+    try:
+        length = body_length(req)
+    except BadRequest as exc:
+        raise BadRequest("Invalid Content-Length") from exc
+    if not 1 <= length <= MAX_PATCH_SIZE:
+        raise BadRequest("Invalid Content-Length")
+    return length
+
+
+def is_json(req: falcon.Request) -> bool:
+    """Tell whether the body's media type is JSON; case and parameters do not matter."""
+    media_type = (req.content_type or "").partition(";")[0]
+    return media_type.strip(" \t").lower() == falcon.MEDIA_JSON
+
+
+def check_method(method: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a method that a resource lacks, naming those it has."""
+    if method not in allowed:
+        raise MethodNotAllowed(allowed)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/images/{id}``: probe, read, write, patch.
+
+Each responder: parse the headers, open a session, run the operation, answer. Which method
+an image has is asked by the middleware before any responder runs.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import falcon
+
+from imageserver import operations, patches, sessions
+from imageserver.errors import BackendError, BadRequest, UnsupportedMediaType
+from imageserver.inspection import MEMORY_SECONDS, Inspector
+from imageserver.operations import READ_ONLY_METHODS, check_writable
+from imageserver.ports import ImageInfo
+from imageserver.ranges import parse_range, whole
+from imageserver.sessions import Session, Sessions
+from imageserver.transfers import FileImage, Transfer
+from imageserver.web.answers import set_json
+from imageserver.web.body import RequestSource, StreamedBody, read_all
+from imageserver.web.headers import (
+    body_length,
+    check_method,
+    full_body_length,
+    is_json,
+    json_length,
+    read_range,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What OPTIONS announces beside the image's own abilities."""
+
+    max_readers: int
+    unix_socket: str | None
+
+
+#: What the server assumes of an NBD server that it cannot reach (contract A3).
+_ASSUMED = ImageInfo(size=0, read_only=False, can_zero=True, can_flush=True)
+
+
+class ImageResource:
+    """One image as a whole, or ranges of it."""
+
+    def __init__(self, opened: Sessions, inspector: Inspector, limits: Limits) -> None:
+        self._sessions = opened
+        self._inspector = inspector
+        self._limits = limits
+
+    def check_method(self, method: str, transfer: Transfer) -> None:
+        """Refuse a method that this image lacks, before anything is opened."""
+        if method == "PATCH" and isinstance(transfer.image, FileImage):
+            raise BadRequest(
+                "range writes and PATCH not supported for file backend; use PUT for full upload"
+            )
+        methods: tuple[str, ...] = READ_ONLY_METHODS
+        if not transfer.read_only:
+            methods += ("PUT",) if isinstance(transfer.image, FileImage) else ("PUT", "PATCH")
+        check_method(method, methods)
+
+    def on_options(self, _req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Say what the image can do; no lock, no slot."""
+        features, writers, methods = _announcement(transfer, self._info(transfer))
+        resp.set_header("Allow", methods.replace("GET", "GET, HEAD"))
+        resp.set_header("Access-Control-Allow-Methods", methods)
+        answer = {
+            "unix_socket": self._limits.unix_socket,
+            "features": features,
+            "max_readers": self._limits.max_readers,
+            "max_writers": writers,
+        }
+        set_json(resp, answer)
+
+    def on_head(self, _req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Send GET's headers for the whole image; no slot."""
+        info = self._inspector.inspect(transfer.image)
+        resp.content_type = "application/octet-stream"
+        resp.content_length = info.size
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Send the image, or one range of it."""
+        wanted = read_range(req)
+        session = self._open(req, transfer, sessions.READ)
+        try:
+            span = wanted.resolve(session.size) if wanted else whole(session.size)
+            body = StreamedBody(req, session, operations.read(session, span))
+        except BaseException:
+            session.close()
+            raise
+        if wanted:
+            resp.status = falcon.HTTP_PARTIAL_CONTENT
+            resp.set_header("Content-Range", span.content_range)
+        resp.content_type = "application/octet-stream"
+        resp.content_length = span.length
+        resp.stream = body
+
+    def on_put(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Replace the whole image by the body."""
+        length = full_body_length(req)
+        with self._open(req, transfer, sessions.REPLACE) as session:
+            check_writable(session.info)
+            if not isinstance(transfer.image, FileImage):
+                _check_size(length, session.size)
+            operations.replace(session, length, RequestSource(req, length))
+        set_json(resp, {"ok": True, "bytes_written": length})
+
+    def on_patch(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Write a range, zero one, or flush."""
+        if is_json(req):
+            self._patch_json(req, transfer)
+            set_json(resp, {"ok": True})
+        elif req.get_header("Range") is not None:
+            length = self._patch_range(req, transfer)
+            set_json(resp, {"ok": True, "bytes_written": length})
+        else:
+            raise UnsupportedMediaType(
+                "PATCH requires Content-Type: application/json (for zero/flush) "
+                "or Range with binary body"
+            )
+
+    def _patch_json(self, req: falcon.Request, transfer: Transfer) -> None:
+        # The body comes before lock and slot: only it says which slot, and a client that
+        # dawdles over it holds nothing.
+        patch = patches.parse_patch(read_all(req, json_length(req)))
+        if isinstance(patch, patches.Zero):
+            with self._open(req, transfer, sessions.ZERO) as session:
+                check_writable(session.info)
+                span = patch.resolve(session.size)
+                operations.zero(session, span, flush=patch.flush)
+        else:
+            with self._open(req, transfer, sessions.FLUSH) as session:
+                operations.flush(session)
+
+    def _patch_range(self, req: falcon.Request, transfer: Transfer) -> int:
+        wanted = parse_range(req.get_header("Range", required=True))
+        length = body_length(req)
+        if length == 0:
+            raise BadRequest("Content-Length must be positive")
+        with self._open(req, transfer, sessions.WRITE) as session:
+            check_writable(session.info)
+            span = wanted.resolve(session.size)
+            if span.length != length:
+                raise BadRequest(
+                    f"Content-Length ({length}) must equal range length ({span.length})"
+                )
+            operations.write(session, span, RequestSource(req, length))
+        return length
+
+    def _open(self, req: falcon.Request, transfer: Transfer, need: sessions.Need) -> Session:
+        return self._sessions.open(transfer, need, req.remote_addr)
+
+    def _info(self, transfer: Transfer) -> ImageInfo:
+        if isinstance(transfer.image, FileImage):
+            return _ASSUMED
+        try:
+            return self._inspector.inspect(transfer.image, max_age=MEMORY_SECONDS)
+        except BackendError as exc:
+            log.warning("options answered from configuration: transfer=%s %s", transfer.id, exc)
+            return _ASSUMED
+
+
+def _announcement(transfer: Transfer, info: ImageInfo) -> tuple[list[str], int, str]:
+    """Return features, writers and methods as OPTIONS announces them (contract A3)."""
+    read_only = transfer.read_only or info.read_only
+    if isinstance(transfer.image, FileImage):
+        methods = "GET, POST, OPTIONS" if read_only else "GET, PUT, POST, OPTIONS"
+        return ["flush"], int(not read_only), methods
+    if read_only:
+        return ["extents"], 0, "GET, OPTIONS"
+    features = ["extents"] + ["zero"] * info.can_zero + ["flush"] * info.can_flush
+    return features, 1, "GET, PUT, PATCH, OPTIONS"
+
+
+def _check_size(length: int, size: int) -> None:
+    if length != size:
+        raise BadRequest(f"Content-Length ({length}) must equal export size ({size})")

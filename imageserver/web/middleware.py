@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every request goes through: id and method before any responder, headers after.
+
+The order of checks is the contract's (A2): route, id, method; the responders do the rest.
+"""
+
+from typing import Any, Protocol
+
+import falcon
+
+from imageserver.errors import NotFound, UnknownImage
+from imageserver.transfers import Transfer
+from imageserver.web.body import StreamedBody
+
+#: Sent with every answer that has no image of its own to speak for.
+DEFAULT_METHODS = "GET, PUT, OPTIONS"
+_ENCODED_SEPARATORS = ("%2f", "%5c", "%00")
+
+
+class Transfers(Protocol):
+    """Where ids are looked up."""
+
+    def get(self, transfer_id: str) -> Transfer:
+        """Return a transfer, or raise ``UnknownImage``."""
+        ...
+
+
+class Resource(Protocol):
+    """What routes lead to."""
+
+    def check_method(self, method: str, transfer: Transfer) -> None:
+        """Raise where the resource lacks the method for this transfer."""
+        ...
+
+
+class ImageMiddleware:
+    """Turns ids into transfers, and gives every answer the headers clients rely on."""
+
+    def __init__(self, registry: Transfers) -> None:
+        self._registry = registry
+
+    def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
+        """Refuse encoded separators: decoded, they would look like routes."""
+        path = req.env.get("RAW_URI", "").partition("?")[0].lower()
+        if any(code in path for code in _ENCODED_SEPARATORS):
+            raise UnknownImage(path)
+
+    def process_resource(
+        self,
+        req: falcon.Request,
+        _resp: falcon.Response,
+        resource: Resource,
+        params: dict[str, Any],
+    ) -> None:
+        """Look the id up, then see whether the image has the method."""
+        if req.method == "OPTIONS" and not hasattr(resource, "on_options"):
+            raise NotFound(req.path)
+        transfer = self._registry.get(params.pop("image_id"))
+        resource.check_method(req.method, transfer)
+        params["transfer"] = transfer
+
+    def process_response(
+        self,
+        req: falcon.Request,
+        resp: falcon.Response,
+        _resource: object,
+        req_succeeded: bool,  # noqa: FBT001 - Falcon's signature
+    ) -> None:
+        """Add the common headers; close a stream that Falcon would drop unclosed."""
+        resp.set_header("Accept-Ranges", "bytes")
+        if resp.get_header("Access-Control-Allow-Methods") is None:
+            resp.set_header("Access-Control-Allow-Methods", DEFAULT_METHODS)
+        stream = resp.stream
+        if isinstance(stream, StreamedBody) and (not req_succeeded or req.method == "HEAD"):
+            resp.stream = None
+            stream.close()

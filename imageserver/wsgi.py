@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings in, application out: everything is put together here, once per worker."""
+
+import os
+
+from imageserver.backends.file import ImageFiles
+from imageserver.backends.nbd.exports import NbdExports
+from imageserver.backends.nbd.link import Tuning
+from imageserver.backends.open import AnyBackend, stamp
+from imageserver.inspection import Inspector
+from imageserver.locks import ImageLocks, image_key
+from imageserver.registry import Registry
+from imageserver.sessions import Sessions
+from imageserver.settings import Settings
+from imageserver.shared import SharedTable
+from imageserver.web.app import App, create_app
+from imageserver.web.images import Limits
+
+
+def create() -> App:
+    """Build the application from the environment: gunicorn's ``wsgi_app``, once per worker.
+
+    The slot table opens itself anew after a fork, so that preloading does no harm.
+    """
+    settings = Settings.from_environ(os.environ)
+    return application(settings, SharedTable(settings.runtime_dir, settings.slot_limits))
+
+
+def application(settings: Settings, slots: SharedTable) -> App:
+    """Build the application for one process."""
+    backends = AnyBackend(
+        nbd=NbdExports(Tuning(settings.chunk_size, settings.queue_depth, settings.backend_timeout)),
+        file=ImageFiles(settings.chunk_size, settings.file_roots),
+    )
+    locks = ImageLocks(settings.locks_dir)
+    return create_app(
+        Registry(settings.config_dir, settings.config_owners, slots.is_first),
+        Sessions(locks, slots, backends, image_key),
+        Inspector(backends, stamp),
+        Limits(settings.max_readers, settings.unix_socket),
+    )

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From imageserver's settings to gunicorn's names; no logic here."""
+
+import os
+
+from imageserver.server import hooks
+
+_settings = hooks.load_settings()
+
+wsgi_app = "imageserver.wsgi:create()"
+worker_class = "imageserver.server.worker.ImageWorker"
+bind = [address.replace("unix:@", "unix:\0") for address in _settings.bind]
+workers = _settings.workers
+threads = _settings.threads
+keepalive = int(_settings.keepalive)
+graceful_timeout = int(_settings.drain_timeout)
+# The worker's loop never blocks: one that is silent for this long is stuck.
+timeout = 60
+# Heartbeats are file times; they must not wait for a disk.
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+limit_request_line = 8190
+limit_request_fields = 100
+limit_request_field_size = 8190
+# One parser everywhere, whatever happens to be installed.
+http_parser = "python"
+control_socket_disable = True
+accesslog = None
+errorlog = "-"
+loglevel = _settings.log_level
+proc_name = "imageserver"
+
+on_starting = hooks.on_starting
+on_reload = hooks.on_reload
+post_fork = hooks.post_fork
+child_exit = hooks.child_exit

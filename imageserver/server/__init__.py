@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process side: gunicorn's hooks, and the worker that gives threads only to complete heads."""

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One client connection, as the worker's loop sees it.
+
+    accepted --> HEAD --complete--> WORK --keep-alive--> HEAD
+                  |                   |
+                  |                   +---last answer---> LINGER --> closed
+                  +--too slow, too long: refused--------> LINGER
+
+In HEAD and LINGER the loop reads, without waiting; in WORK one thread owns the connection
+and the loop does not touch it. So a client that is slow with its head, or will not stop
+sending a body nobody wants, costs a file descriptor and no thread.
+"""
+
+import contextlib
+import socket
+from enum import Enum, auto
+
+#: Longest head, in bytes: gunicorn's largest request line and a hundred fields of its default size
+#: would be 800 KiB; clients of an image server need a few hundred bytes.
+MAX_HEAD = 64 * 1024
+#: A head ends with an empty line (RFC 9112 section 2.2). One made with bare LF is complete
+#: too, so that the parser gets to refuse it at once.
+_ENDS = (b"\r\n\r\n", b"\n\n", b"\n\r\n")
+_SCRATCH = 64 * 1024
+
+#: What a refused client may still send and have dropped, so that it lives to read the answer
+#: (contract A4): many HTTP clients send their whole body before they read.
+LINGER_SECONDS = 10.0
+LINGER_BYTES = 1 << 30
+
+
+class State(Enum):
+    """Who reads from the connection, and what for."""
+
+    HEAD = auto()
+    WORK = auto()
+    LINGER = auto()
+    CLOSED = auto()
+
+
+class Connection:
+    """A client's socket, what has been read ahead from it, and until when its state may last."""
+
+    __slots__ = (
+        "_scanned",
+        "address",
+        "buffer",
+        "deadline",
+        "lingered",
+        "listener",
+        "requests",
+        "sock",
+        "state",
+    )
+
+    def __init__(self, sock: socket.socket, address: object, listener: object) -> None:
+        self.sock = sock
+        self.address = address
+        self.listener = listener
+        self.buffer = bytearray()
+        self.state = State.HEAD
+        self.deadline = 0.0
+        self.requests = 0
+        self.lingered = 0
+        self._scanned = 0
+
+    def receive(self) -> bool:
+        """Read what has arrived of a head; False where the client has closed."""
+        data = self.sock.recv(_SCRATCH)
+        self.buffer += data
+        return bool(data)
+
+    def has_head(self) -> bool:
+        """Tell whether a whole head has arrived, or so much that it will be refused."""
+        buffer = self.buffer
+        # A head may follow empty lines (RFC 9112 section 2.2), which are no end of one.
+        while buffer.startswith((b"\r\n", b"\n")):
+            del buffer[: 2 if buffer[0] == 13 else 1]  # noqa: PLR2004 - CR
+        start = max(0, self._scanned - 3)
+        self._scanned = len(buffer)
+        if len(buffer) > MAX_HEAD or any(buffer.find(end, start) >= 0 for end in _ENDS):
+            self._scanned = 0
+            return True
+        return False
+
+    def drop(self, scratch: memoryview) -> bool:
+        """Read and forget what a lingering client sends; False where it has stopped, or must."""
+        # Below TLS: what is dropped need not be decrypted.
+        count = socket.socket.recv_into(self.sock, scratch)
+        self.lingered += count
+        return count > 0 and self.lingered < LINGER_BYTES
+
+    def close(self) -> None:
+        """Close the socket. Never fails, may be called twice."""
+        self.state = State.CLOSED
+        with contextlib.suppress(OSError):
+            self.sock.close()

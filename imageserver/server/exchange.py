@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request and its answer, on a thread: from a complete head to the last byte sent.
+
+Every liberty taken with gunicorn's inside stands here, and ``tests/unit/test_gunicorn.py``
+fails when gunicorn changes it:
+
+- ``Request`` parses a head that is in memory; its ``body`` is replaced by our own input;
+- ``_expected_100_continue`` is taken over, for gunicorn answers before the application runs;
+- ``Response`` is subclassed, to take memoryviews and to put the client timeout on each send;
+- ``create`` makes the environ.
+"""
+
+import contextlib
+import logging
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from gunicorn.http import errors as http
+from gunicorn.http.body import ChunkedReader
+from gunicorn.http.message import Request
+from gunicorn.http.unreader import Unreader
+from gunicorn.http.wsgi import Response, create
+
+from imageserver.errors import ClientGone
+from imageserver.server.connection import Connection
+from imageserver.server.wire import RequestInput, Wire, refusal
+from imageserver.web.body import ZERO_COPY
+
+log = logging.getLogger(__name__)
+
+#: What a head that cannot be parsed is told; the first that fits. gunicorn's own words quote
+#: the client's bytes back, ours do not.
+_HEAD_ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
+    (http.LimitRequestLine, 414, "request line too long"),
+    (http.LimitRequestHeaders, 431, "request head too large"),
+    (http.ExpectationFailed, 417, "unsupported expectation; only 100-continue is supported"),
+    (http.UnsupportedTransferCoding, 501, "unsupported transfer coding"),
+    (http.InvalidRequestLine, 400, "invalid request line"),
+    (http.InvalidRequestMethod, 400, "invalid method"),
+    (http.InvalidHTTPVersion, 400, "unsupported HTTP version"),
+    (http.NoMoreData, 431, "request head too large"),
+    (Exception, 400, "invalid request head"),
+)
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes | memoryview]]
+
+
+class _HeadReader(Unreader):  # type: ignore[misc]  # gunicorn has no types
+    """A head that has been read already; there is never more."""
+
+    def __init__(self, head: bytes) -> None:
+        super().__init__()
+        self.buf.write(head)
+
+    def chunk(self, _size_hint: int | None = None) -> bytes:
+        return b""
+
+
+class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
+    """gunicorn's response, with pieces of any buffer type sent as they are."""
+
+    def __init__(self, req: Any, sock: Any, cfg: Any, wire: Wire, body: RequestInput) -> None:
+        super().__init__(req, sock, cfg)
+        self._wire = wire
+        self.version = "imageserver"
+        self.headers_sent = False
+        self._body = body
+
+    def default_headers(self) -> Any:
+        """Decide on keep-alive as late as possible: a body left unread ends the connection."""
+        self._body.discard_early()
+        if self._body.left:
+            self.force_close()
+        return super().default_headers()
+
+    def head(self) -> bytes:
+        """Return the head, once; empty when it has been sent."""
+        if self.headers_sent:
+            return b""
+        self.headers_sent = True
+        lines = self.default_headers()
+        lines.extend([f"{name}: {value}\r\n" for name, value in self.headers])
+        return ("".join(lines) + "\r\n").encode("latin-1")
+
+    def write(self, piece: bytes | memoryview) -> None:
+        """Send a piece of the body, the head before the first."""
+        size = 0 if self._omits_body else len(piece)
+        if size == 0:
+            self._wire.send(self.head())
+            return
+        self.sent += size
+        if self.response_length is not None and self.sent > self.response_length:
+            raise RuntimeError(f"body is longer than its Content-Length {self.response_length}")
+        if self.chunked:
+            self._wire.send(self.head(), b"%X\r\n" % size, piece, b"\r\n")
+        else:
+            self._wire.send(self.head(), piece)
+
+    def finish(self) -> None:
+        """Send what ends the answer."""
+        end = b""
+        if not self._omits_body:
+            if self.response_length is not None and self.sent != self.response_length:
+                raise RuntimeError(f"body has {self.sent} bytes of {self.response_length}")
+            end = b"0\r\n\r\n" if self.chunked else b""
+        self._wire.send(self.head(), end)
+
+
+def serve(conn: Connection, wire: Wire, app: Application, cfg: Any, *, last: bool) -> bool:
+    """Answer the request whose head is in ``conn.buffer``; return whether another may follow.
+
+    ``last``: the connection is to end with this answer.
+
+    Raises:
+        ClientGone: the connection is of no use any more, and is to be cut.
+    """
+    conn.requests += 1
+    reader = _HeadReader(bytes(conn.buffer))
+    try:
+        req = Request(cfg, reader, conn.address, conn.requests)
+    except Exception as exc:  # noqa: BLE001 - gunicorn's parse errors have no common root
+        wire.send(_refused_head(conn, exc))
+        return False
+    conn.buffer[:] = reader.take_buffered()
+    chunked = isinstance(req.body.reader, ChunkedReader)
+    # A chunked body is never read (contract A3): its end is unknown, so the connection ends.
+    body = RequestInput(
+        wire,
+        conn.buffer,
+        1 << 62 if chunked else req.body.reader.length,
+        expects_continue=req._expected_100_continue,  # noqa: SLF001
+    )
+    req._expected_100_continue = False  # noqa: SLF001
+    resp, environ = create(
+        req, conn.sock, conn.address, conn.listener, cfg, ImageResponse, (wire, body)
+    )
+    environ["wsgi.input"] = body
+    environ["wsgi.multithread"] = True
+    environ[ZERO_COPY] = True
+    if last:
+        resp.force_close()
+    _answer(resp, wire, environ, app)
+    return not resp.should_close()
+
+
+def _answer(resp: ImageResponse, wire: Wire, environ: dict[str, Any], app: Application) -> None:
+    try:
+        pieces = app(environ, resp.start_response)
+        try:
+            for piece in pieces:
+                resp.write(piece)
+        finally:
+            if hasattr(pieces, "close"):
+                pieces.close()
+        resp.finish()
+    except ClientGone:
+        raise
+    except Exception as exc:
+        log.warning("answer to %s cut off: %s: %s", environ["RAW_URI"], type(exc).__name__, exc)
+        if resp.headers_sent:
+            raise ClientGone from exc
+        resp.force_close()
+        wire.send(refusal(500, "internal error"))
+
+
+def _refused_head(conn: Connection, exc: Exception) -> bytes:
+    status, message = next((s, m) for cls, s, m in _HEAD_ERRORS if isinstance(exc, cls))
+    if isinstance(exc, http.InvalidHeader) and exc.hdr == "CONTENT-LENGTH":
+        message = "Invalid Content-Length"
+    log.info("head refused: client=%s status=%d %s", conn.address, status, message)
+    return refusal(status, message)
+
+
+def cut(sock: socket.socket) -> None:
+    """Break a connection so that the client cannot take what it has for the whole (RST)."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gunicorn's hooks as plain functions, and the checks that let a server start or stop it.
+
+``gunicorn.conf.py`` names them; nothing there has logic of its own.
+"""
+
+import logging
+import os
+import socket
+from typing import Any
+
+from imageserver import logs
+from imageserver.locks import ImageLocks
+from imageserver.registry import Registry, UntrustedDirectory
+from imageserver.server.worker import ImageWorker
+from imageserver.settings import InvalidSetting, Settings
+from imageserver.shared import SharedTable, UnusableDirectory, prepare_directory
+from imageserver.slots import IncompatibleTable
+
+log = logging.getLogger(__name__)
+
+
+class CannotStart(Exception):
+    """The server must not start; ``str()`` is one sentence that says what to do."""
+
+
+def load_settings() -> Settings:
+    """Read the settings, or end the process with a sentence."""
+    try:
+        return Settings.from_environ(os.environ)
+    except InvalidSetting as exc:
+        raise SystemExit(f"imageserver: {exc}") from exc
+
+
+def check(settings: Settings) -> list[str]:
+    """Prove that the server can work with these settings; return warnings.
+
+    Raises:
+        CannotStart: it cannot.
+    """
+    try:
+        import nbd  # noqa: F401, PLC0415 - proves that it is there
+    except ImportError as exc:
+        raise CannotStart(
+            "libnbd's Python binding is missing: install the package python3-libnbd "
+            "(apt install python3-libnbd, dnf install python3-libnbd) for the Python that "
+            "runs this server, in a virtual environment made with --system-site-packages."
+        ) from exc
+    warnings = _check_config_directory(settings)
+    try:
+        prepare_directory(settings.runtime_dir)
+        prepare_directory(settings.locks_dir)
+        table = SharedTable(settings.runtime_dir, settings.slot_limits)
+        table.open()
+        table.close()
+    except (UnusableDirectory, IncompatibleTable, OSError) as exc:
+        raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
+    return warnings
+
+
+def _check_config_directory(settings: Settings) -> list[str]:
+    try:
+        Registry(settings.config_dir, settings.config_owners).check()
+    except FileNotFoundError:
+        return [f"config directory {settings.config_dir} does not exist yet: no transfer is known"]
+    except UntrustedDirectory as exc:
+        raise CannotStart(
+            f"IMAGESERVER_CONFIG_DIR: {exc}; chown it to a trusted owner and chmod 0755 it."
+        ) from exc
+    except OSError as exc:
+        raise CannotStart(
+            f"IMAGESERVER_CONFIG_DIR={settings.config_dir} cannot be used: {exc.strerror}."
+        ) from exc
+    return []
+
+
+def on_starting(arbiter: Any) -> None:
+    """Before anything is bound: check, clean up after predecessors, or end the process."""
+    settings = load_settings()
+    logs.configure(settings.log_level)
+    try:
+        warnings = check(settings)
+    except CannotStart as exc:
+        raise SystemExit(f"imageserver: {exc}") from exc
+    for warning in warnings:
+        log.warning("%s", warning)
+    _check_addresses(settings)
+    ImageLocks(settings.locks_dir).prune()
+    _sweep(settings)
+    _reload_without_waiting(arbiter)
+
+
+def _check_addresses(settings: Settings) -> None:
+    """Refuse a port that another server has, in one sentence; gunicorn takes 5 s and 11 lines."""
+    if "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ:
+        return  # sockets come from the running server, or from systemd
+    for address in settings.bind:
+        if address.startswith("unix:"):
+            continue
+        host, _, port = address.rpartition(":")
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), int(port)))
+                probe.listen()
+            except OSError as exc:
+                raise SystemExit(
+                    f"imageserver: IMAGESERVER_BIND: {address} cannot be used "
+                    f"({exc.strerror}); stop what listens there or choose another address."
+                ) from exc
+
+
+def post_fork(arbiter: Any, worker: Any) -> None:
+    """In a new worker, before anything else."""
+    if isinstance(worker, ImageWorker):  # else gunicorn was told to use another class
+        worker.catch_early_signals(arbiter.SIG_QUEUE)
+
+
+def child_exit(_arbiter: Any, _worker: Any) -> None:
+    """Free at once what a worker held. A courtesy: claims sweep too. Never raises."""
+    try:
+        _sweep(load_settings())
+    except Exception:  # an exception here would stop the master
+        log.exception("sweep after a worker's exit failed")
+
+
+def _sweep(settings: Settings) -> None:
+    # Opened for this one sweep: a table kept open here would be inherited by every worker.
+    table = SharedTable(settings.runtime_dir, settings.slot_limits)
+    try:
+        table.sweep()
+    finally:
+        table.close()
+
+
+def _reload_without_waiting(arbiter: Any) -> None:
+    """Keep the master responsive during a reload.
+
+    gunicorn's ``reload`` waits for the old workers up to the graceful timeout, deaf to
+    signals and to dying new workers. Ours drain for as long as a transfer takes and do not
+    mind a second SIGTERM, which is what that wait is there to prevent.
+    """
+    reload = arbiter.reload
+
+    def prompt_reload() -> None:
+        graceful_timeout = arbiter.cfg.graceful_timeout
+        try:
+            reload()
+        finally:
+            arbiter.cfg.set("graceful_timeout", graceful_timeout)
+
+    arbiter.reload = prompt_reload
+
+
+def on_reload(arbiter: Any) -> None:
+    """During a reload, after the configuration was read again: see above."""
+    arbiter.cfg.set("graceful_timeout", 0)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop of a worker: everything that waits for a client and needs no thread.
+
+It accepts, reads heads, keeps idle connections, and lets refused clients finish. It never
+blocks and does no work of its own; a connection whose head is complete goes to ``dispatch``
+and is the loop's again when a thread hands it back. Epoll events are one-shot, so a
+connection is never looked at by two threads.
+"""
+
+import contextlib
+import errno
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from imageserver.server.connection import LINGER_SECONDS, Connection, State
+from imageserver.server.wire import refusal
+
+log = logging.getLogger(__name__)
+
+#: How late a timeout may be noticed, in seconds.
+TICK = 0.25
+#: How long accepting rests when no file descriptor is free.
+_FULL_SECONDS = 0.1
+#: Connections that wait at most; beyond, the one with the least time left goes.
+_MAX_WAITING = 8192
+
+_ONCE = select.EPOLLIN | select.EPOLLONESHOT
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a connection may wait, in seconds: for a head, and idle between requests."""
+
+    head: float
+    idle: float
+
+
+class Loop:
+    """Connections that wait. ``keep`` and ``linger`` may be called from any thread."""
+
+    def __init__(
+        self,
+        patience: Patience,
+        dispatch: Callable[[Connection], None],
+        hesitate: Callable[[], float],
+    ) -> None:
+        """``hesitate``: for how long to leave a new connection to the other workers."""
+        self._patience = patience
+        self._dispatch = dispatch
+        self._hesitate = hesitate
+        self._epoll = select.epoll()
+        self._listeners: dict[int, Any] = {}
+        self._paused: dict[int, float] = {}
+        self._events: dict[int, Callable[[], None]] = {}
+        self._waiting: dict[int, Connection] = {}
+        self._expired = 0.0
+        self._scratch = memoryview(bytearray(256 * 1024))
+
+    def listen(self, listener: Any) -> None:
+        """Accept from a listening socket."""
+        listener.setblocking(0)
+        self._listeners[listener.fileno()] = listener
+        self._epoll.register(listener.fileno(), select.EPOLLIN)
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call back whenever ``fd`` is readable."""
+        self._events[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def forget(self, fd: int) -> None:
+        """Stop watching ``fd``."""
+        del self._events[fd]
+        self._epoll.unregister(fd)
+
+    def is_empty(self) -> bool:
+        """Tell whether no connection waits."""
+        return not self._waiting
+
+    def step(self) -> None:
+        """Wait for something to happen, at most a tick, and see to it."""
+        now = time.monotonic()
+        timeout = min([TICK, *(due - now for due in self._paused.values())])
+        for fd, _ in self._epoll.poll(max(0.0, timeout)):
+            if fd in self._waiting:
+                self._on_connection(self._waiting[fd])
+            elif fd in self._listeners:
+                self._on_listener(fd)
+            elif fd in self._events:
+                self._events[fd]()
+        now = time.monotonic()
+        for fd in [fd for fd, due in self._paused.items() if due <= now]:
+            del self._paused[fd]
+            self._epoll.modify(fd, select.EPOLLIN)
+            self._accept(self._listeners[fd])
+        if now - self._expired >= TICK:
+            self._expired = now
+            self._expire(now)
+
+    def _expire(self, now: float) -> None:
+        for conn in [conn for conn in self._waiting.values() if conn.deadline <= now]:
+            if conn.state is State.HEAD and conn.buffer:
+                self.refuse(conn, refusal(408, "request head took too long"))
+            else:
+                self.close(conn)
+
+    # Accepting
+
+    def _on_listener(self, fd: int) -> None:
+        seconds = self._hesitate()
+        if seconds:
+            self._pause(fd, seconds)
+        else:
+            self._accept(self._listeners[fd])
+
+    def _pause(self, fd: int, seconds: float) -> None:
+        self._epoll.modify(fd, 0)
+        self._paused[fd] = time.monotonic() + seconds
+
+    def _accept(self, listener: Any) -> None:
+        try:
+            sock, address = listener.accept()
+        except OSError as exc:
+            if exc.errno in {errno.EMFILE, errno.ENFILE}:
+                log.warning("no file descriptor is free for another connection")
+                self._pause(listener.fileno(), _FULL_SECONDS)
+            return  # else another worker was quicker, or the client has gone
+        sock.settimeout(0)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if len(self._waiting) >= _MAX_WAITING:
+            self.close(min(self._waiting.values(), key=lambda conn: conn.deadline))
+        conn = Connection(sock, address or "unix", listener.getsockname())
+        self._epoll.register(sock.fileno(), 0)
+        self._wait_for(conn, State.HEAD, self._patience.head)
+
+    # Connections that wait
+
+    def _on_connection(self, conn: Connection) -> None:
+        try:
+            if conn.state is State.LINGER:
+                more = conn.drop(self._scratch)
+            else:
+                is_idle = not conn.buffer
+                more = conn.receive()
+                if conn.has_head():
+                    del self._waiting[conn.sock.fileno()]
+                    self._dispatch(conn)
+                    return
+                if is_idle and conn.requests:
+                    conn.deadline = time.monotonic() + self._patience.head
+        except BlockingIOError:
+            more = True
+        except OSError:
+            more = False
+        if more:
+            self._epoll.modify(conn.sock.fileno(), _ONCE)
+        else:
+            self.close(conn)
+
+    def keep(self, conn: Connection) -> None:
+        """Wait for a connection's next request."""
+        seconds = self._patience.head if conn.buffer else self._patience.idle
+        self._wait_for(conn, State.HEAD, seconds)
+
+    def refuse(self, conn: Connection, answer: bytes) -> None:
+        """Give a last answer without a thread; a client that does not take it misses it."""
+        with contextlib.suppress(OSError):
+            conn.sock.send(answer)  # a few hundred bytes into an empty buffer: never partial
+        self.linger(conn)
+
+    def linger(self, conn: Connection) -> None:
+        """Half-close, then read and drop, so that the answer reaches a client that still sends."""
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close(conn)
+        else:
+            self._wait_for(conn, State.LINGER, LINGER_SECONDS)
+
+    def _wait_for(self, conn: Connection, state: State, seconds: float) -> None:
+        conn.state = state
+        conn.deadline = time.monotonic() + seconds
+        fd = conn.sock.fileno()
+        self._waiting[fd] = conn
+        self._epoll.modify(fd, _ONCE)  # last: from here on the loop may act on it
+
+    def close(self, conn: Connection) -> None:
+        """Close a connection, whoever has it."""
+        self._waiting.pop(conn.sock.fileno(), None)
+        conn.close()
+
+    # Stopping
+
+    def close_listeners(self) -> None:
+        """Accept no more; the port is free for others at once."""
+        for fd, listener in self._listeners.items():
+            self._epoll.unregister(fd)
+            listener.close()
+        self._listeners.clear()
+        self._paused.clear()
+
+    def close_idle(self) -> None:
+        """Close the connections of which no part of a request has arrived."""
+        for conn in list(self._waiting.values()):
+            if conn.state is State.HEAD and not conn.buffer:
+                self.close(conn)
+
+    def close_all(self) -> None:
+        """Close every connection that waits."""
+        for conn in list(self._waiting.values()):
+            self.close(conn)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The threads of a worker: each serves one connection's requests, then takes another.
+
+Probes (OPTIONS, HEAD) have threads of their own, so that they never queue behind transfers.
+A transfer that finds no thread is answered 503 at once.
+
+A thread that has answered stays with its connection for a moment: a client that sends its
+next request at once is served without a way through the loop, which for small requests
+costs as much as the request itself.
+"""
+
+import contextlib
+import logging
+import select
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from imageserver.errors import ClientGone
+from imageserver.server.connection import Connection, State
+from imageserver.server.exchange import Application, cut, serve
+from imageserver.server.loop import Loop
+from imageserver.server.wire import Wire, refusal, wait
+
+log = logging.getLogger(__name__)
+
+#: Threads for probes alone. Each may wait a second for a silent NBD server.
+PROBE_THREADS = 8
+#: Probes that may wait for a probe thread; a second's worth at the usual rate.
+_PROBE_BACKLOG = 1024
+#: How long a thread stays with a connection after an answer. A client on the same host
+#: needs 0.1 ms for its next request, one in the same building 0.5 ms.
+_STAY_SECONDS = 0.001
+_PROBES = (b"OPTIONS ", b"HEAD ")
+
+
+class _Pool:
+    """Some threads, and who is with them."""
+
+    def __init__(self, name: str, threads: int, room: int) -> None:
+        self._executor = ThreadPoolExecutor(threads, name)
+        self.threads = threads
+        self.room = room
+        self.connections: set[Connection] = set()
+
+    def submit(self, work: Callable[..., None], *arguments: object) -> None:
+        self._executor.submit(work, *arguments)
+
+
+class Pools:
+    """Hands connections with complete heads to threads, and back to the loop."""
+
+    def __init__(self, threads: int, client_timeout: float, changed: Callable[[], None]) -> None:
+        """``changed`` is called whenever ``busy`` may be another."""
+        self._client_timeout = client_timeout
+        self._changed = changed
+        self._transfers = _Pool("transfer", threads, threads)
+        self._probes = _Pool("probe", PROBE_THREADS, _PROBE_BACKLOG)
+        self._app: Application
+        self._cfg: Any
+        self._loop: Loop
+        self.last = False
+        """True: every answer is the last on its connection."""
+
+    def start(self, app: Application, cfg: Any, loop: Loop) -> None:
+        """Say what is served, and where connections go afterwards."""
+        self._app, self._cfg, self._loop = app, cfg, loop
+
+    def busy(self) -> int:
+        """Return how many connections are with transfer threads."""
+        return len(self._transfers.connections)
+
+    def is_empty(self) -> bool:
+        """Tell whether no thread has a connection."""
+        return not (self._transfers.connections or self._probes.connections)
+
+    def dispatch(self, conn: Connection) -> None:
+        """Give a connection with a complete head to a thread."""
+        pool = self._probes if conn.buffer.startswith(_PROBES) else self._transfers
+        if len(pool.connections) >= pool.room:
+            self._loop.refuse(conn, refusal(503, "server busy", retry=True))
+            return
+        conn.state = State.WORK
+        pool.connections.add(conn)
+        self._changed()
+        pool.submit(self._work, pool, conn)
+
+    def abort(self, seconds: float) -> None:
+        """Cut every connection; give the threads a moment to give back what they hold."""
+        deadline = time.monotonic() + seconds
+        while not self.is_empty() and time.monotonic() < deadline:
+            for conn in [*self._transfers.connections, *self._probes.connections]:
+                with contextlib.suppress(OSError):
+                    conn.sock.shutdown(socket.SHUT_RDWR)
+            time.sleep(0.01)
+
+    # On a thread
+
+    def _work(self, pool: _Pool, conn: Connection) -> None:
+        after: Callable[[Connection], None] = self._loop.close
+        try:
+            after = self._serve(pool, conn)
+        except ClientGone:
+            cut(conn.sock)
+        except BaseException:
+            log.exception("connection lost")
+            cut(conn.sock)
+        finally:
+            pool.connections.discard(conn)
+            self._changed()
+            after(conn)
+
+    def _serve(self, pool: _Pool, conn: Connection) -> Callable[[Connection], None]:
+        """Answer as long as requests follow at once; return what is to become of the connection."""
+        wire = Wire(conn.sock, self._client_timeout)
+        while serve(conn, wire, self._app, self._cfg, last=self.last):
+            if not self._has_next(pool, conn):
+                return self._loop.keep
+            if pool is self._probes and not conn.buffer.startswith(_PROBES):
+                return self.dispatch
+        return self._loop.linger
+
+    def _has_next(self, pool: _Pool, conn: Connection) -> bool:
+        if conn.has_head():
+            return True
+        if len(pool.connections) > pool.threads or self.last:
+            return False  # others wait for this thread
+        if not wait(conn.sock, select.POLLIN, _STAY_SECONDS):
+            return False
+        try:
+            return conn.receive() and conn.has_head()
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            raise ClientGone from exc

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker process: a loop that waits, threads that serve, and an orderly end.
+
+    listeners --accept--> [ loop: heads, idle connections, refused uploads ]
+                                |  head complete
+                   OPTIONS, HEAD|  everything else
+                         v             v
+                  [ probe threads ] [ transfer threads ]   each: serve(), then back to the loop
+
+Stopping: the listeners close at once; connections that were accepted are served to the end
+of their request. An idle connection is kept open while other workers live on (a reload): its
+next request is answered, with ``Connection: close``. The drain timeout bounds it all.
+"""
+
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from typing import Any
+
+from gunicorn.workers.base import Worker
+
+from imageserver import logs
+from imageserver.ports import Ticket
+from imageserver.server.loop import Loop, Patience
+from imageserver.server.pools import Pools
+from imageserver.settings import Settings
+from imageserver.shared import SharedTable
+from imageserver.slots import Kind
+
+log = logging.getLogger(__name__)
+
+#: How long a busier worker leaves a new connection to a less busy one, per request of difference.
+_YIELD_SECONDS = 0.01
+_MAX_YIELD_SECONDS = 0.05
+#: How long an idle connection survives a stop when no other worker takes over.
+_STOP_IDLE_SECONDS = 1.0
+#: How long threads get to notice that their connections were cut, before the process ends.
+_ABORT_SECONDS = 3.0
+#: How often the master is shown a sign of life; its patience is a minute (gunicorn.conf.py).
+_NOTIFY_SECONDS = 1.0
+
+
+class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
+    """A gunicorn worker for long transfers and frequent probes."""
+
+    def init_process(self) -> None:
+        """Set up what must belong to this process alone, then run the loop."""
+        self.settings = settings = Settings.from_environ(os.environ)
+        logs.configure(settings.log_level)
+        _raise_file_limit()
+        self._notified = 0.0
+        self._is_quitting = False
+        self._table = SharedTable(settings.runtime_dir, settings.slot_limits)
+        self._row = self._table.claim(Kind.WORKER, Ticket("", "worker", "", ""))
+        self._pools = Pools(settings.threads, settings.client_timeout, self._publish)
+        patience = Patience(settings.client_timeout, settings.keepalive)
+        self._loop = Loop(patience, self._pools.dispatch, self._hesitate)
+        super().init_process()
+
+    # Signals: flags only; set_wakeup_fd (base.init_signals) ends the wait.
+
+    def catch_early_signals(self, pending: Any) -> None:
+        """Heed what comes between fork and ``init_signals``, where the master's handlers stand.
+
+        Those only queue: ``pending`` is this process's copy of the master's queue.
+        """
+        signal.signal(signal.SIGTERM, self.handle_exit)
+        signal.signal(signal.SIGQUIT, self.handle_exit)
+        signal.signal(signal.SIGINT, self.handle_exit)
+        while not pending.empty():
+            if pending.get_nowait() in {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}:
+                self.alive = False
+
+    def handle_exit(self, _sig: int, _frame: Any) -> None:
+        """SIGTERM: drain."""
+        self.alive = False
+
+    def handle_quit(self, _sig: int, _frame: Any) -> None:
+        """SIGINT, SIGQUIT: stop now."""
+        self.alive = False
+        self._is_quitting = True
+
+    def handle_abort(self, _sig: int, _frame: Any) -> None:
+        """SIGABRT: the master has given this process up."""
+        os._exit(1)
+
+    # Running
+
+    def run(self) -> None:
+        """Serve until told to stop or orphaned, then drain."""
+        self._pools.start(self.wsgi, self.cfg, self._loop)
+        self._loop.watch(self.PIPE[0], self._woken)
+        # Readable when the parent dies (pidfd_open(2)): orphans must free their port at once.
+        parent = os.pidfd_open(self.ppid)
+        self._loop.watch(parent, lambda: self._orphaned(parent))
+        for listener in self.sockets:
+            self._loop.listen(listener)
+        self._publish()
+        log.info("worker %d accepts connections", self.pid)
+        while self.alive:
+            self._step()
+        self._drain()
+
+    def _woken(self) -> None:
+        os.read(self.PIPE[0], 4096)
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        if now - self._notified >= _NOTIFY_SECONDS:
+            self._notified = now
+            self.notify()
+        self._loop.step()
+
+    def _orphaned(self, parent: int) -> None:
+        log.warning("master died; worker %d finishes what runs and ends", self.pid)
+        self._loop.forget(parent)
+        self.alive = False
+
+    def _publish(self) -> None:
+        """Tell the other workers how busy this one is, and whether it accepts."""
+        self._row.progress(self._pools.busy(), int(self.alive))
+
+    def _hesitate(self) -> float:
+        """Return how long to leave a new connection to less busy workers, who hear of it too."""
+        busy = [row.done for row in self._table.holders(Kind.WORKER) if row.expected]
+        excess = self._pools.busy() - min(busy, default=0)
+        return min(max(0.0, excess * _YIELD_SECONDS), _MAX_YIELD_SECONDS)
+
+    # Stopping
+
+    def _drain(self) -> None:
+        self._loop.close_listeners()
+        self._pools.last = True
+        self._publish()
+        began = time.monotonic()
+        while not (self._loop.is_empty() and self._pools.is_empty()):
+            now = time.monotonic()
+            if self._is_quitting or now > began + self.settings.drain_timeout:
+                self._abort()
+            if now > began + _STOP_IDLE_SECONDS and not self._has_successor():
+                self._loop.close_idle()
+            self._step()
+        self._row.release()
+
+    def _has_successor(self) -> bool:
+        return any(row.expected for row in self._table.holders(Kind.WORKER))
+
+    def _abort(self) -> None:
+        """End within seconds, with everything given back that threads can give back."""
+        self._loop.close_all()
+        self._pools.abort(_ABORT_SECONDS)
+        self._row.release()
+        sys.stderr.flush()
+        os._exit(0)  # not through atexit, which would wait for the threads
+
+
+def _raise_file_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

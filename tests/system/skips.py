@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine may be unable to do: the only tests that are ever skipped, and why.
+
+A test marked ``needs("name")`` runs wherever the machine can; nothing else skips.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+
+
+class Ability(NamedTuple):
+    """Something a test needs of the machine: a name, why it may lack, whether it is there."""
+
+    name: str
+    reason: str
+    is_there: Callable[[], bool]
+
+
+def _succeeds(*command: str) -> bool:
+    return shutil.which(command[0]) is not None and not subprocess.call(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def _loop_devices() -> bool:
+    return os.geteuid() == 0 and _succeeds("losetup", "--find")
+
+
+def _mounts() -> bool:
+    return _succeeds("unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt")
+
+
+def _xattrs() -> bool:
+    with tempfile.NamedTemporaryFile() as file:
+        try:
+            os.setxattr(file.name, "user.test", b"1")
+        except OSError:
+            return False
+    return True
+
+
+ABILITIES: tuple[Ability, ...] = (
+    Ability("loop devices", "needs root and /dev/loop*", _loop_devices),
+    Ability("mounts", "needs root and mount namespaces", _mounts),
+    Ability("owners", "only root can give files away", lambda: os.geteuid() == 0),
+    Ability("xattrs", "the temporary directory has no user attributes", _xattrs),
+    Ability("ptrace", "strace may not trace here", lambda: _succeeds("strace", "-f", "true")),
+)
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skip a test where the machine lacks this ability."""
+    ability = next(ability for ability in ABILITIES if ability.name == name)
+    return pytest.mark.skipif(not ability.is_there(), reason=f"{name}: {ability.reason}")

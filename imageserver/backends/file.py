@@ -1,41 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files: read as they are, replaced as a whole, synced on flush.
 
-A replacement is written to a nameless file in the target's own directory, synced, given a
-name and renamed over the target:
-
-    O_TMPFILE --write--> fsync --linkat--> .imageserver-XXXX.part --rename--> image --fsync--> dir
-
-so readers and disk see the old image or the new one, and whoever dies on the way leaves
-nothing behind (but for the moment between linkat and rename; the next replacement in that
-directory sweeps such a file, which is told from a live one by its lock). Where the file
-system has no O_TMPFILE, the file has its name from the beginning.
+A replacement is written beside its target and renamed over it (``replacement``); receiving
+it and writing it overlap (``ring``).
 
 Block devices cannot be replaced and are written in place.
 """
 
-import contextlib
 import errno
-import fcntl
 import os
-import secrets
 import stat
-from collections.abc import Generator, Iterator
-from typing import Self
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from queue import SimpleQueue
 
+from imageserver.backends.replacement import NewFile, copy_attributes, sweep, sync_directory
+from imageserver.backends.ring import Ring, Side, fill
 from imageserver.errors import BadRequest, FileAccessError, NoSpace, ShortBody
 from imageserver.extents import Extent
 from imageserver.ports import ImageInfo, Intent, Source
 from imageserver.transfers import FileImage
 
-_PREFIX = ".imageserver-"
-_SUFFIX = ".part"
 #: Holes are looked for in steps of this size, the default cluster of qcow2 and the usual
 #: extent granularity; a step that is all zeros is skipped, not written.
 _HOLE = 64 * 1024
 _ZEROS = bytes(_HOLE)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
+#: Buffers of a replacement: one being received, one being written, one to spare.
+_DEPTH = 3
 
 
 class ImageFiles:
@@ -127,41 +120,53 @@ class ImageFile:
             raise FileAccessError(str(exc)) from exc
 
     def _overwrite(self, length: int, source: Source) -> Iterator[int]:
-        if length > self.info.size:
-            raise BadRequest(
-                f"Content-Length ({length}) must not exceed device size ({self.info.size})"
-            )
-        for offset, data in self._pieces(length, source):
-            _write_all(self._fd, data, offset)
-            yield offset + len(data)
+        if length > self.size:
+            raise BadRequest(f"Content-Length ({length}) must not exceed device size ({self.size})")
+        yield from self._copy(length, source, lambda data, at: _write_all(self._fd, data, at))
 
     def _replace(self, length: int, source: Source) -> Iterator[int]:
-        sweep(os.path.dirname(self._path))
-        with _NewFile(os.path.dirname(self._path)) as new:
-            for offset, data in self._pieces(length, source):
-                _write_sparsely(new.fd, data, offset)
-                yield offset + len(data)
+        directory = os.path.dirname(self._path)
+        sweep(directory)
+        with NewFile(directory) as new:
+            yield from self._copy(
+                length, source, lambda data, at: _write_sparsely(new.fd, data, at)
+            )
             os.ftruncate(new.fd, length)
             if self._fd >= 0:
-                _copy_attributes(self._fd, new.fd)
+                copy_attributes(self._fd, new.fd)
             os.fsync(new.fd)
             new.rename(self._path)
         yield length
 
-    def _pieces(self, length: int, source: Source) -> Iterator[tuple[int, memoryview]]:
-        """Yield (offset, bytes) until the body is complete."""
-        buffer = memoryview(bytearray(min(self._chunk, length)))
-        at = 0
-        while at < length:
-            wanted = buffer[: length - at]
-            filled = 0
-            while filled < len(wanted):
-                count = source.readinto(wanted[filled:])
-                if count == 0:
-                    raise ShortBody(at + filled)
-                filled += count
-            yield at, wanted
-            at += filled
+    def _copy(
+        self, length: int, source: Source, write: Callable[[memoryview, int], None]
+    ) -> Iterator[int]:
+        """Receive here and write on a thread; yield how much was handed over."""
+        ring = Ring(_DEPTH, min(self._chunk, length))
+        filled: SimpleQueue[tuple[bytearray, int, int] | None] = SimpleQueue()
+
+        def work() -> None:
+            while (item := filled.get()) is not None:
+                buffer, size, offset = item
+                write(memoryview(buffer)[:size], offset)
+                ring.give(buffer)
+
+        def stopping() -> AbstractContextManager[object]:
+            filled.put(None)
+            return nullcontext()
+
+        with Side(work, ended=ring.close, stopping=stopping) as side:
+            at = 0
+            while at < length and (buffer := ring.take(0, wait=True)) is not None:
+                size = min(len(buffer), length - at)
+                received = fill(source, memoryview(buffer)[:size])
+                if received < size:
+                    raise ShortBody(at + received)
+                filled.put((buffer, size, at))
+                at += size
+                yield at
+            filled.put(None)
+            side.finish()
 
     def write(self, start: int, length: int, source: Source) -> Iterator[int]:
         """Range writes are not offered for files; the web layer refuses them first."""
@@ -176,7 +181,7 @@ class ImageFile:
         try:
             os.fsync(self._fd)
             if stat.S_ISREG(self._mode):
-                _sync_directory(os.path.dirname(self._path))
+                sync_directory(os.path.dirname(self._path))
         except OSError as exc:
             raise FileAccessError(str(exc)) from exc
 
@@ -187,74 +192,14 @@ class ImageFile:
     def close(self) -> None:
         """Close the file."""
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-
-class _NewFile:
-    """A file that gets its name when it is complete; gone otherwise."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._name: str | None = None
-        try:
-            self.fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except OSError as exc:
-            if exc.errno not in _NO_TMPFILE:
-                raise
-            self._name = self._new_name()
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.fd = os.open(self._name, flags, 0o600)
-        # Tells this file from one whose writer died: see sweep.
-        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _new_name(self) -> str:
-        return os.path.join(self._directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
-
-    def rename(self, target: str) -> None:
-        """Put the file in the target's place, and that on disk."""
-        if self._name is None:
-            name = self._new_name()
-            # open(2), O_TMPFILE: how a nameless file gets one without CAP_DAC_READ_SEARCH. With a
-            # directory descriptor, for without one Python calls link(2), which follows nothing.
-            proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.link(str(self.fd), name, src_dir_fd=proc, follow_symlinks=True)
-            finally:
-                os.close(proc)
-            self._name = name
-        os.rename(self._name, target)
-        self._name = None
-        _sync_directory(self._directory)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._name)
-        os.close(self.fd)
-
-
-def sweep(directory: str) -> None:
-    """Remove what writers that died have left in ``directory``."""
-    with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX):
-                _remove_if_abandoned(entry.path)
-
-
-def _remove_if_abandoned(path: str) -> None:
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                os.unlink(path)
-        finally:
+        if fd < 0:
+            return
+        if os.fstat(fd).st_nlink:
             os.close(fd)
+        else:
+            # The last reference to a file that was replaced: freeing it may take a while
+            # (0.1 s a GiB on tmpfs), for which nobody needs to wait.
+            threading.Thread(target=os.close, args=(fd,), name="close", daemon=True).start()
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -277,31 +222,3 @@ def _write_sparsely(fd: int, data: memoryview, offset: int) -> None:
         at += step
     if run < len(data):
         _write_all(fd, data[run:], offset + run)
-
-
-def _copy_attributes(old: int, new: int) -> None:
-    """Carry owner, mode and extended attributes (ACLs and labels among them) over."""
-    found = os.fstat(old)
-    mine = os.fstat(new)
-    if (found.st_uid, found.st_gid) != (mine.st_uid, mine.st_gid):
-        os.fchown(new, found.st_uid, found.st_gid)
-    for name in _attributes(old):
-        os.setxattr(new, name, os.getxattr(old, name))
-    os.fchmod(new, stat.S_IMODE(found.st_mode))  # last: fchown clears set-id bits
-
-
-def _attributes(fd: int) -> list[str]:
-    try:
-        return os.listxattr(fd)
-    except OSError as exc:
-        if exc.errno == errno.EOPNOTSUPP:
-            return []
-        raise
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -38,6 +39,8 @@ class Job:
     """When a loop ends; when a transfer is cut off (0: not before its end)."""
     count: int = 0
     """How many requests a loop makes, where ``seconds`` is 0."""
+    trust: str = ""
+    """The CA of a server that speaks TLS; plain HTTP without."""
     digest: bool = False
     """Hash what is received. Never in a timed run."""
 
@@ -72,6 +75,8 @@ class Client:
         result.began = time.monotonic()
         with socket.create_connection(("127.0.0.1", self._job.port), SILENCE_SECONDS) as sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._job.trust:
+                sock = self._over_tls(sock)
             if self._job.kind == "loop":
                 self._loop(sock)
             else:
@@ -87,8 +92,15 @@ class Client:
         cut_off = self.result.began + self._job.seconds if self._job.seconds else float("inf")
         self._answer(sock, cut_off)
 
+    def _over_tls(self, sock: socket.socket) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=self._job.trust)
+        return context.wrap_socket(sock, server_hostname="localhost")
+
     def _send_body(self, sock: socket.socket) -> None:
         if not self._job.file:
+            return
+        if isinstance(sock, ssl.SSLSocket):
+            self._send_copied(sock)
             return
         fd = os.open(self._job.file, os.O_RDONLY)
         offset, stop = self._job.offset, self._job.offset + self._job.length
@@ -97,6 +109,15 @@ class Client:
             offset += os.sendfile(sock.fileno(), fd, offset, stop - offset)
         sock.settimeout(SILENCE_SECONDS)
         os.close(fd)
+
+    def _send_copied(self, sock: ssl.SSLSocket) -> None:
+        with open(self._job.file, "rb", buffering=0) as file:
+            file.seek(self._job.offset)
+            left = self._job.length
+            while left:
+                count = file.readinto(self._buffer[:left])
+                sock.sendall(self._buffer[:count])
+                left -= count
 
     def _loop(self, sock: socket.socket) -> None:
         heads, job, result = self._heads, self._job, self.result

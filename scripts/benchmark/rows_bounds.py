@@ -22,8 +22,8 @@ _RUN = 128 * 1024
 
 def options(world: World) -> list[Figure]:
     """OPTIONS on kept-alive connections, against a responder that answers a constant."""
-    _, sock = world.writable
-    path = world.server.add_nbd(sock)
+    _, socks = world.writable
+    path = world.server.add_nbd(socks["ours"])
 
     def rate(port: int) -> float:
         job = Job("loop", port, [f"OPTIONS {path} HTTP/1.1\r\nHost: bench"])

@@ -53,16 +53,16 @@ class Side:
 
 def get_nbd(world: World) -> list[Figure]:
     """GET a whole image over NBD: speed and CPU."""
-    image, sock = world.readable
+    image, socks = world.readable
     size = world.scale.image
-    ours, reference = _nbd_sides(world, sock)
+    ours, reference = _nbd_sides(world, socks)
     for side in (ours, reference):
         _check_get(side, image)
     rounds = Rounds.take(
         world.scale.rounds,
         ours=lambda _: ours.timed(ours.get(), size),
         reference=lambda _: reference.timed(reference.get(), size),
-        nbdcopy=lambda _: _nbdcopy(_uri(sock), "null:"),
+        nbdcopy=lambda _: _nbdcopy(_uri(socks["nbdcopy"]), "null:"),
     )
     work = f"GET {_size(size)} over NBD, one stream"
     return [
@@ -74,15 +74,17 @@ def get_nbd(world: World) -> list[Figure]:
 
 def put_nbd(world: World) -> list[Figure]:
     """PUT a whole image over NBD: speed and CPU."""
-    image, sock = world.writable
+    image, socks = world.writable
     other, _ = world.readable
     size, source = world.scale.image, world.source
-    ours, reference = _nbd_sides(world, sock)
+    ours, reference = _nbd_sides(world, socks)
     rounds = Rounds.take(
         world.scale.rounds,
         ours=_checked_put(ours, source, 0, image),
         reference=_checked_put(reference, source, SHIFT, image),
-        nbdcopy=_checked(lambda: _nbdcopy(str(other), _uri(sock)), image, digest(other, (0, size))),
+        nbdcopy=_checked(
+            lambda: _nbdcopy(str(other), _uri(socks["nbdcopy"])), image, digest(other, (0, size))
+        ),
     )
     work = f"PUT {_size(size)} over NBD, one stream"
     return [
@@ -135,7 +137,7 @@ def put_file(world: World) -> list[Figure]:
 
 def parallel(world: World) -> list[Figure]:
     """GET one image over NBD in four ranges at once."""
-    image, sock = world.readable
+    image, socks = world.readable
     size = world.scale.image
     part = size // _STREAMS
     starts = range(0, size, part)
@@ -149,7 +151,7 @@ def parallel(world: World) -> list[Figure]:
             expect(outcome.digests, wanted, f"ranges of {side.path}")
         return outcome.seconds
 
-    ours, reference = _nbd_sides(world, sock)
+    ours, reference = _nbd_sides(world, socks)
     for side in (ours, reference):
         seconds(side, hashed=True)
     rounds = Rounds.take(
@@ -160,8 +162,8 @@ def parallel(world: World) -> list[Figure]:
 
 def small(world: World) -> list[Figure]:
     """GET 64 KiB ranges one after the other on kept-alive connections."""
-    image, sock = world.readable
-    sides = _nbd_sides(world, sock)
+    image, socks = world.readable
+    sides = _nbd_sides(world, socks)
     chance = random.Random(1)  # noqa: S311 - the same ranges for everybody, each time
     places = [
         [chance.randrange(world.scale.image // _SMALL) * _SMALL for _ in range(_SMALL_HEADS)]
@@ -207,10 +209,10 @@ def _head(method: str, path: str) -> str:
     return f"{method} {path} HTTP/1.1\r\nHost: bench"
 
 
-def _nbd_sides(world: World, sock: Path) -> tuple[Side, Side]:
+def _nbd_sides(world: World, socks: dict[str, Path]) -> tuple[Side, Side]:
     return (
-        Side(world.server.port, world.server.add_nbd(sock), world.server),
-        Side(world.reference.port, f"/{sock.name}", world.reference),
+        Side(world.server.port, world.server.add_nbd(socks["ours"]), world.server),
+        Side(world.reference.port, f"/{socks['reference'].name}", world.reference),
     )
 
 

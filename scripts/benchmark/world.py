@@ -94,6 +94,10 @@ class Server:
         return f"/images/{name}"
 
 
+#: Who is compared over NBD.
+CONTENDERS = ("ours", "reference", "nbdcopy")
+
+
 class World:
     """Everything of one run. Use it in a ``with`` block."""
 
@@ -141,16 +145,24 @@ class World:
     # Servers, for the whole run
 
     @cached_property
-    def readable(self) -> tuple[Path, Path]:
-        """An image with data, and the socket of a read-only qemu-nbd over it."""
-        image = self.data("read.raw", self.scale.image)
-        return image, self._opened.enter_context(self.qemu_nbd(image, "--read-only"))
+    def readable(self) -> tuple[Path, dict[str, Path]]:
+        """An image with data, and per contender the socket of a read-only qemu-nbd over it."""
+        return self._served("read.raw", "--read-only")
 
     @cached_property
-    def writable(self) -> tuple[Path, Path]:
-        """An image to write, and the socket of a qemu-nbd over it."""
-        image = self.data("write.raw", self.scale.image)
-        return image, self._opened.enter_context(self.qemu_nbd(image, "--discard=unmap"))
+    def writable(self) -> tuple[Path, dict[str, Path]]:
+        """An image to write, and per contender the socket of a qemu-nbd over it."""
+        return self._served("write.raw", "--discard=unmap")
+
+    def _served(self, name: str, *options: str) -> tuple[Path, dict[str, Path]]:
+        # To each its own qemu-nbd, as in life: what one client asks for changes how the
+        # process allocates afterwards, and with it the speed of whoever comes next.
+        image = self.data(name, self.scale.image)
+        socks = {
+            who: self._opened.enter_context(self.qemu_nbd(image, *options, who=who))
+            for who in CONTENDERS
+        }
+        return image, socks
 
     @cached_property
     def file(self) -> Path:
@@ -166,7 +178,9 @@ class World:
     def reference(self) -> Server:
         """The synchronous reference over the images above."""
         port = process.free_port()
-        paths = [*self.readable, *self.writable, self.file]
+        paths = [self.file]
+        for image, socks in (self.readable, self.writable):
+            paths += [image, socks["reference"]]
         command = [sys.executable, str(_HERE / "reference.py"), str(port), *map(str, paths)]
         pid = self._start(command, "reference", port)
         return Server(self.directory / "reference", pid, port)
@@ -232,12 +246,13 @@ class World:
             yield server
 
     @contextlib.contextmanager
-    def qemu_nbd(self, image: Path, *options: str) -> Iterator[Path]:
-        """Serve a raw image; yield the socket."""
-        sock = image.with_suffix(".sock")
-        command = [process.program("qemu-nbd"), "--shared=32", "--persistent", "--format=raw"]
-        command += [f"--socket={sock}", *options, str(image)]
-        with process.server(command, image.with_suffix(".log"), lambda _: sock.exists()):
+    def qemu_nbd(self, image: Path, *options: str, who: str = "ours") -> Iterator[Path]:
+        """Serve a raw image, unlocked, for several of these take turns; yield the socket."""
+        sock = image.with_suffix(f".{who}.sock")
+        command = [process.program("qemu-nbd"), "--shared=32", "--persistent", "--image-opts"]
+        opened = f"driver=raw,file.driver=file,file.locking=off,file.filename={image}"
+        command += [f"--socket={sock}", *options, opened]
+        with process.server(command, sock.with_suffix(".log"), lambda _: sock.exists()):
             yield sock
 
     @contextlib.contextmanager

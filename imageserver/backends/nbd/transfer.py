@@ -5,28 +5,20 @@ Requests lie on multiples of the chunk size, within what the server takes. Where
 block size is larger than a byte, a read is widened and cut, and a write's edges are read
 first; the image's lock makes that safe.
 
-A long transfer has a thread for the NBD side, so that receiving from one socket and sending
-to the other overlap; both release the interpreter while they copy:
-
-    read    NBD thread: pread ... complete --filled--> client thread: send
-                  ^--------------empty----------------------'
-    write   client thread: recv --filled--> NBD thread: pwrite ... complete
-                  ^--------------empty----------------------'
-
-Measured on 2 cores against qemu-nbd: about twice what one thread moves in turns. A short
-transfer fits into the ring at once and is done on the spot; there a thread costs more than
-it saves.
+A long transfer has a thread for the NBD side (``ring``), so that receiving from one socket
+and sending to the other overlap: on 2 cores that is about twice what one thread moves in
+turns. A short one fits into the ring at once and is done on the spot; there a thread costs
+more than it saves.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Self
 
 from imageserver.backends.nbd.link import Link
+from imageserver.backends.ring import Ring, Side, fill
 from imageserver.errors import ShortBody
 from imageserver.ports import Source
 
@@ -77,85 +69,30 @@ def _opening_chunks(link: Link, length: int) -> int:
     return max(1, min(_OPENING_CHUNKS, link.maximum // link.chunk))
 
 
-class _Ring:
-    """The buffers of one transfer, as many as it can keep in flight, none larger than needed."""
-
-    def __init__(self, link: Link, length: int) -> None:
-        self._size = min(link.chunk, length + 2 * link.align)
-        #: The whole transfer is in flight at once.
-        self.is_short = length <= link.chunk * (link.depth - 1)
-        self._empty: SimpleQueue[bytearray | None] = SimpleQueue()
-        for _ in range(min(link.depth, 2 + length // link.chunk)):
-            self._empty.put(bytearray(self._size))
-
-    def take(self, size: int, *, wait: bool) -> bytearray | None:
-        """Return a buffer for ``size`` bytes; None where there is none, or after ``close``."""
-        if size > self._size:
-            return bytearray(size)  # the opening request's
-        try:
-            return self._empty.get(block=wait)
-        except Empty:
-            return None
-
-    def give(self, buffer: bytearray) -> None:
-        """Make a buffer available again."""
-        if len(buffer) == self._size:
-            self._empty.put(buffer)
-
-    def close(self) -> None:
-        """Wake whoever waits for a buffer: there will be none."""
-        self._empty.put(None)
+def _ring(link: Link, length: int) -> Ring:
+    """Return as many buffers as ``length`` bytes can keep in flight, none larger than needed."""
+    size = min(link.chunk, length + 2 * link.align)
+    return Ring(min(link.depth, 2 + length // link.chunk), size)
 
 
-class _Side(threading.Thread):
-    """The NBD side of a transfer on a thread of its own, while the ``with`` block runs."""
+def _is_short(link: Link, length: int) -> bool:
+    """Tell whether the whole transfer can be in flight at once."""
+    return length <= link.chunk * (link.depth - 1)
 
-    def __init__(
-        self,
-        link: Link,
-        work: Callable[[], None],
-        ended: Callable[[], None],
-        stop: Callable[[], None],
-    ) -> None:
-        """``ended`` tells the client's side that there will be no more; ``stop`` wakes ours."""
-        super().__init__(name="nbd", daemon=True)
-        self._link = link
-        self._work = work
-        self._ended = ended
-        self._stop_waiting = stop
-        self._failure: BaseException | None = None
 
-    def run(self) -> None:
-        """Do the work; what it fails with is raised by ``finish``."""
-        try:
-            self._work()
-        except BaseException as exc:  # noqa: BLE001 - raised again by the other thread
-            self._failure = exc
-        finally:
-            self._ended()
-
-    def finish(self) -> None:
-        """Wait for the end of the work; raise what it failed with."""
-        self.join()
-        if self._failure:
-            raise self._failure
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        if self.is_alive():
-            with self._link.stopped():
-                self._stop_waiting()
-                self.join()
+@contextmanager
+def _stopping(link: Link, wake: Callable[[], None]) -> Iterator[None]:
+    """Make the thread at the link give up, wherever it waits."""
+    with link.stopped():
+        wake()
+        yield
 
 
 def read(link: Link, start: int, length: int) -> Generator[memoryview]:
     """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
-    ring = _Ring(link, length)
+    ring = _ring(link, length)
     pieces = _read_pieces(link, start, length, ring)
-    if not ring.is_short:
+    if not _is_short(link, length):
         pieces = _read_ahead(link, pieces, ring)
     with closing(pieces):
         for piece in pieces:
@@ -163,7 +100,7 @@ def read(link: Link, start: int, length: int) -> Generator[memoryview]:
             ring.give(piece.buffer)
 
 
-def _read_pieces(link: Link, start: int, length: int, ring: _Ring) -> Generator[_Piece]:
+def _read_pieces(link: Link, start: int, length: int, ring: Ring) -> Generator[_Piece]:
     pieces = _cut(link, start, start + length)
     pending: deque[_Piece] = deque()
     piece = next(pieces, None)
@@ -181,7 +118,7 @@ def _read_pieces(link: Link, start: int, length: int, ring: _Ring) -> Generator[
         yield pending.popleft()
 
 
-def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: _Ring) -> Generator[_Piece]:
+def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Generator[_Piece]:
     """Run ``pieces`` on a thread, as far ahead as there are empty buffers."""
     filled: SimpleQueue[_Piece | None] = SimpleQueue()
 
@@ -189,7 +126,9 @@ def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: _Ring) -> Generator[
         for piece in pieces:
             filled.put(piece)
 
-    with _Side(link, work, ended=lambda: filled.put(None), stop=ring.close) as side:
+    with Side(
+        work, ended=lambda: filled.put(None), stopping=lambda: _stopping(link, ring.close)
+    ) as side:
         while (piece := filled.get()) is not None:
             yield piece
         side.finish()
@@ -197,9 +136,9 @@ def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: _Ring) -> Generator[
 
 def write(link: Link, start: int, length: int, source: Source) -> Generator[int]:
     """Write ``length`` bytes from ``source``: see ``ports.Backend``."""
-    ring = _Ring(link, length)
+    ring = _ring(link, length)
     pieces = _fill_pieces(link, start, length, ring, source)
-    write_pieces = _write_here if ring.is_short else _write_behind
+    write_pieces = _write_here if _is_short(link, length) else _write_behind
     try:
         for acknowledged in write_pieces(link, pieces, ring):
             yield acknowledged - start
@@ -209,7 +148,7 @@ def write(link: Link, start: int, length: int, source: Source) -> Generator[int]
 
 
 def _fill_pieces(
-    link: Link, start: int, length: int, ring: _Ring, source: Source
+    link: Link, start: int, length: int, ring: Ring, source: Source
 ) -> Iterator[_Piece]:
     edges = _read_edges(link, start, start + length)
     for piece in _cut(link, start, start + length):
@@ -222,7 +161,7 @@ def _fill_pieces(
                 at = offset - piece.start
                 buffer[at : at + len(block)] = block
         wanted = piece.wanted()
-        filled = _fill(source, wanted)
+        filled = fill(source, wanted)
         if filled < len(wanted):
             raise ShortBody(piece.low - start + filled)
         yield piece
@@ -240,18 +179,7 @@ def _read_edges(link: Link, start: int, stop: int) -> dict[int, bytes]:
     return edges
 
 
-def _fill(source: Source, view: memoryview) -> int:
-    """Fill ``view`` from ``source``; return how much there was."""
-    filled = 0
-    while filled < len(view):
-        count = source.readinto(view[filled:])
-        if count == 0:
-            break
-        filled += count
-    return filled
-
-
-def _write_here(link: Link, pieces: Iterator[_Piece], _ring: _Ring) -> Iterator[int]:
+def _write_here(link: Link, pieces: Iterator[_Piece], _ring: Ring) -> Iterator[int]:
     pending = []
     for piece in pieces:
         piece.cookie = link.pwrite(piece.whole(), piece.start)
@@ -261,7 +189,7 @@ def _write_here(link: Link, pieces: Iterator[_Piece], _ring: _Ring) -> Iterator[
         yield piece.high
 
 
-def _write_behind(link: Link, pieces: Iterator[_Piece], ring: _Ring) -> Iterator[int]:
+def _write_behind(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Iterator[int]:
     """Fill pieces here and write them on a thread."""
     filled: SimpleQueue[_Piece | None] = SimpleQueue()
     acknowledged: SimpleQueue[int] = SimpleQueue()
@@ -285,7 +213,9 @@ def _write_behind(link: Link, pieces: Iterator[_Piece], ring: _Ring) -> Iterator
                 acknowledged.put(piece.high)
                 ring.give(piece.buffer)
 
-    with _Side(link, work, ended=ring.close, stop=lambda: filled.put(None)) as side:
+    with Side(
+        work, ended=ring.close, stopping=lambda: _stopping(link, lambda: filled.put(None))
+    ) as side:
         for piece in pieces:
             filled.put(piece)
             while not acknowledged.empty():

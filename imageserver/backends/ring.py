@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ring of buffers between two threads: one at the client's socket, one at the image.
+
+    client's side --filled--> image's side        (a write; a read goes the other way round)
+         ^---------empty------------'
+
+Both release the interpreter while they copy, so receiving and writing overlap. The ring's
+few buffers are what keeps one side from running away from the other.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from queue import Empty, SimpleQueue
+from typing import Self
+
+from imageserver.ports import Source
+
+
+class Ring:
+    """``count`` buffers of ``size`` bytes."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._size = size
+        self._empty: SimpleQueue[bytearray | None] = SimpleQueue()
+        for _ in range(count):
+            self._empty.put(bytearray(size))
+
+    def take(self, size: int, *, wait: bool) -> bytearray | None:
+        """Return a buffer for ``size`` bytes; None where there is none, or after ``close``.
+
+        One that is larger than the ring's own is made for the occasion.
+        """
+        if size > self._size:
+            return bytearray(size)
+        try:
+            return self._empty.get(block=wait)
+        except Empty:
+            return None
+
+    def give(self, buffer: bytearray) -> None:
+        """Make a buffer available again."""
+        if len(buffer) == self._size:
+            self._empty.put(buffer)
+
+    def close(self) -> None:
+        """Wake whoever waits for a buffer: there will be none."""
+        self._empty.put(None)
+
+
+class Side(threading.Thread):
+    """The image's side on a thread of its own, for as long as the ``with`` block runs."""
+
+    def __init__(
+        self,
+        work: Callable[[], None],
+        ended: Callable[[], None],
+        stopping: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """``ended`` tells the client's side that there will be no more.
+
+        ``stopping`` is entered while the thread is waited for before its work is done.
+        """
+        super().__init__(name="image", daemon=True)
+        self._work = work
+        self._ended = ended
+        self._stopping = stopping
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work; what it fails with is raised by ``finish``."""
+        try:
+            self._work()
+        except BaseException as exc:  # noqa: BLE001 - raised again by the other thread
+            self._failure = exc
+        finally:
+            self._ended()
+
+    def finish(self) -> None:
+        """Wait for the end of the work; raise what it failed with."""
+        self.join()
+        if self._failure:
+            raise self._failure
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self.is_alive():
+            with self._stopping():
+                self.join()
+
+
+def fill(source: Source, view: memoryview) -> int:
+    """Fill ``view`` from ``source``; return how much there was."""
+    filled = 0
+    while filled < len(view):
+        count = source.readinto(view[filled:])
+        if count == 0:
+            break
+        filled += count
+    return filled

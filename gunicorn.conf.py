@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From imageserver's settings to gunicorn's names; no logic here."""
 
+import math
 import os
 
 from imageserver.server import hooks
@@ -10,10 +11,12 @@ _settings = hooks.load_settings()
 wsgi_app = "imageserver.wsgi:create()"
 worker_class = "imageserver.server.worker.ImageWorker"
 bind = [address.replace("unix:@", "unix:\0") for address in _settings.bind]
+bind.extend(_settings.control_address)
 workers = _settings.workers
 threads = _settings.threads
 keepalive = int(_settings.keepalive)
-graceful_timeout = int(_settings.drain_timeout)
+# A worker ends its drain by itself; until it has given back what it held, the master waits.
+graceful_timeout = math.ceil(_settings.drain_timeout) + 5
 # The worker's loop never blocks: one that is silent for this long is stuck.
 timeout = 60
 # Heartbeats are file times; they must not wait for a disk.
@@ -23,6 +26,9 @@ limit_request_fields = 100
 limit_request_field_size = 8190
 # One parser everywhere, whatever happens to be installed.
 http_parser = "python"
+# No header from anybody changes scheme, path or script name: there is nothing to forward.
+forwarded_allow_ips = ""
+forwarder_headers = ""
 control_socket_disable = True
 accesslog = None
 errorlog = "-"
@@ -30,6 +36,7 @@ loglevel = _settings.log_level
 proc_name = "imageserver"
 
 on_starting = hooks.on_starting
+when_ready = hooks.when_ready
 on_reload = hooks.on_reload
 post_fork = hooks.post_fork
 child_exit = hooks.child_exit

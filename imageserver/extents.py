@@ -86,8 +86,8 @@ class Merger:
     a call must be taken to the end before the next call.
     """
 
-    def __init__(self) -> None:
-        self._start = 0
+    def __init__(self, start: int = 0) -> None:
+        self._start = start
         self._length = 0
         self._zero = False
         self._dirty = False

@@ -52,8 +52,15 @@ def zero(session: Session, span: Span, *, flush: bool) -> None:
     """Zero ``span``; then flush, where asked for and possible."""
     for done in session.backend.zero(span.start, span.length):
         session.progress(done, span.length)
-    if flush and session.info.can_flush:
+    if flush:
+        flush_if_possible(session)
+
+
+def flush_if_possible(session: Session) -> bool:
+    """Flush where the image can; tell whether it was done."""
+    if session.info.can_flush:
         session.backend.flush()
+    return session.info.can_flush
 
 
 def flush(session: Session) -> None:
@@ -67,11 +74,11 @@ def flush(session: Session) -> None:
     session.backend.flush()
 
 
-def extents(session: Session, *, dirty: bool) -> Generator[list[Extent]]:
-    """Yield the image's extents in lists, the last of which may be empty."""
-    size = session.size
-    with session, closing(session.backend.extents(dirty=dirty)) as batches:
+def extents(session: Session, span: Span, *, dirty: bool) -> Generator[list[Extent]]:
+    """Yield the extents of ``span`` in lists, the last of which may be empty."""
+    listed = session.backend.extents(span.start, span.stop, dirty=dirty)
+    with session, closing(listed) as batches:
         for batch in batches:
             if batch:
-                session.progress(batch[-1][0] + batch[-1][1], size)
+                session.progress(batch[-1][0] + batch[-1][1] - span.start, span.length)
             yield batch

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from imageserver.extents import Extent
 from imageserver.slots import Kind
-from imageserver.transfers import Image
+from imageserver.transfers import Image, Transfer
 
 
 class Intent(Enum):
@@ -51,13 +51,22 @@ class ImageInfo:
     can_flush: bool
 
 
+class HasFileno(Protocol):
+    """Something poll(2) can wait for."""
+
+    def fileno(self) -> int:
+        """Return its file descriptor."""
+        ...
+
+
 class Source(Protocol):
     """Where the bytes of a write come from: the client's body."""
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
         """Fill as much of ``buffer`` as has arrived, waiting for at least one byte.
 
-        Returns 0 only where the body has ended (or ``buffer`` is empty).
+        Returns 0 only where the body has ended (or ``buffer`` is empty), or once ``until`` is
+        readable: what the body is for may fail while the client takes its time.
 
         Raises:
             ClientGone: the connection broke or fell silent.
@@ -120,12 +129,16 @@ class Backend(Protocol):
         """Return when all that was written before is on stable storage."""
         ...
 
-    def extents(self, *, dirty: bool) -> Generator[list[Extent]]:
-        """Yield the image's extents, in order, merged, without gaps, in lists of any size.
+    def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
+        """Yield the extents of [start, stop), in order, merged, without gaps, in lists.
 
         ``dirty``: with the dirty flag of the image's bitmap, true everywhere where there is
         none. False everywhere otherwise.
         """
+        ...
+
+    def stop(self) -> None:
+        """Make whoever waits for the back end fail soon; for good. From any thread."""
         ...
 
     def close(self) -> None:
@@ -151,6 +164,10 @@ class Locks(Protocol):
         """Take the image's lock, or raise ``ImageBusy`` at once."""
         ...
 
+    def acquire_briefly(self, image: Image) -> Lock:
+        """Take the lock for a moment, waiting as long for others who have it for a moment."""
+        ...
+
 
 class Slot(Protocol):
     """A place among the readers or writers, and where the operation's progress is shown."""
@@ -169,6 +186,10 @@ class Slots(Protocol):
 
     def claim(self, kind: Kind, ticket: Ticket) -> Slot:
         """Take a slot, or raise ``NoSlot`` at once."""
+        ...
+
+    def operations_on(self, image: str) -> set[str]:
+        """Return the operations of the living that hold an image, by its key."""
         ...
 
 
@@ -190,4 +211,100 @@ class Backends(Protocol):
             BackendError, BackendTimeout: the NBD server refuses, or is silent.
             FileAccessError: the file cannot be opened or sized, or is none.
         """
+        ...
+
+
+class Transfers(Protocol):
+    """Where ids are looked up."""
+
+    def get(self, transfer_id: str) -> Transfer:
+        """Return a transfer, or raise ``UnknownImage``."""
+        ...
+
+
+class Owned(Enum):
+    """Whose the files are that make a transfer known."""
+
+    REGISTERED = "registered"
+    FILE = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What has been done with a transfer."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    last_error: str | None = None
+
+
+class Activity(Protocol):
+    """What all processes know of one transfer's use: who is there, since when nobody was.
+
+    Every method may be called at any time from any process; a visitor's death is noticed by
+    the kernel. ``close`` ends a visit.
+    """
+
+    def idle_ns(self) -> int:
+        """Return how long ago ``touch`` was called last, in nanoseconds."""
+        ...
+
+    def touch(self) -> None:
+        """Say that the transfer is in use now."""
+        ...
+
+    def visitors(self) -> int:
+        """Return how many visits others are on."""
+        ...
+
+    def cut(self) -> None:
+        """Ask every visit that has begun to end at once."""
+        ...
+
+    def is_cut(self, began_ns: int) -> bool:
+        """Tell whether a visit begun at ``began_ns`` (monotonic clock) is to end."""
+        ...
+
+    def add(self, done: Account, *, wait: bool) -> bool:
+        """Add to the account; False where another process was at it and ``wait`` is not set."""
+        ...
+
+    def account(self) -> Account:
+        """Return what has been done with the transfer."""
+        ...
+
+    def close(self) -> None:
+        """Close. Never fails, may be called twice."""
+        ...
+
+
+class Activities(Protocol):
+    """The use of all transfers that can expire."""
+
+    def find(self, owned: Owned, transfer_id: str, *, visit: bool) -> Activity | None:
+        """Open what is known of a transfer's use, ``visit``: as one who uses it; None: nothing."""
+        ...
+
+    def make(self, owned: Owned, transfer_id: str) -> Activity:
+        """Visit a transfer of which nothing need be known."""
+        ...
+
+
+class Registrations(Protocol):
+    """Transfers that a control program has registered."""
+
+    def store(self, transfer: Transfer) -> None:
+        """Make it known to all processes, in place of what its id stood for."""
+        ...
+
+    def remove(self, transfer_id: str) -> None:
+        """Make it unknown to all processes, if it was known. Its activity remains."""
+        ...
+
+    def forget(self, transfer_id: str) -> None:
+        """Drop the activity of what was removed, once nobody is there."""
+        ...
+
+    def count(self) -> int:
+        """Return how many there are, without those that have expired."""
         ...

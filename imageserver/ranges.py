@@ -99,6 +99,58 @@ def parse_range(header: str) -> ByteRange:
     return ByteRange(_number(match["first"]), None if last is None else _number(last))
 
 
+_CONTENT_RANGE = re.compile(
+    r"bytes (?P<first>[0-9]+)-(?P<last>[0-9]+|\*)/(?P<size>[0-9]+|\*)", re.IGNORECASE | re.ASCII
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ContentRange:
+    """Where a body belongs (contract B1): ``length`` bytes from ``first``, of ``size`` if said."""
+
+    first: int
+    length: int
+    size: int | None
+
+    def resolve(self, size: int) -> Span:
+        """Place this range in an image of ``size`` bytes; nothing is clipped.
+
+        Raises:
+            RangeOutsideImage: it does not lie inside.
+            BadRequest: the client believes in another size.
+        """
+        if self.size is not None and self.size != size:
+            raise BadRequest(f"Content-Range size ({self.size}) must equal image size ({size})")
+        if self.first + self.length > size:
+            raise RangeOutsideImage(size)
+        return Span(self.first, self.first + self.length, size)
+
+
+def parse_content_range(header: str, length: int) -> ContentRange:
+    """Parse the ``Content-Range`` of a body of ``length`` bytes.
+
+    ``bytes S-E/*`` and ``bytes S-E/SIZE`` are RFC 9110 section 14.4; ``bytes S-*/*`` is what
+    oVirt's clients send when the length stands in ``Content-Length`` alone.
+
+    Raises:
+        BadRequest: it is malformed, or the body is empty or of another length.
+    """
+    match = _CONTENT_RANGE.fullmatch(header.strip(" \t"))
+    if match is None:
+        raise BadRequest("invalid Content-Range header")
+    if length == 0:
+        raise BadRequest("Content-Length must be positive")
+    first = _number(match["first"])
+    if match["last"] != "*":
+        wanted = _number(match["last"]) - first + 1
+        if wanted <= 0:
+            raise BadRequest("invalid Content-Range header")
+        if wanted != length:
+            raise BadRequest(f"Content-Length ({length}) must equal range length ({wanted})")
+    size = None if match["size"] == "*" else _number(match["size"])
+    return ContentRange(first, length, size)
+
+
 _DECIMAL = re.compile(r"[0-9]+")
 
 

@@ -7,6 +7,7 @@ the checks are made on what was opened, not on a name. A file that does not coun
 id unknown and is reported once per change.
 """
 
+import errno
 import logging
 import os
 import stat
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from imageserver.errors import UnknownImage
@@ -83,8 +85,9 @@ class Registry:
         except FileNotFoundError as exc:
             raise UnknownImage(transfer_id) from exc
         except (OSError, UntrustedDirectory) as exc:
-            self._report("", f"config directory: {exc}")
+            self._report("", f"config directory: {exc}", _stat_or_none(self._directory))
             raise UnknownImage(transfer_id) from exc
+        self._reported.pop("", None)
         try:
             return self._get(directory, transfer_id)
         finally:
@@ -140,7 +143,8 @@ class Registry:
             self._forget(transfer_id)
             raise UnknownImage(transfer_id) from exc
         except OSError as exc:
-            self._report(transfer_id, f"cannot be read: {exc.strerror}")
+            problem = "is a symbolic link" if exc.errno == errno.ELOOP else str(exc.strerror)
+            self._report(transfer_id, f"cannot be read: {problem}", version)
             raise UnknownImage(transfer_id) from exc
         except InvalidTransfer as exc:
             self._report(transfer_id, str(exc), version)
@@ -163,7 +167,8 @@ class Registry:
             while len(text) <= MAX_TRANSFER_SIZE:
                 piece = os.read(fd, MAX_TRANSFER_SIZE + 1 - len(text))
                 if not piece:
-                    return _version(found), parse_transfer(transfer_id, text)
+                    transfer = parse_transfer(transfer_id, text)
+                    return _version(found), replace(transfer, changed_ns=found.st_ctime_ns)
                 text += piece
             raise InvalidTransfer(f"larger than {MAX_TRANSFER_SIZE} bytes")
         finally:
@@ -194,6 +199,13 @@ class Registry:
         path = os.path.join(self._directory, name) if name else self._directory
         if not seen and self._is_first(f"{path} {version} {problem}"):
             log.warning("transfer file ignored: path=%s problem=%s", path, problem)
+
+
+def _stat_or_none(path: str) -> _Version | None:
+    try:
+        return _version(os.stat(path))
+    except OSError:
+        return None
 
 
 def _version(found: os.stat_result) -> _Version:

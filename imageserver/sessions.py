@@ -6,6 +6,10 @@
     write, zero, PUT    exclusive   WRITE
     flush, extents      exclusive   OTHER (shown, not limited)
 
+With more than one writer, range writes, zero and flush of one export share its lock: each
+takes it only until its slot, which names the image, is claimed. Whoever wants the image alone
+takes the lock and finds no such slot.
+
 A streamed answer outlives the code that began it, so the right belongs to an object. Who
 opens a ``Session`` sees to its ``close()``, which is idempotent and gives all three back.
 """
@@ -15,9 +19,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
+from imageserver.errors import ImageBusy
 from imageserver.ports import Backend, Backends, ImageInfo, Intent, Lock, Locks, Slot, Slots, Ticket
 from imageserver.slots import Kind
-from imageserver.transfers import Image, Transfer
+from imageserver.transfers import Image, NbdImage, Transfer
+from imageserver.visits import UNTRACKED, Visit
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +34,33 @@ class Need:
     intent: Intent
     locked: bool
     kind: Kind
+    shares: bool = False
+    """Several may have the image at once, where more than one writer is allowed (contract B9)."""
 
 
 READ = Need("read", Intent.READ, locked=False, kind=Kind.READ)
-WRITE = Need("write", Intent.WRITE, locked=True, kind=Kind.WRITE)
+WRITE = Need("write", Intent.WRITE, locked=True, kind=Kind.WRITE, shares=True)
 REPLACE = Need("replace", Intent.REPLACE, locked=True, kind=Kind.WRITE)
-ZERO = Need("zero", Intent.WRITE, locked=True, kind=Kind.WRITE)
-FLUSH = Need("flush", Intent.FLUSH, locked=True, kind=Kind.OTHER)
+ZERO = Need("zero", Intent.WRITE, locked=True, kind=Kind.WRITE, shares=True)
+FLUSH = Need("flush", Intent.FLUSH, locked=True, kind=Kind.OTHER, shares=True)
 EXTENTS = Need("extents", Intent.EXTENTS, locked=True, kind=Kind.OTHER)
 DIRTY_EXTENTS = Need("extents", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.OTHER)
+
+
+_SHARING = frozenset(need.operation for need in (WRITE, ZERO, FLUSH))
 
 
 class Session:
     """An open image and the right to use it. Close it; closing twice is harmless."""
 
-    def __init__(self, backend: Backend, slot: Slot, held: ExitStack) -> None:
+    def __init__(
+        self, backend: Backend, slot: Slot, held: ExitStack, visit: Visit, kind: Kind
+    ) -> None:
         self.backend = backend
         self.size = backend.size
         self._slot = slot
+        self._visit = visit
+        self._kind = kind
         self._held = held
 
     @property
@@ -56,6 +71,7 @@ class Session:
     def progress(self, done: int, expected: int) -> None:
         """Show operators how far the operation has come, in bytes."""
         self._slot.progress(done, expected)
+        self._visit.progress(self._kind, done)
 
     def close(self) -> None:
         """Give everything back: the back end first, the lock last."""
@@ -64,7 +80,9 @@ class Session:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc: object) -> None:
+    def __exit__(self, _cls: object, exc: BaseException | None, _traceback: object) -> None:
+        if exc:
+            self._visit.failed(exc)
         self.close()
 
 
@@ -72,37 +90,76 @@ class Sessions:
     """Opens sessions; one for all requests."""
 
     def __init__(
-        self, locks: Locks, slots: Slots, backends: Backends, key: Callable[[Image], str]
+        self,
+        locks: Locks,
+        slots: Slots,
+        backends: Backends,
+        key: Callable[[Image], str],
+        *,
+        shares_lock: bool = False,
     ) -> None:
+        """``shares_lock``: range writes, zero and flush of one export may run side by side."""
+        self._shares_lock = shares_lock
         self._locks = locks
         self._slots = slots
         self._backends = backends
         self._key = key
 
-    def open(self, transfer: Transfer, need: Need, client: str) -> Session:
+    def open(
+        self, transfer: Transfer, need: Need, client: str, visit: Visit = UNTRACKED
+    ) -> Session:
         """Take what ``need`` says, in order, without ever waiting for another request.
+
+        The visit ends with the session.
 
         Raises:
             ImageBusy: the image's lock is held.
             NoSlot: all slots of the kind are taken.
             BackendError, BackendTimeout, FileAccessError: the image cannot be opened.
         """
+        image = self._key(transfer.image) if need.locked else ""
+        ticket = Ticket(transfer.id, need.operation, image, client)
+        shared = need.shares and self._shares_lock and isinstance(transfer.image, NbdImage)
         with ExitStack() as held:
+            held.callback(visit.close)
             grip = _Grip()
             if need.locked:
-                grip.lock = self._locks.acquire(transfer.image)
+                grip.lock = self._lock(transfer.image, image, shared=shared)
                 held.callback(grip.release)
-            image = self._key(transfer.image) if need.locked else ""
-            ticket = Ticket(transfer.id, need.operation, image, client)
             slot = self._slots.claim(need.kind, ticket)
             held.callback(slot.release)
+            held.push(_telling(visit))
             if grip.lock and grip.lock.abandoned:
                 self._backends.settle(transfer.image)
                 grip.lock.abandoned = False
+            if shared:
+                grip.share()
             backend = grip.backend = self._backends.open(transfer.image, need.intent)
             held.callback(backend.close)
-            return Session(backend, slot, held.pop_all())
+            visit.uses(backend)
+            return Session(backend, slot, held.pop_all(), visit, need.kind)
         raise AssertionError  # an ExitStack swallows nothing
+
+    def _lock(self, image: Image, key: str, *, shared: bool) -> Lock:
+        """Take the image's lock; those who share it have it only until their slot shows them."""
+        if shared and self._slots.operations_on(key) - _SHARING:
+            raise ImageBusy
+        lock = self._locks.acquire_briefly(image) if shared else self._locks.acquire(image)
+        others = self._slots.operations_on(key)
+        if others - _SHARING if shared else others:
+            lock.release(settled=False)
+            raise ImageBusy
+        return lock
+
+
+def _telling(visit: Visit) -> Callable[[object, BaseException | None, object], None]:
+    """Return an exit function that tells a visit what went wrong."""
+
+    def tell(_cls: object, exc: BaseException | None, _traceback: object) -> None:
+        if exc:
+            visit.failed(exc)
+
+    return tell
 
 
 class _Grip:
@@ -111,6 +168,12 @@ class _Grip:
     def __init__(self) -> None:
         self.lock: Lock | None = None
         self.backend: Backend | None = None
+
+    def share(self) -> None:
+        """Let others in. The mark stays: whether all who share were done is asked when one dies."""
+        if self.lock:
+            self.lock.release(settled=False)
+            self.lock = None
 
     def release(self) -> None:
         """Release the lock; it stays marked while a write, ours or a dead holder's, may land."""

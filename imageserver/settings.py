@@ -74,6 +74,12 @@ def _path(text: str) -> str:
     return text
 
 
+def _socket_path(text: str) -> str:
+    if not os.path.isabs(text) or len(os.fsencode(text)) > _MAX_SUN_PATH:
+        raise _Wrong(f"an absolute path of at most {_MAX_SUN_PATH} bytes")
+    return text
+
+
 def _paths(text: str) -> tuple[str, ...]:
     paths = tuple(_path(part.strip()) for part in text.split(",") if part.strip())
     if not paths:  # no directory would read as any directory
@@ -197,6 +203,24 @@ class Settings:
     file_roots: tuple[str, ...] = _setting(
         (), _paths, "directories the file backend may touch, comma-separated", "any"
     )
+    tls_cert: str = _setting(
+        "", _path, "PEM certificate chain; TCP addresses speak TLS 1.2 or newer with it", "none"
+    )
+    tls_key: str = _setting(
+        "", _path, "PEM private key of the certificate, unencrypted", "in the certificate's file"
+    )
+    tls_client_ca: str = _setting(
+        "", _path, "PEM certificates of which one must have signed a client's", "any client"
+    )
+    control_socket: str = _setting(
+        "",
+        _socket_path,
+        "Unix socket where root and the server's user and group register transfers",
+        "none",
+    )
+    idle_timeout: int = _setting(
+        600, _integer(1, 31_536_000), "seconds after which an unused registered transfer expires"
+    )
     log_level: str = _setting(
         "info", _choice("debug", "info", "warning", "error"), "least severe messages to log"
     )
@@ -211,6 +235,21 @@ class Settings:
     def locks_dir(self) -> str:
         """Where the image locks live."""
         return os.path.join(self.runtime_dir, "locks")
+
+    @property
+    def registered_dir(self) -> str:
+        """Where registered transfers live."""
+        return os.path.join(self.runtime_dir, "registered")
+
+    @property
+    def activity_dir(self) -> str:
+        """Where the use of transfers that can expire is noted."""
+        return os.path.join(self.runtime_dir, "activity")
+
+    @property
+    def control_address(self) -> tuple[str, ...]:
+        """The control socket as one more address to listen on, if there is one."""
+        return (f"unix:{self.control_socket}",) if self.control_socket else ()
 
     @property
     def unix_socket(self) -> str | None:

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from imageserver import slots
 from imageserver.errors import NoSlot
@@ -34,6 +35,14 @@ _TABLE = "slots"
 _USE = "slots.use"
 #: The guard is held for microseconds. Only a process stopped inside it can make us wait.
 _GUARD_SECONDS = 5.0
+#: Workers look after the header every second.
+_MEND_SECONDS = 3.0
+_MEND_STEP_SECONDS = 0.05
+#: How long what a killed process holds may outlive it: its last thread may be in a write(2).
+_LAST_BREATH_SECONDS = 5.0
+_LAST_BREATH_STEP_SECONDS = 0.001
+#: proc(5), field 9: on its way out, though its last thread may not be done yet.
+_PF_EXITING = 0x4
 
 
 class UnusableDirectory(Exception):
@@ -74,20 +83,39 @@ def boot_id() -> bytes:
     return bytes.fromhex(text.strip().replace("-", ""))
 
 
-def owner_of(pid: int) -> Owner | None:
-    """Return a running process's identity; None where it is gone or a zombie."""
+def _status(pid: int) -> list[bytes] | None:
+    """Return the fields of /proc/PID/stat from the third on; None where there is no process."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The name, in parentheses, may hold anything: fields count from the last ")".
-            fields = file.read().rpartition(b")")[2].split()
+            return file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in b"ZX" else Owner(pid, int(fields[19]))
+
+
+def owner_of(pid: int) -> Owner | None:
+    """Return a running process's identity; None where it is gone, or a zombie without threads.
+
+    A process that was killed looks like a zombie as soon as its first thread is gone. As
+    long as another one is left, so are its connections and locks.
+    """
+    fields = _status(pid)
+    if fields is None or (fields[0] in b"ZX" and int(fields[17]) <= 1):
+        return None
+    return Owner(pid, int(fields[19]))
 
 
 def is_alive(owner: Owner) -> bool:
-    """Tell whether this very process still runs."""
+    """Tell whether this very process still runs, be it with its last thread."""
     return owner_of(owner.pid) == owner
+
+
+def is_leaving(owner: Owner) -> bool:
+    """Tell whether a process is dead or dying: what it holds is free in a moment."""
+    fields = _status(owner.pid)
+    if fields is None or int(fields[19]) != owner.start:
+        return True
+    return fields[0] in b"ZX" or bool(int(fields[6]) & _PF_EXITING)
 
 
 class ClaimedSlot:
@@ -124,19 +152,38 @@ class _Mapping:
             opened.callback(os.close, self._use)
             self.file = open_private(directory, _TABLE)
             opened.callback(os.close, self.file)
-            boot = boot_id()
+            self._map_table(opened, directory, boot_id())
+            self._opened = opened.pop_all()
+
+    def _map_table(self, opened: contextlib.ExitStack, directory: str, boot: bytes) -> None:
+        """Map the table; wait a while for the others to mend it, or to end."""
+        deadline = time.monotonic() + _MEND_SECONDS
+        while True:
             self._format_if_alone(boot)
             try:
-                self._map = mmap.mmap(self.file, slots.SIZE)
-                opened.callback(self._map.close)
-                self.table = SlotTable(memoryview(self._map), boot)
+                self._map, self.table = self._read_table(boot)
             except (IncompatibleTable, ValueError) as exc:
-                raise IncompatibleTable(
-                    f"the slot table in {directory} belongs to another version of this server "
-                    "that still runs; stop it first, or choose another directory"
-                ) from exc
-            opened.callback(self.table.close)
-            self._opened = opened.pop_all()
+                if time.monotonic() > deadline:
+                    raise IncompatibleTable(
+                        f"the slot table in {directory} belongs to another version of this "
+                        "server that still runs; stop it first, or choose another directory"
+                    ) from exc
+                fcntl.flock(self._use, fcntl.LOCK_UN)  # who waits does not use it
+                time.sleep(_MEND_STEP_SECONDS)
+            else:
+                opened.callback(self._map.close)
+                opened.callback(self.table.close)
+                return
+
+    def _read_table(self, boot: bytes) -> tuple[mmap.mmap, SlotTable]:
+        mapped = mmap.mmap(self.file, slots.SIZE)
+        view = memoryview(mapped)
+        try:
+            return mapped, SlotTable(view, boot)
+        except IncompatibleTable:
+            view.release()  # which the mapping demands before it can be closed
+            mapped.close()
+            raise
 
     def _format_if_alone(self, boot: bytes) -> None:
         try:
@@ -191,6 +238,7 @@ class SharedTable:
         self._directory = directory
         self._limits = limits
         self._mapping: _Mapping | None = None
+        self._opening = threading.Lock()
 
     def open(self) -> None:
         """Map the table now, making or replacing it where no process uses it.
@@ -202,11 +250,17 @@ class SharedTable:
         self._open()
 
     def _open(self) -> _Mapping:
-        mapping = self._mapping
         # A child must not share its parent's flock: it maps the file itself, at first use.
-        if mapping is None or mapping.owner.pid != os.getpid():
-            mapping = self._mapping = _Mapping(self._directory)
-        return mapping
+        if self._is_ours(self._mapping):
+            return self._mapping
+        with self._opening:
+            if not self._is_ours(self._mapping):
+                self._mapping = _Mapping(self._directory)
+            return self._mapping
+
+    @staticmethod
+    def _is_ours(mapping: "_Mapping | None") -> TypeGuard["_Mapping"]:
+        return mapping is not None and mapping.owner.pid == os.getpid()
 
     def claim(self, kind: Kind, ticket: Ticket) -> ClaimedSlot:
         """Take a slot; dead holders are swept first where the table looks full.
@@ -225,15 +279,22 @@ class SharedTable:
             time.time_ns(),
         )
         limit = self._limits.get(kind, slots.CAPACITY)
-        with mapping.guard() as table:
-            index = table.claim(holder, limit)
-        if index is None:
-            self.sweep()
+        deadline = time.monotonic() + _LAST_BREATH_SECONDS
+        while True:
             with mapping.guard() as table:
                 index = table.claim(holder, limit)
-        if index is None:
-            raise NoSlot(kind)
+            if index is not None:
+                break
+            if not self.sweep() and (time.monotonic() > deadline or not self._awaits(kind)):
+                raise NoSlot(kind)
         return ClaimedSlot(mapping, index, holder.started_ns)
+
+    def _awaits(self, kind: Kind) -> bool:
+        """Wait a little where a holder of this kind is dying; False where all of them live."""
+        dying = any(is_leaving(holder.owner) for holder in self.holders(kind))
+        if dying:
+            time.sleep(_LAST_BREATH_STEP_SECONDS)
+        return dying
 
     def is_first(self, text: str) -> bool:
         """Tell whether no process of the server has said this lately; it counts as said now."""
@@ -259,6 +320,27 @@ class SharedTable:
                     holder.owner.pid,
                 )
         return len(freed)
+
+    def owner(self) -> Owner:
+        """Return who this process is."""
+        return self._open().owner
+
+    def operations_on(self, image: str) -> set[str]:
+        """Return the operations of the living that hold an image, by its key."""
+        return {
+            holder.operation
+            for holder in self.holders(Kind.WRITE, Kind.OTHER)
+            if holder.image == image and is_alive(holder.owner)
+        }
+
+    def mend(self) -> None:
+        """Write the header anew where it was damaged.
+
+        Safe, for nobody may replace a table that we have mapped; needed, for without a
+        header no new worker could start, and the server would end with its last one.
+        """
+        if self._open().table.mend():
+            log.warning("slot table: a damaged header was mended")
 
     def holders(self, *kinds: Kind) -> list[Holder]:
         """Return a snapshot of what is held."""

@@ -18,7 +18,8 @@ owner that is dead makes a record free at the next ``sweep``.
 
 This module knows the layout and the rules, over any buffer. It takes no lock, asks for no
 pid and never waits: see ``shared.py``. Workers themselves are rows too (``Kind.WORKER``,
-done = connections in work, expected = 1 while accepting), so that one mechanism serves.
+done = connections in work, expected = whether it boots, accepts or drains), so that one
+mechanism serves.
 """
 
 import struct
@@ -106,10 +107,18 @@ class SlotTable:
         if found != (_MAGIC, VERSION, CAPACITY, RECORD, 0, boot):
             raise IncompatibleTable(f"header is {found}")
         self._buffer = buffer
+        self._header = bytes(buffer[: _HEADER.size])
         self._states = buffer[_STATES : _STATES + CAPACITY]
         # Aligned: _RECORDS and RECORD are multiples of 8.
         self._words = buffer[_RECORDS:_NOTES].cast("Q")
         self._notes = buffer[_NOTES:SIZE].cast("Q")
+
+    def mend(self) -> bool:
+        """Write the header anew where it was damaged; True where it was."""
+        if self._buffer[: _HEADER.size] == self._header:
+            return False
+        self._buffer[: _HEADER.size] = self._header
+        return True
 
     def count(self, kind: Kind) -> int:
         """Return how many records of ``kind`` are held."""
@@ -146,6 +155,8 @@ class SlotTable:
             if not state:
                 continue
             holder = self._read(index)
+            if holder is None and not self._states[index]:
+                continue  # released meanwhile, which takes no guard
             if holder is None or not is_alive(holder.owner):
                 self._states[index] = 0
                 freed.append(holder)

@@ -5,8 +5,9 @@ A transfer is a JSON object in a file named by the transfer's id. Here live the 
 of the id and of the object, and the images that come out. No file is opened here.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from imageserver.extents import dirty_context
@@ -20,10 +21,20 @@ MAX_ID_SIZE = 255
 MAX_SOCKET_PATH = 107
 #: NBD protocol, "String values": names are at most 4096 bytes.
 MAX_NAME = 4096
+#: What an idle timeout below one second means (contract B8).
+DAY_SECONDS = 86400
 
 
 class InvalidTransfer(Exception):
     """A transfer's object is unusable; ``str()`` names the field and what would be right."""
+
+
+class UnsupportedBackend(InvalidTransfer):
+    """There is no back end of this name."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = _quoted(backend)
+        super().__init__(f'unsupported backend: {self.backend}; "backend" must be "nbd" or "file"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,10 @@ class Transfer:
     id: str
     image: Image
     read_only: bool = False
+    idle_seconds: int | None = None
+    """Expires when unused for so long; None: never."""
+    changed_ns: int = field(default=0, compare=False)
+    """When the file that says so was changed, since the Unix epoch."""
 
 
 def is_valid_id(text: str) -> bool:
@@ -91,13 +106,43 @@ def transfer_from_fields(transfer_id: str, fields: Mapping[str, object]) -> Tran
     backend = _text(fields, "backend", default="nbd")
     parse = _BACKENDS.get(backend.lower())
     if parse is None:
-        raise InvalidTransfer(
-            f'unsupported backend: {_quoted(backend)}; "backend" must be "nbd" or "file"'
-        )
+        raise UnsupportedBackend(backend)
     read_only = fields.get("read_only")
     if read_only is not None and not isinstance(read_only, bool):
         raise InvalidTransfer('"read_only" must be true or false')
-    return Transfer(transfer_id, parse(fields), bool(read_only))
+    return Transfer(transfer_id, parse(fields), bool(read_only), _idle_seconds(fields))
+
+
+def to_fields(transfer: Transfer) -> dict[str, object]:
+    """Return the object that ``transfer_from_fields`` turns into this transfer."""
+    image = transfer.image
+    if isinstance(image, FileImage):
+        fields: dict[str, object] = {"backend": "file", "file": image.path}
+    else:
+        fields = {"backend": "nbd", "socket": image.socket, "export": image.export}
+        fields["export_bitmap"] = image.bitmap
+    idle = transfer.idle_seconds
+    return fields | {"read_only": transfer.read_only, "idle_timeout_seconds": idle}
+
+
+def has_expired(transfer: Transfer, *unused_ns: int) -> bool:
+    """Tell whether a transfer has gone unused for too long by each of these accounts."""
+    idle = transfer.idle_seconds
+    return idle is not None and min(unused_ns) >= idle * 1_000_000_000
+
+
+def id_hash(transfer_id: str) -> str:
+    """Return 64 hexadecimal digits that stand for an id in names of the server's own files."""
+    return hashlib.sha256(transfer_id.encode()).hexdigest()
+
+
+def _idle_seconds(fields: Mapping[str, object]) -> int | None:
+    value = fields.get("idle_timeout_seconds")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTransfer('"idle_timeout_seconds" must be an integer')
+    return value if value >= 1 else DAY_SECONDS
 
 
 def _quoted(text: str) -> str:

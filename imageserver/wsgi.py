@@ -9,10 +9,11 @@ from imageserver.backends.nbd.link import Tuning
 from imageserver.backends.open import AnyBackend, stamp
 from imageserver.inspection import Inspector
 from imageserver.locks import ImageLocks, image_key
+from imageserver.records import records
 from imageserver.registry import Registry
 from imageserver.sessions import Sessions
 from imageserver.settings import Settings
-from imageserver.shared import SharedTable
+from imageserver.shared import SharedTable, is_alive, is_leaving
 from imageserver.web.app import App, create_app
 from imageserver.web.images import Limits
 
@@ -32,10 +33,11 @@ def application(settings: Settings, slots: SharedTable) -> App:
         nbd=NbdExports(Tuning(settings.chunk_size, settings.queue_depth, settings.backend_timeout)),
         file=ImageFiles(settings.chunk_size, settings.file_roots),
     )
-    locks = ImageLocks(settings.locks_dir)
+    files = Registry(settings.config_dir, settings.config_owners, slots.is_first)
+    locks = ImageLocks(settings.locks_dir, is_leaving, slots.owner, is_alive)
     return create_app(
-        Registry(settings.config_dir, settings.config_owners, slots.is_first),
-        Sessions(locks, slots, backends, image_key),
+        records(settings, files).visits(),
+        Sessions(locks, slots, backends, image_key, shares_lock=settings.max_writers > 1),
         Inspector(backends, stamp),
-        Limits(settings.max_readers, settings.unix_socket),
+        Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
     )

@@ -73,6 +73,7 @@ class ImageFile:
         self._path = path
         self._chunk = chunk_size
         self._fd = -1
+        self._is_replaced = False
         self._mode = stat.S_IFREG
         size = 0
         # O_NONBLOCK: opening a FIFO must not wait for its writer.
@@ -136,13 +137,13 @@ class ImageFile:
                 copy_attributes(self._fd, new.fd)
             os.fsync(new.fd)
             new.rename(self._path)
+        self._is_replaced = True
         yield length
 
     def _copy(
         self, length: int, source: Source, write: Callable[[memoryview, int], None]
     ) -> Iterator[int]:
         """Receive here and write on a thread; yield how much was handed over."""
-        ring = Ring(_DEPTH, min(self._chunk, length))
         filled: SimpleQueue[tuple[bytearray, int, int] | None] = SimpleQueue()
 
         def work() -> None:
@@ -155,12 +156,17 @@ class ImageFile:
             filled.put(None)
             return nullcontext()
 
-        with Side(work, ended=ring.close, stopping=stopping) as side:
+        with (
+            Ring(_DEPTH, min(self._chunk, length)) as ring,
+            Side(work, ended=ring.close, stopping=stopping) as side,
+        ):
             at = 0
             while at < length and (buffer := ring.take(0, wait=True)) is not None:
                 size = min(len(buffer), length - at)
-                received = fill(source, memoryview(buffer)[:size])
+                received = fill(source, memoryview(buffer)[:size], ring)
                 if received < size:
+                    if ring.is_closed:
+                        break  # writing has failed
                     raise ShortBody(at + received)
                 filled.put((buffer, size, at))
                 at += size
@@ -178,6 +184,8 @@ class ImageFile:
 
     def flush(self) -> None:
         """Sync the data, then the directory that names it (fsync(2))."""
+        if self._is_replaced:
+            return  # the new file and its name were synced before the old one gave way
         try:
             os.fsync(self._fd)
             if stat.S_ISREG(self._mode):
@@ -185,9 +193,12 @@ class ImageFile:
         except OSError as exc:
             raise FileAccessError(str(exc)) from exc
 
-    def extents(self, *, dirty: bool) -> Generator[list[Extent]]:
+    def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
         """Extents are not offered for files; the web layer refuses them first."""
         raise FileAccessError("extents are not supported for files")
+
+    def stop(self) -> None:
+        """Nothing waits for a file but the kernel."""
 
     def close(self) -> None:
         """Close the file."""

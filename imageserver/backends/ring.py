@@ -8,6 +8,7 @@ Both release the interpreter while they copy, so receiving and writing overlap. 
 few buffers are what keeps one side from running away from the other.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,6 +23,8 @@ class Ring:
 
     def __init__(self, count: int, size: int) -> None:
         self._size = size
+        self._is_closed = False
+        self._closed: int | None = None
         self._empty: SimpleQueue[bytearray | None] = SimpleQueue()
         for _ in range(count):
             self._empty.put(bytearray(size))
@@ -34,9 +37,12 @@ class Ring:
         if size > self._size:
             return bytearray(size)
         try:
-            return self._empty.get(block=wait)
+            buffer = self._empty.get(block=wait)
         except Empty:
             return None
+        if buffer is None:
+            self._empty.put(None)  # closed for good: whoever asks again must not wait
+        return buffer
 
     def give(self, buffer: bytearray) -> None:
         """Make a buffer available again."""
@@ -44,8 +50,32 @@ class Ring:
             self._empty.put(buffer)
 
     def close(self) -> None:
-        """Wake whoever waits for a buffer: there will be none."""
+        """Wake whoever waits for a buffer, or for the client: there will be none."""
+        self._is_closed = True
         self._empty.put(None)
+        if self._closed is not None:
+            os.eventfd_write(self._closed, 1)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable once the ring is closed; for ``Source.readinto``."""
+        if self._closed is None:
+            self._closed = os.eventfd(0, os.EFD_CLOEXEC)
+            if self._is_closed:
+                os.eventfd_write(self._closed, 1)
+        return self._closed
+
+    @property
+    def is_closed(self) -> bool:
+        """Tell whether ``close`` was called."""
+        return self._is_closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        closed, self._closed = self._closed, None
+        if closed is not None:
+            os.close(closed)
 
 
 class Side(threading.Thread):
@@ -92,11 +122,11 @@ class Side(threading.Thread):
                 self.join()
 
 
-def fill(source: Source, view: memoryview) -> int:
-    """Fill ``view`` from ``source``; return how much there was."""
+def fill(source: Source, view: memoryview, ring: Ring) -> int:
+    """Fill ``view`` from ``source``; return how much there was before it or the ring ended."""
     filled = 0
     while filled < len(view):
-        count = source.readinto(view[filled:])
+        count = source.readinto(view[filled:], ring)
         if count == 0:
             break
         filled += count

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One client connection, as the worker's loop sees it.
 
-    accepted --> HEAD --complete--> WORK --keep-alive--> HEAD
-                  |                   |
-                  |                   +---last answer---> LINGER --> closed
-                  +--too slow, too long: refused--------> LINGER
+    accepted --> HANDSHAKE --> HEAD --complete--> WORK --keep-alive--> HEAD
+                (TLS only)      |                   |
+                   |            |                   +---last answer---> LINGER --> closed
+                   +------------+--too slow, too long, wrong: refused-> LINGER
 
-In HEAD and LINGER the loop reads, without waiting; in WORK one thread owns the connection
-and the loop does not touch it. So a client that is slow with its head, or will not stop
-sending a body nobody wants, costs a file descriptor and no thread.
+In WORK one thread owns the connection and the loop does not touch it; in the other states
+the loop reads, without waiting. So a client that is slow with its handshake or head, or will
+not stop sending a body nobody wants, costs a file descriptor and no thread.
 """
 
 import contextlib
 import socket
+import ssl
 from enum import Enum, auto
 
 #: Longest head, in bytes: gunicorn's largest request line and a hundred fields of its default size
@@ -32,6 +33,7 @@ LINGER_BYTES = 1 << 30
 class State(Enum):
     """Who reads from the connection, and what for."""
 
+    HANDSHAKE = auto()
     HEAD = auto()
     WORK = auto()
     LINGER = auto()
@@ -46,6 +48,7 @@ class Connection:
         "address",
         "buffer",
         "deadline",
+        "is_tls",
         "lingered",
         "listener",
         "requests",
@@ -55,6 +58,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, address: object, listener: object) -> None:
         self.sock = sock
+        self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.address = address
         self.listener = listener
         self.buffer = bytearray()
@@ -64,11 +68,25 @@ class Connection:
         self.lingered = 0
         self._scanned = 0
 
+    def shake_hands(self) -> None:
+        """Go on with the TLS handshake; after it a head is next."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.do_handshake()
+        self.state = State.HEAD
+
     def receive(self) -> bool:
         """Read what has arrived of a head; False where the client has closed."""
         data = self.sock.recv(_SCRATCH)
         self.buffer += data
         return bool(data)
+
+    def receive_decrypted(self) -> None:
+        """Read what TLS has decrypted along with a body and nobody has asked for yet.
+
+        No poll tells of it. A body may end anywhere in a record, and the next head follow.
+        """
+        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
+            self.receive()
 
     def has_head(self) -> bool:
         """Tell whether a whole head has arrived, or so much that it will be refused."""
@@ -89,6 +107,17 @@ class Connection:
         count = socket.socket.recv_into(self.sock, scratch)
         self.lingered += count
         return count > 0 and self.lingered < LINGER_BYTES
+
+    def farewell(self) -> None:
+        """Say that nothing more is sent (close_notify of RFC 8446): what was sent is complete."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            # It then looks for the client's own farewell, which need not have come.
+            with contextlib.suppress(OSError, ValueError):
+                self.sock.unwrap()
+
+    def shutdown(self, how: int) -> None:
+        """Shut the socket down, below TLS; any thread may."""
+        socket.socket.shutdown(self.sock, how)
 
     def close(self) -> None:
         """Close the socket. Never fails, may be called twice."""

@@ -138,6 +138,8 @@ def serve(conn: Connection, wire: Wire, app: Application, cfg: Any, *, last: boo
     )
     environ["wsgi.input"] = body
     environ["wsgi.multithread"] = True
+    if conn.is_tls:
+        environ["wsgi.url_scheme"] = "https"  # gunicorn knows of no TLS here
     environ[ZERO_COPY] = True
     if last:
         resp.force_close()

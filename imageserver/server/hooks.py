@@ -7,14 +7,18 @@
 import logging
 import os
 import socket
+import ssl
 from typing import Any
 
 from imageserver import logs
 from imageserver.locks import ImageLocks
+from imageserver.records import records
 from imageserver.registry import Registry, UntrustedDirectory
+from imageserver.server.control import UnusableSocket, check_socket, open_to_group, take_over
+from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.server.worker import ImageWorker
-from imageserver.settings import InvalidSetting, Settings
-from imageserver.shared import SharedTable, UnusableDirectory, prepare_directory
+from imageserver.settings import InvalidSetting, Settings, variable_of
+from imageserver.shared import SharedTable, UnusableDirectory, is_leaving, prepare_directory
 from imageserver.slots import IncompatibleTable
 
 log = logging.getLogger(__name__)
@@ -46,16 +50,30 @@ def check(settings: Settings) -> list[str]:
             "(apt install python3-libnbd, dnf install python3-libnbd) for the Python that "
             "runs this server, in a virtual environment made with --system-site-packages."
         ) from exc
+    _tls(settings)
     warnings = _check_config_directory(settings)
     try:
         prepare_directory(settings.runtime_dir)
-        prepare_directory(settings.locks_dir)
+        for path in (settings.locks_dir, settings.registered_dir, settings.activity_dir):
+            prepare_directory(path)
         table = SharedTable(settings.runtime_dir, settings.slot_limits)
         table.open()
         table.close()
     except (UnusableDirectory, IncompatibleTable, OSError) as exc:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
+    try:
+        if settings.control_socket:
+            check_socket(settings.control_socket)
+    except UnusableSocket as exc:
+        raise CannotStart(f"IMAGESERVER_CONTROL_SOCKET: {exc}.") from exc
     return warnings
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    try:
+        return server_context(settings)
+    except UnusableFiles as exc:
+        raise CannotStart(f"{exc}.") from exc
 
 
 def _check_config_directory(settings: Settings) -> list[str]:
@@ -80,20 +98,38 @@ def on_starting(arbiter: Any) -> None:
     logs.configure(settings.log_level)
     try:
         warnings = check(settings)
+        arbiter.tls = _tls(settings)
+        _check_worker_class(arbiter, settings)
     except CannotStart as exc:
         raise SystemExit(f"imageserver: {exc}") from exc
     for warning in warnings:
         log.warning("%s", warning)
     _check_addresses(settings)
-    ImageLocks(settings.locks_dir).prune()
-    _sweep(settings)
+    records(settings, Registry(settings.config_dir, settings.config_owners)).recover()
+    _sweep(settings, prune=True)
     _reload_without_waiting(arbiter)
+
+
+def _check_worker_class(arbiter: Any, settings: Settings) -> None:
+    if issubclass(arbiter.worker_class, ImageWorker):
+        return
+    for name in ("tls_cert", "control_socket"):
+        if getattr(settings, name):
+            raise CannotStart(
+                f"{variable_of(name)} is set, but only the worker class of gunicorn.conf.py "
+                "heeds it: leave the class as it is."
+            )
 
 
 def _check_addresses(settings: Settings) -> None:
     """Refuse a port that another server has, in one sentence; gunicorn takes 5 s and 11 lines."""
     if "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ:
         return  # sockets come from the running server, or from systemd
+    try:
+        if settings.control_socket:
+            take_over(settings.control_socket)
+    except UnusableSocket as exc:
+        raise SystemExit(f"imageserver: IMAGESERVER_CONTROL_SOCKET: {exc}.") from exc
     for address in settings.bind:
         if address.startswith("unix:"):
             continue
@@ -111,25 +147,35 @@ def _check_addresses(settings: Settings) -> None:
                 ) from exc
 
 
+def when_ready(_arbiter: Any) -> None:
+    """With all addresses bound, before the first worker."""
+    settings = load_settings()
+    if settings.control_socket:
+        open_to_group(settings.control_socket)
+
+
 def post_fork(arbiter: Any, worker: Any) -> None:
     """In a new worker, before anything else."""
     if isinstance(worker, ImageWorker):  # else gunicorn was told to use another class
         worker.catch_early_signals(arbiter.SIG_QUEUE)
+        worker.tls = arbiter.tls
 
 
 def child_exit(_arbiter: Any, _worker: Any) -> None:
     """Free at once what a worker held. A courtesy: claims sweep too. Never raises."""
     try:
-        _sweep(load_settings())
+        _sweep(Settings.from_environ(os.environ))
     except Exception:  # an exception here would stop the master
         log.exception("sweep after a worker's exit failed")
 
 
-def _sweep(settings: Settings) -> None:
+def _sweep(settings: Settings, *, prune: bool = False) -> None:
     # Opened for this one sweep: a table kept open here would be inherited by every worker.
     table = SharedTable(settings.runtime_dir, settings.slot_limits)
     try:
         table.sweep()
+        if prune:
+            ImageLocks(settings.locks_dir, is_leaving, table.owner).prune()
     finally:
         table.close()
 
@@ -154,5 +200,9 @@ def _reload_without_waiting(arbiter: Any) -> None:
 
 
 def on_reload(arbiter: Any) -> None:
-    """During a reload, after the configuration was read again: see above."""
-    arbiter.cfg.set("graceful_timeout", 0)
+    """During a reload, after the configuration was read again and before workers start."""
+    arbiter.cfg.set("graceful_timeout", 0)  # see above
+    try:
+        arbiter.tls = server_context(Settings.from_environ(os.environ))
+    except (UnusableFiles, InvalidSetting) as exc:
+        log.error("%s; new connections get the certificate as it was", exc)  # noqa: TRY400

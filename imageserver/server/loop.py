@@ -12,13 +12,14 @@ import errno
 import logging
 import select
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
-from imageserver.server.wire import refusal
+from imageserver.server.wire import BLOCKED, awaited, refusal
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ TICK = 0.25
 _FULL_SECONDS = 0.1
 #: Connections that wait at most; beyond, the one with the least time left goes.
 _MAX_WAITING = 8192
-
-_ONCE = select.EPOLLIN | select.EPOLLONESHOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +54,18 @@ class Loop:
         self._hesitate = hesitate
         self._epoll = select.epoll()
         self._listeners: dict[int, Any] = {}
+        self._tls: dict[int, ssl.SSLContext] = {}
         self._paused: dict[int, float] = {}
         self._events: dict[int, Callable[[], None]] = {}
         self._waiting: dict[int, Connection] = {}
         self._expired = 0.0
         self._scratch = memoryview(bytearray(256 * 1024))
 
-    def listen(self, listener: Any) -> None:
-        """Accept from a listening socket."""
+    def listen(self, listener: Any, tls: ssl.SSLContext | None = None) -> None:
+        """Accept from a listening socket, whose clients speak TLS where there is a context."""
         listener.setblocking(0)
+        if tls:
+            self._tls[listener.fileno()] = tls
         self._listeners[listener.fileno()] = listener
         self._epoll.register(listener.fileno(), select.EPOLLIN)
 
@@ -102,11 +104,12 @@ class Loop:
             self._expire(now)
 
     def _expire(self, now: float) -> None:
-        for conn in [conn for conn in self._waiting.values() if conn.deadline <= now]:
+        # A copy, made at once: threads hand connections back while we look.
+        for conn in [conn for conn in list(self._waiting.values()) if conn.deadline <= now]:
             if conn.state is State.HEAD and conn.buffer:
                 self.refuse(conn, refusal(408, "request head took too long"))
             else:
-                self.close(conn)
+                self._close_silent(conn)
 
     # Accepting
 
@@ -132,18 +135,27 @@ class Loop:
         sock.settimeout(0)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tls = self._tls.get(listener.fileno())
+        if tls:
+            try:
+                sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except OSError:
+                return  # the client has gone
         if len(self._waiting) >= _MAX_WAITING:
-            self.close(min(self._waiting.values(), key=lambda conn: conn.deadline))
+            self.close(min(list(self._waiting.values()), key=lambda conn: conn.deadline))
         conn = Connection(sock, address or "unix", listener.getsockname())
         self._epoll.register(sock.fileno(), 0)
-        self._wait_for(conn, State.HEAD, self._patience.head)
+        self._wait_for(conn, State.HANDSHAKE if tls else State.HEAD, self._patience.head)
 
     # Connections that wait
 
     def _on_connection(self, conn: Connection) -> None:
+        more, events = True, select.POLLIN
         try:
             if conn.state is State.LINGER:
                 more = conn.drop(self._scratch)
+            elif conn.state is State.HANDSHAKE:
+                conn.shake_hands()
             else:
                 is_idle = not conn.buffer
                 more = conn.receive()
@@ -153,12 +165,20 @@ class Loop:
                     return
                 if is_idle and conn.requests:
                     conn.deadline = time.monotonic() + self._patience.head
-        except BlockingIOError:
-            more = True
-        except OSError:
-            more = False
+        except BLOCKED as exc:
+            events = awaited(exc, events)
+        except OSError as exc:
+            self._on_broken(conn, exc)
+            return
         if more:
-            self._epoll.modify(conn.sock.fileno(), _ONCE)
+            self._epoll.modify(conn.sock.fileno(), events | select.EPOLLONESHOT)
+        else:
+            self.close(conn)
+
+    def _on_broken(self, conn: Connection, exc: OSError) -> None:
+        if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError):
+            log.info("TLS failed: client=%s %s", conn.address, exc.reason)
+            self.linger(conn)  # so that the alert that tells the client why arrives
         else:
             self.close(conn)
 
@@ -175,8 +195,9 @@ class Loop:
 
     def linger(self, conn: Connection) -> None:
         """Half-close, then read and drop, so that the answer reaches a client that still sends."""
+        conn.farewell()
         try:
-            conn.sock.shutdown(socket.SHUT_WR)
+            conn.shutdown(socket.SHUT_WR)
         except OSError:
             self.close(conn)
         else:
@@ -187,7 +208,13 @@ class Loop:
         conn.deadline = time.monotonic() + seconds
         fd = conn.sock.fileno()
         self._waiting[fd] = conn
-        self._epoll.modify(fd, _ONCE)  # last: from here on the loop may act on it
+        # Last: from here on the loop may act on it.
+        self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def _close_silent(self, conn: Connection) -> None:
+        if conn.state is State.HEAD:
+            conn.farewell()
+        self.close(conn)
 
     def close(self, conn: Connection) -> None:
         """Close a connection, whoever has it."""
@@ -202,13 +229,14 @@ class Loop:
             self._epoll.unregister(fd)
             listener.close()
         self._listeners.clear()
+        self._tls.clear()
         self._paused.clear()
 
     def close_idle(self) -> None:
         """Close the connections of which no part of a request has arrived."""
         for conn in list(self._waiting.values()):
-            if conn.state is State.HEAD and not conn.buffer:
-                self.close(conn)
+            if conn.state in {State.HANDSHAKE, State.HEAD} and not conn.buffer:
+                self._close_silent(conn)
 
     def close_all(self) -> None:
         """Close every connection that waits."""

@@ -22,7 +22,8 @@ from imageserver.errors import ClientGone
 from imageserver.server.connection import Connection, State
 from imageserver.server.exchange import Application, cut, serve
 from imageserver.server.loop import Loop
-from imageserver.server.wire import Wire, refusal, wait
+from imageserver.server.tls import wire_over
+from imageserver.server.wire import BLOCKED, refusal, wait
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Pools:
         self._changed = changed
         self._transfers = _Pool("transfer", threads, threads)
         self._probes = _Pool("probe", PROBE_THREADS, _PROBE_BACKLOG)
+        self._in_hand: set[object] = set()
         self._app: Application
         self._cfg: Any
         self._loop: Loop
@@ -74,7 +76,7 @@ class Pools:
 
     def is_empty(self) -> bool:
         """Tell whether no thread has a connection."""
-        return not (self._transfers.connections or self._probes.connections)
+        return not self._in_hand
 
     def dispatch(self, conn: Connection) -> None:
         """Give a connection with a complete head to a thread."""
@@ -84,8 +86,11 @@ class Pools:
             return
         conn.state = State.WORK
         pool.connections.add(conn)
+        # Until it is somebody else's: a worker that drains ends when nobody has a connection.
+        in_hand = object()
+        self._in_hand.add(in_hand)
         self._changed()
-        pool.submit(self._work, pool, conn)
+        pool.submit(self._work, pool, conn, in_hand)
 
     def abort(self, seconds: float) -> None:
         """Cut every connection; give the threads a moment to give back what they hold."""
@@ -93,12 +98,12 @@ class Pools:
         while not self.is_empty() and time.monotonic() < deadline:
             for conn in [*self._transfers.connections, *self._probes.connections]:
                 with contextlib.suppress(OSError):
-                    conn.sock.shutdown(socket.SHUT_RDWR)
+                    conn.shutdown(socket.SHUT_RDWR)
             time.sleep(0.01)
 
     # On a thread
 
-    def _work(self, pool: _Pool, conn: Connection) -> None:
+    def _work(self, pool: _Pool, conn: Connection, in_hand: object) -> None:
         after: Callable[[Connection], None] = self._loop.close
         try:
             after = self._serve(pool, conn)
@@ -110,11 +115,14 @@ class Pools:
         finally:
             pool.connections.discard(conn)
             self._changed()
-            after(conn)
+            try:
+                after(conn)
+            finally:
+                self._in_hand.discard(in_hand)
 
     def _serve(self, pool: _Pool, conn: Connection) -> Callable[[Connection], None]:
         """Answer as long as requests follow at once; return what is to become of the connection."""
-        wire = Wire(conn.sock, self._client_timeout)
+        wire = wire_over(conn.sock, self._client_timeout)
         while serve(conn, wire, self._app, self._cfg, last=self.last):
             if not self._has_next(pool, conn):
                 return self._loop.keep
@@ -123,6 +131,7 @@ class Pools:
         return self._loop.linger
 
     def _has_next(self, pool: _Pool, conn: Connection) -> bool:
+        conn.receive_decrypted()
         if conn.has_head():
             return True
         if len(pool.connections) > pool.threads or self.last:
@@ -131,7 +140,7 @@ class Pools:
             return False
         try:
             return conn.receive() and conn.has_head()
-        except BlockingIOError:
+        except BLOCKED:
             return False
         except OSError as exc:
             raise ClientGone from exc

@@ -5,12 +5,17 @@ Each wait is for *some* byte to move: ``sendall`` would put one limit on the who
 which a slow but living client must not meet.
 """
 
+import fcntl
 import json
 import select
 import socket
+import ssl
+import termios
+import time
 from collections.abc import Callable
 
 from imageserver.errors import ClientGone
+from imageserver.ports import HasFileno
 
 #: Standard reasons for what is answered before the application sees a request.
 REASONS = {
@@ -24,12 +29,31 @@ REASONS = {
     503: "Service Unavailable",
 }
 
+#: What a socket that never blocks raises where another would wait. TLS says what it waits for,
+#: which need not be what it was asked to do.
+BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-def wait(sock: socket.socket, events: int, seconds: float) -> bool:
-    """Wait until a socket is ready for ``events`` (poll(2)), or broken; False after ``seconds``."""
+#: How often, within the client timeout, a waiting thread looks whether bytes have moved.
+_LOOKS = 8
+
+
+def wait(sock: HasFileno, events: int, seconds: float, until: HasFileno | None = None) -> bool:
+    """Wait until a socket is ready for ``events`` (poll(2)), or broken; False after ``seconds``.
+
+    Also, where ``until`` is readable.
+    """
     poller = select.poll()
     poller.register(sock, events)
+    if until:
+        poller.register(until, select.POLLIN)
     return bool(poller.poll(seconds * 1000))
+
+
+def awaited(blocked: OSError, usual: int) -> int:
+    """Return the events (poll(2)) that a blocked action waits for; ``usual`` without TLS."""
+    if isinstance(blocked, ssl.SSLWantReadError):
+        return select.POLLIN
+    return select.POLLOUT if isinstance(blocked, ssl.SSLWantWriteError) else usual
 
 
 class Wire:
@@ -53,23 +77,49 @@ class Wire:
             if sent:
                 views[0] = views[0][sent:]
 
-    def recv_into(self, buffer: memoryview) -> int:
+    def recv_into(self, buffer: memoryview, until: HasFileno | None = None) -> int:
         """Fill ``buffer`` with what has arrived; 0 where the client has closed.
+
+        Or where ``until`` is readable before anything has.
 
         Raises:
             ClientGone: the connection broke, or brought no byte for the timeout.
         """
-        return self._retry(lambda: self.sock.recv_into(buffer), select.POLLIN)
+        return self._retry(lambda: self.sock.recv_into(buffer), select.POLLIN, until)
 
-    def _retry(self, action: Callable[[], int], events: int) -> int:
+    def _retry(self, action: Callable[[], int], events: int, until: HasFileno | None = None) -> int:
         while True:
             try:
                 return action()
-            except BlockingIOError:
-                if not wait(self.sock, events, self._timeout):
-                    raise ClientGone from None
+            except BLOCKED as exc:
+                if not self._wait(awaited(exc, events), until):
+                    return 0
             except OSError as exc:
                 raise ClientGone from exc
+
+    def _wait(self, events: int, until: HasFileno | None) -> bool:
+        """Wait until ``events``, or ``until`` (False).
+
+        A byte that the client has taken begins the timeout anew.
+
+        A socket becomes writable only when a third of its buffer, megabytes at times, is
+        free: a slow client would be cut off while it takes what it can.
+        """
+        moved = time.monotonic()
+        unsent = _unsent(self.sock)
+        while not wait(self.sock, events, self._timeout / _LOOKS, until):
+            now = time.monotonic()
+            still = _unsent(self.sock)
+            if still != unsent:
+                moved, unsent = now, still
+            elif now - moved >= self._timeout:
+                raise ClientGone from None
+        return until is None or not wait(until, select.POLLIN, 0)
+
+
+def _unsent(sock: socket.socket) -> bytes:
+    """Return how much the kernel still has to send, or to hear of (SIOCOUTQ, tcp(7))."""
+    return fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
 
 
 def refusal(status: int, message: str, *, retry: bool = False) -> bytes:
@@ -102,8 +152,8 @@ class RequestInput:
         self._expects_continue = expects_continue
         self.left = length
 
-    def readinto(self, buffer: memoryview) -> int:
-        """Fill ``buffer`` with what has arrived; 0 at the body's end.
+    def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
+        """Fill ``buffer`` with what has arrived: see ``ports.Source``.
 
         Raises:
             ClientGone: the connection broke or fell silent.
@@ -120,7 +170,7 @@ class RequestInput:
             if self._expects_continue:
                 self._expects_continue = False
                 self._wire.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            count = self._wire.recv_into(buffer[:wanted])
+            count = self._wire.recv_into(buffer[:wanted], until)
         self.left -= count
         return count
 

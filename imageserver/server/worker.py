@@ -16,6 +16,8 @@ import logging
 import os
 import resource
 import signal
+import socket
+import ssl
 import sys
 import time
 from typing import Any
@@ -24,11 +26,15 @@ from gunicorn.workers.base import Worker
 
 from imageserver import logs
 from imageserver.ports import Ticket
+from imageserver.records import records
+from imageserver.registry import Registry
+from imageserver.server.control import ControlServer
 from imageserver.server.loop import Loop, Patience
 from imageserver.server.pools import Pools
+from imageserver.server.tls import server_context
 from imageserver.settings import Settings
 from imageserver.shared import SharedTable
-from imageserver.slots import Kind
+from imageserver.slots import Holder, Kind
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +49,22 @@ _ABORT_SECONDS = 3.0
 _NOTIFY_SECONDS = 1.0
 
 
+#: What a worker's row says in its second number; 0, with which it begins: it still boots.
+_ACCEPTING, _DRAINING = 1, 2
+
+
 class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """A gunicorn worker for long transfers and frequent probes."""
+
+    #: What the master has made ready before the fork (``hooks.post_fork``).
+    tls: ssl.SSLContext | None = None
 
     def init_process(self) -> None:
         """Set up what must belong to this process alone, then run the loop."""
         self.settings = settings = Settings.from_environ(os.environ)
         logs.configure(settings.log_level)
         _raise_file_limit()
+        self.tls = self.tls or server_context(settings)  # never plain for want of a hook
         self._notified = 0.0
         self._is_quitting = False
         self._table = SharedTable(settings.runtime_dir, settings.slot_limits)
@@ -58,6 +72,9 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._pools = Pools(settings.threads, settings.client_timeout, self._publish)
         patience = Patience(settings.client_timeout, settings.keepalive)
         self._loop = Loop(patience, self._pools.dispatch, self._hesitate)
+        files = Registry(settings.config_dir, settings.config_owners, self._table.is_first)
+        administration = records(settings, files).administration()
+        self._control = ControlServer(administration, settings.client_timeout)
         super().init_process()
 
     # Signals: flags only; set_wakeup_fd (base.init_signals) ends the wait.
@@ -97,7 +114,11 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         parent = os.pidfd_open(self.ppid)
         self._loop.watch(parent, lambda: self._orphaned(parent))
         for listener in self.sockets:
-            self._loop.listen(listener)
+            if listener.getsockname() == (self.settings.control_socket or None):
+                self._control.listen(listener, self._loop)
+            else:
+                is_unix = listener.FAMILY == socket.AF_UNIX
+                self._loop.listen(listener, None if is_unix else self.tls)
         self._publish()
         log.info("worker %d accepts connections", self.pid)
         while self.alive:
@@ -112,6 +133,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if now - self._notified >= _NOTIFY_SECONDS:
             self._notified = now
             self.notify()
+            self._table.mend()
         self._loop.step()
 
     def _orphaned(self, parent: int) -> None:
@@ -121,11 +143,11 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _publish(self) -> None:
         """Tell the other workers how busy this one is, and whether it accepts."""
-        self._row.progress(self._pools.busy(), int(self.alive))
+        self._row.progress(self._pools.busy(), _ACCEPTING if self.alive else _DRAINING)
 
     def _hesitate(self) -> float:
         """Return how long to leave a new connection to less busy workers, who hear of it too."""
-        busy = [row.done for row in self._table.holders(Kind.WORKER) if row.expected]
+        busy = [row.done for row in self._workers() if row.expected == _ACCEPTING]
         excess = self._pools.busy() - min(busy, default=0)
         return min(max(0.0, excess * _YIELD_SECONDS), _MAX_YIELD_SECONDS)
 
@@ -133,20 +155,30 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _drain(self) -> None:
         self._loop.close_listeners()
+        self._control.stop()
         self._pools.last = True
         self._publish()
-        began = time.monotonic()
-        while not (self._loop.is_empty() and self._pools.is_empty()):
+        began = succeeded = time.monotonic()
+        # The pools first: what they hand back in between is then found in the loop.
+        while not (self._pools.is_empty() and self._loop.is_empty() and self._control.is_empty()):
             now = time.monotonic()
             if self._is_quitting or now > began + self.settings.drain_timeout:
                 self._abort()
-            if now > began + _STOP_IDLE_SECONDS and not self._has_successor():
+            if now > began + _STOP_IDLE_SECONDS:
+                self._control.close_silent()
+            # A worker has no row yet while it is being forked.
+            if self._has_successor():
+                succeeded = now
+            elif now > succeeded + _STOP_IDLE_SECONDS:
                 self._loop.close_idle()
             self._step()
         self._row.release()
 
     def _has_successor(self) -> bool:
-        return any(row.expected for row in self._table.holders(Kind.WORKER))
+        return any(row.expected != _DRAINING for row in self._workers())
+
+    def _workers(self) -> list[Holder]:
+        return self._table.holders(Kind.WORKER)
 
     def _abort(self) -> None:
         """End within seconds, with everything given back that threads can give back."""

@@ -8,22 +8,24 @@ import falcon
 from imageserver.errors import ClientGone, ImageServerError
 from imageserver.inspection import Inspector
 from imageserver.sessions import Sessions
+from imageserver.visits import Visits
 from imageserver.web import errors
 from imageserver.web.extents import ExtentsResource
 from imageserver.web.flush import FlushResource
-from imageserver.web.images import ImageResource, Limits
-from imageserver.web.middleware import ImageMiddleware, Transfers
+from imageserver.web.images import ImageResource, Limits, ServerResource
+from imageserver.web.middleware import ImageMiddleware
 
 App: TypeAlias = "falcon.App[Any, Any]"
 
 
-def create_app(
-    transfers: Transfers, sessions: Sessions, inspector: Inspector, limits: Limits
-) -> App:
+def create_app(visits: Visits, sessions: Sessions, inspector: Inspector, limits: Limits) -> App:
     """Put the application together."""
-    app = falcon.App(middleware=[ImageMiddleware(transfers)])
+    app = falcon.App(middleware=[ImageMiddleware(visits)])
     app.req_options.strip_url_path_trailing_slash = True
 
+    server = ServerResource(limits)
+    app.add_route("/*", server)  # the request target "*"
+    app.add_route("/images/*", server)
     app.add_route("/images/{image_id}", ImageResource(sessions, inspector, limits))
     app.add_route("/images/{image_id}/extents", ExtentsResource(sessions))
     app.add_route("/images/{image_id}/flush", FlushResource(sessions))

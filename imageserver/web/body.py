@@ -12,6 +12,7 @@ from typing import Any
 import falcon
 
 from imageserver.errors import BadRequest, ClientGone
+from imageserver.ports import HasFileno
 from imageserver.sessions import Session
 
 #: A true value under this key: the server takes memoryviews, and gives ``readinto``.
@@ -26,13 +27,13 @@ class RequestSource:
         self._left = length
         self._zero_copy = bool(req.env.get(ZERO_COPY))
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
         """Fill ``buffer`` with what has arrived: see ``ports.Source``."""
         wanted = min(len(buffer), self._left)
         if wanted == 0:
             return 0
         if self._zero_copy:
-            count: int = self._input.readinto(buffer[:wanted])
+            count: int = self._input.readinto(buffer[:wanted], until)
         else:
             count = self._copy(buffer, wanted)
         self._left -= count

@@ -15,6 +15,7 @@ import falcon
 from imageserver import errors
 from imageserver.slots import Kind
 from imageserver.web.answers import set_json
+from imageserver.web.visiting import end_visit
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +80,10 @@ def handle(
 
 
 def cut_off(
-    _req: falcon.Request, _resp: falcon.Response, error: errors.ClientGone, _params: object
+    req: falcon.Request, _resp: falcon.Response, error: errors.ClientGone, _params: object
 ) -> None:
     """Pass a vanished client on to the server, which closes the connection."""
+    end_visit(req)
     raise error
 
 

@@ -13,10 +13,12 @@ import falcon
 from imageserver import operations, sessions
 from imageserver.errors import BadRequest
 from imageserver.extents import Extent
+from imageserver.ranges import whole
 from imageserver.sessions import Sessions
 from imageserver.transfers import FileImage, Transfer
 from imageserver.web.body import StreamedBody
-from imageserver.web.headers import check_method
+from imageserver.web.headers import check_method, read_span
+from imageserver.web.visiting import visit_of
 
 _CONTEXTS = {"zero": sessions.EXTENTS, "dirty": sessions.DIRTY_EXTENTS}
 _BOOL = ("false", "true")
@@ -39,11 +41,18 @@ class ExtentsResource:
         context = req.get_param("context", default="zero")
         if context not in _CONTEXTS:
             raise BadRequest('unsupported context; only "zero" and "dirty" are supported')
-        session = self._sessions.open(transfer, _CONTEXTS[context], req.remote_addr)
-        dirty = context == "dirty"
-        pieces = encode(operations.extents(session, dirty=dirty), dirty=dirty)
+        wanted = read_span(req)
+        session = self._sessions.open(transfer, _CONTEXTS[context], req.remote_addr, visit_of(req))
+        try:
+            span = wanted.resolve(session.size) if wanted else whole(session.size)
+            dirty = context == "dirty"
+            pieces = encode(operations.extents(session, span, dirty=dirty), dirty=dirty)
+            body = StreamedBody(req, session, pieces)
+        except BaseException:
+            session.close()
+            raise
         resp.content_type = falcon.MEDIA_JSON
-        resp.stream = StreamedBody(req, session, pieces)
+        resp.stream = body
 
 
 def encode(batches: Iterator[list[Extent]], *, dirty: bool) -> Generator[bytes]:

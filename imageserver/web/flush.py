@@ -8,6 +8,7 @@ from imageserver.sessions import Sessions
 from imageserver.transfers import Transfer
 from imageserver.web.answers import set_json
 from imageserver.web.headers import check_method
+from imageserver.web.visiting import visit_of
 
 
 class FlushResource:
@@ -22,6 +23,7 @@ class FlushResource:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Flush; the body, if any, is not looked at."""
-        with self._sessions.open(transfer, sessions.FLUSH, req.remote_addr) as session:
+        client, visit = req.remote_addr, visit_of(req)
+        with self._sessions.open(transfer, sessions.FLUSH, client, visit) as session:
             operations.flush(session)
         set_json(resp, {"ok": True})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What request headers say, parsed once: lengths, ranges, media types."""
+"""What headers and query parameters say, parsed once: lengths, ranges, media types."""
 
 import falcon
 
@@ -17,6 +17,39 @@ def read_range(req: falcon.Request) -> ByteRange | None:
     if header is None or req.get_header("If-Range") is not None:
         return None
     return parse_range(header)
+
+
+def read_span(req: falcon.Request) -> ByteRange | None:
+    """Return the span that ``?start=S&length=L`` asks for; None for the whole image."""
+    first, size = _parameter(req, "start"), _parameter(req, "length")
+    if first is None and size is None:
+        return None
+    if size is None:
+        return ByteRange(first or 0)
+    if size == 0:
+        raise BadRequest('"length" must be positive')
+    return ByteRange(first or 0, (first or 0) + size - 1)
+
+
+def _parameter(req: falcon.Request, name: str) -> int | None:
+    values = req.get_param_as_list(name)
+    if values is None:
+        return None
+    try:
+        (text,) = values
+        return parse_length(text)
+    except (ValueError, BadRequest) as exc:
+        raise BadRequest(f'invalid "{name}": it must be a number of bytes') from exc
+
+
+def read_flush(req: falcon.Request) -> bool | None:
+    """Return what ``?flush=y|n`` asks for; None where it is absent (contract B2)."""
+    values = req.get_param_as_list("flush")
+    if values is None:
+        return None
+    if values not in (["y"], ["n"]):
+        raise BadRequest('invalid "flush": it must be y or n')
+    return values == ["y"]
 
 
 def full_body_length(req: falcon.Request) -> int:

@@ -15,7 +15,7 @@ from imageserver.errors import BackendError, BadRequest, UnsupportedMediaType
 from imageserver.inspection import MEMORY_SECONDS, Inspector
 from imageserver.operations import READ_ONLY_METHODS, check_writable
 from imageserver.ports import ImageInfo
-from imageserver.ranges import parse_range, whole
+from imageserver.ranges import parse_content_range, parse_range, whole
 from imageserver.sessions import Session, Sessions
 from imageserver.transfers import FileImage, Transfer
 from imageserver.web.answers import set_json
@@ -26,8 +26,10 @@ from imageserver.web.headers import (
     full_body_length,
     is_json,
     json_length,
+    read_flush,
     read_range,
 )
+from imageserver.web.visiting import visit_of
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Limits:
     """What OPTIONS announces beside the image's own abilities."""
 
     max_readers: int
+    max_writers: int
     unix_socket: str | None
 
 
@@ -65,16 +68,8 @@ class ImageResource:
 
     def on_options(self, _req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Say what the image can do; no lock, no slot."""
-        features, writers, methods = _announcement(transfer, self._info(transfer))
-        resp.set_header("Allow", methods.replace("GET", "GET, HEAD"))
-        resp.set_header("Access-Control-Allow-Methods", methods)
-        answer = {
-            "unix_socket": self._limits.unix_socket,
-            "features": features,
-            "max_readers": self._limits.max_readers,
-            "max_writers": writers,
-        }
-        set_json(resp, answer)
+        info = self._info(transfer)
+        announce(resp, _announcement(transfer, info, self._limits.max_writers), self._limits)
 
     def on_head(self, _req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send GET's headers for the whole image; no slot."""
@@ -100,14 +95,38 @@ class ImageResource:
         resp.stream = body
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
-        """Replace the whole image by the body."""
+        """Replace the whole image by the body, or with ``Content-Range`` a part of it."""
+        flush = read_flush(req)
+        if req.get_header("Content-Range") and not isinstance(transfer.image, FileImage):
+            answer = self._put_range(req, transfer, flush=flush)
+        else:
+            answer = self._put_whole(req, transfer, flush=flush)
+        set_json(resp, answer)
+
+    def _put_whole(
+        self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
+    ) -> dict[str, object]:
         length = full_body_length(req)
         with self._open(req, transfer, sessions.REPLACE) as session:
             check_writable(session.info)
             if not isinstance(transfer.image, FileImage):
                 _check_size(length, session.size)
             operations.replace(session, length, RequestSource(req, length))
-        set_json(resp, {"ok": True, "bytes_written": length})
+            return _written(session, length, flush=flush)
+
+    def _put_range(
+        self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
+    ) -> dict[str, object]:
+        if req.get_header("Range") is not None:
+            raise BadRequest("Range/Content-Range not supported; full writes only")
+        wanted = parse_content_range(
+            req.get_header("Content-Range", required=True), body_length(req)
+        )
+        with self._open(req, transfer, sessions.WRITE) as session:
+            check_writable(session.info)
+            span = wanted.resolve(session.size)
+            operations.write(session, span, RequestSource(req, span.length))
+            return _written(session, span.length, flush=flush)
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Write a range, zero one, or flush."""
@@ -152,7 +171,7 @@ class ImageResource:
         return length
 
     def _open(self, req: falcon.Request, transfer: Transfer, need: sessions.Need) -> Session:
-        return self._sessions.open(transfer, need, req.remote_addr)
+        return self._sessions.open(transfer, need, req.remote_addr, visit_of(req))
 
     def _info(self, transfer: Transfer) -> ImageInfo:
         if isinstance(transfer.image, FileImage):
@@ -164,16 +183,61 @@ class ImageResource:
             return _ASSUMED
 
 
-def _announcement(transfer: Transfer, info: ImageInfo) -> tuple[list[str], int, str]:
-    """Return features, writers and methods as OPTIONS announces them (contract A3)."""
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A row of the contract's OPTIONS table."""
+
+    features: tuple[str, ...]
+    writers: int
+    methods: str
+
+
+def _announcement(transfer: Transfer, info: ImageInfo, writers: int) -> Announcement:
     read_only = transfer.read_only or info.read_only
     if isinstance(transfer.image, FileImage):
-        methods = "GET, POST, OPTIONS" if read_only else "GET, PUT, POST, OPTIONS"
-        return ["flush"], int(not read_only), methods
+        if read_only:
+            return Announcement(("flush",), 0, "GET, POST, OPTIONS")
+        return Announcement(("flush",), 1, "GET, PUT, POST, OPTIONS")
     if read_only:
-        return ["extents"], 0, "GET, OPTIONS"
-    features = ["extents"] + ["zero"] * info.can_zero + ["flush"] * info.can_flush
-    return features, 1, "GET, PUT, PATCH, OPTIONS"
+        return Announcement(("extents",), 0, "GET, OPTIONS")
+    features = ("extents", *["zero"] * info.can_zero, *["flush"] * info.can_flush)
+    return Announcement(features, writers, "GET, PUT, PATCH, OPTIONS")
+
+
+def announce(resp: falcon.Response, what: Announcement, limits: Limits) -> None:
+    """Answer OPTIONS."""
+    resp.set_header("Allow", what.methods.replace("GET", "GET, HEAD"))
+    resp.set_header("Access-Control-Allow-Methods", what.methods)
+    answer = {
+        "unix_socket": limits.unix_socket,
+        "features": what.features,
+        "max_readers": limits.max_readers,
+        "max_writers": what.writers,
+    }
+    set_json(resp, answer)
+
+
+class ServerResource:
+    """``OPTIONS /images/*`` and ``OPTIONS *``: what the server can do (contract B3)."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def on_options(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer from the settings alone: what a load balancer probes."""
+        everything = Announcement(
+            ("extents", "zero", "flush"),
+            self._limits.max_writers,
+            "GET, PUT, PATCH, POST, OPTIONS",
+        )
+        announce(resp, everything, self._limits)
+
+
+def _written(session: Session, length: int, *, flush: bool | None) -> dict[str, object]:
+    answer: dict[str, object] = {"ok": True, "bytes_written": length}
+    if flush is not None:
+        answer["flushed"] = flush and operations.flush_if_possible(session)
+    return answer
 
 
 def _check_size(length: int, size: int) -> None:

@@ -10,19 +10,13 @@ import falcon
 
 from imageserver.errors import NotFound, UnknownImage
 from imageserver.transfers import Transfer
+from imageserver.visits import Visits
 from imageserver.web.body import StreamedBody
+from imageserver.web.visiting import begin_visit, end_visit
 
 #: Sent with every answer that has no image of its own to speak for.
 DEFAULT_METHODS = "GET, PUT, OPTIONS"
 _ENCODED_SEPARATORS = ("%2f", "%5c", "%00")
-
-
-class Transfers(Protocol):
-    """Where ids are looked up."""
-
-    def get(self, transfer_id: str) -> Transfer:
-        """Return a transfer, or raise ``UnknownImage``."""
-        ...
 
 
 class Resource(Protocol):
@@ -36,8 +30,8 @@ class Resource(Protocol):
 class ImageMiddleware:
     """Turns ids into transfers, and gives every answer the headers clients rely on."""
 
-    def __init__(self, registry: Transfers) -> None:
-        self._registry = registry
+    def __init__(self, visits: Visits) -> None:
+        self._visits = visits
 
     def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
         """Refuse encoded separators: decoded, they would look like routes."""
@@ -53,9 +47,15 @@ class ImageMiddleware:
         params: dict[str, Any],
     ) -> None:
         """Look the id up, then see whether the image has the method."""
+        if "image_id" not in params:
+            if req.path == "/*":  # the request target "*" has no slash
+                raise NotFound(req.path)
+            if req.method != "OPTIONS":
+                raise UnknownImage("*")
+            return
         if req.method == "OPTIONS" and not hasattr(resource, "on_options"):
             raise NotFound(req.path)
-        transfer = self._registry.get(params.pop("image_id"))
+        transfer = begin_visit(self._visits, req, params.pop("image_id"))
         resource.check_method(req.method, transfer)
         params["transfer"] = transfer
 
@@ -74,3 +74,5 @@ class ImageMiddleware:
         if isinstance(stream, StreamedBody) and (not req_succeeded or req.method == "HEAD"):
             resp.stream = None
             stream.close()
+        if not isinstance(resp.stream, StreamedBody):  # which ends it with its last piece
+            end_visit(req)

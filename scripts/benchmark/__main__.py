@@ -31,6 +31,7 @@ ROWS: dict[str, Row] = {
     "put-file": rows_data.put_file,
     "parallel": rows_data.parallel,
     "small": rows_data.small,
+    "tls": rows_data.tls,
     "options": rows_bounds.options,
     "extents": rows_bounds.extents,
     "zero": rows_bounds.zero,

@@ -73,10 +73,7 @@ class Client:
         """Do the job."""
         result = self.result
         result.began = time.monotonic()
-        with socket.create_connection(("127.0.0.1", self._job.port), SILENCE_SECONDS) as sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._job.trust:
-                sock = self._over_tls(sock)
+        with self._connect() as sock:
             if self._job.kind == "loop":
                 self._loop(sock)
             else:
@@ -92,7 +89,11 @@ class Client:
         cut_off = self.result.began + self._job.seconds if self._job.seconds else float("inf")
         self._answer(sock, cut_off)
 
-    def _over_tls(self, sock: socket.socket) -> ssl.SSLSocket:
+    def _connect(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self._job.port), SILENCE_SECONDS)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if not self._job.trust:
+            return sock
         context = ssl.create_default_context(cafile=self._job.trust)
         return context.wrap_socket(sock, server_hostname="localhost")
 

@@ -3,8 +3,9 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import clients
 import process
@@ -25,6 +26,8 @@ class Side:
     port: int
     path: str
     server: Server | None = None
+    trust: str = ""
+    """The CA of a side that speaks TLS."""
     cpu: list[float] = field(default_factory=list)
     """CPU seconds of the server, per timed run."""
 
@@ -33,12 +36,20 @@ class Side:
         head = _head("GET", self.path)
         if length:
             head += f"\r\nRange: bytes={start}-{start + length - 1}"
-        return Job("transfer", self.port, [head], digest=hashed)
+        return Job("transfer", self.port, [head], trust=self.trust, digest=hashed)
 
     def put(self, source: Path, offset: int, length: int) -> Job:
         """Return a job that writes the image."""
         head = _head("PUT", self.path) + f"\r\nContent-Length: {length}"
-        return Job("transfer", self.port, [head], file=str(source), offset=offset, length=length)
+        return Job(
+            "transfer",
+            self.port,
+            [head],
+            file=str(source),
+            offset=offset,
+            length=length,
+            trust=self.trust,
+        )
 
     def timed(self, job: Job, wanted: int | None = None) -> float:
         """Run a job; return its seconds, and note the server's CPU time."""
@@ -205,6 +216,44 @@ def small(world: World) -> list[Figure]:
     return [figure]
 
 
+def tls(world: World) -> list[Figure]:
+    """GET and PUT a whole image over NBD with TLS, against plain HTTP."""
+    size, source = world.scale.image, world.source
+    (readable, read_socks), (writable, write_socks) = world.readable, world.writable
+    pki = world.pki
+    settings = {"tls_cert": pki / "server.crt", "tls_key": pki / "server.key"}
+    with world.image_server("tls", settings=settings) as server:
+
+        def sides(sock: Path) -> tuple[Side, Side]:
+            return (
+                Side(server.port, server.add_nbd(sock), server, str(pki / "ca.crt")),
+                Side(world.server.port, world.server.add_nbd(sock), world.server),
+            )
+
+        ours, plain = sides(read_socks["ours"])
+        _check_get(ours, readable)
+        got = Rounds.take(
+            world.scale.rounds,
+            ours=lambda _: ours.timed(ours.get(), size),
+            plain=lambda _: plain.timed(plain.get(), size),
+        )
+        writing, plainly = sides(write_socks["ours"])
+        put = Rounds.take(
+            world.scale.rounds,
+            ours=_checked_put(writing, source, 0, writable),
+            plain=_checked_put(plainly, source, SHIFT, writable),
+        )
+    against_plain: dict[str, Any] = {"against": "plain", "target": None}
+    return [
+        _speed(f"GET {_size(size)} over NBD with TLS", "plain", got, size),
+        replace(_cpu(f"CPU of GET {_size(size)} with TLS", ours, plain, size), **against_plain),
+        _speed(f"PUT {_size(size)} over NBD with TLS", "plain", put, size),
+        replace(
+            _cpu(f"CPU of PUT {_size(size)} with TLS", writing, plainly, size), **against_plain
+        ),
+    ]
+
+
 def _head(method: str, path: str) -> str:
     return f"{method} {path} HTTP/1.1\r\nHost: bench"
 
@@ -246,7 +295,9 @@ def _uri(sock: Path) -> str:
     return f"nbd+unix:///?socket={sock}"
 
 
-def _speed(work: str, against: str, rounds: Rounds, size: int, target: float) -> Figure:
+def _speed(
+    work: str, against: str, rounds: Rounds, size: int, target: float | None = None
+) -> Figure:
     def speed(name: str) -> str:
         return f"{size / MIB / rounds.median(name):.0f} MiB/s"
 

@@ -138,6 +138,12 @@ class World:
         return path
 
     @cached_property
+    def pki(self) -> Path:
+        """Certificates for TLS on localhost."""
+        process.run([str(ROOT / "scripts" / "make-pki"), str(self.directory / "pki")])
+        return self.directory / "pki"
+
+    @cached_property
     def source(self) -> Path:
         """What bodies of PUTs are taken from."""
         return self.data("source", self.scale.image + SHIFT)

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -162,14 +162,14 @@ class Server:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()]
 
-    def worker_of(self, sock: socket.socket) -> int:
-        """Return the pid of the worker that has accepted this client's connection."""
+    def worker_of(self, sock: socket.socket, workers: Sequence[int] = ()) -> int:
+        """Return the pid of the worker, of these or of all, that has accepted a connection."""
         client, server = f":{sock.getsockname()[1]:04X}", f":{self.port:04X}"
 
         def find() -> int:
             lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
             inodes = {f[9] for f in lines if f[1].endswith(server) and f[2].endswith(client)}
-            for pid in self.worker_pids():
+            for pid in workers or self.worker_pids():
                 for fd in Path(f"/proc/{pid}/fd").iterdir():
                     with contextlib.suppress(FileNotFoundError):
                         if os.readlink(fd)[8:-1] in inodes:

@@ -324,7 +324,7 @@ IMAGE_METHODS = {"GET", "HEAD", "PUT", "PATCH", "OPTIONS"}
         *((method, "/extents", False, {"GET"}) for method in ("PUT", "POST", "PATCH", "DELETE")),
         *((method, "/flush", False, {"POST"}) for method in ("GET", "PUT", "PATCH", "DELETE")),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_a_method_that_the_resource_lacks_is_refused_with_allow(
     server: Server, image: str, method: str, target: str, read_only: bool, allowed: set[str]

@@ -163,7 +163,7 @@ def test_put_takes_no_two_lengths(server: Server, disk: Path):
 
 @pytest.mark.parametrize(
     "field",
-    [f"Range: bytes=0-{SIZE - 1}", "Range: nonsense", f"Content-Range: bytes 0-{SIZE - 1}/{SIZE}"],
+    [f"Range: bytes=0-{SIZE - 1}", "Range: nonsense"],
 )
 @pytest.mark.parametrize("length", [f"Content-Length: {SIZE}", "Content-Length: 0", "X: y"])
 def test_put_of_a_range_is_refused(server: Server, disk: Path, field: str, length: str):

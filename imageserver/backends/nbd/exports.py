@@ -91,9 +91,13 @@ class NbdExport:
         """Bring all earlier writes to stable storage."""
         self._link.wait(self._link.flush())
 
-    def extents(self, *, dirty: bool) -> Generator[list[Extent]]:
-        """Yield the export's extents."""
-        return status.list_extents(self._link, self._bitmap, dirty=dirty)
+    def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
+        """Yield the extents of [start, stop)."""
+        return status.list_extents(self._link, self._bitmap, start, stop, dirty=dirty)
+
+    def stop(self) -> None:
+        """Give the server up."""
+        self._link.stop()
 
     def close(self) -> None:
         """Close the connection."""

@@ -238,9 +238,13 @@ class Link:
         finally:
             self._stopped = False
 
+    def stop(self) -> None:
+        """Give the server up, from any thread: as if it had been silent for too long."""
+        self._is_silent = True
+
     def _poll(self, deadline: float) -> None:
         left = deadline - time.monotonic()
-        if self._stopped:
+        if self._stopped or self._is_silent:
             raise Stopped(self._name)
         if left <= 0:
             self._is_silent = True

@@ -12,16 +12,17 @@ from imageserver.extents import Extent, Merger, Reply
 _MAX_LENGTH = (1 << 32) - (1 << 16)
 
 
-def list_extents(link: Link, bitmap: str | None, *, dirty: bool) -> Generator[list[Extent]]:
-    """Yield the export's extents: see ``ports.Backend``."""
-    size = link.size
+def list_extents(
+    link: Link, bitmap: str | None, start: int, stop: int, *, dirty: bool
+) -> Generator[list[Extent]]:
+    """Yield the extents of [start, stop): see ``ports.Backend``."""
     allocation = link.has_context(extents.ALLOCATION)
     context = extents.dirty_context(bitmap) if dirty and bitmap else ""
     context = context if link.has_context(context) else ""
     everywhere = int(dirty and not context)
-    merger = Merger()
-    while (at := merger.position) < size:
-        limit = size - at
+    merger = Merger(start)
+    while (at := merger.position) < stop:
+        limit = stop - at
         replies = _ask(link, at, limit) if allocation or context else {}
         try:
             state = replies[extents.ALLOCATION] if allocation else Reply((limit,), (0,))

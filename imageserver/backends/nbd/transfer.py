@@ -136,12 +136,13 @@ def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Generator[_
 
 def write(link: Link, start: int, length: int, source: Source) -> Generator[int]:
     """Write ``length`` bytes from ``source``: see ``ports.Backend``."""
-    ring = _ring(link, length)
-    pieces = _fill_pieces(link, start, length, ring, source)
     write_pieces = _write_here if _is_short(link, length) else _write_behind
     try:
-        for acknowledged in write_pieces(link, pieces, ring):
-            yield acknowledged - start
+        with _ring(link, length) as ring:
+            pieces = _fill_pieces(link, start, length, ring, source)
+            with closing(write_pieces(link, pieces, ring)) as written:
+                for acknowledged in written:
+                    yield acknowledged - start
         link.settled = True
     finally:
         link.settle()
@@ -161,8 +162,10 @@ def _fill_pieces(
                 at = offset - piece.start
                 buffer[at : at + len(block)] = block
         wanted = piece.wanted()
-        filled = fill(source, wanted)
+        filled = fill(source, wanted, ring)
         if filled < len(wanted):
+            if ring.is_closed:
+                return  # the NBD side has failed
             raise ShortBody(piece.low - start + filled)
         yield piece
 
@@ -179,7 +182,7 @@ def _read_edges(link: Link, start: int, stop: int) -> dict[int, bytes]:
     return edges
 
 
-def _write_here(link: Link, pieces: Iterator[_Piece], _ring: Ring) -> Iterator[int]:
+def _write_here(link: Link, pieces: Iterator[_Piece], _ring: Ring) -> Generator[int]:
     pending = []
     for piece in pieces:
         piece.cookie = link.pwrite(piece.whole(), piece.start)
@@ -189,7 +192,7 @@ def _write_here(link: Link, pieces: Iterator[_Piece], _ring: Ring) -> Iterator[i
         yield piece.high
 
 
-def _write_behind(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Iterator[int]:
+def _write_behind(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Generator[int]:
     """Fill pieces here and write them on a thread."""
     filled: SimpleQueue[_Piece | None] = SimpleQueue()
     acknowledged: SimpleQueue[int] = SimpleQueue()

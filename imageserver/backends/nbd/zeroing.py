@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from imageserver.backends.nbd.link import Link, NotSupported
 from imageserver.backends.nbd.transfer import write
+from imageserver.ports import HasFileno
 
 #: Lengths are 32 bits on the wire; a large power of two keeps requests aligned for any format.
 _MAX_STEP = 1 << 31
@@ -73,7 +74,7 @@ def _steps(link: Link, start: int, stop: int, step: int, *, fast: bool) -> Itera
 class _Zeros:
     """A source that never ends."""
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: memoryview, _until: HasFileno | None = None) -> int:
         """Fill all of ``buffer``."""
         buffer[:] = bytes(len(buffer))
         return len(buffer)

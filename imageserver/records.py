@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server knows of transfers, put together from the settings.
+
+Every process has its own, over the same files: the application to look ids up, the control
+socket to change what is registered, the master to tidy up at start.
+"""
+
+import os
+from dataclasses import dataclass
+
+from imageserver.activity import ActivityFiles
+from imageserver.administration import Administration
+from imageserver.ports import Owned
+from imageserver.registrations import RegistrationFiles
+from imageserver.registry import Registry
+from imageserver.settings import Settings
+from imageserver.visits import Catalogue, Visits
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """The files in which transfers and their use are written down."""
+
+    settings: Settings
+    files: Registry
+    activities: ActivityFiles
+    registrations: RegistrationFiles
+
+    def visits(self) -> Visits:
+        """Return where requests look ids up."""
+        return Visits(self._catalogue(), self.prune)
+
+    def administration(self) -> Administration:
+        """Return who carries out what a control program asks for."""
+        idle = self.settings.idle_timeout
+        return Administration(self.registrations, self.activities, self._catalogue(), idle)
+
+    def _catalogue(self) -> Catalogue:
+        # What was registered once stays unknown as long as nobody can unregister it.
+        registered = self.registrations if self.settings.control_socket else None
+        return Catalogue(self.files, registered, self.activities)
+
+    def recover(self) -> None:
+        """Put in order what earlier servers have left; before any process serves."""
+        self.registrations.recover()
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove what is left of transfers that are known no more."""
+        self.registrations.prune(self._has_file)
+        self.activities.prune(Owned.FILE, self._has_file)
+
+    def _has_file(self, transfer_id: str) -> bool:
+        return os.path.lexists(os.path.join(self.settings.config_dir, transfer_id))
+
+
+def records(settings: Settings, files: Registry) -> Records:
+    """Name all files; none is opened yet."""
+    activities = ActivityFiles(settings.activity_dir)
+    return Records(
+        settings, files, activities, RegistrationFiles(settings.registered_dir, activities)
+    )

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registered transfers: files that the server itself writes, for all its processes.
+
+A file is named by a hash of the id, has what a control program's file would have, and the
+id. It appears and is replaced by a rename, so that readers see the old or the new one.
+
+Order makes it safe. A registration's activity file is there before it and outlives it, so
+that who looks an id up can enter first and read then: a request that was let in has been
+seen by any later ``remove``. Changes hold a lock, which the kernel drops with its holder.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+
+from imageserver.activity import ActivityFiles
+from imageserver.errors import UnknownImage
+from imageserver.ports import Owned
+from imageserver.registry import Registry
+from imageserver.shared import open_private
+from imageserver.transfers import (
+    MAX_TRANSFER_SIZE,
+    InvalidTransfer,
+    Transfer,
+    id_hash,
+    to_fields,
+)
+
+_LOCK = "registered.lock"
+#: Prefix of files that have not got their name yet; hashes do not begin so.
+_NEW = "new-"
+
+
+class RegistrationFiles:
+    """All registrations, in ``directory``: ``ports.Registrations``; one for each process."""
+
+    def __init__(self, directory: str, activities: ActivityFiles) -> None:
+        self._directory = directory
+        self._activities = activities
+        self._registry = Registry(directory, (os.geteuid(),))
+        self._fresh: dict[tuple[str, int], int] = {}
+
+    def get(self, transfer_id: str) -> Transfer:
+        """Look an id up: see ``ports.Transfers``."""
+        return self._registry.get(id_hash(transfer_id))
+
+    def store(self, transfer: Transfer) -> None:
+        """Make a transfer known: see ``ports.Registrations``.
+
+        Raises:
+            InvalidTransfer: its file would be too large.
+            OSError: it cannot be written.
+        """
+        fields = {"transfer_id": transfer.id} | to_fields(transfer)
+        text = json.dumps(fields, ensure_ascii=False).encode()
+        if len(text) > MAX_TRANSFER_SIZE:
+            raise InvalidTransfer(f"larger than {MAX_TRANSFER_SIZE} bytes")
+        with self._lock():
+            activity = self._activities.make(Owned.REGISTERED, transfer.id)
+            with contextlib.closing(activity):
+                activity.touch()
+                self._write(id_hash(transfer.id), text)
+                activity.set_closed(closed=False)
+
+    def _write(self, name: str, text: bytes) -> None:
+        new = _NEW + secrets.token_hex(8)
+        fd = open_private(self._directory, new)
+        try:
+            with open(fd, "wb") as file:
+                file.write(text)
+            os.rename(self._path(new), self._path(name))
+        except BaseException:
+            os.unlink(self._path(new))
+            raise
+
+    def remove(self, transfer_id: str) -> None:
+        """Make a transfer unknown: see ``ports.Registrations``."""
+        with self._lock():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(id_hash(transfer_id)))
+            activity = self._activities.find(Owned.REGISTERED, transfer_id, visit=False)
+            if activity:
+                with contextlib.closing(activity):
+                    activity.set_closed(closed=True)
+
+    def forget(self, transfer_id: str) -> None:
+        """Drop the activity of what was removed: see ``ports.Registrations``."""
+        with self._lock():
+            activity = self._activities.find(Owned.REGISTERED, transfer_id, visit=False)
+            if activity:
+                with contextlib.closing(activity):
+                    if activity.is_closed and not activity.visitors():
+                        activity.remove()
+
+    def count(self) -> int:
+        """Return how many there are that have not expired: see ``ports.Registrations``."""
+        now_ns = time.monotonic_ns()
+        fresh = {}
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                version = entry.name, entry.inode()
+                # What was used since expires later still.
+                lasts_ns = self._fresh.get(version, 0)
+                if lasts_ns <= now_ns:
+                    lasts_ns = self._lasts_ns(entry.name)
+                if lasts_ns > now_ns:
+                    fresh[version] = lasts_ns
+        self._fresh = fresh
+        return len(fresh)
+
+    def _lasts_ns(self, name: str) -> int:
+        """Return until when (monotonic clock) a registration counts if nobody uses it."""
+        activity = self._activities.find_hashed(Owned.REGISTERED, name)
+        if activity is None:
+            return 0
+        with contextlib.closing(activity):
+            try:
+                transfer = self._registry.get(name)
+            except UnknownImage:
+                return 0
+            unused_ns = min(time.time_ns() - transfer.changed_ns, activity.idle_ns())
+        return time.monotonic_ns() - unused_ns + (transfer.idle_seconds or 0) * 1_000_000_000
+
+    def prune(self, has_file: Callable[[str], bool]) -> None:
+        """Drop what has expired, but for what hides a control program's file."""
+        for name in os.listdir(self._directory):
+            if not self._counts(name) and not name.startswith(_NEW):
+                with self._lock(), contextlib.suppress(FileNotFoundError):
+                    transfer_id = self._id_of(name)
+                    hides = transfer_id is not None and has_file(transfer_id)
+                    if not self._counts(name) and not hides:
+                        os.unlink(self._path(name))
+        with self._lock():
+            self._activities.prune(Owned.REGISTERED, self._is_known)
+
+    def recover(self) -> None:
+        """Remove what writers that died have left; give back what was lost over a reboot."""
+        with self._lock():
+            for name in os.listdir(self._directory):
+                transfer_id = None if name.startswith(_NEW) else self._id_of(name)
+                if transfer_id is None:
+                    os.unlink(self._path(name))
+                else:
+                    self._activities.make(Owned.REGISTERED, transfer_id).close()
+
+    def _counts(self, name: str) -> bool:
+        return self._lasts_ns(name) > time.monotonic_ns()
+
+    def _is_known(self, transfer_id: str) -> bool:
+        return os.path.lexists(self._path(id_hash(transfer_id)))
+
+    def _id_of(self, name: str) -> str | None:
+        """Return whose file this is; None where it is none of ours."""
+        with open(self._path(name), "rb") as file:
+            try:
+                transfer_id = str(json.load(file)["transfer_id"])
+            except (ValueError, KeyError, TypeError):
+                return None
+        return transfer_id if id_hash(transfer_id) == name else None
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        fd = open_private(os.path.dirname(self._directory), _LOCK)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stand-ins for the adapters behind ``imageserver.ports``; every call goes to one journal.
+
+``fail`` maps what would be journalled ("lock", "slot", "open", ...) to what is raised instead.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+from imageserver.extents import Extent
+from imageserver.ports import Account, ImageInfo, Intent, Owned, Source, Ticket
+from imageserver.sessions import Sessions
+from imageserver.slots import Kind
+from imageserver.transfers import FileImage, Image, NbdImage, Transfer
+
+DISK = NbdImage("/run/disk.sock", "vda")
+TRANSFER = Transfer("t1", DISK)
+FILE_TRANSFER = Transfer("f1", FileImage("/images/disk.raw"))
+
+
+@dataclass
+class World:
+    """Fake locks, slots and back ends in one: what they would do, and what was asked of them."""
+
+    content: bytearray = field(default_factory=lambda: bytearray(b"0123456789"))
+    piece: int = 4
+    info: ImageInfo | None = None
+    abandoned: bool = False
+    settled: bool = True
+    fail: dict[str, BaseException] = field(default_factory=dict)
+    others: set[str] = field(default_factory=set)
+    batches: list[list[Extent]] = field(default_factory=list)
+    on_piece: Callable[[int], None] = lambda _: None
+    journal: list[str] = field(default_factory=list)
+    opened: list["FakeBackend"] = field(default_factory=list)
+    tickets: list[Ticket] = field(default_factory=list)
+    progress: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def activities(self) -> "FakeActivities":
+        return FakeActivities(self)
+
+    def note(self, what: str) -> None:
+        self.journal.append(what)
+        if what in self.fail:
+            raise self.fail[what]
+
+    def sessions(self, *, shares_lock: bool = False) -> Sessions:
+        return Sessions(
+            FakeLocks(self),
+            FakeSlots(self),
+            FakeBackends(self),
+            lambda _: "key",
+            shares_lock=shares_lock,
+        )
+
+
+class FakeLocks:
+    """``ports.Locks``, and the lock itself."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.abandoned = world.abandoned
+
+    def acquire(self, _image: Image) -> "FakeLocks":
+        self._world.note("lock")
+        return FakeLocks(self._world)
+
+    def acquire_briefly(self, _image: Image) -> "FakeLocks":
+        self._world.note("lock briefly")
+        return FakeLocks(self._world)
+
+    def release(self, *, settled: bool) -> None:
+        self._world.note("unlock" if settled else "unlock marked")
+
+
+class FakeSlots:
+    """``ports.Slots``, and the slot itself."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def claim(self, kind: Kind, ticket: Ticket) -> "FakeSlots":
+        self._world.note(f"slot {kind.name}")
+        self._world.tickets.append(ticket)
+        return self
+
+    def operations_on(self, image: str) -> set[str]:
+        assert image == "key"
+        return self._world.others
+
+    def progress(self, done: int, expected: int) -> None:
+        self._world.progress.append((done, expected))
+
+    def release(self) -> None:
+        self._world.note("free")
+
+
+class FakeBackends:
+    """``ports.Backends`` over the world's content."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def settle(self, _image: Image) -> None:
+        self._world.note("settle")
+
+    def open(self, _image: Image, intent: Intent) -> "FakeBackend":
+        self._world.note(f"open {intent.name}")
+        backend = FakeBackend(self._world)
+        self._world.opened.append(backend)
+        return backend
+
+
+class FakeBackend:
+    """``ports.Backend`` over a bytearray."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.size = len(world.content)
+        self.closed = False
+
+    @property
+    def info(self) -> ImageInfo:
+        assert not self.closed
+        return self._world.info or ImageInfo(
+            self.size, read_only=False, can_zero=True, can_flush=True
+        )
+
+    @property
+    def settled(self) -> bool:
+        return self._world.settled
+
+    def read(self, start: int, length: int) -> Generator[memoryview]:
+        stop = start + length
+        for at in range(start, stop, self._world.piece):
+            self._world.on_piece(at)
+            yield memoryview(bytes(self._world.content[at : min(at + self._world.piece, stop)]))
+
+    def write(self, start: int, length: int, source: Source) -> Iterator[int]:
+        done = 0
+        while done < length:
+            buffer = memoryview(bytearray(min(self._world.piece, length - done)))
+            count = source.readinto(buffer)
+            assert count
+            self._world.content[start + done : start + done + count] = buffer[:count]
+            done += count
+            yield done
+
+    def replace(self, length: int, source: Source) -> Iterator[int]:
+        self._world.note("replace")
+        yield from self.write(0, length, source)
+
+    def zero(self, start: int, length: int) -> Iterator[int]:
+        self._world.note("zero")
+        self._world.content[start : start + length] = bytes(length)
+        yield length
+
+    def flush(self) -> None:
+        self._world.note("flush")
+
+    def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
+        self._world.note(f"extents {start}-{stop} dirty={dirty}")
+        yield from self._world.batches
+
+    def stop(self) -> None:
+        self._world.note("stop")
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+        self._world.note("close")
+
+
+class FakeActivities:
+    """``ports.Activities``, and an activity that is never idle: visits begin and end."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def find(self, _owned: Owned, _transfer_id: str, *, visit: bool) -> "FakeActivities":
+        self._world.note("visit" if visit else "look")
+        return self
+
+    def idle_ns(self) -> int:
+        return 0
+
+    def touch(self) -> None: ...
+
+    def is_cut(self, _began_ns: int) -> bool:
+        return False
+
+    def add(self, _done: Account, *, wait: bool) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._world.note("leave")
+
+
+class Bytes:
+    """``ports.Source`` over bytes that arrive ``piece`` at a time."""
+
+    def __init__(self, data: bytes, piece: int = 3) -> None:
+        self._data = data
+        self._piece = piece
+
+    def readinto(self, buffer: memoryview, _until: object = None) -> int:
+        count = min(len(buffer), self._piece, len(self._data))
+        buffer[:count] = self._data[:count]
+        self._data = self._data[count:]
+        return count

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image locks in a directory of our own, and a process that holds one."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from imageserver.errors import ImageBusy
+from imageserver.locks import ImageLocks
+from imageserver.shared import is_leaving, owner_of
+from imageserver.slots import Owner
+from imageserver.transfers import NbdImage
+
+DISK = NbdImage("/run/disk.sock", "vda")
+OTHER = NbdImage("/run/disk.sock", "vdb")
+
+_HOLD = """
+import os, sys
+from imageserver.locks import ImageLocks
+from imageserver.shared import is_leaving, owner_of
+from imageserver.transfers import NbdImage
+locks = ImageLocks(sys.argv[1], is_leaving, lambda: owner_of(os.getpid()))
+lock = locks.acquire(NbdImage("/run/disk.sock", "vda"))
+print("held", flush=True)
+sys.stdin.readline()
+lock.release(settled=True)
+"""
+
+
+@contextlib.contextmanager
+def holder(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a process that holds ``DISK`` until it gets a line."""
+    command = [sys.executable, "-c", _HOLD, str(directory)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def me() -> Owner:
+    owner = owner_of(os.getpid())
+    assert owner is not None
+    return owner
+
+
+def locks_in(directory: Path, is_leaving: Callable[[Owner], bool] = is_leaving) -> ImageLocks:
+    return ImageLocks(str(directory), is_leaving, me)
+
+
+def is_busy(images: ImageLocks) -> bool:
+    try:
+        images.acquire(DISK).release(settled=True)
+    except ImageBusy:
+        return True
+    return False
+
+
+def age(directory: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    for file in directory.iterdir():
+        os.utime(file, (then, then))

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations over a fake back end: bytes moved, progress shown, rights given back in time."""
+
+from collections.abc import Callable, Generator, Iterator
+
+import pytest
+
+from imageserver import operations, sessions
+from imageserver.errors import BackendError, BadRequest, ClientGone, MethodNotAllowed
+from imageserver.ports import ImageInfo
+from imageserver.ranges import Span, whole
+from imageserver.sessions import Need, Session
+from tests.unit.fakes import TRANSFER, Bytes, World
+
+
+def _open(world: World, need: Need = sessions.READ) -> Session:
+    session = world.sessions().open(TRANSFER, need, "")
+    world.journal.clear()
+    return session
+
+
+def _states(world: World, pieces: Iterator[object]) -> list[bool]:
+    """Take every piece; tell for each whether the image had been given back when it came."""
+    return [world.opened[-1].closed for _ in pieces]
+
+
+class _Gone:
+    def readinto(self, buffer: memoryview, _until: object = None) -> int:
+        raise ClientGone
+
+
+def test_reading_yields_the_span_and_shows_progress() -> None:
+    world = World()
+
+    pieces = [bytes(piece) for piece in operations.read(_open(world), Span(1, 10, 10))]
+
+    assert (pieces, world.progress) == ([b"1234", b"5678", b"9"], [(4, 9), (8, 9), (9, 9)])
+
+
+def test_reading_gives_the_image_back_before_the_last_piece() -> None:
+    world = World()
+
+    assert _states(world, operations.read(_open(world), whole(10))) == [False, False, True]
+    assert world.journal == ["close", "free"]
+
+
+def test_a_read_of_one_piece_comes_with_the_image_given_back() -> None:
+    world = World(piece=10)
+
+    assert _states(world, operations.read(_open(world), whole(10))) == [True]
+
+
+def test_an_empty_read_yields_nothing_and_gives_the_image_back() -> None:
+    world = World(content=bytearray())
+
+    assert list(operations.read(_open(world), whole(0))) == []
+    assert world.journal == ["close", "free"]
+
+
+def test_a_read_that_fails_gives_the_image_back() -> None:
+    def fail(at: int) -> None:
+        if at:
+            raise BackendError("gone")
+
+    world = World(on_piece=fail)
+    pieces = operations.read(_open(world), whole(10))
+    next(pieces)
+
+    with pytest.raises(BackendError):
+        next(pieces)
+    assert world.journal == ["close", "free"]
+
+
+def test_a_read_that_nobody_takes_to_its_end_gives_the_image_back() -> None:
+    world = World()
+    pieces = operations.read(_open(world), whole(10))
+    next(pieces)
+
+    pieces.close()
+
+    assert world.journal == ["close", "free"]
+
+
+def test_the_back_ends_own_reading_ends_before_the_back_end_is_closed() -> None:
+    world = World()
+    session = _open(world)
+    ends = []
+
+    def read(_start: int, _length: int) -> Generator[memoryview]:
+        try:
+            yield memoryview(b"0123")
+        finally:
+            ends.append(world.opened[0].closed)
+
+    session.backend.read = read  # type: ignore[method-assign]
+    pieces = operations.read(session, whole(10))
+    next(pieces)
+    pieces.close()
+
+    assert ends == [False]
+
+
+def test_writing_takes_the_source_to_the_span() -> None:
+    world = World()
+
+    operations.write(_open(world, sessions.WRITE), Span(2, 7, 10), Bytes(b"abcde"))
+
+    assert (world.content, world.progress) == (b"01abcde789", [(3, 5), (5, 5)])
+
+
+def test_replacing_takes_the_source_for_the_whole() -> None:
+    world = World()
+
+    operations.replace(_open(world, sessions.REPLACE), 10, Bytes(b"abcdefghij", piece=9))
+
+    assert (world.content, world.journal) == (b"abcdefghij", ["replace"])
+    assert world.progress[-1] == (10, 10)
+
+
+def _write(session: Session) -> None:
+    operations.write(session, whole(10), _Gone())
+
+
+def _replace(session: Session) -> None:
+    operations.replace(session, 10, _Gone())
+
+
+@pytest.mark.parametrize("write", [_write, _replace])
+def test_a_client_that_vanishes_ends_a_write(write: Callable[[Session], None]) -> None:
+    world = World()
+    session = _open(world, sessions.WRITE)
+
+    with pytest.raises(ClientGone):
+        write(session)
+    assert world.content == b"0123456789"
+
+
+@pytest.mark.parametrize(
+    ("wants", "can", "journal"),
+    [
+        pytest.param(False, True, ["zero"], id="not-asked-for"),
+        pytest.param(True, True, ["zero", "flush"], id="asked-for"),
+        pytest.param(True, False, ["zero"], id="asked-for-but-impossible"),
+    ],
+)
+def test_zeroing_flushes_where_asked_for_and_possible(
+    wants: bool, can: bool, journal: list[str]
+) -> None:
+    info = ImageInfo(10, read_only=False, can_zero=True, can_flush=can)
+    world = World(info=info)
+
+    operations.zero(_open(world, sessions.ZERO), Span(2, 4, 10), flush=wants)
+
+    assert (world.content, world.journal) == (b"01\0\x00456789", journal)
+    assert world.progress == [(2, 2)]
+
+
+@pytest.mark.parametrize("can", [False, True])
+def test_a_flush_that_may_be_impossible_tells_whether_it_was_done(can: bool) -> None:
+    world = World(info=ImageInfo(10, read_only=False, can_zero=True, can_flush=can))
+
+    assert operations.flush_if_possible(_open(world, sessions.WRITE)) is can
+    assert world.journal == ["flush"] * can
+
+
+def test_flushing_flushes() -> None:
+    world = World()
+
+    operations.flush(_open(world, sessions.FLUSH))
+
+    assert world.journal == ["flush"]
+
+
+def test_an_export_that_cannot_flush_says_so() -> None:
+    info = ImageInfo(10, read_only=False, can_zero=True, can_flush=False)
+    world = World(info=info)
+
+    with pytest.raises(BadRequest, match=r"^flush not supported by this export$"):
+        operations.flush(_open(world, sessions.FLUSH))
+    assert world.journal == []
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_extents_come_in_the_back_ends_lists_and_show_progress(dirty: bool) -> None:
+    batches = [[(0, 4, False, dirty), (4, 2, True, dirty)], [(6, 4, False, False)], []]
+    world = World(batches=batches)
+
+    found = list(operations.extents(_open(world, sessions.EXTENTS), whole(10), dirty=dirty))
+
+    assert (found, world.progress) == (batches, [(6, 10), (10, 10)])
+    assert world.journal == [f"extents 0-10 dirty={dirty}", "close", "free", "unlock"]
+
+
+def test_extents_of_a_span_show_progress_within_it() -> None:
+    world = World(batches=[[(4, 2, False, False)], [(6, 1, True, False)]])
+
+    list(operations.extents(_open(world, sessions.EXTENTS), Span(4, 7, 10), dirty=False))
+
+    assert (world.journal[0], world.progress) == ("extents 4-7 dirty=False", [(2, 3), (3, 3)])
+
+
+def test_extents_given_up_half_way_give_the_image_back() -> None:
+    world = World(batches=[[(0, 4, False, False)], [(4, 6, True, False)]])
+    found = operations.extents(_open(world, sessions.EXTENTS), whole(10), dirty=False)
+    next(found)
+
+    found.close()
+
+    assert world.journal[-3:] == ["close", "free", "unlock"]
+
+
+def test_a_read_only_image_allows_reading_only() -> None:
+    info = ImageInfo(10, read_only=True, can_zero=True, can_flush=True)
+
+    with pytest.raises(MethodNotAllowed) as raised:
+        operations.check_writable(info)
+    assert raised.value.allowed == ("GET", "HEAD", "OPTIONS")
+
+
+def test_a_writable_image_may_be_written() -> None:
+    operations.check_writable(ImageInfo(10, read_only=False, can_zero=False, can_flush=False))

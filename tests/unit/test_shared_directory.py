@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runtime directory: ours alone, or not used; and a table that is found in it."""
+
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imageserver import shared, slots
+from imageserver.errors import NoSlot
+from imageserver.shared import (
+    SharedTable,
+    UnusableDirectory,
+    boot_id,
+    open_private,
+    owner_of,
+    prepare_directory,
+)
+from imageserver.slots import IncompatibleTable, Kind
+from tests.unit.processes import LIMITS, TICKET, holder, python
+
+ME = os.geteuid()
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Iterator[SharedTable]:
+    table = SharedTable(str(tmp_path), LIMITS)
+    yield table
+    table.close()
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+def test_a_missing_directory_is_made_for_us_alone(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        prepare_directory(str(tmp_path / "run"))
+    finally:
+        os.umask(umask)
+
+    assert _mode(tmp_path / "run") == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o000])
+def test_a_directory_of_ours_is_closed_to_others(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run").chmod(mode)
+
+    prepare_directory(str(tmp_path / "run"))
+
+    assert _mode(tmp_path / "run") == 0o700
+
+
+def test_a_link_to_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir(0o755)
+    (tmp_path / "run").symlink_to("real")
+
+    with pytest.raises(UnusableDirectory, match=f"not a directory that belongs to uid {ME}"):
+        prepare_directory(str(tmp_path / "run"))
+    assert _mode(tmp_path / "real") == 0o755
+
+
+def test_a_link_to_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to("nowhere")
+
+    with pytest.raises(UnusableDirectory):
+        prepare_directory(str(tmp_path / "run"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+
+    with pytest.raises(UnusableDirectory, match="is not a directory"):
+        prepare_directory(str(tmp_path / "run"))
+
+
+@pytest.mark.skipif(ME != 0, reason="only root can give directories away")
+def test_a_directory_of_a_stranger_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(0o755)
+    os.chown(tmp_path / "run", 12345, 0)
+
+    with pytest.raises(UnusableDirectory, match=f"belongs to uid {ME}"):
+        prepare_directory(str(tmp_path / "run"))
+    assert _mode(tmp_path / "run") == 0o755
+
+
+def test_a_directory_that_cannot_be_made_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "run"
+
+    with pytest.raises(UnusableDirectory, match=r"made or used \(No such file or directory\)"):
+        prepare_directory(str(path))
+
+
+def test_a_private_file_is_for_us_alone(tmp_path: Path) -> None:
+    os.close(open_private(str(tmp_path), "slots"))
+
+    assert _mode(tmp_path / "slots") == 0o600
+
+
+def test_a_private_file_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("text")
+    (tmp_path / "slots").symlink_to("victim")
+
+    with pytest.raises(OSError, match="symbolic links"):
+        open_private(str(tmp_path), "slots")
+
+
+def test_a_private_file_is_not_passed_on_to_other_programs(tmp_path: Path) -> None:
+    fd = open_private(str(tmp_path), "slots")
+
+    assert not os.get_inheritable(fd)
+    os.close(fd)
+
+
+# What is found
+
+
+def test_what_was_held_is_still_held_after_reopening(tmp_path: Path, table: SharedTable) -> None:
+    table.claim(Kind.WRITE, TICKET)
+    table.close()
+
+    with pytest.raises(NoSlot):
+        SharedTable(str(tmp_path), LIMITS).claim(Kind.WRITE, TICKET)
+
+
+def _strangers(boot: bytes, version: int) -> bytes:
+    """Return a whole table of another boot or version, with a reader."""
+    buffer = bytearray(slots.SIZE)
+    slots.format_table(memoryview(buffer), boot)
+    owner = owner_of(os.getpid())
+    assert owner is not None
+    slots.SlotTable(memoryview(buffer), boot).claim(slots.Holder(Kind.READ, owner), 1)
+    buffer[8:12] = version.to_bytes(4, sys.byteorder)
+    return bytes(buffer)
+
+
+FOUND = [
+    pytest.param(lambda: _strangers(boot_id(), slots.VERSION + 1), id="other-version"),
+    pytest.param(lambda: _strangers(bytes(16), slots.VERSION), id="other-boot"),
+    pytest.param(lambda: b"#!/bin/sh\n", id="something-else"),
+    pytest.param(lambda: bytes(slots.SIZE), id="zeros"),
+    pytest.param(lambda: bytes(slots.SIZE * 2), id="too-long"),
+]
+
+
+@pytest.mark.parametrize("found", [*FOUND, pytest.param(lambda: b"", id="nothing")])
+def test_a_table_nobody_uses_and_nobody_can_read_is_replaced(
+    tmp_path: Path, table: SharedTable, found: object
+) -> None:
+    (tmp_path / "slots").write_bytes(found())  # type: ignore[operator]
+
+    table.open()
+
+    assert [table.count(kind) for kind in Kind] == [0] * len(Kind)
+    assert (tmp_path / "slots").stat().st_size == slots.SIZE
+
+
+@pytest.mark.parametrize("found", FOUND[:2])
+def test_a_strangers_table_in_use_is_refused_and_left_alone(
+    tmp_path: Path, table: SharedTable, monkeypatch: pytest.MonkeyPatch, found: object
+) -> None:
+    monkeypatch.setattr(shared, "_MEND_SECONDS", 0)
+    text = found()  # type: ignore[operator]
+    (tmp_path / "slots").write_bytes(text)
+    user = open_private(str(tmp_path), "slots.use")
+    fcntl.flock(user, fcntl.LOCK_SH)
+    before = os.listdir("/proc/self/fd")
+
+    with pytest.raises(IncompatibleTable, match="still runs; stop it first, or choose another"):
+        table.open()
+
+    assert (tmp_path / "slots").read_bytes() == text
+    assert os.listdir("/proc/self/fd") == before
+    os.close(user)
+    table.open()
+
+
+def test_a_table_in_use_by_our_like_is_shared(tmp_path: Path, table: SharedTable) -> None:
+    with holder(tmp_path, Kind.READ):
+        table.open()
+
+        assert table.count(Kind.READ) == 1
+
+
+def test_closing_leaves_no_descriptor_open(table: SharedTable) -> None:
+    before = os.listdir("/proc/self/fd")
+
+    table.claim(Kind.READ, TICKET)
+    table.close()
+    table.close()
+
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_one_process_has_said_no_other_says_again(tmp_path: Path, table: SharedTable) -> None:
+    script = 'print(table.is_first("here"), table.is_first("there"))'
+    out, _ = python(script, tmp_path).communicate(timeout=30)
+
+    assert out == "True True\n"
+    assert [table.is_first(text) for text in ("here", "there", "nowhere", "nowhere")] == [
+        *(False, False, True, False)
+    ]
+
+
+# What is damaged
+
+
+def test_a_damaged_header_is_mended_by_who_uses_the_table(
+    tmp_path: Path, table: SharedTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    table.claim(Kind.READ, TICKET)
+    whole = (tmp_path / "slots").read_bytes()
+    with open(tmp_path / "slots", "r+b") as file:
+        file.write(bytes(64))
+    table.mend()
+    table.mend()
+
+    assert (tmp_path / "slots").read_bytes() == whole
+    assert [record.getMessage() for record in caplog.records] == [
+        "slot table: a damaged header was mended"
+    ]
+
+
+def test_who_finds_a_damaged_header_waits_for_it_to_be_mended(
+    tmp_path: Path, table: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.claim(Kind.READ, TICKET)
+    with open(tmp_path / "slots", "r+b") as file:
+        file.write(bytes(64))
+    monkeypatch.setattr(shared.time, "sleep", lambda _: table.mend())
+    newcomer = SharedTable(str(tmp_path), LIMITS)
+
+    assert newcomer.count(Kind.READ) == 1
+    newcomer.close()

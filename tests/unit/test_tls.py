@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TLS below the server: a wire's pieces and records, what is decrypted early, the scheme."""
+
+import select
+import socket
+import ssl
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gunicorn.config import Config
+
+from imageserver.errors import ClientGone
+from imageserver.server.connection import Connection
+from imageserver.server.exchange import serve
+from imageserver.server.tls import TlsWire, server_context, wire_over
+from imageserver.server.wire import Wire
+from imageserver.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+RECORD = 16 << 10
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pki")
+    subprocess.run([ROOT / "scripts" / "make-pki", directory], check=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def context(pki: Path) -> ssl.SSLContext:
+    settings = Settings(tls_cert=str(pki / "server.crt"), tls_key=str(pki / "server.key"))
+    made = server_context(settings)
+    assert made is not None
+    return made
+
+
+@pytest.fixture
+def ends(pki: Path, context: ssl.SSLContext) -> Iterator[tuple[ssl.SSLSocket, ssl.SSLSocket]]:
+    """A client's end, which blocks, and the server's, which does not."""
+    below, above = socket.socketpair()
+    trusting = ssl.create_default_context(cafile=pki / "ca.crt")
+    with above:
+        ours = context.wrap_socket(above, server_side=True, do_handshake_on_connect=False)
+        helper = threading.Thread(target=ours.do_handshake)
+        helper.start()
+        with trusting.wrap_socket(below, server_hostname="localhost") as client, ours:
+            helper.join()
+            ours.settimeout(0)
+            client.settimeout(10)
+            yield client, ours
+
+
+def read_exactly(client: socket.socket, count: int) -> bytes:
+    with client.makefile("rb") as stream:
+        return stream.read(count)
+
+
+def test_without_a_certificate_there_is_no_context():
+    assert server_context(Settings()) is None
+
+
+def test_a_context_speaks_what_the_contract_promises(context):
+    assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+    assert context.options & ssl.OP_NO_RENEGOTIATION
+    assert context.verify_mode is ssl.CERT_NONE
+
+
+def test_each_socket_gets_the_wire_that_fits(ends):
+    assert type(wire_over(ends[1], 1)) is TlsWire
+    left, right = socket.socketpair()
+    with left, right:
+        assert type(wire_over(left, 1)) is Wire
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param([], id="nothing"),
+        pytest.param([0, 0], id="empty"),
+        pytest.param([200], id="head"),
+        pytest.param([200, 65536], id="head-and-range"),
+        pytest.param([200, 128 << 10], id="just-too-large-to-join"),
+        pytest.param([200, 5, 1 << 20, 2], id="chunk"),
+        pytest.param([0, 3 << 20, 0, 1], id="large"),
+    ],
+)
+def test_pieces_arrive_in_order(ends, sizes):
+    client, ours = ends
+    pieces = [memoryview(bytes([number + 1]) * size) for number, size in enumerate(sizes)]
+    wanted = b"".join(pieces)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(read_exactly(client, len(wanted))))
+    reader.start()
+    TlsWire(ours, 10).send(*pieces)
+    reader.join()
+    assert received == [wanted]
+
+
+def test_a_head_and_a_small_body_are_one_record(ends):
+    client, ours = ends
+    TlsWire(ours, 10).send(b"head", b"", memoryview(b"body"))
+    assert client.recv(100) == b"headbody"
+
+
+def test_a_client_that_takes_nothing_is_given_up(ends):
+    _, ours = ends
+    with pytest.raises(ClientGone):
+        TlsWire(ours, 0.2).send(bytes(16 << 20))
+
+
+def test_a_client_that_sends_nothing_is_given_up(ends):
+    _, ours = ends
+    with pytest.raises(ClientGone):
+        TlsWire(ours, 0.2).recv_into(memoryview(bytearray(10)))
+
+
+def test_one_read_takes_every_record_that_is_there(ends):
+    client, ours = ends
+    for number in range(4):
+        client.sendall(bytes([number]) * RECORD)
+    buffer = memoryview(bytearray(10 * RECORD))
+    assert TlsWire(ours, 10).recv_into(buffer) == 4 * RECORD
+    assert buffer[: 4 * RECORD] == b"".join(bytes([number]) * RECORD for number in range(4))
+
+
+def test_the_end_is_told_after_the_last_bytes_and_ever_after(ends):
+    client, ours = ends
+    client.sendall(b"last")
+    socket.socket.shutdown(client, socket.SHUT_WR)
+    wire, buffer = TlsWire(ours, 10), memoryview(bytearray(100))
+    assert [wire.recv_into(buffer) for _ in range(3)] == [4, 0, 0]
+
+
+def test_what_is_decrypted_and_on_no_poll_is_found(ends):
+    client, ours = ends
+    client.sendall(b"bodyGET / HTTP/1.1\r\n\r\n")
+    conn = Connection(ours, ("client", 1), ("server", 2))
+    assert TlsWire(ours, 10).recv_into(memoryview(bytearray(4))) == 4
+    poller = select.poll()
+    poller.register(ours, select.POLLIN)
+    assert poller.poll(0) == [], "or this test proves nothing"
+    conn.receive_decrypted()
+    assert conn.buffer == b"GET / HTTP/1.1\r\n\r\n"
+    assert conn.has_head()
+
+
+def test_shutting_down_lets_nothing_pass_as_plain_text(ends):
+    client, ours = ends
+    conn = Connection(ours, ("client", 1), ("server", 2))
+    conn.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(ClientGone):
+        TlsWire(ours, 1).send(b"secret")
+    assert client.recv(100) == b""
+
+
+def test_the_application_hears_of_https(ends):
+    client, ours = ends
+    heard = []
+
+    def app(environ, start_response):
+        heard.append((environ["wsgi.url_scheme"], environ["SERVER_PORT"]))
+        start_response("204 No Content", [])
+        return []
+
+    conn = Connection(ours, ("client", 1), ("server", 2))
+    conn.buffer += b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    assert serve(conn, TlsWire(ours, 1), app, Config(), last=False)
+    assert client.recv(100).startswith(b"HTTP/1.1 204 No Content\r\n")
+    assert heard == [("https", "2")]
+
+
+def test_the_example_in_conf_parses():
+    lines = (ROOT / "conf" / "tls.env").read_text().splitlines()
+    shown = [line.lstrip("#") for line in lines if line.lstrip("#").startswith("IMAGESERVER_")]
+    settings = Settings.from_environ(dict(line.split("=", 1) for line in shown))
+    assert settings.tls_cert
+    assert settings.tls_key
+    assert settings.tls_client_ca
+    assert settings.unix_socket

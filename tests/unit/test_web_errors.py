@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From every leaf of the tree of errors to its answer; nothing internal ever gets out."""
+
+import logging
+
+import pytest
+from falcon import testing
+
+from imageserver import errors
+from imageserver.errors import ClientGone, ImageServerError
+from imageserver.slots import Kind
+from imageserver.web.errors import TABLE, answer_for
+from tests.unit.fakes import World
+from tests.unit.web import Call, app_over
+
+RETRY = {"Retry-After": "1"}
+INTERNAL = "/run/secret.sock: nbd_connect_unix"
+
+#: One of each (a leaf may have several), and what clients are told (contract A2).
+ANSWERS = [
+    (errors.BadRequest("what is wrong"), 400, "what is wrong", {}),
+    (errors.UnsupportedMediaType("what type"), 415, "what type", {}),
+    (errors.NotFound(INTERNAL), 404, "not found", {}),
+    (errors.UnknownImage(INTERNAL), 404, "unknown image_id", {}),
+    (errors.MethodNotAllowed(("GET", "PUT")), 405, "method not allowed", {"Allow": "GET, PUT"}),
+    (
+        errors.RangeOutsideImage(7),
+        416,
+        "range not satisfiable",
+        {"Content-Range": "bytes */7"},
+    ),
+    (errors.ImageBusy(INTERNAL), 409, "image busy", RETRY),
+    (errors.NoSlot(Kind.READ), 503, "too many parallel reads", RETRY),
+    (errors.NoSlot(Kind.WRITE), 503, "too many parallel writes", RETRY),
+    (errors.NoSlot(Kind.OTHER), 503, "server busy", RETRY),
+    (errors.NoSlot(Kind.WORKER), 503, "server busy", RETRY),
+    (errors.BackendError(INTERNAL), 500, "backend error", {}),
+    (errors.BackendTimeout(INTERNAL), 504, "backend timeout", {}),
+    (errors.FileAccessError(INTERNAL), 500, "failed to access file", {}),
+    (errors.NoSpace(INTERNAL), 507, "no space left", {}),
+    (errors.ShortBody(5), 400, "request body ended early at 5 bytes", {}),
+]
+
+
+def _descendants(root: type[ImageServerError]) -> set[type[ImageServerError]]:
+    return {root}.union(*(_descendants(child) for child in root.__subclasses__()))
+
+
+def test_every_error_but_a_vanished_client_has_a_row_and_a_test() -> None:
+    answered = _descendants(ImageServerError) - {ImageServerError, ClientGone}
+
+    assert answered == TABLE.keys()
+    assert answered == {type(error) for error, *_ in ANSWERS}
+
+
+def test_every_kind_of_slot_has_a_message() -> None:
+    kinds = {error.kind for error, *_ in ANSWERS if isinstance(error, errors.NoSlot)}
+
+    assert kinds == set(Kind)
+
+
+@pytest.mark.parametrize(("error", "status", "message", "headers"), ANSWERS, ids=repr)
+def test_an_error_is_answered_as_the_table_says(
+    error: ImageServerError, status: int, message: str, headers: dict[str, str]
+) -> None:
+    world = World(fail={"lock": error})
+
+    result = testing.TestClient(app_over(world)).simulate_post("/images/t1/flush")
+
+    assert (result.status_code, result.json) == (status, {"error": message})
+    expected = {
+        "accept-ranges": "bytes",
+        "access-control-allow-methods": "GET, PUT, OPTIONS",
+        "content-type": "application/json",
+        "content-length": str(len(result.content)),
+    } | {name.lower(): value for name, value in headers.items()}
+    assert result.headers == expected
+
+
+def test_a_new_leaf_is_answered_as_its_parent() -> None:
+    class Slower(errors.BackendTimeout):
+        """A leaf that the table has not heard of."""
+
+    assert answer_for(Slower("")).status == 504
+
+
+@pytest.mark.parametrize(("error", "status", "message", "headers"), ANSWERS, ids=repr)
+def test_what_is_the_servers_own_trouble_is_logged_whole(
+    caplog: pytest.LogCaptureFixture,
+    error: ImageServerError,
+    status: int,
+    message: str,
+    headers: dict[str, str],
+) -> None:
+    caplog.set_level(logging.WARNING, "imageserver.web.errors")
+    world = World(fail={"lock": error})
+    testing.TestClient(app_over(world)).simulate_post("/images/t1/flush")
+
+    expected = [f"POST /images/t1/flush: {type(error).__name__}: {error}"]
+    assert [record.getMessage() for record in caplog.records] == (expected if status >= 500 else [])
+
+
+def test_a_bug_is_answered_in_general_terms_and_logged_with_its_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.ERROR, "imageserver.web.errors")
+    bug = ZeroDivisionError(INTERNAL)
+    world = World(fail={"open FLUSH": bug})
+
+    result = testing.TestClient(app_over(world)).simulate_post("/images/t1/flush")
+
+    assert (result.status_code, result.json) == (500, {"error": "internal error"})
+    assert result.headers["accept-ranges"] == "bytes"
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert (record.getMessage(), record.exc_info[1]) == ("POST /images/t1/flush failed", bug)
+    assert world.journal[-2:] == ["free", "unlock"]
+
+
+def test_a_vanished_client_is_the_servers_to_cut_off() -> None:
+    world = World(fail={"flush": ClientGone()})
+
+    with pytest.raises(ClientGone):
+        Call(app_over(world), "POST", "/images/t1/flush")
+    assert world.journal[-3:] == ["close", "free", "unlock"]

@@ -11,7 +11,8 @@ The layers, from the top (imports only point down; ``pyproject.toml`` holds the 
                 administration
     adapters    settings, registry, locks,   the world outside, one library each
                 shared, logs, backends/,
-                activity, registrations
+                activity, registrations,
+                processes
     vocabulary  errors, ranges, extents,     values and rules, no I/O
                 transfers, patches, slots,
                 ports, jsontext, control

@@ -21,12 +21,12 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TypeGuard
 
 from imageserver import slots
 from imageserver.errors import NoSlot
 from imageserver.ports import Ticket
+from imageserver.processes import boot_id, is_alive, is_leaving, owner_of
 from imageserver.slots import Holder, IncompatibleTable, Kind, Owner, SlotTable
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ _MEND_STEP_SECONDS = 0.05
 #: How long what a killed process holds may outlive it: its last thread may be in a write(2).
 _LAST_BREATH_SECONDS = 5.0
 _LAST_BREATH_STEP_SECONDS = 0.001
-#: proc(5), field 9: on its way out, though its last thread may not be done yet.
-_PF_EXITING = 0x4
 
 
 class UnusableDirectory(Exception):
@@ -75,47 +73,6 @@ def open_private(directory: str, name: str) -> int:
     """Open a file of the runtime directory for reading and writing, 0600, following no link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(os.path.join(directory, name), flags, 0o600)
-
-
-def boot_id() -> bytes:
-    """Return 16 bytes that differ between boots: start times count from the boot (proc(5))."""
-    text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-    return bytes.fromhex(text.strip().replace("-", ""))
-
-
-def _status(pid: int) -> list[bytes] | None:
-    """Return the fields of /proc/PID/stat from the third on; None where there is no process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name, in parentheses, may hold anything: fields count from the last ")".
-            return file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
-def owner_of(pid: int) -> Owner | None:
-    """Return a running process's identity; None where it is gone, or a zombie without threads.
-
-    A process that was killed looks like a zombie as soon as its first thread is gone. As
-    long as another one is left, so are its connections and locks.
-    """
-    fields = _status(pid)
-    if fields is None or (fields[0] in b"ZX" and int(fields[17]) <= 1):
-        return None
-    return Owner(pid, int(fields[19]))
-
-
-def is_alive(owner: Owner) -> bool:
-    """Tell whether this very process still runs, be it with its last thread."""
-    return owner_of(owner.pid) == owner
-
-
-def is_leaving(owner: Owner) -> bool:
-    """Tell whether a process is dead or dying: what it holds is free in a moment."""
-    fields = _status(owner.pid)
-    if fields is None or int(fields[19]) != owner.start:
-        return True
-    return fields[0] in b"ZX" or bool(int(fields[6]) & _PF_EXITING)
 
 
 class ClaimedSlot:

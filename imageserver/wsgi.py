@@ -9,11 +9,12 @@ from imageserver.backends.nbd.link import Tuning
 from imageserver.backends.open import AnyBackend, stamp
 from imageserver.inspection import Inspector
 from imageserver.locks import ImageLocks, image_key
+from imageserver.processes import is_alive, is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry
 from imageserver.sessions import Sessions
 from imageserver.settings import Settings
-from imageserver.shared import SharedTable, is_alive, is_leaving
+from imageserver.shared import SharedTable
 from imageserver.web.app import App, create_app
 from imageserver.web.images import Limits
 

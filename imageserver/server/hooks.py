@@ -12,13 +12,14 @@ from typing import Any
 
 from imageserver import logs
 from imageserver.locks import ImageLocks
+from imageserver.processes import is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry, UntrustedDirectory
 from imageserver.server.control import UnusableSocket, check_socket, open_to_group, take_over
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import InvalidSetting, Settings, variable_of
-from imageserver.shared import SharedTable, UnusableDirectory, is_leaving, prepare_directory
+from imageserver.shared import SharedTable, UnusableDirectory, prepare_directory
 from imageserver.slots import IncompatibleTable
 
 log = logging.getLogger(__name__)

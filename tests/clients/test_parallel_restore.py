@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallel restore (contract B9): writers of one image side by side, and who still has it alone."""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.system.clients import read_answer
+from tests.system.harness import (
+    Answer,
+    Server,
+    exchange,
+    nbdkit,
+    qemu_nbd,
+    repeatable,
+    wait_until,
+)
+
+PART = 64 << 10
+SIZE = 4 * PART
+CONTENT = repeatable("content").randbytes(SIZE)
+BUSY = (409, "image busy")
+JSON = "Content-Type: application/json"
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["one_writer", "four_writers"])
+def server(request: pytest.FixtureRequest, workplace: Path) -> Iterator[Server]:
+    home = workplace / f"w{request.param}"
+    home.mkdir()
+    with Server(home, max_writers=request.param) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def parallel(workplace: Path) -> Iterator[Server]:
+    home = workplace / "parallel"
+    home.mkdir()
+    with Server(home, max_writers=4) as running:
+        yield running
+
+
+# Side by side
+
+
+def rendezvous(home: Path, parties: int) -> tuple[str, ...]:
+    """Return nbdkit's arguments for a disk whose writes end only when so many are in it at once."""
+    meet = (
+        f"touch {home}/met.$4; n=0; until [ $(ls {home} | grep -c met) -ge {parties} ]; do "
+        "sleep 0.01; n=$((n + 1)); [ $n -lt 500 ] || { echo EIO alone >&2; exit 1; }; done"
+    )
+    store = f"dd of={home}/disk bs=64k seek=$4 oflag=seek_bytes conv=notrunc status=none"
+    return (
+        "eval",
+        "thread_model=echo parallel",
+        f"get_size=echo {SIZE}",
+        "can_write=exit 0",
+        "pread=head -c $3 /dev/zero",
+        f"pwrite={store} && {meet}",
+    )
+
+
+WAYS = {
+    "put": lambda start: ("PUT", {"Content-Range": f"bytes {start}-{start + PART - 1}/*"}),
+    "patch": lambda start: ("PATCH", {"Range": f"bytes={start}-{start + PART - 1}"}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_four_connections_write_disjoint_parts_at_once(parallel, tmp_path, way):
+    """Each write of the back end waits for the other three: in turns, none would end."""
+
+    def write(start: int) -> tuple[int, dict[str, object]]:
+        method, headers = way(start)
+        with contextlib.closing(parallel.connect()) as connection:
+            body = CONTENT[start : start + PART]
+            answer = exchange(connection, method, path, body, headers)
+        return answer.status, answer.json
+
+    (tmp_path / "disk").write_bytes(bytes(SIZE))
+    with nbdkit(parallel.directory / "meet.sock", *rendezvous(tmp_path, 4)) as sock:
+        path = parallel.add("meet", socket=str(sock))
+        with ThreadPoolExecutor(4) as clients:
+            answers = list(clients.map(write, range(0, SIZE, PART)))
+    assert answers == [(200, {"ok": True, "bytes_written": PART})] * 4
+    assert (tmp_path / "disk").read_bytes() == CONTENT
+
+
+def restore(server: Server, path: str, number: int) -> list[int]:
+    """Write one quarter in pieces over one connection, with zeroes and flushes in between."""
+    piece = PART // 16
+    seen = []
+    with contextlib.closing(server.connect()) as connection:
+        for at in range(number * PART, (number + 1) * PART, piece):
+            zero = b'{"op":"zero","offset":%d,"size":%d}' % (at, piece)
+            json = {"Content-Type": "application/json"}
+            seen.append(exchange(connection, "PATCH", path, zero, json).status)
+            where = {"Content-Range": f"bytes {at}-*/*"}
+            body = CONTENT[at : at + piece]
+            seen.append(exchange(connection, "PUT", path + "?flush=y", body, where).status)
+            seen.append(exchange(connection, "POST", path + "/flush").status)
+    return seen
+
+
+def test_four_writers_never_meet_each_others_lock(parallel, workplace):
+    """Another id, the same image: the lock is the image's."""
+    disk = workplace / "restored"
+    disk.write_bytes(bytes(SIZE))
+    with qemu_nbd(disk) as sock, ThreadPoolExecutor(4) as clients:
+        paths = [parallel.add(f"restore-{n % 2}", socket=str(sock)) for n in range(4)]
+        seen = list(clients.map(lambda n: restore(parallel, paths[n], n), range(4)))
+        answer = parallel.request("GET", paths[0] + "/extents")
+    assert seen == [[200] * 48] * 4
+    assert answer.status == 200
+    assert disk.read_bytes() == CONTENT
+    assert parallel.holders() == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "writers"),
+    [({}, None), ({"read_only": True}, 0), ({"backend": "file", "file": "/nothing"}, 1)],
+    ids=["nbd", "read_only", "file"],
+)
+def test_options_says_how_many_may_write(server, fields, writers):
+    path = server.add("probed", **{"socket": "/nothing"} | fields)
+    allowed = int(server.env["IMAGESERVER_MAX_WRITERS"]) if writers is None else writers
+    assert server.request("OPTIONS", path).json["max_writers"] == allowed
+
+
+# Alone
+
+
+@pytest.fixture(scope="module")
+def gated(server: Server) -> Iterator[Path]:
+    """An image at /images/gated whose next read, zero, flush or extents waits behind a gate."""
+    home = server.directory
+
+    def gate(name: str, then: str) -> str:
+        wait = f"while [ -e {home}/taken.{name} ]; do sleep 0.01; done"
+        return (
+            f"{name}=if mv {home}/gate.{name} {home}/taken.{name} 2>/dev/null; then {wait}; fi;"
+            f" {then}"
+        )
+
+    abilities = ("write", "zero", "flush", "extents")
+    with nbdkit(
+        home / "gated.sock",
+        "eval",
+        "thread_model=echo parallel",
+        f"get_size=echo {SIZE}",
+        *(f"can_{ability}=exit 0" for ability in abilities),
+        "pwrite=cat >/dev/null",
+        gate("pread", "head -c $3 /dev/zero"),
+        gate("zero", "true"),
+        gate("flush", "true"),
+        gate("extents", "echo $4 $3"),
+    ) as sock:
+        server.add("gated", socket=str(sock))
+        yield home
+
+
+#: Name of an operation: request line, fields, and body.
+OPERATIONS: dict[str, tuple[str, tuple[str, ...], bytes]] = {
+    "put part": ("PUT /images/gated", ("Content-Range: bytes 0-9/*",), bytes(10)),
+    "patch part": ("PATCH /images/gated", ("Range: bytes=20-29",), bytes(10)),
+    "zero": ("PATCH /images/gated", (JSON,), b'{"op":"zero","offset":40,"size":10}'),
+    "flush": ("POST /images/gated/flush", (), b""),
+    "patch flush": ("PATCH /images/gated", (JSON,), b'{"op":"flush"}'),
+    "put": ("PUT /images/gated", (), bytes(SIZE)),
+    "extents": ("GET /images/gated/extents", (), b""),
+    "partial extents": ("GET /images/gated/extents?start=1&length=1", (), b""),
+    "read": ("GET /images/gated", ("Range: bytes=0-9",), b""),
+    "options": ("OPTIONS /images/gated", (), b""),
+}
+#: How each can be held: by a client that does not send the body, or at this gate.
+BY_BODY = ("put part", "patch part", "put")
+BY_GATE = {
+    "read": "pread",
+    "zero": "zero",
+    "flush": "flush",
+    "patch flush": "flush",
+    "extents": "extents",
+}
+FREE = {"read", "options"}
+SHARING = {"put part", "patch part", "zero", "flush", "patch flush"}
+
+
+def head(name: str, *more: str) -> bytes:
+    line, fields, body = OPERATIONS[name]
+    lines = (f"{line} HTTP/1.1", "Host: x", *fields, *more, f"Content-Length: {len(body)}")
+    return "\r\n".join((*lines, "", "")).encode()
+
+
+@contextlib.contextmanager
+def held_at_the_gate(server: Server, home: Path, name: str) -> Iterator[None]:
+    """Let an operation wait for the back end; in the end it succeeds."""
+    gate, taken = (home / f"{state}.{BY_GATE[name]}" for state in ("gate", "taken"))
+    gate.touch()
+    with server.raw(head(name) + OPERATIONS[name][2]) as sock, sock.makefile("rb") as stream:
+        wait_until(taken.exists)
+        try:
+            yield
+        finally:
+            taken.unlink()
+        assert read_answer(stream).status in {200, 206}
+
+
+@contextlib.contextmanager
+def held_by_the_client(server: Server, name: str) -> Iterator[socket.socket]:
+    """Let an operation wait for its body; in the end it comes, if the connection still stands."""
+    with server.raw(head(name, "Expect: 100-continue")) as sock, sock.makefile("rb") as stream:
+        assert read_answer(stream).status == 100
+        yield sock
+        sock.sendall(OPERATIONS[name][2])
+        assert read_answer(stream).status == 200
+
+
+def ask(server: Server, name: str) -> tuple[int, str]:
+    """Make a request; return the status, and the message of an error."""
+    with server.raw(head(name) + OPERATIONS[name][2]) as sock:
+        answer: Answer = read_answer(sock.makefile("rb"))
+    return answer.refusal if answer.status >= 400 else (answer.status, "")
+
+
+def expected(writers: int, holder: str, asked: str) -> tuple[int, str]:
+    """Return the answer that the contract has for one operation while another runs."""
+    together = writers > 1 and {holder, asked} <= SHARING
+    if together or FREE & {holder, asked}:
+        return (206 if asked == "read" else 200), ""
+    return BUSY
+
+
+@pytest.mark.parametrize("holder", [*BY_BODY, *BY_GATE])
+def test_who_has_the_image_shares_it_only_as_the_table_says(server, gated, holder):
+    writers = int(server.env["IMAGESERVER_MAX_WRITERS"])
+    held = (
+        held_at_the_gate(server, gated, holder)
+        if holder in BY_GATE
+        else held_by_the_client(server, holder)
+    )
+    with held:
+        seen = {asked: ask(server, asked) for asked in OPERATIONS}
+    assert seen == {asked: expected(writers, holder, asked) for asked in OPERATIONS}
+    assert ask(server, "put") == (200, "")
+
+
+def test_a_fifth_writer_finds_no_slot_and_nobody_waits(parallel, workplace):
+    (workplace / "shared").write_bytes(bytes(SIZE))
+    with qemu_nbd(workplace / "shared") as sock:
+        parallel.add("gated", socket=str(sock))
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(held_by_the_client(parallel, "put part"))
+            assert ask(parallel, "put part") == (503, "too many parallel writes")
+            assert ask(parallel, "zero") == (503, "too many parallel writes")
+            assert ask(parallel, "flush") == (200, "")
+            assert [ask(parallel, alone) for alone in ("put", "extents")] == [BUSY] * 2
+        assert ask(parallel, "put") == (200, "")
+
+
+def writer_elsewhere(server: Server, stack: contextlib.ExitStack, other: socket.socket) -> int:
+    """Begin a write in another worker than that of ``other``; return its pid."""
+    for _ in range(100):
+        sock = stack.enter_context(server.raw())
+        pid = server.worker_of(sock)
+        if pid != server.worker_of(other):
+            sock.sendall(head("patch part", "Expect: 100-continue"))
+            assert read_answer(sock.makefile("rb")).status == 100
+            return pid
+    raise AssertionError("one worker takes all connections")
+
+
+def test_a_writer_that_is_killed_takes_nobody_with_it(parallel, workplace):
+    (workplace / "shared").write_bytes(bytes(SIZE))
+    with qemu_nbd(workplace / "shared") as sock, contextlib.ExitStack() as stack:
+        parallel.add("gated", socket=str(sock))
+        with held_by_the_client(parallel, "put part") as survivor:
+            os.kill(writer_elsewhere(parallel, stack, survivor), signal.SIGKILL)
+            wait_until(lambda: parallel.holders() == ["WRITE gated"])
+            assert ask(parallel, "zero") == (200, "")
+            assert ask(parallel, "extents") == BUSY
+        assert ask(parallel, "extents") == (200, "")
+        assert ask(parallel, "put") == (200, "")

@@ -64,6 +64,8 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
     def __init__(self, req: Any, sock: Any, cfg: Any, wire: Wire, body: RequestInput) -> None:
         super().__init__(req, sock, cfg)
         self._wire = wire
+        #: Whether the connection ends with this answer.
+        self.is_last: Callable[[], bool] = lambda: False
         self.version = "imageserver"
         self.headers_sent = False
         self._body = body
@@ -71,7 +73,7 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
     def default_headers(self) -> Any:
         """Decide on keep-alive as late as possible: a body left unread ends the connection."""
         self._body.discard_early()
-        if self._body.left:
+        if self._body.left or self.is_last():
             self.force_close()
         return super().default_headers()
 
@@ -108,10 +110,12 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
         self._wire.send(self.head(), end)
 
 
-def serve(conn: Connection, wire: Wire, app: Application, cfg: Any, *, last: bool) -> bool:
+def serve(
+    conn: Connection, wire: Wire, app: Application, cfg: Any, is_last: Callable[[], bool]
+) -> bool:
     """Answer the request whose head is in ``conn.buffer``; return whether another may follow.
 
-    ``last``: the connection is to end with this answer.
+    ``is_last``: whether the connection is to end with this answer; asked when its head goes out.
 
     Raises:
         ClientGone: the connection is of no use any more, and is to be cut.
@@ -136,13 +140,12 @@ def serve(conn: Connection, wire: Wire, app: Application, cfg: Any, *, last: boo
     resp, environ = create(
         req, conn.sock, conn.address, conn.listener, cfg, ImageResponse, (wire, body)
     )
+    resp.is_last = is_last
     environ["wsgi.input"] = body
     environ["wsgi.multithread"] = True
     if conn.is_tls:
         environ["wsgi.url_scheme"] = "https"  # gunicorn knows of no TLS here
     environ[ZERO_COPY] = True
-    if last:
-        resp.force_close()
     _answer(resp, wire, environ, app)
     return not resp.should_close()
 

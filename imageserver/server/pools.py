@@ -123,7 +123,7 @@ class Pools:
     def _serve(self, pool: _Pool, conn: Connection) -> Callable[[Connection], None]:
         """Answer as long as requests follow at once; return what is to become of the connection."""
         wire = wire_over(conn.sock, self._client_timeout)
-        while serve(conn, wire, self._app, self._cfg, last=self.last):
+        while serve(conn, wire, self._app, self._cfg, lambda: self.last):
             if not self._has_next(pool, conn):
                 return self._loop.keep
             if pool is self._probes and not conn.buffer.startswith(_PROBES):

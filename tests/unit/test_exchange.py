@@ -52,7 +52,7 @@ class _Line:
     def ask(self, app: _App, head: str | bytes = "GET /x HTTP/1.1\r\n\r\n", **flags: bool) -> bool:
         self.conn.buffer += head if isinstance(head, bytes) else head.encode()
         wire = Wire(self.conn.sock, 5.0)
-        return serve(self.conn, wire, app, self.cfg, last=flags.get("last", False))
+        return serve(self.conn, wire, app, self.cfg, lambda: flags.get("last", False))
 
     def answer(self) -> tuple[str, dict[str, str], bytes]:
         """Return status line, headers and body of what has been sent, whatever its framing."""

@@ -241,7 +241,7 @@ def test_a_head_that_cannot_be_parsed_is_answered_in_json(
     conn = Connection(pair[0], PEER, ("127.0.0.1", 80))
     conn.buffer += head + b"\r\n\r\n"
 
-    assert not serve(conn, Wire(pair[0], 5.0), lambda *_: [], cfg, last=False)
+    assert not serve(conn, Wire(pair[0], 5.0), lambda *_: [], cfg, lambda: False)
     answer = pair[1].recv(1 << 16)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {"error": message}
@@ -261,7 +261,7 @@ def test_no_header_changes_the_path(
 
     conn = Connection(pair[0], peer, ("127.0.0.1", 80))
     conn.buffer += f"GET /images/t HTTP/1.1\r\nSCRIPT_NAME: {name}\r\n\r\n".encode()
-    serve(conn, Wire(pair[0], 5.0), app, configured, last=False)
+    serve(conn, Wire(pair[0], 5.0), app, configured, lambda: False)
 
     assert paths == ["/images/t"]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language of the control socket (contract B7): one JSON object in, one JSON line out.
+"""The language of the control socket (docs/api.md): one JSON object in, one JSON line out.
 
     {"action":"status"}                                       Status()
     {"action":"status","transfer_id":ID}                      Status(ID)
@@ -23,7 +23,7 @@ from imageserver.transfers import (
     transfer_from_fields,
 )
 
-#: Longest request, in bytes: a configuration of the largest size (contract A1), escaped.
+#: Longest request, in bytes: a configuration of the largest size (docs/api.md), escaped.
 MAX_REQUEST = 128 * 1024
 #: Longest wait that may be asked for: a year, in seconds.
 _MAX_TIMEOUT = 31_536_000

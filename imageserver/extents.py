@@ -75,7 +75,7 @@ def union_pieces(allocation: Reply, dirty: Reply, limit: int) -> Iterator[Piece]
             return
 
 
-#: An extent as the contract shows it: (start, length, zero, dirty).
+#: An extent as clients see it: (start, length, zero, dirty).
 Extent = tuple[int, int, bool, bool]
 
 

@@ -17,7 +17,7 @@ from imageserver.errors import BackendError
 from imageserver.ports import Backends, ImageInfo, Intent
 from imageserver.transfers import FileImage, Image
 
-#: How long OPTIONS may remember an answer, in seconds (contract A3).
+#: How long OPTIONS may remember an answer, in seconds (docs/api.md).
 MEMORY_SECONDS = 1.0
 _CAPACITY = 1024
 

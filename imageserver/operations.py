@@ -14,7 +14,7 @@ from imageserver.ports import ImageInfo, Source
 from imageserver.ranges import Span
 from imageserver.sessions import Session
 
-#: What a read-only image allows (contract A2).
+#: What a read-only image allows (docs/api.md).
 READ_ONLY_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -36,8 +36,22 @@ def read(session: Session, span: Span) -> Generator[memoryview]:
             yield piece
 
 
+def _check_edges(session: Session, span: Span) -> None:
+    """Refuse edges inside a block that another writer may be rewriting at this moment.
+
+    Raises:
+        BadRequest: the image is shared, and a block of its back end covered only in part.
+    """
+    align = session.backend.align
+    if session.shared and (span.start % align or (span.stop % align and span.stop < span.size)):
+        raise BadRequest(
+            f"range must begin and end at multiples of {align} bytes while writers share the image"
+        )
+
+
 def write(session: Session, span: Span, source: Source) -> None:
     """Write ``span`` from ``source``."""
+    _check_edges(session, span)
     for done in session.backend.write(span.start, span.length, source):
         session.progress(done, span.length)
 
@@ -50,6 +64,7 @@ def replace(session: Session, length: int, source: Source) -> None:
 
 def zero(session: Session, span: Span, *, flush: bool) -> None:
     """Zero ``span``; then flush, where asked for and possible."""
+    _check_edges(session, span)
     for done in session.backend.zero(span.start, span.length):
         session.progress(done, span.length)
     if flush:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The JSON bodies of PATCH: from bytes to ``Zero`` or ``Flush``.
 
-Checks run in the order of the contract's messages: size, offset, flush. Integers and
+Checks run in the order of the messages in docs/api.md: size, offset, flush. Integers and
 booleans are JSON's own: ``true`` is no number, ``1.0`` is no integer, ``"1"`` is neither.
 """
 
@@ -43,7 +43,7 @@ def parse_patch(body: bytes) -> Zero | Flush:
     """Parse a JSON PATCH body.
 
     Raises:
-        BadRequest: with the contract's message for what is wrong.
+        BadRequest: with the message of docs/api.md for what is wrong.
     """
     try:
         fields = parse_json(body)

@@ -82,6 +82,8 @@ class Backend(Protocol):
     """
 
     size: int
+    #: A write that begins or ends elsewhere than at multiples of this rewrites what is around it.
+    align: int
 
     @property
     def info(self) -> ImageInfo:

@@ -106,7 +106,7 @@ _CONTENT_RANGE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ContentRange:
-    """Where a body belongs (contract B1): ``length`` bytes from ``first``, of ``size`` if said."""
+    """Where a body belongs (docs/api.md): ``length`` bytes from ``first``, of ``size`` if said."""
 
     first: int
     length: int

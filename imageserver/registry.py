@@ -29,7 +29,7 @@ from imageserver.transfers import (
 
 log = logging.getLogger(__name__)
 
-#: A file changed within this time may change again without a new mtime (contract A1).
+#: A file changed within this time may change again without a new mtime (docs/api.md).
 _SETTLED_NS = 2_000_000_000
 _CACHE_SIZE = 1024
 

@@ -35,7 +35,7 @@ class Need:
     locked: bool
     kind: Kind
     shares: bool = False
-    """Several may have the image at once, where more than one writer is allowed (contract B9)."""
+    """Several may have the image at once, where more than one writer is allowed (docs/api.md)."""
 
 
 READ = Need("read", Intent.READ, locked=False, kind=Kind.READ)
@@ -58,6 +58,8 @@ class Session:
     ) -> None:
         self.backend = backend
         self.size = backend.size
+        #: Others may write to the image at the same time, elsewhere in it.
+        self.shared = False
         self._slot = slot
         self._visit = visit
         self._kind = kind
@@ -137,7 +139,9 @@ class Sessions:
             backend = grip.backend = self._backends.open(transfer.image, need.intent)
             held.callback(backend.close)
             visit.uses(backend)
-            return Session(backend, slot, held.pop_all(), visit, need.kind)
+            session = Session(backend, slot, held.pop_all(), visit, need.kind)
+            session.shared = shared
+            return session
         raise AssertionError  # an ExitStack swallows nothing
 
     def _lock(self, image: Image, key: str, *, shared: bool) -> Lock:

@@ -168,7 +168,7 @@ class Settings:
         "requests a worker serves at once; a waiting one costs a thread and no CPU",
     )
     config_dir: str = _setting(
-        "/tmp/imagetransfer",  # noqa: S108 - the contract's default (A1)
+        "/tmp/imagetransfer",  # noqa: S108 - checked at start for who can write it
         _path,
         "directory of transfer files",
     )
@@ -181,7 +181,7 @@ class Settings:
     runtime_dir: str = _setting(
         _default_runtime_dir,
         _path,
-        "private directory for locks and the slot table",
+        "private directory for locks, the slot table and registrations",
         "/run/imageserver, else $XDG_RUNTIME_DIR/imageserver, else one per user under /tmp",
     )
     max_readers: int = _setting(8, _integer(1, 512), "image reads at once, over all workers")

@@ -284,11 +284,14 @@ class SharedTable:
 
     def operations_on(self, image: str) -> set[str]:
         """Return the operations of the living that hold an image, by its key."""
-        return {
-            holder.operation
-            for holder in self.holders(Kind.WRITE, Kind.OTHER)
-            if holder.image == image and is_alive(holder.owner)
-        }
+        deadline = time.monotonic() + _LAST_BREATH_SECONDS
+        while True:
+            held = [h for h in self.holders(Kind.WRITE, Kind.OTHER) if h.image == image]
+            living = [holder for holder in held if is_alive(holder.owner)]
+            dying = any(is_leaving(holder.owner) for holder in living)
+            if not dying or time.monotonic() > deadline:
+                return {holder.operation for holder in living}
+            time.sleep(_LAST_BREATH_STEP_SECONDS)
 
     def mend(self) -> None:
         """Write the header anew where it was damaged.

@@ -21,7 +21,7 @@ MAX_ID_SIZE = 255
 MAX_SOCKET_PATH = 107
 #: NBD protocol, "String values": names are at most 4096 bytes.
 MAX_NAME = 4096
-#: What an idle timeout below one second means (contract B8).
+#: What an idle timeout below one second means (docs/api.md).
 DAY_SECONDS = 86400
 
 
@@ -72,7 +72,7 @@ class Transfer:
 def is_valid_id(text: str) -> bool:
     """Tell whether ``text`` can name a transfer: one path component of valid UTF-8.
 
-    ``*`` is the server itself (contract B3); U+FFFD is what undecodable bytes turn into.
+    ``*`` is the server itself (docs/api.md); U+FFFD is what undecodable bytes turn into.
     """
     if text in {"", ".", "..", "*"} or any(c in text for c in "/\\\0\ufffd"):
         return False

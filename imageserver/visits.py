@@ -24,7 +24,7 @@ from imageserver.transfers import Transfer, has_expired, is_valid_id
 
 log = logging.getLogger(__name__)
 
-#: A forced end must come within a second (contract B7), and the shortest idle timeout is one.
+#: A forced end must come within a second (docs/api.md), and the shortest idle timeout is one.
 _BEAT_SECONDS = 0.25
 #: How often what is left of forgotten transfers is removed.
 _PRUNE_SECONDS = 600.0

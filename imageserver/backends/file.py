@@ -92,6 +92,7 @@ class ImageFile:
             # lseek, for st_size of a block device is 0.
             size = os.lseek(self._fd, 0, os.SEEK_END)
         self.size = size
+        self.align = 1
         self.info = ImageInfo(size, read_only=False, can_zero=False, can_flush=True)
 
     def read(self, start: int, length: int) -> Generator[memoryview]:

@@ -25,7 +25,7 @@ _ENDS = (b"\r\n\r\n", b"\n\n", b"\n\r\n")
 _SCRATCH = 64 * 1024
 
 #: What a refused client may still send and have dropped, so that it lives to read the answer
-#: (contract A4): many HTTP clients send their whole body before they read.
+#: (docs/api.md): many HTTP clients send their whole body before they read.
 LINGER_SECONDS = 10.0
 LINGER_BYTES = 1 << 30
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket: peers accepted, asked who they are, heard, answered (contract B7).
+"""The control socket: peers accepted, asked who they are, heard, answered (docs/api.md).
 
 The master binds the socket with all others, so gunicorn hands it over in an upgrade and
 closes it on stop; every worker's loop accepts from it. What follows may wait, so each peer

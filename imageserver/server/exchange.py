@@ -129,7 +129,7 @@ def serve(
         return False
     conn.buffer[:] = reader.take_buffered()
     chunked = isinstance(req.body.reader, ChunkedReader)
-    # A chunked body is never read (contract A3): its end is unknown, so the connection ends.
+    # A chunked body is never read (docs/api.md): its end is unknown, so the connection ends.
     body = RequestInput(
         wire,
         conn.buffer,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table from errors to answers (contract A2), and how an answer looks.
+"""The one table from errors to answers (docs/api.md), and how an answer looks.
 
 What a client is told stands here; the error's own text, with its paths and library
 messages, goes to the log.

@@ -43,7 +43,7 @@ def _parameter(req: falcon.Request, name: str) -> int | None:
 
 
 def read_flush(req: falcon.Request) -> bool | None:
-    """Return what ``?flush=y|n`` asks for; None where it is absent (contract B2)."""
+    """Return what ``?flush=y|n`` asks for; None where it is absent (docs/api.md)."""
     values = req.get_param_as_list("flush")
     if values is None:
         return None

@@ -43,7 +43,7 @@ class Limits:
     unix_socket: str | None
 
 
-#: What the server assumes of an NBD server that it cannot reach (contract A3).
+#: What the server assumes of an NBD server that it cannot reach (docs/api.md).
 _ASSUMED = ImageInfo(size=0, read_only=False, can_zero=True, can_flush=True)
 
 
@@ -185,7 +185,7 @@ class ImageResource:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """A row of the contract's OPTIONS table."""
+    """What OPTIONS says of one kind of image."""
 
     features: tuple[str, ...]
     writers: int
@@ -218,7 +218,7 @@ def announce(resp: falcon.Response, what: Announcement, limits: Limits) -> None:
 
 
 class ServerResource:
-    """``OPTIONS /images/*`` and ``OPTIONS *``: what the server can do (contract B3)."""
+    """``OPTIONS /images/*`` and ``OPTIONS *``: what the server can do (docs/api.md)."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

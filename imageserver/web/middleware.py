@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every request goes through: id and method before any responder, headers after.
 
-The order of checks is the contract's (A2): route, id, method; the responders do the rest.
+The order of checks is part of the API (docs/api.md): route, id, method; responders do the rest.
 """
 
 from typing import Any, Protocol

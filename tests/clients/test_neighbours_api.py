@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What neighbours' clients ask for beyond the mission (contract B1, B2, B3), to the letter."""
+"""What neighbours' clients ask for beyond the images' own (docs/api.md), to the letter."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parallel restore (contract B9): writers of one image side by side, and who still has it alone."""
+"""Parallel restore (docs/api.md): writers of one image side by side, and who still has it alone."""
 
 import contextlib
 import os

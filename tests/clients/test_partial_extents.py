@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Extents of a span of the image (contract B10), to the letter."""
+"""Extents of a span of the image (docs/api.md), to the letter."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -62,7 +62,7 @@ class Answer:
 
     @property
     def refusal(self) -> tuple[int, str]:
-        """Return status and message of an error that looks as every error must (contract A2)."""
+        """Return status and message of an error that looks as every error must (docs/api.md)."""
         common = {
             "Accept-Ranges": "bytes",
             "Access-Control-Allow-Methods": "GET, PUT, OPTIONS",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket (contract B7), over three workers."""
+"""The control socket (docs/api.md), over three workers."""
 
 import contextlib
 import http.client

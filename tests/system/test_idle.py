@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Idle expiry (contract B8), with timeouts of a second and three workers."""
+"""Idle expiry (docs/api.md), with timeouts of a second and three workers."""
 
 import contextlib
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GET extents of NBD images (contract A3), against what nbdinfo and qemu-img say."""
+"""GET extents of NBD images (docs/api.md), against what nbdinfo and qemu-img say."""
 
 import contextlib
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPTIONS of NBD images, routes and methods (contract A2, A3): what probes and clients are told."""
+"""OPTIONS of NBD images, routes and methods (docs/api.md): what probes and clients are told."""
 
 import contextlib
 import signal

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PATCH of NBD images (contract A3): range writes, and every refusal."""
+"""PATCH of NBD images (docs/api.md): range writes, and every refusal."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PATCH of NBD images with JSON (contract A3): zero, flush, and every message."""
+"""PATCH of NBD images with JSON (docs/api.md): zero, flush, and every message."""
 
 import json
 import re

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GET and HEAD of NBD images (contract A3): the right bytes, headers and refusals."""
+"""GET and HEAD of NBD images (docs/api.md): the right bytes, headers and refusals."""
 
 import contextlib
 import http.client

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strange NBD servers (contract A2, A3): they lack, limit, fail, and the bytes stay right."""
+"""Strange NBD servers (docs/api.md): they lack, limit, fail, and the bytes stay right."""
 
 import contextlib
 import http.client

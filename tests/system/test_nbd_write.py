@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PUT of whole NBD images and POST flush (contract A3): the right bytes, and every refusal."""
+"""PUT of whole NBD images and POST flush (docs/api.md): the right bytes, and every refusal."""
 
 import contextlib
 import http.client

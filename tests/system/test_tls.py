@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TLS (contract B6): who is let in, whom a silent client delays, which certificate is shown."""
+"""TLS (docs/api.md): who is let in, whom a silent client delays, which certificate is shown."""
 
 import contextlib
 import http.client

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfer files (contract A1): what makes an id known, and what is said of one that is not."""
+"""Transfer files (docs/api.md): what makes an id known, and what is said of one that is not."""
 
 import json
 import os

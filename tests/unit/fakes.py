@@ -118,6 +118,7 @@ class FakeBackend:
     def __init__(self, world: World) -> None:
         self._world = world
         self.size = len(world.content)
+        self.align = 1
         self.closed = False
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Content-Range of a body (contract B1): where it belongs, and the exact refusal of all else."""
+"""Content-Range of a body (docs/api.md): where it belongs, and the exact refusal of all else."""
 
 import pytest
 from hypothesis import given, settings

@@ -108,6 +108,35 @@ def test_writing_takes_the_source_to_the_span() -> None:
     assert (world.content, world.progress) == (b"01abcde789", [(3, 5), (5, 5)])
 
 
+@pytest.mark.parametrize("span", [Span(2, 8, 10), Span(4, 7, 10)], ids=["start", "stop"])
+@pytest.mark.parametrize("operation", ["write", "zero"])
+def test_an_edge_inside_a_block_is_refused_while_writers_share_the_image(
+    span: Span, operation: str
+) -> None:
+    world = World()
+    session = _open(world, sessions.WRITE)
+    session.shared, session.backend.align = True, 4
+    act = {
+        "write": lambda: operations.write(session, span, Bytes(b"abcdef")),
+        "zero": lambda: operations.zero(session, span, flush=False),
+    }[operation]
+    with pytest.raises(BadRequest, match="multiples of 4 bytes while writers share the image"):
+        act()
+
+    assert (world.content, world.progress) == (b"0123456789", [])
+
+
+@pytest.mark.parametrize("span", [Span(4, 8, 10), Span(4, 10, 10)], ids=["blocks", "to-the-end"])
+def test_whole_blocks_are_written_while_writers_share_the_image(span: Span) -> None:
+    world = World()
+    session = _open(world, sessions.WRITE)
+    session.shared, session.backend.align = True, 4
+
+    operations.write(session, span, Bytes(b"abcdef"[: span.length]))
+
+    assert world.content[span.start : span.stop] == b"abcdef"[: span.length]
+
+
 def test_replacing_takes_the_source_for_the_whole() -> None:
     world = World()
 

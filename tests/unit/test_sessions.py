@@ -163,7 +163,7 @@ def test_whether_writes_have_settled_is_asked_after_the_back_end_was_closed() ->
     assert world.journal[-1] == "unlock"
 
 
-# Several writers of one export (contract B9)
+# Several writers of one export (docs/api.md)
 
 SHARING = [
     pytest.param(sessions.WRITE, id="write"),

@@ -168,7 +168,7 @@ def test_the_application_hears_of_https(ends):
 
     conn = Connection(ours, ("client", 1), ("server", 2))
     conn.buffer += b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-    assert serve(conn, TlsWire(ours, 1), app, Config(), last=False)
+    assert serve(conn, TlsWire(ours, 1), app, Config(), lambda: False)
     assert client.recv(100).startswith(b"HTTP/1.1 204 No Content\r\n")
     assert heard == [("https", "2")]
 

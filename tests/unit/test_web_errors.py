@@ -16,7 +16,7 @@ from tests.unit.web import Call, app_over
 RETRY = {"Retry-After": "1"}
 INTERNAL = "/run/secret.sock: nbd_connect_unix"
 
-#: One of each (a leaf may have several), and what clients are told (contract A2).
+#: One of each (a leaf may have several), and what clients are told (docs/api.md).
 ANSWERS = [
     (errors.BadRequest("what is wrong"), 400, "what is wrong", {}),
     (errors.UnsupportedMediaType("what type"), 415, "what type", {}),

@@ -18,7 +18,7 @@ from imageserver.ports import ImageInfo, Intent, Source
 from imageserver.transfers import NbdImage
 
 CONNECT_SECONDS = 10.0
-#: How long an OPTIONS or HEAD may wait for a server (contract A3).
+#: How long an OPTIONS or HEAD may wait for a server (docs/api.md).
 INSPECT_SECONDS = 1.0
 #: How often a server is asked whether it has done with the connections of the dead.
 _SETTLE_SECONDS = 0.01
@@ -60,6 +60,7 @@ class NbdExport:
         self._link = link
         self._bitmap = bitmap
         self.size = link.size
+        self.align = link.align
 
     @property
     def info(self) -> ImageInfo:

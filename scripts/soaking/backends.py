@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images, and the NBD servers behind the proxy that come and go with them."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from model import Model
+
+from tests.system.harness import program, qemu_img, wait_until
+
+SIZE = 8 << 20
+_PROXY = Path(__file__).with_name("proxy.py")
+
+
+class Image:
+    """An image, its model, and what makes it a transfer."""
+
+    is_nbd = False
+
+    def __init__(self, name: str, directory: Path) -> None:
+        self.name = name
+        self.path = directory / name
+        self.model = Model(SIZE, is_whole=not self.is_nbd)
+
+    def transfer(self) -> dict[str, str]:
+        """Return the fields of its transfer file."""
+        return {"backend": "file", "file": str(self.path)}
+
+    def start(self) -> None:
+        """Make it."""
+        self.path.write_bytes(bytes(SIZE))
+
+    def stop(self) -> None:
+        """End what serves it."""
+
+
+class NbdImage(Image):
+    """An image behind qemu-nbd. Raw ones survive SIGKILL of that; qcow2 needs a clean end."""
+
+    is_nbd = True
+
+    def __init__(self, name: str, directory: Path, *, fmt: str) -> None:
+        super().__init__(name, directory)
+        self.fmt = fmt
+        self.socket = directory / f"{name}.nbd"
+        self.front = directory / f"{name}.sock"
+        self.lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def transfer(self) -> dict[str, str]:
+        """Return the fields of its transfer file: clients go through the proxy."""
+        return {"socket": str(self.front)}
+
+    def start(self) -> None:
+        """Make the image where there is none, and serve it."""
+        if not self.path.exists():
+            qemu_img("create", "-q", "-f", self.fmt, self.path, SIZE)
+        self.socket.unlink(missing_ok=True)
+        command = [program("qemu-nbd"), "--shared=64", "--persistent", f"--format={self.fmt}"]
+        command += [f"--socket={self.socket}", str(self.path)]
+        self._process = subprocess.Popen(  # noqa: S603 - our own words
+            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_until(self.socket.exists)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the NBD server."""
+        assert self._process is not None  # noqa: S101
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """End the NBD server: at once where the format bears it."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.send_signal(signal.SIGKILL if self.fmt == "raw" else signal.SIGTERM)
+            self._process.wait(30)
+            self._process = None
+
+
+class Proxy:
+    """The proxy in front of all NBD images."""
+
+    def __init__(self, images: list[NbdImage], readers: int, writers: int) -> None:
+        command = [sys.executable, str(_PROXY), f"--readers={readers}", f"--writers={writers}"]
+        command += [f"{image.front}={image.socket}" for image in images]
+        self._process = subprocess.Popen(  # noqa: S603 - our own words
+            command, stdout=subprocess.PIPE, text=True
+        )
+        wait_until(lambda: all(image.front.exists() for image in images))
+
+    def report(self) -> dict[str, Any]:
+        """End it; return what it has seen."""
+        self._process.send_signal(signal.SIGTERM)
+        seen: dict[str, Any] = json.loads(self._process.communicate(timeout=30)[0])
+        return seen
+
+    def stop(self) -> None:
+        """End it, whatever it has seen."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()

@@ -199,7 +199,7 @@ class Settings:
     chunk_size: int = _setting(
         1 << 20, _size(4096, 32 << 20), "bytes of one back-end request and one piece of a body"
     )
-    queue_depth: int = _setting(4, _integer(1, 64), "back-end requests in flight per transfer")
+    queue_depth: int = _setting(3, _integer(1, 64), "back-end requests in flight per transfer")
     file_roots: tuple[str, ...] = _setting(
         (), _paths, "directories the file backend may touch, comma-separated", "any"
     )

@@ -45,6 +45,8 @@ class _Pool:
         self.threads = threads
         self.room = room
         self.connections: set[Connection] = set()
+        #: Those of them whose threads wait for a next request, and have time for another's.
+        self.staying: set[Connection] = set()
 
     def submit(self, work: Callable[..., None], *arguments: object) -> None:
         self._executor.submit(work, *arguments)
@@ -81,7 +83,7 @@ class Pools:
     def dispatch(self, conn: Connection) -> None:
         """Give a connection with a complete head to a thread."""
         pool = self._probes if conn.buffer.startswith(_PROBES) else self._transfers
-        if len(pool.connections) >= pool.room:
+        if len(pool.connections) - len(pool.staying) >= pool.room:
             self._loop.refuse(conn, refusal(503, "server busy", retry=True))
             return
         conn.state = State.WORK
@@ -136,7 +138,10 @@ class Pools:
             return True
         if len(pool.connections) > pool.threads or self.last:
             return False  # others wait for this thread
-        if not wait(conn.sock, select.POLLIN, _STAY_SECONDS):
+        pool.staying.add(conn)
+        arrived = wait(conn.sock, select.POLLIN, _STAY_SECONDS)
+        pool.staying.discard(conn)
+        if not arrived:
             return False
         try:
             return conn.receive() and conn.has_head()

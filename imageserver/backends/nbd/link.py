@@ -28,6 +28,10 @@ from imageserver.transfers import NbdImage
 DISCONNECT_SECONDS = 1.0
 #: Between tries to connect to a server whose backlog is full.
 _RETRY_SECONDS = 0.02
+#: A server with room for one client may close a connection a moment before it has room again.
+_TURNED_AWAY_SECONDS = 0.25
+#: What libnbd says of a peer that closes or resets the connection.
+_HUNG_UP = {0, errno.ECONNRESET, errno.EPIPE}
 #: How soon ``stop`` is noticed while the server is silent.
 _STOP_SECONDS = 0.1
 
@@ -56,6 +60,10 @@ class TryAgain(BackendError):
     """The server's backlog is full (EAGAIN); connect(2) on a Unix socket does not wait."""
 
 
+class TurnedAway(BackendError):
+    """The server hung up before it had greeted us: it may have no room for another client."""
+
+
 _ERRORS: dict[int, type[ImageServerError]] = {
     errno.ENOSPC: NoSpace,
     errno.EDQUOT: NoSpace,
@@ -80,7 +88,10 @@ def connect(image: NbdImage, contexts: Sequence[str], seconds: float, tuning: Tu
         except TryAgain as exc:
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{name}: the backlog of its socket is full") from exc
-            time.sleep(_RETRY_SECONDS)
+        except TurnedAway:
+            if time.monotonic() > deadline - seconds + _TURNED_AWAY_SECONDS:
+                raise
+        time.sleep(_RETRY_SECONDS)
 
 
 def _handshake(image: NbdImage, name: str, contexts: Sequence[str], deadline: float) -> Any:
@@ -101,6 +112,8 @@ def _handshake(image: NbdImage, name: str, contexts: Sequence[str], deadline: fl
         if not handle.aio_is_ready():
             raise BackendError(f"{name}: closed the connection during the handshake")
     except nbd.Error as exc:
+        if exc.errnum in _HUNG_UP:
+            raise TurnedAway(f"{name}: {exc}") from exc.with_traceback(None)
         raise _translated(exc, name) from exc.with_traceback(None)
     else:
         return handle

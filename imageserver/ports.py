@@ -5,7 +5,7 @@ Offsets and lengths are bytes. Nothing here waits for a client; what waits for a
 bounded by the back-end timeout. One ``Backend`` serves one request, on one thread.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -195,10 +195,15 @@ class Slots(Protocol):
         ...
 
 
+def always() -> bool:
+    """Say that a back end is wanted, whatever happens."""
+    return True
+
+
 class Backends(Protocol):
     """Opens images."""
 
-    def settle(self, image: Image) -> None:
+    def settle(self, image: Image, is_wanted: Callable[[], bool] = always) -> None:
         """Wait, within the back-end timeout, until no write of a dead holder can land any more.
 
         Raises:
@@ -206,8 +211,8 @@ class Backends(Protocol):
         """
         ...
 
-    def open(self, image: Image, intent: Intent) -> Backend:
-        """Open an image; bounded by the connect timeout.
+    def open(self, image: Image, intent: Intent, is_wanted: Callable[[], bool] = always) -> Backend:
+        """Open an image; bounded by the connect timeout, and given up once it is not wanted.
 
         Raises:
             BackendError, BackendTimeout: the NBD server refuses, or is silent.

@@ -132,11 +132,13 @@ class Sessions:
             held.callback(slot.release)
             held.push(_telling(visit))
             if grip.lock and grip.lock.abandoned:
-                self._backends.settle(transfer.image)
+                self._backends.settle(transfer.image, visit.is_wanted)
                 grip.lock.abandoned = False
             if shared:
                 grip.share()
-            backend = grip.backend = self._backends.open(transfer.image, need.intent)
+            backend = grip.backend = self._backends.open(
+                transfer.image, need.intent, visit.is_wanted
+            )
             held.callback(backend.close)
             visit.uses(backend)
             session = Session(backend, slot, held.pop_all(), visit, need.kind)

@@ -112,6 +112,10 @@ class Visit:
     def failed(self, error: BaseException) -> None:
         """Note what went wrong."""
 
+    def is_wanted(self) -> bool:
+        """Tell whether the visit goes on: False once it has been cut."""
+        return True
+
     def uses(self, backend: Backend) -> None:
         """Name the back end that is to be stopped when the visit is cut."""
 
@@ -156,6 +160,10 @@ class TrackedVisit(Visit):
         # A body that nobody iterates any more: the client of a GET has gone.
         name = "ClientGone" if isinstance(error, GeneratorExit) else type(error).__name__
         self._error = f"{name}: {error}".removesuffix(": ")
+
+    def is_wanted(self) -> bool:
+        """Tell whether the visit goes on: False once it has been cut."""
+        return not self._is_cut
 
     def uses(self, backend: Backend) -> None:
         """Name the back end that is to be stopped when the visit is cut."""

@@ -471,6 +471,19 @@ def test_force_cuts_what_waits_for_its_back_end_within_a_second(
         assert answers in ([500], ["cut"])
 
 
+def test_force_cuts_what_waits_for_a_handshake_within_a_second(server, control, workplace, name):
+    path = workplace / f"{name}.mute"
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(path))
+        mute.listen()
+        control.register(name, socket=str(path))
+        with server.raw(f"GET /images/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode()):
+            wait_until(lambda: control.status(name)["requests_in_flight"] == 1)
+            began = time.monotonic()
+            assert control.unregister(name, force=True)["status"] == "ok"
+            assert time.monotonic() - began < 1
+
+
 def test_force_cuts_a_client_that_dawdles_over_a_small_body(server, control, big, name):
     control.register(name, **big)
     head = (

@@ -102,10 +102,10 @@ class FakeBackends:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def settle(self, _image: Image) -> None:
+    def settle(self, _image: Image, _is_wanted: object = None) -> None:
         self._world.note("settle")
 
-    def open(self, _image: Image, intent: Intent) -> "FakeBackend":
+    def open(self, _image: Image, intent: Intent, _is_wanted: object = None) -> "FakeBackend":
         self._world.note(f"open {intent.name}")
         backend = FakeBackend(self._world)
         self._world.opened.append(backend)

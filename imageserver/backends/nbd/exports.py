@@ -6,15 +6,15 @@ back: a server with room for one client only must not meet an idle connection of
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from imageserver import extents
 from imageserver.backends.nbd import status, transfer, zeroing
-from imageserver.backends.nbd.link import Link, Tuning, connect
+from imageserver.backends.nbd.link import Link, Stopped, Tuning, connect
 from imageserver.backends.nbd.peers import has_orphans
 from imageserver.errors import BackendTimeout
 from imageserver.extents import Extent
-from imageserver.ports import ImageInfo, Intent, Source
+from imageserver.ports import ImageInfo, Intent, Source, always
 from imageserver.transfers import NbdImage
 
 CONNECT_SECONDS = 10.0
@@ -30,7 +30,9 @@ class NbdExports:
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
 
-    def open(self, image: NbdImage, intent: Intent) -> "NbdExport":
+    def open(
+        self, image: NbdImage, intent: Intent, is_wanted: Callable[[], bool] = always
+    ) -> "NbdExport":
         """Connect to an export: see ``ports.Backends``."""
         contexts = []
         if intent in {Intent.EXTENTS, Intent.DIRTY_EXTENTS}:
@@ -38,9 +40,9 @@ class NbdExports:
         if intent is Intent.DIRTY_EXTENTS and image.bitmap:
             contexts.append(extents.dirty_context(image.bitmap))
         seconds = INSPECT_SECONDS if intent is Intent.INSPECT else CONNECT_SECONDS
-        return NbdExport(connect(image, contexts, seconds, self._tuning), image.bitmap)
+        return NbdExport(connect(image, contexts, seconds, self._tuning, is_wanted), image.bitmap)
 
-    def settle(self, image: NbdImage) -> None:
+    def settle(self, image: NbdImage, is_wanted: Callable[[], bool] = always) -> None:
         """Wait until the server has done with every connection whose client is dead.
 
         Raises:
@@ -48,6 +50,8 @@ class NbdExports:
         """
         deadline = time.monotonic() + self._tuning.timeout
         while has_orphans(image.socket):
+            if not is_wanted():
+                raise Stopped(image.socket)
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{image.socket} still holds the connection of a dead client")
             time.sleep(_SETTLE_SECONDS)

@@ -21,7 +21,7 @@ import nbd
 
 from imageserver.errors import BackendError, BackendTimeout, ImageServerError, NoSpace
 from imageserver.extents import Reply
-from imageserver.ports import ImageInfo
+from imageserver.ports import ImageInfo, always
 from imageserver.transfers import NbdImage
 
 #: How long an orderly good-bye may take. A server that does not answer one is hanging.
@@ -73,7 +73,13 @@ _ERRORS: dict[int, type[ImageServerError]] = {
 }
 
 
-def connect(image: NbdImage, contexts: Sequence[str], seconds: float, tuning: Tuning) -> "Link":
+def connect(
+    image: NbdImage,
+    contexts: Sequence[str],
+    seconds: float,
+    tuning: Tuning,
+    is_wanted: Callable[[], bool] = always,
+) -> "Link":
     """Connect to an export and negotiate, within ``seconds``.
 
     Raises:
@@ -84,7 +90,7 @@ def connect(image: NbdImage, contexts: Sequence[str], seconds: float, tuning: Tu
     name = f"{image.socket} export {image.export!r}"
     while True:
         try:
-            return Link(_handshake(image, name, contexts, deadline), name, tuning)
+            return Link(_handshake(image, name, contexts, deadline, is_wanted), name, tuning)
         except TryAgain as exc:
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{name}: the backlog of its socket is full") from exc
@@ -94,7 +100,13 @@ def connect(image: NbdImage, contexts: Sequence[str], seconds: float, tuning: Tu
         time.sleep(_RETRY_SECONDS)
 
 
-def _handshake(image: NbdImage, name: str, contexts: Sequence[str], deadline: float) -> Any:
+def _handshake(
+    image: NbdImage,
+    name: str,
+    contexts: Sequence[str],
+    deadline: float,
+    is_wanted: Callable[[], bool],
+) -> Any:
     handle = nbd.NBD()
     try:
         if image.export:
@@ -107,8 +119,11 @@ def _handshake(image: NbdImage, name: str, contexts: Sequence[str], deadline: fl
         # Few calls: each gives the interpreter to another thread and has to win it back.
         while handle.aio_is_connecting():
             left = deadline - time.monotonic()
-            if left <= 0 or handle.poll(_milliseconds(left)) == 0:
+            if left <= 0:
                 raise BackendTimeout(f"{name}: the handshake took too long")
+            if not is_wanted():
+                raise Stopped(name)
+            handle.poll(_milliseconds(min(left, _STOP_SECONDS)))
         if not handle.aio_is_ready():
             raise BackendError(f"{name}: closed the connection during the handshake")
     except nbd.Error as exc:

@@ -242,8 +242,14 @@ class SharedTable:
                 index = table.claim(holder, limit)
             if index is not None:
                 break
-            if not self.sweep() and (time.monotonic() > deadline or not self._awaits(kind)):
+            if self.sweep() or (time.monotonic() < deadline and self._awaits(kind)):
+                continue
+            # Another process may have swept between our claim and our sweep.
+            with mapping.guard() as table:
+                index = table.claim(holder, limit)
+            if index is None:
                 raise NoSlot(kind)
+            break
         return ClaimedSlot(mapping, index, holder.started_ns)
 
     def _awaits(self, kind: Kind) -> bool:

@@ -237,7 +237,7 @@ def test_preloading_keeps_the_limits(home, sparse):
 def test_plain_gthread_serves_the_same_bytes(home, backend):
     image = home / "image"
     image.write_bytes(bytes(len(IMAGE)))
-    server = Server(home)
+    server = Server(home, workers=1)  # one: gunicorn loses a SIGTERM that meets a booting worker
     server.command += ["--worker-class", "gthread"]
     with server, qemu_nbd(image) as sock:
         place = {"socket": str(sock)} if backend == "nbd" else {"file": str(image)}

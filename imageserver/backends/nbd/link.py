@@ -127,15 +127,23 @@ def _handshake(
         if not handle.aio_is_ready():
             raise BackendError(f"{name}: closed the connection during the handshake")
     except nbd.Error as exc:
-        if exc.errnum in _HUNG_UP:
-            raise TurnedAway(f"{name}: {exc}") from exc.with_traceback(None)
-        raise _translated(exc, name) from exc.with_traceback(None)
+        raise _refused(exc, handle, name) from exc.with_traceback(None)
     else:
         return handle
     finally:
         # A connection is closed when nothing refers to it, a traceback included: an error
         # that somebody keeps must not keep a place in the server's queue with it.
         handle = None
+
+
+def _refused(exc: Any, handle: Any, name: str) -> ImageServerError:
+    """Return what a failed handshake is for us."""
+    # EINVAL: libnbd was left waiting by EAGAIN, and cannot poll a socket that is nowhere.
+    if exc.errnum == errno.EINVAL and handle.aio_is_connecting():
+        return TryAgain(f"{name}: {exc}")
+    if exc.errnum in _HUNG_UP:
+        return TurnedAway(f"{name}: {exc}")
+    return _translated(exc, name)
 
 
 def _milliseconds(seconds: float) -> int:

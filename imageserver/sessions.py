@@ -110,7 +110,7 @@ class Sessions:
     def open(
         self, transfer: Transfer, need: Need, client: str, visit: Visit = UNTRACKED
     ) -> Session:
-        """Take what ``need`` says, in order, without ever waiting for another request.
+        """Take what ``need`` says, in order, without waiting for a request that lives.
 
         The visit ends with the session.
 

@@ -262,10 +262,17 @@ def test_a_sweep_that_fails_is_logged_and_stops_nothing(
     ]
 
 
-def test_settings_that_no_longer_parse_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_no_longer_parse_stop_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, "imageserver")
     monkeypatch.setenv("IMAGESERVER_CONFIG_OWNERS", "somebody-whom-ldap-has-just-lost")
 
     hooks.child_exit(None, None)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "sweep after a worker's exit failed"
+    ]
 
 
 # A reload

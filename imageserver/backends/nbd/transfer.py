@@ -3,7 +3,8 @@
 
 Requests lie on multiples of the chunk size, within what the server takes. Where its minimum
 block size is larger than a byte, a read is widened and cut, and a write's edges are read
-first; the image's lock makes that safe.
+first. The image's lock makes that safe; where writers share it, such edges never come here
+(``operations.py``).
 
 A long transfer has a thread for the NBD side (``ring``), so that receiving from one socket
 and sending to the other overlap: on 2 cores that is about twice what one thread moves in

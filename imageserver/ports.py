@@ -11,6 +11,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from imageserver.extents import Extent
+from imageserver.journal import Entry
 from imageserver.slots import Kind
 from imageserver.transfers import Image, Transfer
 
@@ -314,4 +315,12 @@ class Registrations(Protocol):
 
     def count(self) -> int:
         """Return how many there are, without those that have expired."""
+        ...
+
+
+class Journal(Protocol):
+    """Who wants to know of finished requests."""
+
+    def finished(self, entry: Entry) -> None:
+        """Take an entry. Quick, never fails; called from any thread."""
         ...

@@ -99,6 +99,10 @@ def _addresses(text: str) -> tuple[str, ...]:
     return addresses
 
 
+def _addresses_or_none(text: str) -> tuple[str, ...]:
+    return () if text.lower() == "none" else _addresses(text)
+
+
 def _owners(text: str) -> tuple[int, ...]:
     owners = tuple(_uid(part.strip()) for part in text.split(",") if part.strip())
     if not owners:
@@ -220,6 +224,14 @@ class Settings:
     )
     idle_timeout: int = _setting(
         600, _integer(1, 31_536_000), "seconds after which an unused registered transfer expires"
+    )
+    admin_bind: tuple[str, ...] = _setting(
+        ("127.0.0.1:54324",),
+        _addresses_or_none,
+        "addresses for metrics, health and status, as BIND; none: there are no such",
+    )
+    log_format: str = _setting(
+        "text", _choice("text", "json"), "how log lines are written: text or json"
     )
     log_level: str = _setting(
         "info", _choice("debug", "info", "warning", "error"), "least severe messages to log"

@@ -96,6 +96,7 @@ class Server:
             "workers": 3,
             "config_dir": self.config,
             "runtime_dir": self.runtime,
+            "admin_bind": "none",
         } | settings
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("IMAGESERVER_")}
         self.env |= {f"IMAGESERVER_{k.upper()}": str(v) for k, v in values.items()}

@@ -33,6 +33,7 @@ control_socket_disable = True
 accesslog = None
 errorlog = "-"
 loglevel = _settings.log_level
+logger_class = "imageserver.server.serverlog.ServerLogger"
 proc_name = "imageserver"
 
 on_starting = hooks.on_starting

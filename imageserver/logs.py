@@ -1,21 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the log goes: standard error, one line an event; journald adds its own time stamps."""
+"""The log: one line an event on standard error, as text or as JSON.
 
+    [2026-01-31 12:00:00 +0000] [4711] [INFO] finished transfer=vda op=read bytes=512 ...
+    {"time":"2026-01-31T12:00:00.000+00:00","level":"info","worker":4711,"message":"finished",...}
+
+Under systemd lines have no time, which journald adds, but begin with their priority
+(sd-daemon(3)), every line of a traceback too: ``journalctl -p warning`` finds them.
+"""
+
+import json
 import logging
 import os
+import re
 import sys
+import time
+from collections.abc import Mapping
 
-_FORMAT = "[%(process)d] [%(levelname)s] %(message)s"
+from imageserver.journal import Entry
+
+#: Key of ``extra`` under which a record carries its fields.
+_FIELDS = "imageserver_fields"
+#: What logfmt readers take without quotes.
+_PLAIN = re.compile(r"[!#-<>-~]+")
+#: RFC 5424 section 6.2.1, by the level that a priority begins at.
+_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+#: Asked for many times a second by load balancers; their failures show in the metrics.
+_PROBES = frozenset(("options", "head"))
+#: What ends up as one of these is the server's or the host's fault, and for the operator to see.
+_SERIOUS = frozenset((500, 504, 507))
 
 
-def configure(level: str) -> None:
-    """Send what the package logs to standard error; calling it again changes the level only."""
+def configure(level: str, style: str = "text") -> None:
+    """Send what the package logs to standard error; calling it again changes level and style."""
     logger = logging.getLogger("imageserver")
     logger.setLevel(level.upper())
     logger.propagate = False
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        # systemd sets JOURNAL_STREAM for services whose output it collects (systemd.exec(5)).
-        stamp = "" if "JOURNAL_STREAM" in os.environ else "[%(asctime)s] "
-        handler.setFormatter(logging.Formatter(stamp + _FORMAT, "%Y-%m-%d %H:%M:%S %z"))
-        logger.addHandler(handler)
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.handlers[0].setFormatter(formatter(style))
+
+
+def formatter(style: str) -> logging.Formatter:
+    """Return what writes records as ``text`` or ``json``."""
+    # systemd sets JOURNAL_STREAM for services whose output it collects (systemd.exec(5)).
+    in_journal = "JOURNAL_STREAM" in os.environ
+    return _Json(in_journal=in_journal) if style == "json" else _Text(in_journal=in_journal)
+
+
+def fields(**values: object) -> dict[str, Mapping[str, object]]:
+    """Return the ``extra`` of a log call that gives a line these fields."""
+    return {_FIELDS: values}
+
+
+def fields_of(record: logging.LogRecord) -> Mapping[str, object]:
+    """Return the fields that a record carries."""
+    found: Mapping[str, object] = getattr(record, _FIELDS, {})
+    return found
+
+
+class _Text(logging.Formatter):
+    """``message key=value ...``, with values quoted where they need it."""
+
+    def __init__(self, *, in_journal: bool) -> None:
+        stamp = "" if in_journal else "[%(asctime)s] "
+        form = stamp + "[%(process)d] [%(levelname)s] %(message)s"
+        super().__init__(form, "%Y-%m-%d %H:%M:%S %z")
+        self._in_journal = in_journal
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Append the fields to the message."""
+        pairs = [f" {key}={_plain(value)}" for key, value in fields_of(record).items()]
+        return super().formatMessage(record) + "".join(pairs)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record."""
+        text = super().format(record)
+        return _with_priority(record, text) if self._in_journal else text
+
+
+class _Json(logging.Formatter):
+    """One JSON object a record."""
+
+    def __init__(self, *, in_journal: bool) -> None:
+        super().__init__()
+        self._in_journal = in_journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write a record."""
+        line: dict[str, object] = {} if self._in_journal else {"time": _time(record.created)}
+        line["level"] = record.levelname.lower()
+        line["worker"] = record.process
+        line["message"] = record.getMessage()
+        line |= fields_of(record)
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        text = json.dumps(line, separators=(",", ":"), default=str)
+        return _with_priority(record, text) if self._in_journal else text
+
+
+def _time(seconds: float) -> str:
+    whole, milliseconds = divmod(int(seconds * 1000), 1000)
+    moment = time.localtime(whole)
+    zone = time.strftime("%z", moment)
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", moment)
+    return f"{stamp}.{milliseconds:03}{zone[:3]}:{zone[3:]}"
+
+
+def _plain(value: object) -> str:
+    text = "-" if value is None or value == "" else str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def _with_priority(record: logging.LogRecord, text: str) -> str:
+    found = (priority for level, priority in _PRIORITIES if record.levelno >= level)
+    mark = f"<{next(found, 7)}>"
+    return "\n".join(mark + line for line in text.split("\n"))
+
+
+log = logging.getLogger(__name__)
+
+
+class OperationLog:
+    """``ports.Journal``: a line for each finished operation."""
+
+    def finished(self, entry: Entry) -> None:
+        """Log an entry: probes for those who debug, what an operator must see as a warning."""
+        level = logging.DEBUG if entry.operation in _PROBES else logging.INFO
+        if entry.status in _SERIOUS or entry.error in {"BackendError", "BackendTimeout"}:
+            level = logging.WARNING
+        if log.isEnabledFor(level):
+            log.log(level, "finished", extra=fields(**_told(entry)))
+
+
+def _told(entry: Entry) -> dict[str, object]:
+    span = entry.span
+    told: dict[str, object] = {
+        "transfer": entry.transfer,
+        "op": entry.operation,
+        "range": f"{span.start}-{span.stop - 1}" if span and span.length else None,
+        "bytes": entry.done,
+        "status": entry.status,
+        "seconds": round(entry.seconds, 6),
+        "rate": round(entry.done / entry.seconds) if entry.seconds else 0,
+        "worker": os.getpid(),
+        "client": entry.client,
+        "request": entry.request,
+    }
+    if entry.error:
+        told |= {"error": entry.error, "detail": entry.detail}
+    return told

@@ -11,7 +11,7 @@ from contextlib import closing
 from imageserver.errors import BadRequest, MethodNotAllowed
 from imageserver.extents import Extent
 from imageserver.ports import ImageInfo, Source
-from imageserver.ranges import Span
+from imageserver.ranges import Span, whole
 from imageserver.sessions import Session
 
 #: What a read-only image allows (docs/api.md).
@@ -26,11 +26,12 @@ def check_writable(info: ImageInfo) -> None:
 
 def read(session: Session, span: Span) -> Generator[memoryview]:
     """Yield the bytes of ``span``; each piece is valid until the next is asked for."""
+    session.begin(span)
     with session, closing(session.backend.read(span.start, span.length)) as pieces:
         done = 0
         for piece in pieces:
             done += len(piece)
-            session.progress(done, span.length)
+            session.progress(done)
             if done == span.length:
                 session.close()
             yield piece
@@ -52,21 +53,24 @@ def _check_edges(session: Session, span: Span) -> None:
 def write(session: Session, span: Span, source: Source) -> None:
     """Write ``span`` from ``source``."""
     _check_edges(session, span)
+    session.begin(span)
     for done in session.backend.write(span.start, span.length, source):
-        session.progress(done, span.length)
+        session.progress(done)
 
 
 def replace(session: Session, length: int, source: Source) -> None:
     """Make ``length`` bytes from ``source`` the whole image."""
+    session.begin(whole(length))
     for done in session.backend.replace(length, source):
-        session.progress(done, length)
+        session.progress(done)
 
 
 def zero(session: Session, span: Span, *, flush: bool) -> None:
     """Zero ``span``; then flush, where asked for and possible."""
     _check_edges(session, span)
+    session.begin(span)
     for done in session.backend.zero(span.start, span.length):
-        session.progress(done, span.length)
+        session.progress(done)
     if flush:
         flush_if_possible(session)
 
@@ -91,9 +95,10 @@ def flush(session: Session) -> None:
 
 def extents(session: Session, span: Span, *, dirty: bool) -> Generator[list[Extent]]:
     """Yield the extents of ``span`` in lists, the last of which may be empty."""
+    session.begin(span)
     listed = session.backend.extents(span.start, span.stop, dirty=dirty)
     with session, closing(listed) as batches:
         for batch in batches:
             if batch:
-                session.progress(batch[-1][0] + batch[-1][1] - span.start, span.length)
+                session.progress(batch[-1][0] + batch[-1][1] - span.start)
             yield batch

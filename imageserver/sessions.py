@@ -21,6 +21,7 @@ from typing import Self
 
 from imageserver.errors import ImageBusy
 from imageserver.ports import Backend, Backends, ImageInfo, Intent, Lock, Locks, Slot, Slots, Ticket
+from imageserver.ranges import Span
 from imageserver.slots import Kind
 from imageserver.transfers import Image, NbdImage, Transfer
 from imageserver.visits import UNTRACKED, Visit
@@ -60,6 +61,9 @@ class Session:
         self.size = backend.size
         #: Others may write to the image at the same time, elsewhere in it.
         self.shared = False
+        #: What of the image the operation is about, and how many bytes of that are done.
+        self.span: Span | None = None
+        self.done = 0
         self._slot = slot
         self._visit = visit
         self._kind = kind
@@ -70,9 +74,15 @@ class Session:
         """What the image can do."""
         return self.backend.info
 
-    def progress(self, done: int, expected: int) -> None:
-        """Show operators how far the operation has come, in bytes."""
-        self._slot.progress(done, expected)
+    def begin(self, span: Span) -> None:
+        """Say what of the image the operation is about."""
+        self.span = span
+        self._slot.progress(0, span.length)
+
+    def progress(self, done: int) -> None:
+        """Show operators how far the operation has come, in bytes of its span."""
+        self.done = done
+        self._slot.progress(done, self.span.length if self.span else 0)
         self._visit.progress(self._kind, done)
 
     def close(self) -> None:

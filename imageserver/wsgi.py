@@ -9,6 +9,7 @@ from imageserver.backends.nbd.link import Tuning
 from imageserver.backends.open import AnyBackend, stamp
 from imageserver.inspection import Inspector
 from imageserver.locks import ImageLocks, image_key
+from imageserver.logs import OperationLog
 from imageserver.processes import is_alive, is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry
@@ -41,4 +42,5 @@ def application(settings: Settings, slots: SharedTable) -> App:
         Sessions(locks, slots, backends, image_key, shares_lock=settings.max_writers > 1),
         Inspector(backends, stamp),
         Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
+        journals=(OperationLog(),),
     )

@@ -23,7 +23,7 @@ from gunicorn.http.message import Request
 from gunicorn.http.unreader import Unreader
 from gunicorn.http.wsgi import Response, create
 
-from imageserver.errors import ClientGone
+from imageserver.errors import ClientGone, ImageServerError
 from imageserver.server.connection import Connection
 from imageserver.server.wire import RequestInput, Wire, refusal
 from imageserver.web.body import ZERO_COPY
@@ -163,7 +163,8 @@ def _answer(resp: ImageResponse, wire: Wire, environ: dict[str, Any], app: Appli
     except ClientGone:
         raise
     except Exception as exc:
-        log.warning("answer to %s cut off: %s: %s", environ["RAW_URI"], type(exc).__name__, exc)
+        if not isinstance(exc, ImageServerError):  # of those the journals have been told
+            log.warning("answer to %s cut off", environ["RAW_URI"], exc_info=exc)
         if resp.headers_sent:
             raise ClientGone from exc
         resp.force_close()

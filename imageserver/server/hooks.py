@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import ssl
+from dataclasses import fields
 from typing import Any
 
 from imageserver import logs
@@ -18,7 +19,7 @@ from imageserver.registry import Registry, UntrustedDirectory
 from imageserver.server.control import UnusableSocket, check_socket, open_to_group, take_over
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.server.worker import ImageWorker
-from imageserver.settings import InvalidSetting, Settings, variable_of
+from imageserver.settings import InvalidSetting, Settings, as_text, variable_of
 from imageserver.shared import SharedTable, UnusableDirectory, prepare_directory
 from imageserver.slots import IncompatibleTable
 
@@ -96,7 +97,7 @@ def _check_config_directory(settings: Settings) -> list[str]:
 def on_starting(arbiter: Any) -> None:
     """Before anything is bound: check, clean up after predecessors, or end the process."""
     settings = load_settings()
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     try:
         warnings = check(settings)
         arbiter.tls = _tls(settings)
@@ -109,6 +110,11 @@ def on_starting(arbiter: Any) -> None:
     records(settings, Registry(settings.config_dir, settings.config_owners)).recover()
     _sweep(settings, prune=True)
     _reload_without_waiting(arbiter)
+    log.info("settings in force", extra=logs.fields(**_in_force(settings)))
+
+
+def _in_force(settings: Settings) -> dict[str, str]:
+    return {variable_of(f.name): as_text(getattr(settings, f.name)) for f in fields(settings)}
 
 
 def _check_worker_class(arbiter: Any, settings: Settings) -> None:

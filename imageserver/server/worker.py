@@ -62,7 +62,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     def init_process(self) -> None:
         """Set up what must belong to this process alone, then run the loop."""
         self.settings = settings = Settings.from_environ(os.environ)
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         _raise_file_limit()
         self.tls = self.tls or server_context(settings)  # never plain for want of a hook
         self._notified = 0.0

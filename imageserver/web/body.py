@@ -14,6 +14,7 @@ import falcon
 from imageserver.errors import BadRequest, ClientGone
 from imageserver.ports import HasFileno
 from imageserver.sessions import Session
+from imageserver.web.journaling import trace_of
 
 #: A true value under this key: the server takes memoryviews, and gives ``readinto``.
 ZERO_COPY = "imageserver.zero_copy"
@@ -77,24 +78,37 @@ class StreamedBody(Iterable[bytes]):
     ) -> None:
         self._session = session
         self._pieces = pieces
+        self._trace = trace_of(req)
+        self._is_whole = False
         self._zero_copy = bool(req.env.get(ZERO_COPY))
         try:
             self._first = next(pieces, None)
         except BaseException:
-            self.close()
+            self._give_back()
             raise
 
     def __iter__(self) -> Iterator[Any]:
-        if self._first is not None:
-            yield self._piece(self._first)
-            self._first = None
-        for piece in self._pieces:
-            yield self._piece(piece)
+        piece = self._first
+        try:
+            while piece is not None:
+                yield self._piece(piece)
+                self._trace.sent(len(piece))
+                piece = next(self._pieces, None)
+        except BaseException as exc:
+            self._trace.failed(exc)
+            raise
+        self._is_whole = True
 
     def _piece(self, piece: memoryview | bytes) -> memoryview | bytes:
         return piece if self._zero_copy else bytes(piece)
 
     def close(self) -> None:
-        """Give the session back, wherever the body had come to."""
+        """Give the session back, wherever the body had come to, and end the request's trace."""
+        self._give_back()
+        if not self._is_whole:
+            self._trace.failed(ClientGone())
+        self._trace.end()
+
+    def _give_back(self) -> None:
         self._pieces.close()
         self._session.close()

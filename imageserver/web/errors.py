@@ -15,6 +15,7 @@ import falcon
 from imageserver import errors
 from imageserver.slots import Kind
 from imageserver.web.answers import set_json
+from imageserver.web.journaling import trace_of
 from imageserver.web.visiting import end_visit
 
 log = logging.getLogger(__name__)
@@ -72,11 +73,9 @@ def answer_for(error: errors.ImageServerError) -> Answer:
 def handle(
     req: falcon.Request, resp: falcon.Response, error: errors.ImageServerError, _params: object
 ) -> None:
-    """Answer one of our errors; what the client is not told goes to the log."""
-    answer = answer_for(error)
-    if answer.status >= 500:  # noqa: PLR2004
-        log.warning("%s %s: %s: %s", req.method, req.path, type(error).__name__, error)
-    _send(resp, answer)
+    """Answer one of our errors; what the client is not told goes to the journals."""
+    trace_of(req).failed(error)
+    _send(resp, answer_for(error))
 
 
 def cut_off(
@@ -84,6 +83,10 @@ def cut_off(
 ) -> None:
     """Pass a vanished client on to the server, which closes the connection."""
     end_visit(req)
+    trace = trace_of(req)
+    trace.failed(error)
+    trace.answered(0)
+    trace.end()
     raise error
 
 
@@ -92,15 +95,19 @@ def handle_unexpected(
 ) -> None:
     """Answer a bug: the traceback goes to the log, nothing of it to the client."""
     log.error("%s %s failed", req.method, req.path, exc_info=error)
+    trace_of(req).failed(error)
     _send(resp, Answer(500, "internal error"))
 
 
 def handle_http(
-    _req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, _params: object
+    req: falcon.Request, resp: falcon.Response, error: falcon.HTTPError, _params: object
 ) -> None:
     """Answer what Falcon itself refuses: no route, or a method unknown to HTTP."""
-    message = "not found" if isinstance(error, falcon.HTTPNotFound) else "bad request"
-    _send(resp, Answer(error.status_code, message))
+    ours: errors.ImageServerError = errors.BadRequest("bad request")
+    if isinstance(error, falcon.HTTPNotFound):
+        ours = errors.NotFound(req.path)
+    trace_of(req).failed(ours)
+    _send(resp, Answer(error.status_code, answer_for(ours).message))
 
 
 def _send(resp: falcon.Response, answer: Answer) -> None:

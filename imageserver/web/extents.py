@@ -18,7 +18,7 @@ from imageserver.sessions import Sessions
 from imageserver.transfers import FileImage, Transfer
 from imageserver.web.body import StreamedBody
 from imageserver.web.headers import check_method, read_span
-from imageserver.web.visiting import visit_of
+from imageserver.web.visiting import open_session
 
 _CONTEXTS = {"zero": sessions.EXTENTS, "dirty": sessions.DIRTY_EXTENTS}
 _BOOL = ("false", "true")
@@ -42,7 +42,7 @@ class ExtentsResource:
         if context not in _CONTEXTS:
             raise BadRequest('unsupported context; only "zero" and "dirty" are supported')
         wanted = read_span(req)
-        session = self._sessions.open(transfer, _CONTEXTS[context], req.remote_addr, visit_of(req))
+        session = open_session(self._sessions, req, transfer, _CONTEXTS[context])
         try:
             span = wanted.resolve(session.size) if wanted else whole(session.size)
             dirty = context == "dirty"

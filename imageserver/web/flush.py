@@ -8,7 +8,7 @@ from imageserver.sessions import Sessions
 from imageserver.transfers import Transfer
 from imageserver.web.answers import set_json
 from imageserver.web.headers import check_method
-from imageserver.web.visiting import visit_of
+from imageserver.web.visiting import open_session
 
 
 class FlushResource:
@@ -23,7 +23,6 @@ class FlushResource:
 
     def on_post(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Flush; the body, if any, is not looked at."""
-        client, visit = req.remote_addr, visit_of(req)
-        with self._sessions.open(transfer, sessions.FLUSH, client, visit) as session:
+        with open_session(self._sessions, req, transfer, sessions.FLUSH) as session:
             operations.flush(session)
         set_json(resp, {"ok": True})

@@ -29,7 +29,7 @@ from imageserver.web.headers import (
     read_flush,
     read_range,
 )
-from imageserver.web.visiting import visit_of
+from imageserver.web.visiting import open_session
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ class ImageResource:
         return length
 
     def _open(self, req: falcon.Request, transfer: Transfer, need: sessions.Need) -> Session:
-        return self._sessions.open(transfer, need, req.remote_addr, visit_of(req))
+        return open_session(self._sessions, req, transfer, need)
 
     def _info(self, transfer: Transfer) -> ImageInfo:
         if isinstance(transfer.image, FileImage):

@@ -16,6 +16,8 @@ from imageserver.web.visiting import begin_visit, end_visit
 
 #: Sent with every answer that has no image of its own to speak for.
 DEFAULT_METHODS = "GET, PUT, OPTIONS"
+#: No body goes with these (RFC 9110 section 6.4.1).
+_BODILESS = (204, 304)
 _ENCODED_SEPARATORS = ("%2f", "%5c", "%00")
 
 
@@ -71,7 +73,8 @@ class ImageMiddleware:
         if resp.get_header("Access-Control-Allow-Methods") is None:
             resp.set_header("Access-Control-Allow-Methods", DEFAULT_METHODS)
         stream = resp.stream
-        if isinstance(stream, StreamedBody) and (not req_succeeded or req.method == "HEAD"):
+        is_dropped = not req_succeeded or req.method == "HEAD" or resp.status_code in _BODILESS
+        if isinstance(stream, StreamedBody) and is_dropped:
             resp.stream = None
             stream.close()
         if not isinstance(resp.stream, StreamedBody):  # which ends it with its last piece

@@ -8,26 +8,39 @@ from typing import Any
 
 import falcon
 
+from imageserver.sessions import Need, Session, Sessions
 from imageserver.transfers import Transfer
 from imageserver.visits import UNTRACKED, Visit, Visits
+from imageserver.web.journaling import trace_of
 
 
 def begin_visit(visits: Visits, req: falcon.Request, transfer_id: str) -> Transfer:
     """Look an id up, on behalf of a request that ``end_visit`` will be called for."""
+    trace_of(req).asks_for(transfer_id)
     disconnect = _disconnector(req.env.get("gunicorn.socket"))
     transfer, req.context.visit = visits.begin(transfer_id, disconnect)
+    trace_of(req).found(transfer)
     return transfer
 
 
-def visit_of(req: falcon.Request) -> Visit:
-    """Return a request's visit."""
-    visit: Visit = getattr(req.context, "visit", UNTRACKED)
-    return visit
+def open_session(
+    sessions: Sessions, req: falcon.Request, transfer: Transfer, need: Need
+) -> Session:
+    """Open the session that a request needs: see ``Sessions.open``."""
+    trace_of(req).needs(need)
+    session = sessions.open(transfer, need, req.remote_addr, _visit_of(req))
+    trace_of(req).has(session)
+    return session
 
 
 def end_visit(req: falcon.Request) -> None:
     """End a request's visit, if it has one that goes on."""
-    visit_of(req).close()
+    _visit_of(req).close()
+
+
+def _visit_of(req: falcon.Request) -> Visit:
+    visit: Visit = getattr(req.context, "visit", UNTRACKED)
+    return visit
 
 
 def _disconnector(sock: Any) -> Callable[[], None]:  # noqa: ANN401 - whatever the server has

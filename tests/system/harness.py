@@ -77,7 +77,7 @@ class Answer:
     @property
     def fields(self) -> dict[str, str]:
         """The header fields, lower-case, without those of any HTTP server's own."""
-        own = {"server", "date", "connection"}
+        own = {"server", "date", "connection", "x-request-id"}
         return {k.lower(): v for k, v in self.headers.items() if k.lower() not in own}
 
 

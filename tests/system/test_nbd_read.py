@@ -261,7 +261,13 @@ def test_an_unreachable_back_end_is_an_error(
     body = b"" if method == "HEAD" else b'{"error":"backend error"}'
     assert (answer.status, answer.body) == (500, body)
     assert answer.fields == COMMON | {"content-type": "application/json", "content-length": "25"}
-    assert f"{method} {image}{target}: BackendError:" in server.log
+    op = {"/extents": "extents", "/flush": "flush"}.get(
+        target, "head" if method == "HEAD" else "read"
+    )
+    lines = [line for line in server.log.splitlines() if f"transfer={kind} op={op} " in line]
+    assert "[WARNING]" in lines[-1]
+    assert " status=500 " in lines[-1]
+    assert " error=BackendError " in lines[-1]
 
 
 def test_a_back_end_that_falls_silent_after_the_handshake_times_out(

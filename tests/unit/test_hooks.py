@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IMAGESERVER_CONFIG_DIR", str(tmp_path / "transfers"))
     monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("IMAGESERVER_BIND", f"unix:{tmp_path}/socket")
-    monkeypatch.setattr(hooks.logs, "configure", lambda _: None)
+    monkeypatch.setattr(hooks.logs, "configure", lambda *_: None)
     return tmp_path
 
 

@@ -12,6 +12,7 @@ from imageserver.errors import (
     NoSlot,
 )
 from imageserver.ports import Ticket
+from imageserver.ranges import Span
 from imageserver.sessions import Need
 from imageserver.slots import Kind
 from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World
@@ -96,9 +97,12 @@ def test_the_ticket_says_who_does_what(need: Need) -> None:
 def test_progress_goes_to_the_slot() -> None:
     world = World()
 
-    world.sessions().open(TRANSFER, sessions.READ, CLIENT).progress(3, 10)
+    session = world.sessions().open(TRANSFER, sessions.READ, CLIENT)
+    session.begin(Span(0, 10, 20))
+    session.progress(3)
 
-    assert world.progress == [(3, 10)]
+    assert world.progress == [(0, 10), (3, 10)]
+    assert (session.span, session.done) == (Span(0, 10, 20), 3)
 
 
 def test_an_abandoned_image_is_settled_under_lock_and_slot_before_it_is_opened() -> None:

@@ -12,7 +12,11 @@ from imageserver.ports import ImageInfo
 from tests.unit.fakes import World
 from tests.unit.web import Call, app_over
 
-COMMON = {"accept-ranges": "bytes", "access-control-allow-methods": "GET, PUT, OPTIONS"}
+COMMON = {
+    "accept-ranges": "bytes",
+    "access-control-allow-methods": "GET, PUT, OPTIONS",
+    "x-request-id": "r1",
+}
 JSON = {"content-type": "application/json"}
 
 
@@ -23,7 +27,7 @@ def world() -> World:
 
 @pytest.fixture
 def client(world: World) -> testing.TestClient:
-    return testing.TestClient(app_over(world))
+    return testing.TestClient(app_over(world), headers={"X-Request-Id": "r1"})
 
 
 def _error(result: testing.Result) -> tuple[int, str]:

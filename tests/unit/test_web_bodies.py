@@ -12,6 +12,7 @@ from falcon import testing
 from imageserver import operations, ranges, sessions
 from imageserver.errors import BackendError, BadRequest, ClientGone
 from imageserver.web.body import ZERO_COPY, RequestSource, StreamedBody, read_all
+from imageserver.web.journaling import Trace
 from tests.unit.fakes import TRANSFER, World
 from tests.unit.web import Call, app_over
 
@@ -123,6 +124,12 @@ def test_a_failure_after_the_first_byte_breaks_the_body_and_gives_the_image_back
     assert world.journal[-2:] == GIVEN_BACK
 
 
+def _request() -> falcon.Request:
+    req = falcon.Request(testing.create_environ())
+    req.context.trace = Trace((), req)
+    return req
+
+
 def _failing() -> Generator[bytes]:
     raise BackendError("gone")
     yield b""
@@ -136,7 +143,7 @@ def test_a_body_gives_back_an_image_that_its_pieces_do_not_know_of(
     session = world.sessions().open(TRANSFER, sessions.READ, "")
 
     with contextlib.suppress(BackendError):
-        StreamedBody(falcon.Request(testing.create_environ()), session, pieces()).close()
+        StreamedBody(_request(), session, pieces()).close()
     assert world.journal[-2:] == GIVEN_BACK
 
 

@@ -8,6 +8,7 @@ from falcon import testing
 
 from imageserver.errors import UnknownImage
 from imageserver.inspection import Inspector
+from imageserver.ports import Journal
 from imageserver.transfers import Transfer
 from imageserver.visits import Catalogue, Visits
 from imageserver.web.app import App, create_app
@@ -30,11 +31,11 @@ class Known:
         raise UnknownImage(transfer_id)
 
 
-def app_over(world: World) -> App:
+def app_over(world: World, *journals: Journal) -> App:
     """Return the application over a fake world."""
     inspector = Inspector(FakeBackends(world), lambda _: None)
     visits = Visits(Catalogue(Known(), None, world.activities), lambda: None)
-    return create_app(visits, world.sessions(), inspector, LIMITS)
+    return create_app(visits, world.sessions(), inspector, LIMITS, journals)
 
 
 class Call:

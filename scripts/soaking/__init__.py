@@ -13,6 +13,7 @@ clients    who reads, writes, surveys and probes
 model      what each image may contain
 backends   images and the NBD servers that serve them
 proxy      what an NBD server sees of us (a process of its own)
+remains    what must not be left of it all
 wire       HTTP as bytes on a socket
 
 Run as a directory (``scripts/soak``): modules import each other by bare name.

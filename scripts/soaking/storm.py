@@ -2,7 +2,6 @@
 """Starts everything, lets the storm blow, and looks whether all came back."""
 
 import contextlib
-import fcntl
 import subprocess
 import tempfile
 import time
@@ -14,6 +13,7 @@ from backends import SIZE, Image, NbdImage, Proxy
 from chaos import Chaos, Trace
 from clients import Client, Prober, Reader, Surveyor, Writer
 from model import WrongBytes
+from remains import held, signs_of_bugs
 from wire import PATIENCE_SECONDS
 
 from tests.system.harness import Server
@@ -29,7 +29,6 @@ SETTINGS = {
 }
 #: Nothing runs any more, and a refused upload lingers for 10 s at most.
 STOP_SECONDS = 20
-_SIGNS_OF_BUGS = ("Traceback", "connection lost", "failed to boot", "damaged record")
 
 
 class Storm:
@@ -55,7 +54,8 @@ class Storm:
                 time.sleep(0.1)
             chaos.stop()
             self._end(clients)
-            self._check_all_is_free(server)
+            for failure in held(server):
+                self.trace.fail(failure)
             self._check_images(server, images)
             self._check_server(server)
 
@@ -100,19 +100,6 @@ class Storm:
             if client.is_alive():
                 self.trace.fail(f"{client.name} does not end")
 
-    def _check_all_is_free(self, server: Server) -> None:
-        deadline = time.monotonic() + 10
-        while (held := server.holders()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if held:
-            self.trace.fail(f"slots held at the end: {held}")
-        for path in (server.runtime / "locks").iterdir():
-            with path.open("rb+") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self.trace.fail(f"image locked at the end: {path.name}")
-
     def _check_images(self, server: Server, images: list[Image]) -> None:
         for image in images:
             read = image.model.begin_read(0, SIZE)
@@ -131,11 +118,8 @@ class Storm:
     def _check_server(self, server: Server) -> None:
         if server.is_dead():
             self.trace.fail("the server died")
-        log = server.log
-        for sign in _SIGNS_OF_BUGS:
-            if sign in log:
-                at = log.index(sign)
-                self.trace.fail(f"the server's log: ...{log[max(0, at - 500) : at + 1500]}")
+        for failure in signs_of_bugs(server.log):
+            self.trace.fail(failure)
 
     def _stop(self, server: Server) -> None:
         if server.is_dead():

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a run: locust's statistics, by user and request, as text."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from loading.client import REFUSED
+
+_MIB = 1 << 20
+_HEAD = ("user", "request", "done", "refused", "failed", "median", "p95", "p99 ms", "MiB/s")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind of request of one kind of user."""
+
+    user: str
+    name: str
+    done: int
+    refused: int
+    failed: int
+    milliseconds: tuple[float, float, float]
+    rate: float
+    """MiB/s moved, in either direction."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Return the columns' texts."""
+        counts = (f"{count}" for count in (self.done, self.refused, self.failed))
+        times = (f"{value:.0f}" for value in self.milliseconds)
+        return (self.user, self.name, *counts, *times, f"{self.rate:.1f}")
+
+
+def rows(stats: Any, seconds: float) -> list[Row]:  # noqa: ANN401 - locust's statistics
+    """Return what happened; ``seconds``: how long the run took."""
+    entries = {(entry.method, entry.name): entry for entry in stats.entries.values()}
+    plain = {(user, name.removesuffix(REFUSED)) for user, name in entries}
+    found = []
+    for user, name in sorted(plain):
+        entry = entries.get((user, name))
+        refused = entries.get((user, name + REFUSED))
+        count, failed = (entry.num_requests, entry.num_failures) if entry else (0, 0)
+        times = [
+            entry.get_response_time_percentile(p) or 0 if entry else 0 for p in (0.5, 0.95, 0.99)
+        ]
+        rate = entry.total_content_length / _MIB / max(seconds, 0.001) if entry else 0.0
+        due = refused.num_requests if refused else 0
+        found.append(Row(user, name, count - failed, due, failed, tuple(times), rate))
+    return found
+
+
+def table(found: Collection[Row]) -> str:
+    """Return the rows and their sum, aligned."""
+    total = (
+        "all",
+        "",
+        *(f"{sum(getattr(row, name) for row in found)}" for name in ("done", "refused", "failed")),
+        *("", "", ""),
+        f"{sum(row.rate for row in found):.1f}",
+    )
+    lines = [_HEAD, *(row.cells for row in found), total]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
+    words, figures = line[:2], line[2:]
+    cells = [cell.ljust(width) for cell, width in zip(words, widths, strict=False)]
+    cells += [cell.rjust(width) for cell, width in zip(figures, widths[2:], strict=True)]
+    return "  ".join(cells).rstrip()
+
+
+def failures(stats: Any, exceptions: Any, idle: Collection[str]) -> list[str]:  # noqa: ANN401
+    """Return what must not have happened, most frequent first; ``idle``: who got nothing done."""
+    errors = sorted(stats.errors.values(), key=lambda error: -error.occurrences)
+    lines = [
+        f"{error.occurrences} x {error.method} {error.name}: {error.error}" for error in errors
+    ]
+    lines += [f"{found['count']} x {found['msg']}\n{found['traceback']}" for found in exceptions]
+    return lines + [f"{user}: nothing was done" for user in sorted(idle)]

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""conf/haproxy.cfg, run by haproxy before two servers: routing, bytes, bounds, draining.
+
+The two servers have the same ids, but each its own files, which say whose they are.
+"""
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.balancing import (
+    BIG,
+    HOSTS,
+    Balancer,
+    check,
+    in_state,
+    owner,
+    recording,
+    two_hosts,
+)
+from tests.system.clients import putting, read_answer, reading
+from tests.system.harness import ROOT, Server, qemu_img, qemu_io, qemu_nbd, repeatable, wait_until
+
+MIB = 1 << 20
+IDS = [f"image-{number}" for number in range(40)]
+CHANGED = range(3 * MIB, 4 * MIB)
+
+
+@pytest.fixture(scope="module")
+def servers(workplace: Path) -> Iterator[list[Server]]:
+    """Two servers that know the same ids: a small file, a big one, and one with a space."""
+    with two_hosts(workplace, *IDS, "of it") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def mapped(workplace: Path, servers: list[Server]) -> Iterator[Balancer]:
+    """Each transfer is on the host that the map names; at start it names one."""
+    text = "# as in conf/haproxy.map\nimage-0 kvm2\n"
+    ports = [server.port for server in servers]
+    with Balancer(workplace / "mapped", *ports, routing="map", map_text=text) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared(workplace: Path, servers: list[Server]) -> Iterator[Balancer]:
+    """Each transfer is on both hosts."""
+    ports = [server.port for server in servers]
+    with Balancer(workplace / "shared", *ports, routing="shared") as running:
+        yield running
+
+
+@pytest.mark.parametrize("routing", [{}, {"LB_ROUTING": "shared"}], ids=["map", "shared"])
+def test_the_file_is_valid_as_it_stands(routing):
+    done = check(**routing)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Configuration file is valid\n", "")
+
+
+def test_another_routing_is_refused():
+    done = check(LB_ROUTING="Map")
+    assert done.returncode == 1
+    assert "LB_ROUTING must be map or shared" in done.stderr
+
+
+def test_states_of_hosts_are_taken_over_from_a_saved_file(workplace, mapped):
+    with in_state(mapped, "kvm1", "drain"):
+        (workplace / "state").write_text(mapped.admin("show servers state") + "\n\n")
+    done = check(LB_STATE=str(workplace / "state"))
+    assert done.returncode == 0
+    assert "Server hosts/kvm1 remains in forced drain mode." in done.stderr
+
+
+@pytest.mark.parametrize("routing", ["mapped", "shared"])
+def test_both_hosts_are_probed_and_up(request, routing):
+    hosts = request.getfixturevalue(routing).hosts()
+    seen = {name: (host["status"], host["check_code"]) for name, host in hosts.items()}
+    assert seen == {"kvm1": ("UP", "200"), "kvm2": ("UP", "200")}
+
+
+@pytest.mark.parametrize("path", ["/images/*", "*"])
+def test_who_probes_the_balancer_is_answered_by_a_host(mapped, servers, path):
+    answer = mapped.request("OPTIONS", path)
+    assert (answer.status, answer.body) == (200, servers[0].request("OPTIONS", path).body)
+
+
+def test_the_map_is_read_at_start(mapped):
+    assert owner(mapped, "image-0") == "kvm2"
+
+
+def test_the_map_changes_at_run_time_for_the_next_request(mapped):
+    name = "image-1"
+    unknown = (404, "unknown image_id")
+    assert mapped.request("GET", f"/images/{name}").refusal == unknown
+    mapped.route(name, "kvm1")
+    with contextlib.closing(mapped.connect()) as connection:
+        for host in ("kvm1", "kvm2", "kvm1"):
+            assert mapped.admin(f"set map {mapped.map} {name} {host}") == ""
+            connection.request("GET", f"/images/{name}")  # on a connection that is kept alive
+            assert connection.getresponse().read() == host.encode()
+    assert mapped.admin(f"del map {mapped.map} {name}") == ""
+    assert mapped.request("PUT", f"/images/{name}", b"x").refusal == unknown
+
+
+def test_an_id_is_found_however_it_is_spelt(mapped):
+    mapped.route("image-2", "kvm2")
+    mapped.route(r"of\ it", "kvm1")
+    assert owner(mapped, "%69mage%2d2/") == "kvm2"
+    assert owner(mapped, "of%20it") == "kvm1"
+    assert mapped.request("GET", "/images/image-2%zz").refusal == (404, "unknown image_id")
+
+
+def test_a_host_that_is_not_there_is_an_error_of_its_own(mapped):
+    mapped.route("image-3", "kvm9")
+    assert mapped.request("GET", "/images/image-3").refusal == (503, "host unknown")
+
+
+def test_with_shared_storage_each_image_has_one_host_and_each_host_has_images(shared):
+    owners = {name: owner(shared, name) for name in IDS}
+    assert min(list(owners.values()).count(host) for host in HOSTS) >= 8
+    for name, host in owners.items():
+        spelt = name.replace("a", "%61")
+        assert [owner(shared, way) for way in (name, f"{name}/", spelt)] == [host] * 3
+        part = shared.request("GET", f"/images/{name}?x=y", headers={"Range": "bytes=0-3"})
+        assert (part.status, part.body.decode()) == (206, host)
+
+
+def test_another_balancer_finds_the_same_hosts(workplace, servers, shared):
+    ports = [server.port for server in servers]
+    with Balancer(workplace / "other", *ports, routing="shared") as other:
+        assert [owner(other, name) for name in IDS] == [owner(shared, name) for name in IDS]
+
+
+@pytest.fixture(scope="module")
+def disk(workplace: Path, servers: list[Server], mapped: Balancer) -> Iterator[bytearray]:
+    """The content of ``disk``, an NBD image on the first host; ``file`` is a file there."""
+    content = bytearray(8 * MIB)
+    content[: 2 * MIB] = repeatable("disk").randbytes(2 * MIB)
+    (workplace / "disk.raw").write_bytes(content)
+    image = workplace / "disk.qcow2"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", workplace / "disk.raw", image)
+    qemu_img("bitmap", "--add", "-f", "qcow2", image, "b0")
+    qemu_io(image, "qcow2", f"write -P 7 {CHANGED.start} {len(CHANGED)}")
+    content[CHANGED.start : CHANGED.stop] = b"\7" * len(CHANGED)
+    with qemu_nbd(image, "--bitmap=b0", fmt="qcow2", export="e") as sock:
+        servers[0].add("disk", socket=str(sock), export="e", export_bitmap="b0")
+        servers[0].add("file", backend="file", file=str(workplace / "file"))
+        mapped.route("disk", "kvm1")
+        mapped.route("file", "kvm1")
+        yield content
+
+
+#: What is asked for, of the host itself and through haproxy.
+QUESTIONS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "whole": ("GET", "/images/disk", {}),
+    "range": ("GET", "/images/disk", {"Range": "bytes=1000000-3000000"}),
+    "unsatisfiable": ("GET", "/images/disk", {"Range": f"bytes={8 * MIB}-"}),
+    "extents": ("GET", "/images/disk/extents", {}),
+    "dirty extents": ("GET", "/images/disk/extents?context=dirty", {}),
+    "span of extents": ("GET", "/images/disk/extents?start=65536&length=3000000", {}),
+    "head": ("HEAD", "/images/disk", {}),
+    "options": ("OPTIONS", "/images/disk", {}),
+    "415": ("PATCH", "/images/disk", {}),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_an_answer_is_the_same_as_without_haproxy(disk, mapped, servers, name):
+    method, path, headers = QUESTIONS[name]
+    headers = headers | {"X-Request-Id": "the-same"}
+    direct = servers[0].request(method, path, headers=headers)
+    through = mapped.request(method, path, headers=headers)
+    assert (through.status, through.body) == (direct.status, direct.body)
+    assert through.fields == direct.fields | {"x-request-id": "the-same"}
+    if name == "whole":
+        assert through.body == disk
+
+
+def test_what_is_written_through_haproxy_is_what_was_sent(disk, mapped, servers):
+    new = repeatable("new").randbytes(8 * MIB)
+    answer = mapped.request("PUT", "/images/disk", new)
+    assert (answer.status, answer.json) == (200, {"ok": True, "bytes_written": 8 * MIB})
+    part = repeatable("part").randbytes(MIB + 1)
+    span = {"Range": f"bytes=4097-{4097 + MIB}"}
+    assert mapped.request("PATCH", "/images/disk", part, span).status == 200
+    zero = b'{"op":"zero","offset":5000000,"size":1000000,"flush":true}'
+    json_type = {"Content-Type": "application/json"}
+    assert mapped.request("PATCH", "/images/disk", zero, json_type).status == 200
+    span = {"Content-Range": f"bytes {7 * MIB}-{7 * MIB + 9}/*"}
+    assert mapped.request("PUT", "/images/disk?flush=y", b"0123456789", span).json["flushed"]
+    assert mapped.request("POST", "/images/disk/flush").status == 200
+    disk[:] = new
+    disk[4097 : 4097 + MIB + 1] = part
+    disk[5000000:6000000] = bytes(1000000)
+    disk[7 * MIB : 7 * MIB + 10] = b"0123456789"
+    assert servers[0].request("GET", "/images/disk").body == disk
+    assert mapped.request("PUT", "/images/file", new).status == 200
+    assert mapped.request("GET", "/images/file").body == new
+
+
+def expecting(balancer: Balancer, path: str, length: int) -> tuple[int, str]:
+    """Ask to send a body, wait for leave, and return the refusal that comes instead."""
+    head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n"
+    with balancer.raw(head.encode() + b"Expect: 100-continue\r\n\r\n") as sock:
+        return read_answer(sock.makefile("rb")).refusal
+
+
+def test_a_refused_upload_is_refused_before_its_body(disk, mapped, servers):
+    refusals = {"disk": (409, "image busy"), "file": (503, "too many parallel writes")}
+    with putting(mapped, "/images/disk", 8 * MIB):
+        for name, refusal in refusals.items():
+            assert expecting(mapped, f"/images/{name}", 8 * MIB) == refusal
+            answer = mapped.request("PUT", f"/images/{name}", bytes(8 * MIB))
+            assert answer.refusal == refusal  # although all of it was sent
+            assert answer.headers["Retry-After"] == "1"
+    wait_until(lambda: servers[0].holders() == [])
+
+
+@pytest.mark.parametrize("method", ["TRACE", "DELETE"])
+def test_a_method_that_no_image_has_does_not_reach_a_host(mapped, method):
+    answer = mapped.request(method, "/images/image-0")
+    assert answer.refusal == (405, "method not allowed")
+    assert answer.headers["Allow"] == "GET, HEAD, PUT, PATCH, POST, OPTIONS"
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/images", "/imagesx/y", "/stats"])
+def test_only_images_are_reached(mapped, path):
+    assert mapped.request("GET", path).refusal == (404, "not found")
+
+
+def test_a_slow_head_is_cut_with_408_and_silence_without_a_word(mapped):
+    began = time.monotonic()
+    with mapped.raw(b"GET /images/image-0 HTTP/1.1\r\nHos") as slow, mapped.raw() as silent:
+        assert slow.makefile("rb").readline().startswith(b"HTTP/1.1 408 ")
+        assert silent.recv(1) == b""
+    assert 3 < time.monotonic() - began < 20
+
+
+def test_a_request_id_is_the_clients_or_a_new_one_and_is_in_the_log(mapped):
+    ask = ("GET", "/images/image-0")
+    own = mapped.request(*ask, headers={"X-Request-Id": "backup-7"}).headers["X-Request-Id"]
+    new = mapped.request(*ask).headers["X-Request-Id"]
+    strange = mapped.request(*ask, headers={"X-Request-Id": "a b"}).headers["X-Request-Id"]
+    uuid = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    assert own == "backup-7"
+    assert re.fullmatch(uuid, new)
+    assert re.fullmatch(uuid, strange)
+    for sent in (own, new, strange):
+        wait_until(lambda sent=sent: f'{{{sent}}} "GET /images/image-0 ' in mapped.log)
+    unknown = mapped.request("GET", "/images/none", headers={"X-Request-Id": "lost"})
+    assert (unknown.status, unknown.headers["X-Request-Id"]) == (404, "lost")
+
+
+def test_a_request_that_was_sent_is_never_repeated(workplace):
+    with recording() as one, recording() as two:
+        ports = (one.port, two.port)
+        with Balancer(workplace / "recorded", *ports, routing="shared") as balancer:
+            assert [r.line for r in one.received + two.received][:2] == [
+                "OPTIONS /images/* HTTP/1.1"
+            ] * 2
+            for method in ("PUT", "PATCH", "POST", "GET"):
+                body = None if method == "GET" else bytes(300_000)
+                headers = {"X-Request-Id": method}
+                answer = balancer.request(method, "/images/image-0", body, headers)
+                assert answer.refusal == (502, "connection to host lost")
+                (received,) = one.of(method) + two.of(method)
+                assert received.body == len(body or b"")
+                assert received.fields["x-request-id"] == method
+
+
+def read_rest(sock: socket.socket) -> int:
+    """Return how many bytes still come of what ``reading`` began."""
+    left = BIG
+    with contextlib.suppress(ConnectionError):
+        while left and (piece := sock.recv(MIB)):
+            left -= len(piece)
+    return BIG - left
+
+
+def test_a_drained_host_of_the_map_finishes_and_gets_nothing_new(mapped, servers):
+    mapped.route("big", "kvm1")
+    mapped.route("image-4", "kvm1")
+    with reading(mapped, "/images/big") as sock, putting(mapped, "/images/image-4", 4, b"kv") as up:
+        with in_state(mapped, "kvm1", "drain"):
+            answer = mapped.request("GET", "/images/image-4")
+            assert answer.refusal == (503, "host unavailable")
+            assert answer.headers["Retry-After"] == "1"
+            assert owner(mapped, "image-0") == "kvm2"
+            assert servers[0].holders() == ["READ big", "WRITE image-4"]
+            up[0].sendall(b"m1")
+            assert read_answer(up[1]).status == 200
+            assert read_rest(sock) == BIG
+            wait_until(lambda: servers[0].holders() == [])
+        assert owner(mapped, "image-4") == "kvm1"
+
+
+def test_a_drained_host_of_shared_storage_keeps_images_in_use_and_gets_no_others(
+    workplace, servers, shared
+):
+    known = {name: owner(shared, name) for name in IDS}
+    for server in servers:
+        for name in (f"new-{image}" for image in IDS):
+            server.add(name, backend="file", file=str(server.directory / "small"))
+    with reading(shared, "/images/big") as sock:
+        using = owner(shared, "big")
+        with in_state(shared, using, "drain"):
+            assert {name: owner(shared, name) for name in IDS} == known
+            assert using not in {owner(shared, f"new-{image}") for image in IDS}
+            assert read_rest(sock) == BIG
+    # Back again, it does not take away what others began.
+    assert using not in {owner(shared, f"new-{image}") for image in IDS}
+
+
+@pytest.mark.parametrize(("routing", "finishes"), [("mapped", True), ("shared", False)])
+def test_maintenance_lets_requests_finish_or_cuts_what_would_move(
+    request, servers, routing, finishes
+):
+    balancer = request.getfixturevalue(routing)
+    if routing == "mapped":
+        balancer.admin(f"del map {balancer.map} big")
+        balancer.route("big", "kvm1")
+    with (
+        reading(balancer, "/images/big") as sock,
+        in_state(balancer, owner(balancer, "big"), "maint"),
+    ):
+        assert (read_rest(sock) == BIG) == finishes
+        assert balancer.request("GET", "/images/big").status == (503 if finishes else 200)
+
+
+def documented() -> list[str]:
+    """Return what docs/load-balancing.md says to the admin socket, in its order."""
+    text = (ROOT / "docs" / "load-balancing.md").read_text(encoding="utf-8")
+    return re.findall(r'^echo "([^"]+)" \| socat - /run/haproxy/admin.sock', text, re.MULTILINE)
+
+
+def test_the_documented_commands_do_what_they_say(mapped):
+    known = {"set": "", "add": "", "del": "", "show": r"0x|#|1\n"}
+    commands = [command.replace("haproxy.map", str(mapped.map)) for command in documented()]
+    assert len(commands) == 9
+    for command in commands:
+        answer = mapped.admin(command)
+        expected = known[command.split()[0]]
+        assert re.match(expected, answer) if expected else answer == "", (command, answer)
+    wait_until(lambda: mapped.status("kvm1") == "UP")

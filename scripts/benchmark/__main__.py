@@ -16,6 +16,7 @@ from pathlib import Path
 import report
 import rows_bounds
 import rows_data
+import rows_proxy
 from clients import ClientFailed
 from figures import Figure
 from process import ServerFailed
@@ -32,6 +33,7 @@ ROWS: dict[str, Row] = {
     "parallel": rows_data.parallel,
     "small": rows_data.small,
     "tls": rows_data.tls,
+    "haproxy": rows_proxy.haproxy,
     "options": rows_bounds.options,
     "extents": rows_bounds.extents,
     "zero": rows_bounds.zero,

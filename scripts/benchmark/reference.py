@@ -7,7 +7,8 @@ slowed down: ``scripts/bench`` prints its own MiB/s beside every ratio.
 
     reference.py PORT PATH ...    PATH: an NBD server's Unix socket, or a file
 
-Serves each path under its base name: ``/read.sock``, ``/file.raw``.
+Serves each path under its base name, ``/read.sock``, ``/file.raw``; and, for haproxy, which
+routes what the image server serves and probes with OPTIONS, below ``/images`` as well.
 """
 
 import os
@@ -114,6 +115,12 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             image.close()
 
+    def do_OPTIONS(self) -> None:
+        """Answer a probe."""
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def do_PUT(self) -> None:
         """Write the body over the image."""
         image = open_image(self.images[self.path])
@@ -135,7 +142,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def main(port: str, *paths: str) -> None:
     """Serve until killed."""
-    Handler.images = {"/" + os.path.basename(path): path for path in paths}
+    names = {f"/{os.path.basename(path)}": path for path in paths}
+    Handler.images = names | {f"/images{name}": path for name, path in names.items()}
     ThreadingHTTPServer(("127.0.0.1", int(port)), Handler).serve_forever()
 
 

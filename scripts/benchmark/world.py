@@ -205,6 +205,29 @@ class World:
         self._start([*command, "-e", str(directory / "error.log")], "nginx", port)
         return port
 
+    @contextlib.contextmanager
+    def haproxy(self, routes: dict[str, str], **hosts: int) -> Iterator[Server]:
+        """Run conf/haproxy.cfg; ``routes``: path to host, ``hosts``: name to port."""
+        port = process.free_port()
+        directory = self.directory / "haproxy"
+        directory.mkdir()
+        table = directory / "haproxy.map"
+        lines = [f"{os.path.basename(path)} {host}\n" for path, host in routes.items()]
+        table.write_text("".join(lines), encoding="utf-8")
+        environ = os.environ | {f"LB_{k.upper()}": f"127.0.0.1:{v}" for k, v in hosts.items()}
+        environ |= {"LB_BIND": f"127.0.0.1:{port}", "LB_ADMIN": str(directory / "admin")}
+        environ |= {"LB_MAP": str(table), "LB_ROUTING": "map"}
+        if os.geteuid():
+            environ["LB_UNPRIVILEGED"] = "1"
+        command = [process.program("haproxy"), "-f", str(ROOT / "conf" / "haproxy.cfg")]
+        log = self.directory / "haproxy.log"
+        started = process.server(command, log, lambda _: process.answers(port), environ)
+        try:
+            with started as pid:
+                yield Server(directory, pid, port)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
     def _start(self, command: list[str], name: str, port: int) -> int:
         log = self.directory / f"{name}.log"
         started = process.server(command, log, lambda _: process.answers(port))
@@ -288,6 +311,9 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         root {root};
+        # As an image server behind haproxy: probed, and asked for what its map knows.
+        location /images/ {{ return 200; }}
+        location ~ ^/images/plain-(.+)$ {{ alias {root}/$1; }}
     }}
 }}
 """

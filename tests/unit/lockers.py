@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image locks in a directory of our own, and a process that holds one."""
 
-import contextlib
 import os
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from imageserver.errors import ImageBusy
@@ -14,6 +13,7 @@ from imageserver.locks import ImageLocks
 from imageserver.shared import is_leaving, owner_of
 from imageserver.slots import Owner
 from imageserver.transfers import NbdImage
+from tests.unit.processes import holding
 
 DISK = NbdImage("/run/disk.sock", "vda")
 OTHER = NbdImage("/run/disk.sock", "vdb")
@@ -31,19 +31,9 @@ lock.release(settled=True)
 """
 
 
-@contextlib.contextmanager
-def holder(directory: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(directory: Path) -> AbstractContextManager[subprocess.Popen[str]]:
     """Run a process that holds ``DISK`` until it gets a line."""
-    command = [sys.executable, "-c", _HOLD, str(directory)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
+    return holding(_HOLD, directory)
 
 
 def me() -> Owner:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other processes that use the slot table: scripts with a ``table`` and a ``TICKET`` of theirs."""
+"""Other processes: they hold something, or use a slot table with a ``TICKET`` of theirs."""
 
 import contextlib
 import subprocess
@@ -30,23 +30,32 @@ sys.stdin.readline()
 """
 
 
-def python(script: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a script; its first argument is the table's directory."""
-    return subprocess.Popen(
-        [sys.executable, "-c", _PRELUDE + script, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 @contextlib.contextmanager
-def holder(directory: Path, kind: Kind) -> Iterator[subprocess.Popen[str]]:
-    """Run a process that holds a slot until it gets a line."""
-    with python(_HOLD, directory, kind.name) as process:
+def holding(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a script from when it says ``held``; it should let go when it gets a line."""
+    with _started(script, *arguments) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "held\n"
             yield process
         finally:
             process.kill()
+
+
+def python(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a script that uses the ``table`` in the directory that is its first argument."""
+    return _started(_PRELUDE + script, *arguments)
+
+
+def holder(directory: Path, kind: Kind) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """Run a process that holds a slot until it gets a line."""
+    return holding(_PRELUDE + _HOLD, directory, kind.name)
+
+
+def _started(script: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )

@@ -185,13 +185,17 @@ def owner_line():
 threading.Thread(target=stay).start()
 ctypes.CDLL(None).syscall(60, 0)
 """
-    with python(script, tmp_path) as process:
+    assert _is_known_while_it_runs(script, tmp_path)
+
+
+def _is_known_while_it_runs(script: str, directory: Path) -> bool:
+    """Tell whether a script, once it has written a line, is a process with an owner."""
+    with python(script, directory) as process:
         assert process.stdout is not None
         process.stdout.readline()
         owner = owner_of(process.pid)
         process.kill()
-
-    assert owner is not None
+    return owner is not None and owner.pid == process.pid
 
 
 def test_sweeping_spares_the_living(tmp_path: Path, table: SharedTable) -> None:
@@ -209,14 +213,7 @@ def test_this_process_is_alive_and_its_like_of_another_time_is_not() -> None:
 
 def test_a_process_may_have_any_name(tmp_path: Path) -> None:
     script = 'open("/proc/self/comm", "w").write(") Z 1 ("); print(flush=True); input()'
-    with python(script, tmp_path) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        owner = owner_of(process.pid)
-        process.kill()
-
-    assert owner is not None
-    assert owner.pid == process.pid
+    assert _is_known_while_it_runs(script, tmp_path)
 
 
 def test_a_forked_child_has_a_guard_and_a_name_of_its_own(tmp_path: Path) -> None:

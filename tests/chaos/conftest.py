@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.world import Nbd, sparse
-from tests.system.conftest import workplace  # noqa: F401 - a fixture
+from tests.chaos.world import Nbd
+from tests.system.conftest import home, workplace  # noqa: F401 - fixtures
+from tests.system.disks import sparse
 
 SIZE = 64 << 20
 

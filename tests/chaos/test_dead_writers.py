@@ -8,6 +8,7 @@ NBD server has closed the dead one's connection.
 
 import contextlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.world import Nbd, kill_worker, sparse
+from tests.chaos.world import Nbd
 from tests.system.clients import putting
+from tests.system.disks import sparse
 from tests.system.harness import ROOT, Server, wait_until
+from tests.system.killing import kill_worker
 
 SIZE = 8 << 20
 OLD, NEW = b"o" * SIZE, b"n" * SIZE
@@ -55,11 +58,18 @@ def lagging(nbd: Nbd) -> Iterator[Path]:
     assert '"violations": []' in seen
 
 
+@contextlib.contextmanager
+def half_put(server: Server, nbd: Nbd) -> Iterator[socket.socket]:
+    """Be in the midst of a PUT of which some bytes are in the image already."""
+    with putting(server, "/images/disk", SIZE, OLD[: 4 << 20]) as (sock, _):
+        wait_until(lambda: nbd.image.read_bytes()[: 1 << 20] == OLD[: 1 << 20])
+        assert server.holders() == ["WRITE disk"]
+        yield sock
+
+
 def begin_and_kill(server: Server, nbd: Nbd) -> None:
     """Leave writes in the NBD server's buffers that it does not get to see for the time being."""
-    with putting(server, "/images/disk", SIZE, OLD[: 4 << 20]) as (sock, _):
-        wait_until(lambda: server.holders() == ["WRITE disk"])
-        wait_until(lambda: nbd.image.read_bytes()[: 1 << 20] == OLD[: 1 << 20])
+    with half_put(server, nbd) as sock:
         nbd.signal(signal.SIGSTOP)
         sock.sendall(OLD[4 << 20 : 6 << 20])
         kill_worker(server, sock)
@@ -99,8 +109,7 @@ def test_the_successor_waits_while_writes_of_the_dead_are_still_under_way(server
     """A proxy holds them back: without the wait they would land last, and stay."""
     with lagging(disk) as front:
         server.add("disk", socket=str(front))
-        with putting(server, "/images/disk", SIZE, OLD[: 4 << 20]) as (sock, _):
-            wait_until(lambda: disk.image.read_bytes()[: 1 << 20] == OLD[: 1 << 20])
+        with half_put(server, disk) as sock:
             disk.signal(signal.SIGSTOP)
             sock.sendall(OLD[4 << 20 : 6 << 20])
             kill_worker(server, sock)
@@ -134,8 +143,7 @@ def test_where_the_server_never_lets_go_the_successor_is_told_504_and_has_writte
 def test_readers_need_not_wait_for_the_dead(server, disk):
     with lagging(disk) as front:
         server.add("disk", socket=str(front))
-        with putting(server, "/images/disk", SIZE, OLD[: 4 << 20]) as (sock, _):
-            wait_until(lambda: disk.image.read_bytes()[: 1 << 20] == OLD[: 1 << 20])
+        with half_put(server, disk) as sock:
             kill_worker(server, sock)
         began = time.monotonic()
         assert len(server.request("GET", "/images/disk").body) == SIZE

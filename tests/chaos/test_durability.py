@@ -2,13 +2,13 @@
 """What has reached the disk when a client is told so, as the system calls show."""
 
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.world import Nbd, sparse
+from tests.chaos.world import Nbd
+from tests.system.disks import sparse
 from tests.system.harness import Server, process, program, wait_until
 from tests.system.skips import needs
 
@@ -45,8 +45,9 @@ def answers(server: Server, method: str, path: str, body: bytes | None = None) -
     return began
 
 
-def test_flush_of_a_file_syncs_its_data_and_its_directory_before_the_answer(server, workplace):
-    home = Path(tempfile.mkdtemp(dir=workplace))
+def test_flush_of_a_file_syncs_its_data_and_its_directory_before_the_answer(
+    server, workplace, home
+):
     image = sparse(home / "image", SIZE)
     url = server.add("flushed", backend="file", file=str(image))
     began = answers(server, "POST", f"{url}/flush")
@@ -62,9 +63,8 @@ def test_flush_of_a_file_syncs_its_data_and_its_directory_before_the_answer(serv
 
 
 def test_put_of_a_file_syncs_the_new_file_before_it_is_renamed_and_the_directory_after(
-    server, workplace
+    server, workplace, home
 ):
-    home = Path(tempfile.mkdtemp(dir=workplace))
     image = sparse(home / "image", SIZE)
     url = server.add("replaced", backend="file", file=str(image))
     began = answers(server, "PUT", url, b"x" * SIZE)
@@ -92,9 +92,8 @@ def test_put_of_a_file_syncs_the_new_file_before_it_is_renamed_and_the_directory
     ids=["POST flush", "PATCH flush", "zero with flush", "zero", "PUT"],
 )
 def test_flush_of_an_export_makes_the_nbd_server_sync_its_image_before_the_answer(
-    workplace, method, tail, body, syncs
+    home, method, tail, body, syncs
 ):
-    home = Path(tempfile.mkdtemp(dir=workplace))
     image = sparse(home / "image", SIZE)
     nbd = Nbd(image)
     trace = home / "trace"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is true after clients, workers and NBD servers have died: DESIGN section 6, row by row.
+"""What is true after clients, workers and NBD servers have died: docs/reliability.md, row by row.
 
 Signals to the server as a whole are in ``test_processes.py``, what disks have to say in
 ``test_durability.py``; a full disk is met in ``tests/system/test_file_places.py``.
@@ -19,9 +19,11 @@ from typing import BinaryIO
 import pytest
 
 from tests.chaos.conftest import SIZE
-from tests.chaos.world import Nbd, kill_worker, reset_on_close, rest_of, sparse
+from tests.chaos.world import Nbd, reset_on_close, rest_of
 from tests.system.clients import putting, read_answer, reading
+from tests.system.disks import sparse
 from tests.system.harness import Server, nbdkit, repeatable, wait_until
+from tests.system.killing import kill_worker
 
 CLIENT_TIMEOUT = 1.0
 BACKEND_TIMEOUT = 2.0

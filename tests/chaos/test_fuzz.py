@@ -15,8 +15,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.chaos.world import Nbd, kill_worker, sparse
+from tests.chaos.world import Nbd
+from tests.system.disks import sparse
 from tests.system.harness import Server, exchange, wait_until
+from tests.system.killing import kill_worker
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SIZE = 1 << 16

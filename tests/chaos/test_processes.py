@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals to the server: what runs is finished, nothing is refused that need not be.
 
-Which signal does what is DESIGN section 6; reloads under load are in ``test_reload.py``.
+Which signal does what is in docs/reliability.md; reloads under load are in ``test_storm.py``.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import itertools
 import select
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import SIZE
-from tests.chaos.world import Nbd, Prober, end, is_running, rest_of
+from tests.chaos.world import Nbd, Prober, rest_of
 from tests.system.clients import putting, read_answer, reading
 from tests.system.harness import Server, exchange, repeatable, wait_until
+from tests.system.killing import end, is_running
 
 DATA = repeatable("processes").randbytes(1 << 20)
 WHOLE = DATA * (SIZE >> 20)
@@ -29,9 +29,8 @@ BUSY = (409, "image busy")
 
 
 @pytest.fixture
-def server(workplace: Path, nbd: Nbd) -> Iterator[Server]:
+def server(home: Path, nbd: Nbd) -> Iterator[Server]:
     nbd.image.write_bytes(WHOLE)
-    home = Path(tempfile.mkdtemp(dir=workplace))
     with Server(home, max_readers=1, drain_timeout=20) as running:
         running.add("disk", socket=str(nbd.socket))
         wait_until(lambda: len(running.worker_pids()) == 3)
@@ -71,8 +70,7 @@ def test_sigterm_stops_accepting_and_finishes_what_runs(server):
     assert not server.holders()
 
 
-def test_sigterm_drains_no_longer_than_the_drain_timeout(workplace, nbd):
-    home = Path(tempfile.mkdtemp(dir=workplace))
+def test_sigterm_drains_no_longer_than_the_drain_timeout(home, nbd):
     with Server(home, drain_timeout=1) as server:
         server.add("disk", socket=str(nbd.socket))
         with reading(server, "/images/disk") as sock, putting(server, "/images/disk", SIZE, DATA):

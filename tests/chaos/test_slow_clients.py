@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import SIZE
-from tests.chaos.world import Nbd, sparse
+from tests.chaos.world import Nbd
 from tests.system.clients import putting, reading
+from tests.system.disks import sparse
 from tests.system.harness import Server, wait_until
 
 pytestmark = pytest.mark.alone

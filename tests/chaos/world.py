@@ -3,7 +3,6 @@
 
 import contextlib
 import http.client
-import os
 import signal
 import socket
 import struct
@@ -14,13 +13,6 @@ from pathlib import Path
 from typing import Self
 
 from tests.system.harness import Server, program, wait_until
-
-
-def sparse(path: Path, size: int) -> Path:
-    """Make a file of zeros that takes no room."""
-    with path.open("wb") as file:
-        file.truncate(size)
-    return path
 
 
 class Nbd:
@@ -68,30 +60,6 @@ class Nbd:
 
     def __exit__(self, *_exc: object) -> None:
         self.kill()
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether any thread of a process lives; a zombie that awaits its parent does not."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return fields[0] not in b"ZX" or int(fields[17]) > 1
-
-
-def end(pid: int) -> None:
-    """Ask a process that is not our child to end, and see that it does."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not is_running(pid), 20)
-
-
-def kill_worker(server: Server, sock: socket.socket) -> int:
-    """SIGKILL the worker that serves this connection; return its pid once it is gone."""
-    pid = server.worker_of(sock)
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not is_running(pid))
-    return pid
 
 
 def reset_on_close(sock: socket.socket) -> None:

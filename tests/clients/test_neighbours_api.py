@@ -6,39 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Answer, Server, nbdkit, qemu_nbd, repeatable
+from tests.system.disks import DISK, NEW, OLD, SIZE, overwritten
+from tests.system.harness import Answer, Server, nbdkit
 
-SIZE = 256 << 10
-OLD = repeatable("old").randbytes(SIZE)
-NEW = repeatable("new").randbytes(SIZE)
-LINK = "/images/disk"
 FULL_ONLY = (400, "Range/Content-Range not supported; full writes only")
 
 
-@pytest.fixture(scope="module")
-def raw_nbd(workplace: Path) -> Iterator[Path]:
-    (workplace / "disk.raw").write_bytes(OLD)
-    with qemu_nbd(workplace / "disk.raw") as sock:
-        yield sock
-
-
-@pytest.fixture
-def disk(server: Server, raw_nbd: Path, workplace: Path) -> Path:
-    """The file of ``/images/disk``, with the old bytes in it."""
-    server.add("disk", socket=str(raw_nbd))
-    disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
-    return disk
-
-
-def put(server: Server, where: str, body: bytes, path: str = LINK, *fields: str) -> Answer:
+def put(server: Server, where: str, body: bytes, path: str = DISK, *fields: str) -> Answer:
     """PUT with ``Content-Range: WHERE`` and no media type."""
     length = f"Content-Length: {len(body)}"
     return server.bare("PUT", path, f"Content-Range: {where}", length, *fields, body=body)
-
-
-def old_with(start: int, data: bytes) -> bytes:
-    return OLD[:start] + data + OLD[start + len(data) :]
 
 
 # Content-Range
@@ -58,7 +35,7 @@ def old_with(start: int, data: bytes) -> bytes:
 def test_content_range_writes_there_and_nowhere_else(server, disk, where, start, length):
     answer = put(server, where, NEW[:length])
     assert (answer.status, answer.body) == (200, b'{"ok":true,"bytes_written":%d}' % length)
-    assert disk.read_bytes() == old_with(start, NEW[:length])
+    assert disk.read_bytes() == overwritten(start, NEW[:length])
 
 
 @pytest.mark.parametrize(
@@ -111,17 +88,17 @@ def test_a_wrong_content_range_is_refused(server, disk, where, body, message):
     ids=["no_length", "chunked", "with_range", "empty"],
 )
 def test_content_range_needs_a_length_and_stands_alone(server, disk, fields, message):
-    answer = server.bare("PUT", LINK, *fields, "Expect: 100-continue")
+    answer = server.bare("PUT", DISK, *fields, "Expect: 100-continue")
     assert answer.refusal == (400, message)
     assert disk.read_bytes() == OLD
 
 
 def test_a_part_that_ends_early_says_what_came(server, disk):
     answer = server.bare(
-        "PUT", LINK, "Content-Range: bytes 10-19/*", "Content-Length: 10", body=b"1234"
+        "PUT", DISK, "Content-Range: bytes 10-19/*", "Content-Length: 10", body=b"1234"
     )
     assert answer.refusal == (400, "request body ended early at 4 bytes")
-    assert disk.read_bytes() in {OLD, old_with(10, b"1234")}
+    assert disk.read_bytes() in {OLD, overwritten(10, b"1234")}
 
 
 def test_a_part_is_refused_where_nothing_may_be_written(server, disk, raw_nbd):
@@ -209,7 +186,7 @@ def test_a_file_takes_flush_too(server, workplace, query):
 @pytest.mark.parametrize("value", ["", "Y", "yes", "true", "1", "y,n", "y&flush=y", "n&flush=y"])
 def test_any_other_flush_is_refused_before_the_body(server, disk, value):
     answer = server.bare(
-        "PUT", f"{LINK}?flush={value}", f"Content-Length: {SIZE}", "Expect: 100-continue"
+        "PUT", f"{DISK}?flush={value}", f"Content-Length: {SIZE}", "Expect: 100-continue"
     )
     assert answer.refusal == (400, 'invalid "flush": it must be y or n')
     assert disk.read_bytes() == OLD

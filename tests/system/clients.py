@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from tests.system.harness import Answer, Server
+from tests.system.harness import Answer, Server, wait_until
 
 
 def read_answer(stream: BinaryIO, method: str = "GET") -> Answer:
@@ -58,3 +58,19 @@ def putting(
         assert read_answer(stream).status == 100
         sock.sendall(data)
         yield sock, stream
+
+
+@contextlib.contextmanager
+def one_connection_each(server: Server) -> Iterator[list[http.client.HTTPConnection]]:
+    """Open idle connections until every worker has accepted one; yield one for each."""
+    with contextlib.ExitStack() as stack:
+        found: dict[int, http.client.HTTPConnection] = {}
+
+        def each_has_one() -> bool:
+            connection = stack.enter_context(contextlib.closing(server.connect()))
+            connection.connect()
+            found[server.worker_of(connection.sock)] = connection
+            return len(found) == server.workers
+
+        wait_until(each_has_one, 30)
+        yield list(found.values())

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Server
+from tests.system.controlling import Control
+from tests.system.disks import BIG, OLD, sparse
+from tests.system.harness import Server, qemu_nbd
+from tests.system.pki import make_pki
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +22,57 @@ def workplace() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.fixture
+def home(workplace: Path) -> Path:
+    """A directory of the test's own."""
+    return Path(tempfile.mkdtemp(dir=workplace))
+
+
+@pytest.fixture(scope="module")
+def pki(workplace: Path) -> Path:
+    """Certificates of a CA of our own."""
+    return make_pki(workplace / "pki")
+
+
 @pytest.fixture(scope="module")
 def server(workplace: Path) -> Iterator[Server]:
     """A server with three workers, shared by the tests of a module."""
     with Server(workplace) as running:
         yield running
+
+
+@pytest.fixture
+def control(server: Server) -> Control:
+    """What speaks to a server that has a control socket."""
+    return Control(server.directory / "control")
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """An image's id of the test's own."""
+    return request.node.name.removeprefix("test_")[:60]
+
+
+@pytest.fixture(scope="module")
+def raw_nbd(workplace: Path) -> Iterator[Path]:
+    """The socket at which the file of ``disk`` is served."""
+    disk = workplace / "disk.raw"
+    disk.write_bytes(OLD)
+    with qemu_nbd(disk, "--discard=unmap") as sock:
+        yield sock
+
+
+@pytest.fixture
+def disk(server: Server, raw_nbd: Path, workplace: Path) -> Path:
+    """The file of ``DISK``, with the old bytes in it."""
+    server.add("disk", socket=str(raw_nbd))
+    disk = workplace / "disk.raw"
+    disk.write_bytes(OLD)
+    return disk
+
+
+@pytest.fixture(scope="module")
+def big(workplace: Path) -> Iterator[dict[str, str]]:
+    """The transfer of an image that no buffers hold."""
+    with qemu_nbd(sparse(workplace / "big", BIG)) as sock:
+        yield {"socket": str(sock)}

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A control program: it speaks to the control socket of a server."""
+"""A control program, and a server for it to speak to."""
 
+import contextlib
 import json
 import socket
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.system.harness import Server
 
 
 def ask_raw(path: Path, request: bytes, *, ends: bool = False, timeout: float = 30) -> bytes:
@@ -42,3 +47,28 @@ class Control:
     def status(self, name: str | None = None) -> Any:
         more = {} if name is None else {"transfer_id": name}
         return self.ask(action="status", **more)
+
+
+@contextlib.contextmanager
+def controlled(home: Path, **settings: object) -> Iterator[Server]:
+    """Run a server with a control socket; beside it two files, each of which holds its name."""
+    (home / "one").write_bytes(b"one")
+    (home / "two").write_bytes(b"two")
+    with Server(home, control_socket=home / "control", **settings) as running:
+        yield running
+
+
+def file_of(server: Server, name: str) -> dict[str, str]:
+    """Return the transfer of one of these files."""
+    return {"backend": "file", "file": str(server.directory / name)}
+
+
+@contextlib.contextmanager
+def asked(what: Callable[[], object]) -> Iterator[list[object]]:
+    """Ask on a thread; the list gets the answer when it comes."""
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.append(what()))
+    thread.start()
+    yield answers
+    thread.join(30)
+    assert not thread.is_alive()

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Idle expiry (docs/api.md), with timeouts of a second and three workers."""
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -9,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.clients import reading
-from tests.system.controlling import Control
-from tests.system.harness import Server, exchange, qemu_nbd, wait_until
+from tests.system.answers import UNKNOWN
+from tests.system.clients import one_connection_each, reading
+from tests.system.controlling import Control, controlled, file_of
+from tests.system.disks import BIG
+from tests.system.harness import Server, exchange, wait_until
 
-UNKNOWN = (404, "unknown image_id")
-SIZE = 64 << 20
 #: Longer than the timeout of a second, by less than a second.
 EXPIRED = 1.4
 #: Several of these make up a timeout.
@@ -23,24 +22,13 @@ MOMENT = 0.4
 
 @pytest.fixture(scope="module")
 def server(workplace: Path) -> Iterator[Server]:
-    (workplace / "one").write_bytes(b"one")
-    with Server(workplace, control_socket=workplace / "control", idle_timeout=1) as running:
+    with controlled(workplace, idle_timeout=1) as running:
         yield running
 
 
 @pytest.fixture
-def control(server: Server) -> Control:
-    return Control(server.directory / "control")
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return request.node.name.removeprefix("test_")[:60]
-
-
-@pytest.fixture
 def one(server: Server) -> dict[str, str]:
-    return {"backend": "file", "file": str(server.directory / "one")}
+    return file_of(server, "one")
 
 
 def test_a_registered_transfer_that_nobody_used_expires_and_counts_no_more(
@@ -94,23 +82,18 @@ def test_registering_again_begins_anew(server, control, one, name):
 def test_every_request_counts_through_whatever_worker(server, control, one, method, path, status):
     name = f"used-{method}{path.replace('/', '-')}"
     control.register(name, **one)
-    with contextlib.ExitStack() as stack:
-        connections = {}
-        while len(connections) < server.workers:
-            connection = stack.enter_context(contextlib.closing(server.connect()))
-            connection.connect()
-            connections.setdefault(server.worker_of(connection.sock), connection)
+    with one_connection_each(server) as connections:
         control.register(name, **one)
         for _ in range(2):
-            for connection in connections.values():
+            for connection in connections:
                 time.sleep(MOMENT)
                 answer = exchange(connection, method, f"/images/{name}{path}")
                 assert answer.status == status
         # The last request was one worker's; all have heard of it.
-        for connection in connections.values():
+        for connection in connections:
             assert exchange(connection, "GET", f"/images/{name}").status == 200
         time.sleep(EXPIRED)
-        for connection in connections.values():
+        for connection in connections:
             assert exchange(connection, "GET", f"/images/{name}").refusal == UNKNOWN
 
 
@@ -132,26 +115,22 @@ def test_other_requests_and_status_do_not_count(server, control, one, name):
     assert server.request("GET", f"/images/{name}").refusal == UNKNOWN
 
 
-def test_a_long_request_keeps_its_transfer_alive_for_all(server, control, workplace, name):
-    path = workplace / "big"
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-    with qemu_nbd(path) as sock:
-        control.register(name, socket=str(sock))
-        with reading(server, f"/images/{name}") as client:
-            time.sleep(3)
-            assert control.status(name)["requests_in_flight"] == 1
-            assert server.request("OPTIONS", f"/images/{name}").status == 200
-            time.sleep(2)
-            left = SIZE
-            while left and (data := client.recv(1 << 20)):
-                left -= len(data)
-            assert left == 0
-        # Its end counts, not its beginning.
-        time.sleep(0.6)
+def test_a_long_request_keeps_its_transfer_alive_for_all(server, control, big, name):
+    control.register(name, **big)
+    with reading(server, f"/images/{name}") as client:
+        time.sleep(3)
+        assert control.status(name)["requests_in_flight"] == 1
         assert server.request("OPTIONS", f"/images/{name}").status == 200
-        time.sleep(EXPIRED)
-        assert server.request("OPTIONS", f"/images/{name}").status == 404
+        time.sleep(2)
+        left = BIG
+        while left and (data := client.recv(1 << 20)):
+            left -= len(data)
+        assert left == 0
+    # Its end counts, not its beginning.
+    time.sleep(0.6)
+    assert server.request("OPTIONS", f"/images/{name}").status == 200
+    time.sleep(EXPIRED)
+    assert server.request("OPTIONS", f"/images/{name}").status == 404
 
 
 @pytest.mark.parametrize("seconds", [0, -5, 3, 86400, 10**30], ids=str)

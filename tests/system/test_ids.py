@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.answers import UNKNOWN
 from tests.system.clients import read_answer
 from tests.system.harness import Answer, Server, program, wait_until
 from tests.system.skips import needs
 
-UNKNOWN = (404, "unknown image_id")
 NOT_FOUND = (404, "not found")
 CONTENT = b"the one image that may be read"
 

@@ -2,18 +2,16 @@
 """Limits across processes: slots, image locks, and how both come back."""
 
 import contextlib
-import http.client
-import os
-import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.system.clients import putting, read_answer, reading
+from tests.system.clients import one_connection_each, putting, read_answer, reading
+from tests.system.disks import sparse
 from tests.system.harness import Answer, Server, exchange, nbdkit, qemu_nbd, wait_until
+from tests.system.killing import kill_worker
 
 SIZE = 64 << 20  # more than the socket buffers of a connection hold
 SMALL = 64 << 10
@@ -28,8 +26,7 @@ JSON = {"Content-Type": "application/json"}
 def images(workplace: Path) -> Iterator[dict[str, dict[str, object]]]:
     """Transfers: two big images and a small one behind NBD, a second id of the first, a file."""
     for name, size in (("one", SIZE), ("two", SIZE), ("small", SMALL)):
-        with (workplace / name).open("wb") as file:
-            file.truncate(size)
+        sparse(workplace / name, size)
     (workplace / "file").write_bytes(bytes(SMALL))
     (workplace / "file-link").symlink_to("file")
     with contextlib.ExitStack() as stack:
@@ -82,33 +79,17 @@ def nothing_held(server: Server) -> bool:
     return wait_until(lambda: server.holders() == [])
 
 
-@contextlib.contextmanager
-def one_connection_each(server: Server) -> Iterator[dict[int, http.client.HTTPConnection]]:
-    """Open idle connections until every worker has accepted one; yield one for each worker."""
-    with contextlib.ExitStack() as stack:
-        found: dict[int, http.client.HTTPConnection] = {}
-
-        def all_have_one() -> bool:
-            connection = stack.enter_context(contextlib.closing(server.connect()))
-            connection.connect()
-            found[server.worker_of(connection.sock)] = connection
-            return len(found) == server.workers
-
-        wait_until(all_have_one, 30)
-        yield found
-
-
 def test_the_ninth_read_is_503_whichever_worker_answers(server):
     with one_connection_each(server) as connections:
         assert len(connections) == 3
         with eight_readers(server):
             assert [line.split()[0] for line in server.holders()] == ["READ"] * 8
-            for connection in connections.values():
+            for connection in connections:
                 answer = exchange(connection, "GET", "/images/file")
                 assert answer.refusal == TOO_MANY_READS
                 assert int(answer.headers["Retry-After"]) >= 1
         assert nothing_held(server)
-        for connection in connections.values():
+        for connection in connections:
             assert exchange(connection, "GET", "/images/file").status == 200
 
 
@@ -211,25 +192,11 @@ def test_extents_in_progress_keep_writers_out_and_take_no_slot(server, workplace
         assert server.request("PUT", "/images/slow", bytes(1 << 20)).status == 200
 
 
-def died(pid: int, sock: socket.socket) -> bool:
-    """Tell whether a worker is dead, all its threads included: its connection has ended."""
-    with contextlib.suppress(ConnectionError):
-        while sock.recv(1 << 20):
-            pass
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b")")[2].split()[0] in b"ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 def test_a_worker_killed_while_it_reads_frees_the_slot_for_the_next_request(single):
     for _ in range(3):
         with reading(single, "/images/one") as sock:
             assert single.request("GET", "/images/small").refusal == TOO_MANY_READS
-            pid = single.worker_of(sock)
-            os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid, sock=sock: died(pid, sock))
+            kill_worker(single, sock)
         assert single.request("GET", "/images/small").status == 200
     wait_until(lambda: len(single.worker_pids()) == 3)
 
@@ -240,9 +207,7 @@ def test_a_worker_killed_while_it_writes_frees_lock_and_slot_for_the_next_reques
     for _ in range(3):
         with putting(single, f"/images/{name}", size, bytes(size // 2)) as (sock, _):
             assert single.request("PUT", f"/images/{name}", bytes(size)).refusal == BUSY
-            pid = single.worker_of(sock)
-            os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid, sock=sock: died(pid, sock))
+            kill_worker(single, sock)
         assert single.request("PUT", f"/images/{name}", bytes(size)).status == 200
     wait_until(lambda: len(single.worker_pids()) == 3)
 
@@ -253,8 +218,7 @@ def test_a_worker_killed_leaves_the_transfers_of_the_others_alone(server):
         workers = {server.worker_of(sock): sock for sock in readers}
         assert len(workers) > 1
         victim, survivor = list(workers)[:2]
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: died(victim, workers[victim]))
+        kill_worker(server, workers[victim])
         left = SIZE
         while left and (received := len(workers[survivor].recv(1 << 20))):
             left -= received

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.answers import assert_ok, assert_refused
+from tests.system.disks import CHUNK, DISK, NEW, OLD, SIZE, overwritten
 from tests.system.harness import (
     Answer,
     Server,
@@ -16,17 +18,7 @@ from tests.system.harness import (
     repeatable,
 )
 
-CHUNK = 4096
-SIZE = 20 * CHUNK + 512
-OLD = repeatable("old").randbytes(SIZE)
-NEW = repeatable("new").randbytes(SIZE)
-DISK = "/images/disk"
 JSON = {"Content-Type": "application/json"}
-COMMON = {
-    "accept-ranges": "bytes",
-    "access-control-allow-methods": "GET, PUT, OPTIONS",
-    "content-type": "application/json",
-}
 
 
 @pytest.fixture(scope="module")
@@ -35,39 +27,8 @@ def server(workplace: Path) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def raw_nbd(workplace: Path) -> Iterator[Path]:
-    disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
-    with qemu_nbd(disk, "--discard=unmap") as sock:
-        yield sock
-
-
-@pytest.fixture
-def disk(server: Server, raw_nbd: Path, workplace: Path) -> Path:
-    """The file of ``DISK``, with the old bytes in it."""
-    server.add("disk", socket=str(raw_nbd))
-    disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
-    return disk
-
-
 def patch_raw(server: Server, *fields: str, body: bytes = b"", path: str = DISK) -> Answer:
     return server.bare("PATCH", path, *fields, body=body)
-
-
-def assert_refused(answer: Answer, status: int, message: str, **fields: str) -> None:
-    assert (answer.status, answer.json) == (status, {"error": message})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))} | fields
-
-
-def assert_ok(answer: Answer, **more: int) -> None:
-    assert (answer.status, answer.json) == (200, {"ok": True, **more})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))}
-
-
-def overwritten(start: int, data: bytes) -> bytes:
-    return OLD[:start] + data + OLD[start + len(data) :]
 
 
 @pytest.mark.parametrize(

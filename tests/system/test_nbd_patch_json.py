@@ -8,49 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.answers import assert_ok, assert_refused
+from tests.system.disks import CHUNK, DISK, OLD, SIZE, overwritten
 from tests.system.harness import (
     Answer,
     Server,
     nbdkit,
-    qemu_nbd,
-    repeatable,
     wait_until,
 )
 
-CHUNK = 4096
-SIZE = 20 * CHUNK + 512
 TIB = 1 << 40
-OLD = repeatable("old").randbytes(SIZE)
-NEW = repeatable("new").randbytes(SIZE)
-DISK = "/images/disk"
-COMMON = {
-    "accept-ranges": "bytes",
-    "access-control-allow-methods": "GET, PUT, OPTIONS",
-    "content-type": "application/json",
-}
 
 
 @pytest.fixture(scope="module")
 def server(workplace: Path) -> Iterator[Server]:
     with Server(workplace, chunk_size=CHUNK) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def raw_nbd(workplace: Path) -> Iterator[Path]:
-    disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
-    with qemu_nbd(disk, "--discard=unmap") as sock:
-        yield sock
-
-
-@pytest.fixture
-def disk(server: Server, raw_nbd: Path, workplace: Path) -> Path:
-    """The file of ``DISK``, with the old bytes in it."""
-    server.add("disk", socket=str(raw_nbd))
-    disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
-    return disk
 
 
 def patch(server: Server, body: object, path: str = DISK, **more: str) -> Answer:
@@ -62,20 +35,6 @@ def patch(server: Server, body: object, path: str = DISK, **more: str) -> Answer
 
 def patch_raw(server: Server, *fields: str, body: bytes = b"", path: str = DISK) -> Answer:
     return server.bare("PATCH", path, *fields, body=body)
-
-
-def assert_refused(answer: Answer, status: int, message: str, **fields: str) -> None:
-    assert (answer.status, answer.json) == (status, {"error": message})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))} | fields
-
-
-def assert_ok(answer: Answer, **more: int) -> None:
-    assert (answer.status, answer.json) == (200, {"ok": True, **more})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))}
-
-
-def overwritten(start: int, data: bytes) -> bytes:
-    return OLD[:start] + data + OLD[start + len(data) :]
 
 
 def zeroed(start: int, stop: int) -> bytes:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.answers import assert_refused
 from tests.system.harness import (
-    Answer,
     Server,
     exchange,
     nbdkit,
@@ -21,11 +21,6 @@ from tests.system.harness import (
 )
 
 CHUNK = 4096
-COMMON = {
-    "accept-ranges": "bytes",
-    "access-control-allow-methods": "GET, PUT, OPTIONS",
-    "content-type": "application/json",
-}
 JSON = {"Content-Type": "application/json"}
 ZERO_ALL = b'{"op":"zero","size":99999999}'
 
@@ -56,11 +51,6 @@ def fails(error: str, at: int = 0) -> str:
     """
     take = "[ $1 != pwrite ] || cat >/dev/null"
     return f"{take}; [ $(($3 + $4)) -le {at} ] || {{ echo {error} as told >&2; exit 1; }}"
-
-
-def assert_refused(answer: Answer, status: int, message: str, **fields: str) -> None:
-    assert (answer.status, answer.json) == (status, {"error": message})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))} | fields
 
 
 # Servers with few abilities

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.answers import assert_ok, assert_only_common_fields, assert_refused
+from tests.system.disks import CHUNK, DISK, NEW, OLD, SIZE
 from tests.system.harness import (
     Answer,
     Server,
@@ -15,18 +17,7 @@ from tests.system.harness import (
     nbdkit,
     qemu_img,
     qemu_nbd,
-    repeatable,
 )
-
-CHUNK = 4096
-SIZE = 20 * CHUNK + 512
-COMMON = {
-    "accept-ranges": "bytes",
-    "access-control-allow-methods": "GET, PUT, OPTIONS",
-    "content-type": "application/json",
-}
-OLD = repeatable("old").randbytes(SIZE)
-NEW = repeatable("new").randbytes(SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -35,39 +26,16 @@ def server(workplace: Path) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def raw_nbd(workplace: Path) -> Iterator[Path]:
-    disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
-    with qemu_nbd(disk) as sock:
-        yield sock
-
-
-@pytest.fixture
-def disk(server: Server, raw_nbd: Path, workplace: Path) -> Path:
-    """The file of ``/images/disk``, with the old bytes in it."""
-    server.add("disk", socket=str(raw_nbd))
-    disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
-    return disk
-
-
-def put(server: Server, *fields: str, body: bytes = b"", path: str = "/images/disk") -> Answer:
+def put(server: Server, *fields: str, body: bytes = b"", path: str = DISK) -> Answer:
     return server.bare("PUT", path, *fields, body=body)
-
-
-def assert_refused(answer: Answer, status: int, message: str, **fields: str) -> None:
-    assert (answer.status, answer.json) == (status, {"error": message})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))} | fields
 
 
 # Whole images
 
 
 def test_put_replaces_every_byte(server: Server, disk: Path):
-    answer = server.request("PUT", "/images/disk", NEW)
-    assert (answer.status, answer.json) == (200, {"ok": True, "bytes_written": SIZE})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))}
+    answer = server.request("PUT", DISK, NEW)
+    assert_ok(answer, bytes_written=SIZE)
     assert disk.read_bytes() == NEW
 
 
@@ -95,7 +63,7 @@ def test_put_of_an_empty_image_takes_an_empty_body(server: Server, workplace: Pa
 
 def test_put_takes_a_body_that_trickles_in(server: Server, disk: Path):
     with contextlib.closing(server.connect()) as connection:
-        connection.putrequest("PUT", "/images/disk")
+        connection.putrequest("PUT", DISK)
         connection.putheader("Content-Length", str(SIZE))
         connection.endheaders()
         for at in range(0, SIZE, 1111):
@@ -106,7 +74,7 @@ def test_put_takes_a_body_that_trickles_in(server: Server, disk: Path):
 
 def test_put_of_any_media_type_is_taken(server: Server, disk: Path):
     headers = {"Content-Type": "application/json"}
-    assert server.request("PUT", "/images/disk", NEW, headers).status == 200
+    assert server.request("PUT", DISK, NEW, headers).status == 200
     assert disk.read_bytes() == NEW
 
 
@@ -119,7 +87,7 @@ def test_put_of_another_size_is_refused_naming_both(server: Server, disk: Path, 
     assert answer.status == 400
     assert str(length) in answer.error
     assert str(SIZE) in answer.error
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))}
+    assert_only_common_fields(answer)
     assert disk.read_bytes() == OLD
 
 
@@ -178,7 +146,7 @@ def test_a_body_that_ends_early_is_answered_and_frees_the_image(
 ):
     answer = put(server, f"Content-Length: {SIZE}", body=NEW[:sent])
     assert_refused(answer, 400, f"request body ended early at {sent} bytes")
-    assert server.request("PUT", "/images/disk", NEW).status == 200
+    assert server.request("PUT", DISK, NEW).status == 200
     assert disk.read_bytes() == NEW
 
 
@@ -241,8 +209,7 @@ def test_put_does_not_flush_and_post_flush_does(server: Server, logged: tuple[Pa
     assert " Write " in log.read_text()
     assert " Flush " not in log.read_text()
     answer = server.request("POST", path + "/flush")
-    assert (answer.status, answer.json) == (200, {"ok": True})
-    assert answer.fields == COMMON | {"content-length": str(len(answer.body))}
+    assert_ok(answer)
     assert log.read_text().count(" Flush ") == 1
 
 
@@ -251,7 +218,7 @@ def test_put_does_not_flush_and_post_flush_does(server: Server, logged: tuple[Pa
 def test_flush_does_not_look_at_its_body(
     server: Server, disk: Path, target: str, body: bytes | None
 ):
-    answer = server.request("POST", "/images/disk" + target, body)
+    answer = server.request("POST", DISK + target, body)
     assert (answer.status, answer.json) == (200, {"ok": True})
     assert disk.read_bytes() == OLD
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,11 +19,6 @@ from tests.system.harness import GUNICORN, ROOT, Server, exchange, qemu_nbd, rep
 
 SIZE = 64 << 20
 IMAGE = repeatable("start").randbytes(3 << 20)
-
-
-@pytest.fixture
-def home(workplace: Path) -> Path:
-    return Path(tempfile.mkdtemp(dir=workplace))
 
 
 def environment(**settings: object) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.clients import read_answer
+from tests.system.disks import sparse
 from tests.system.harness import qemu_nbd, repeatable, wait_until
 from tests.system.pki import V1_2, V1_3, TlsServer, files, make_pki, trusting
 
@@ -26,18 +27,8 @@ LAST = b"OPTIONS /images/x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
-def pki(workplace: Path) -> Path:
-    return make_pki(workplace / "pki")
-
-
-@pytest.fixture(scope="module")
 def foreign(workplace: Path) -> Path:
     return make_pki(workplace / "foreign")
-
-
-@pytest.fixture
-def home(workplace: Path) -> Path:
-    return Path(tempfile.mkdtemp(dir=workplace))
 
 
 @contextlib.contextmanager
@@ -215,8 +206,7 @@ def test_an_idle_connection_ends_with_a_farewell(home, pki):
 
 def test_an_answer_that_fails_on_its_way_is_cut_without_a_farewell(home, pki):
     size = 64 << 20
-    with (home / "big").open("wb") as file:
-        file.truncate(size)
+    sparse(home / "big", size)
     with serving(home, pki) as server, contextlib.ExitStack() as stack:
         nbd = stack.enter_context(contextlib.ExitStack())
         sock = nbd.enter_context(qemu_nbd(home / "big"))

@@ -6,7 +6,6 @@ import json
 import socket
 import ssl
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import pytest
 
 from tests.system.clients import putting, read_answer
 from tests.system.harness import Answer, exchange, free_port, nbdkit, qemu_nbd, repeatable
-from tests.system.pki import V1_2, V1_3, TlsServer, make_pki, trusting
+from tests.system.pki import V1_2, V1_3, TlsServer, trusting
 
 SIZE = (5 << 20) + 512  # more than a piece, and no whole number of records
 IMAGE = repeatable("tls data").randbytes(SIZE)
@@ -26,8 +25,7 @@ RECORD = 16 << 10
 
 
 @pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[TlsServer]:
-    pki = make_pki(workplace / "pki")
+def server(workplace: Path, pki: Path) -> Iterator[TlsServer]:
     image = workplace / "image"
     image.write_bytes(IMAGE)
     with TlsServer(workplace, pki) as running, qemu_nbd(image) as sock:
@@ -241,11 +239,9 @@ def test_curl_uploads_and_downloads(server, url, workplace):
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
-def test_a_unix_socket_stays_plain(workplace, kind):
-    home = Path(tempfile.mkdtemp(dir=workplace))
+def test_a_unix_socket_stays_plain(home, pki, kind):
     name = f"@is-{free_port()}" if kind == "abstract" else str(home / "http.sock")
     address = name.replace("@", "\0")
-    pki = make_pki(workplace / "pki")
     (home / "image").write_bytes(IMAGE)
     server = TlsServer(home, pki)
     server.env["IMAGESERVER_BIND"] += f",unix:{name}"

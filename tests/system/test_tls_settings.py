@@ -5,24 +5,12 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.system.harness import GUNICORN, ROOT
-from tests.system.pki import files, make_pki
-
-
-@pytest.fixture(scope="module")
-def pki(workplace: Path) -> Path:
-    return make_pki(workplace / "pki")
-
-
-@pytest.fixture
-def home(workplace: Path) -> Path:
-    return Path(tempfile.mkdtemp(dir=workplace))
-
+from tests.system.pki import files
 
 #: What is wrong: settings made of a PKI, and what the sentence must name.
 WRONG = {

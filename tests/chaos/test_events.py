@@ -21,7 +21,7 @@ import pytest
 from tests.chaos.conftest import SIZE
 from tests.chaos.world import Nbd, reset_on_close, rest_of
 from tests.system.clients import putting, read_answer, reading
-from tests.system.disks import sparse
+from tests.system.disks import refill, sparse
 from tests.system.harness import Server, nbdkit, repeatable, wait_until
 from tests.system.killing import kill_worker
 
@@ -235,7 +235,7 @@ def test_nbd_server_stopped_in_a_put_is_504_and_the_next_put_holds(server, nbd):
 
 def test_transfer_deleted_while_it_runs_lets_it_finish_and_is_unknown_at_once(server, nbd):
     url = server.add("short-lived", socket=str(nbd.socket))
-    nbd.image.write_bytes(WHOLE)
+    refill(nbd.image, WHOLE)
     with (
         ThreadPoolExecutor(1) as pool,
         reading(server, url) as sock,

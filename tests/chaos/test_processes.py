@@ -19,6 +19,7 @@ import pytest
 from tests.chaos.conftest import SIZE
 from tests.chaos.world import Nbd, Prober, rest_of
 from tests.system.clients import putting, read_answer, reading
+from tests.system.disks import refill
 from tests.system.harness import Server, exchange, repeatable, wait_until
 from tests.system.killing import end, is_running
 
@@ -30,7 +31,7 @@ BUSY = (409, "image busy")
 
 @pytest.fixture
 def server(home: Path, nbd: Nbd) -> Iterator[Server]:
-    nbd.image.write_bytes(WHOLE)
+    refill(nbd.image, WHOLE)
     with Server(home, max_readers=1, drain_timeout=20) as running:
         running.add("disk", socket=str(nbd.socket))
         wait_until(lambda: len(running.worker_pids()) == 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.controlling import Control
-from tests.system.disks import BIG, OLD, sparse
+from tests.system.disks import BIG, OLD, refill, sparse
 from tests.system.harness import Server, qemu_nbd
 from tests.system.pki import make_pki
 
@@ -67,7 +67,7 @@ def disk(server: Server, raw_nbd: Path, workplace: Path) -> Path:
     """The file of ``DISK``, with the old bytes in it."""
     server.add("disk", socket=str(raw_nbd))
     disk = workplace / "disk.raw"
-    disk.write_bytes(OLD)
+    refill(disk, OLD)
     return disk
 
 

@@ -21,6 +21,15 @@ def overwritten(start: int, data: bytes) -> bytes:
     return OLD[:start] + data + OLD[start + len(data) :]
 
 
+def refill(path: Path, data: bytes) -> None:
+    """Write a served image anew, and never shorten it: a young qemu-nbd may not know its size yet.
+
+    qemu-nbd listens before it asks how large the image is, and never asks again.
+    """
+    with path.open("r+b") as file:
+        file.write(data)
+
+
 def sparse(path: Path, size: int) -> Path:
     """Make a file of zeros that takes no room."""
     with path.open("wb") as file:

@@ -73,7 +73,7 @@ def test_client_vanishes_in_a_get_and_the_slot_is_free_at_once(server, name):
     with reading(server, f"/images/{name}") as sock:
         assert not can_read(server)
         vanishes(sock)
-        wait_until(lambda: can_read(server), CLIENT_TIMEOUT / 2)
+        assert wait_until(lambda: can_read(server), CLIENT_TIMEOUT / 2)
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -99,7 +99,7 @@ def test_client_vanishes_in_any_moment_of_a_get_and_every_slot_comes_back(workpl
                 for _ in range(choose.randrange(5)):
                     sock.recv(choose.randrange(1, 50_000))
                 reset_on_close(sock)
-        wait_until(lambda: not server.holders())
+        assert wait_until(lambda: not server.holders())
 
 
 @pytest.mark.parametrize("name", IMAGES)

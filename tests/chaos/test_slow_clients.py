@@ -118,5 +118,5 @@ def test_300_slow_clients_delay_nobody_and_are_gone_after_the_client_timeout(ser
         assert probes[int(PROBES * 0.99)] < 0.25
         assert usual / among_slow > 0.5
         dribble.ended.set()  # bodies that come in a trickle do come; now they stop
-        wait_until(lambda: not server.holders(), CLIENT_TIMEOUT + 3)
-        wait_until(lambda: all(map(has_ended, socks)), 1)
+        assert wait_until(lambda: not server.holders(), CLIENT_TIMEOUT + 3)
+        assert wait_until(lambda: all(map(has_ended, socks)), 1)

@@ -207,4 +207,4 @@ def test_an_upload_that_does_not_fit_fails_and_gives_all_back(place, sources, tm
         place.server.add("small", socket=str(sock))
         with pytest.raises(Error, match=r"range not satisfiable|offset must be less than"):
             place.upload(sources["raw"], "small")
-        wait_until(lambda: place.server.holders() == [])
+        assert wait_until(lambda: place.server.holders() == [])

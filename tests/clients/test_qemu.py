@@ -71,7 +71,7 @@ def test_qemu_img_convert_copies_the_image(server, url, image, tmp_path, name, t
     qemu_img("convert", *ONE_AT_A_TIME, "-f", fmt, "-O", to, f"{url}/{name}", tmp_path / "copy")
     said = qemu_img("compare", "-f", "qcow2", "-F", to, image, tmp_path / "copy")
     assert said.strip() == "Images are identical."
-    wait_until(lambda: server.holders() == [])
+    assert wait_until(lambda: server.holders() == [])
 
 
 def test_qemu_takes_options_for_the_connection(url, image):
@@ -117,7 +117,7 @@ def test_nbdkits_curl_plugin_reads_the_image_back(server, url, image, tmp_path, 
         command = [program("nbdcopy"), f"nbd+unix:///?socket={sock}", str(copy)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     assert copy.read_bytes() == image.with_suffix(".raw").read_bytes()
-    wait_until(lambda: server.holders() == [])
+    assert wait_until(lambda: server.holders() == [])
 
 
 def test_nbdkits_curl_plugin_reads_over_tls_and_the_unix_socket(image, tmp_path, workplace):

@@ -61,7 +61,7 @@ def test_it_answers_throughout_a_reload(server, control, big):
         wait_until(lambda: set(server.worker_pids()) - set(old))
         assert answers == []
         sock.close()
-        wait_until(lambda: answers and answers[0]["status"] == "ok", 20)
+        assert wait_until(lambda: answers and answers[0]["status"] == "ok", 20)
     assert server.request("GET", "/images/x").body == b"one"
 
 

@@ -214,4 +214,4 @@ def test_time_goes_on_while_the_server_is_down_but_a_restart_is_no_change(workpl
         assert server.request("GET", "/images/short").refusal == UNKNOWN
         assert server.request("GET", "/images/long").status == 200
         # What has expired leaves no files behind.
-        wait_until(lambda: len(list((home / "run" / "registered").iterdir())) == 1)
+        assert wait_until(lambda: len(list((home / "run" / "registered").iterdir())) == 1)

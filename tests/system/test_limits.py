@@ -198,7 +198,7 @@ def test_a_worker_killed_while_it_reads_frees_the_slot_for_the_next_request(sing
             assert single.request("GET", "/images/small").refusal == TOO_MANY_READS
             kill_worker(single, sock)
         assert single.request("GET", "/images/small").status == 200
-    wait_until(lambda: len(single.worker_pids()) == 3)
+    assert wait_until(lambda: len(single.worker_pids()) == 3)
 
 
 @pytest.mark.parametrize("name", ["one", "file"])
@@ -209,7 +209,7 @@ def test_a_worker_killed_while_it_writes_frees_lock_and_slot_for_the_next_reques
             assert single.request("PUT", f"/images/{name}", bytes(size)).refusal == BUSY
             kill_worker(single, sock)
         assert single.request("PUT", f"/images/{name}", bytes(size)).status == 200
-    wait_until(lambda: len(single.worker_pids()) == 3)
+    assert wait_until(lambda: len(single.worker_pids()) == 3)
 
 
 def test_a_worker_killed_leaves_the_transfers_of_the_others_alone(server):

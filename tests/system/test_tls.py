@@ -216,7 +216,7 @@ def test_an_answer_that_fails_on_its_way_is_cut_without_a_farewell(home, pki):
         nbd.close()
         with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
             read_to_end(client)
-        wait_until(lambda: server.holders() == [])
+        assert wait_until(lambda: server.holders() == [])
 
 
 # Renewal
@@ -283,4 +283,4 @@ def test_a_renewal_that_is_wrong_or_half_done_leaves_the_server_as_it_was(home):
         (pki / "server.key").unlink()
         make_pki(pki)
         reload(server)
-        wait_until(lambda: shown(server) != old)
+        assert wait_until(lambda: shown(server) != old)

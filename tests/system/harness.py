@@ -297,10 +297,19 @@ def qemu_nbd(
     command = [program("qemu-nbd"), "--shared=32", "--persistent", f"--format={fmt}"]
     command += [f"--socket={path}", f"--export-name={export}", *options, str(image)]
     try:
-        with process(command, path.exists):
+        with process(command, lambda: _greets(path)):
             yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+def _greets(path: Path) -> bool:
+    """Tell whether an NBD server speaks: qemu-nbd listens before it has measured its image."""
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.suppress(OSError):
+        sock.settimeout(5)
+        sock.connect(str(path))
+        return sock.recv(8) == b"NBDMAGIC"
+    return False
 
 
 @contextlib.contextmanager

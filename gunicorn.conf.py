@@ -39,5 +39,6 @@ proc_name = "imageserver"
 on_starting = hooks.on_starting
 when_ready = hooks.when_ready
 on_reload = hooks.on_reload
+pre_exec = hooks.pre_exec
 post_fork = hooks.post_fork
 child_exit = hooks.child_exit

@@ -16,6 +16,7 @@ from imageserver.locks import ImageLocks
 from imageserver.processes import is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry, UntrustedDirectory
+from imageserver.server import activation
 from imageserver.server.control import UnusableSocket, check_socket, open_to_group, take_over
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.server.worker import ImageWorker
@@ -102,6 +103,10 @@ def on_starting(arbiter: Any) -> None:
         warnings = check(settings)
         arbiter.tls = _tls(settings)
         _check_worker_class(arbiter, settings)
+        if activation.is_activated():
+            activation.check(arbiter.cfg.address)
+    except activation.WrongSockets as exc:
+        raise SystemExit(f"imageserver: {exc}.") from exc
     except CannotStart as exc:
         raise SystemExit(f"imageserver: {exc}") from exc
     for warning in warnings:
@@ -154,11 +159,24 @@ def _check_addresses(settings: Settings) -> None:
                 ) from exc
 
 
-def when_ready(_arbiter: Any) -> None:
+def when_ready(arbiter: Any) -> None:
     """With all addresses bound, before the first worker."""
     settings = load_settings()
-    if settings.control_socket:
+    if settings.control_socket and not arbiter.systemd:  # else imageserver.socket has its mode
         open_to_group(settings.control_socket)
+
+
+def pre_exec(arbiter: Any) -> None:
+    """In an upgrade (SIGUSR2), before the new master: run the command, not what it once led to.
+
+    scripts/install reaches releases through a link that may lead to a newer one by now.
+    """
+    command = arbiter.START_CTX["args"][1:]  # less the interpreter, which the old release has
+    home = os.path.dirname(os.path.dirname(command[0]))
+    if os.path.isabs(home) and os.path.isfile(os.path.join(home, "gunicorn.conf.py")):
+        arbiter.START_CTX.update({0: command[0], "args": command, "cwd": home})
+    if arbiter.systemd:
+        activation.pass_on(arbiter.LISTENERS)
 
 
 def post_fork(arbiter: Any, worker: Any) -> None:

@@ -22,6 +22,7 @@ import sys
 import time
 from typing import Any
 
+from gunicorn import systemd
 from gunicorn.workers.base import Worker
 
 from imageserver import logs
@@ -121,6 +122,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 self._loop.listen(listener, None if is_unix else self.tls)
         self._publish()
         log.info("worker %d accepts connections", self.pid)
+        if "GUNICORN_PID" in os.environ:  # an upgrade (SIGUSR2) has come this far
+            systemd.sd_notify(f"MAINPID={self.ppid}", self.log)
         while self.alive:
             self._step()
         self._drain()

@@ -316,3 +316,11 @@ def test_a_reload_waits_for_old_workers_no_longer_than_the_graceful_timeout() ->
     assert lines.index("self.manage_workers()") < lines.index(
         "deadline = time.monotonic() + self.cfg.graceful_timeout"
     )
+
+
+def test_an_upgrade_executes_the_context_that_a_hook_may_change() -> None:
+    lines = inspect.getsource(Arbiter.reexec)
+
+    assert lines.index("self.cfg.pre_exec(self)") < lines.index("os.chdir(self.START_CTX['cwd'])")
+    assert "os.execvpe(self.START_CTX[0], self.START_CTX['args'], environ)" in lines
+    assert "environ['GUNICORN_PID']" in lines

@@ -54,6 +54,7 @@ def arbiter() -> SimpleNamespace:
         reload=lambda: None,
         worker_class=ImageWorker,
         SIG_QUEUE=queue.SimpleQueue(),
+        systemd=False,
         tls=None,
     )
 
@@ -226,6 +227,43 @@ def test_ipv6_addresses_are_checked_too() -> None:
 
         with pytest.raises(SystemExit):
             hooks._check_addresses(Settings(bind=(address,)))
+
+
+def test_sockets_of_systemd_that_are_not_the_settings_end_the_start(
+    arbiter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LISTEN_FDS", "0")
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+
+    with pytest.raises(SystemExit, match=r"^imageserver: systemd has passed .* agree\.$"):
+        hooks.on_starting(arbiter)
+
+
+# An upgrade
+
+
+def test_an_upgrade_runs_what_a_link_leads_to_by_then(
+    tmp_path: Path, arbiter: SimpleNamespace
+) -> None:
+    home = tmp_path / "current"
+    home.mkdir()
+    (home / "gunicorn.conf.py").touch()
+    command = [f"{home}/bin/gunicorn", "--preload"]
+    context = {0: "/old/bin/python", "args": ["/old/bin/python", *command], "cwd": "/old"}
+    arbiter.START_CTX = context
+
+    hooks.pre_exec(arbiter)
+
+    assert context == {0: command[0], "args": command, "cwd": str(home)}
+
+
+def test_an_upgrade_elsewhere_runs_what_it_ran(arbiter: SimpleNamespace) -> None:
+    context = {0: "/venv/bin/python", "args": ["/venv/bin/python", "gunicorn"], "cwd": "/here"}
+    arbiter.START_CTX = dict(context)
+
+    hooks.pre_exec(arbiter)
+
+    assert context == arbiter.START_CTX
 
 
 # A worker's exit

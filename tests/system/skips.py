@@ -36,6 +36,17 @@ def _mounts() -> bool:
     return _succeeds("unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt")
 
 
+def _boots() -> bool:
+    mounts = """
+    mount -t tmpfs tmpfs /mnt && mkdir /mnt/upper /mnt/work /mnt/root &&
+        mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root &&
+        mount -t proc proc /mnt/root/proc && mount -t cgroup2 cgroup2 /mnt/root/sys &&
+        mkdir /mnt/root/sys/is-probe-$$ && rmdir /mnt/root/sys/is-probe-$$
+    """
+    namespaces = ("--mount", "--pid", "--fork", "--uts", "--ipc", "--cgroup")
+    return os.geteuid() == 0 and _succeeds("unshare", *namespaces, "sh", "-c", mounts)
+
+
 def _xattrs() -> bool:
     with tempfile.NamedTemporaryFile() as file:
         try:
@@ -48,6 +59,7 @@ def _xattrs() -> bool:
 ABILITIES: tuple[Ability, ...] = (
     Ability("loop devices", "needs root and /dev/loop*", _loop_devices),
     Ability("mounts", "needs root and mount namespaces", _mounts),
+    Ability("booting", "needs root, namespaces, overlays and cgroup2 to write to", _boots),
     Ability("owners", "only root can give files away", lambda: os.geteuid() == 0),
     Ability("xattrs", "the temporary directory has no user attributes", _xattrs),
     Ability("ptrace", "strace may not trace here", lambda: _succeeds("strace", "-f", "true")),

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service of a booted machine, to those who use it and those who look after it."""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.system.booted import Machine
+from tests.system.harness import Server, wait_until
+
+UNIT = "imageserver.service"
+
+
+class Service(Server):
+    """The installed service, to those who use it."""
+
+    def __init__(self, directory: Path, machine: Machine) -> None:
+        super().__init__(directory)
+        self.machine = machine
+        self.config = machine.path("/run/imagetransfer")
+
+    def add(self, name: str, **fields: object) -> str:
+        """Write a transfer as root does: with mode 0640, in a directory that gives its group."""
+        temporary = self.config / f".{name}.new"
+        temporary.write_text(json.dumps(fields))
+        temporary.chmod(0o640)
+        temporary.rename(self.config / name)
+        return f"/images/{name}"
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        names = ("ActiveState", "SubState", "Result")
+        return tuple(self.machine.show(UNIT, name) for name in names)
+
+    @property
+    def main_pid(self) -> int:
+        return int(self.machine.show(UNIT, "MainPID"))
+
+    def signal(self, pid: int, number: signal.Signals) -> None:
+        self.machine.run("kill", f"-{number.value}", pid)
+
+    def accepting(self) -> set[int]:
+        """Return the living workers that have said that they accept."""
+        numbers = self.machine.numbers()
+        said = re.findall(r"worker (\d+) accepts", "\n".join(self.machine.journal(UNIT)))
+        return {numbers[int(pid)] for pid in said if int(pid) in numbers}
+
+    def wait_for_workers(self) -> None:
+        """Wait until all three of them accept."""
+        wait_until(lambda: len(self.accepting()) >= 3, 20)
+
+
+def control(machine: Machine, request: dict[str, object]) -> dict[str, object]:
+    """Ask on the control socket, as root."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(machine.path("/run/imageserver/control.sock")))
+        sock.sendall(json.dumps(request).encode() + b"\n")
+        with sock.makefile() as stream:
+            return dict(json.loads(stream.readline()))
+
+
+def is_refused(service: Service) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", service.port)) != 0
+
+
+@contextlib.contextmanager
+def activated(service: Service, *more: str) -> Iterator[None]:
+    """Have systemd hold the addresses, and these as well; afterwards, the server its own."""
+    machine = service.machine
+    drop_in = machine.path("/run/systemd/system/imageserver.socket.d/test.conf")
+    addresses = ["", f"127.0.0.1:{service.port}", "/run/imageserver/control.sock", *more]
+    lines = [f"ListenStream={address}" for address in addresses]
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("\n".join(["[Socket]", *lines, ""]))
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "stop", "imageserver")
+    machine.run("systemctl", "start", "imageserver.socket")
+    yield
+    machine.run("systemctl", "stop", "imageserver.socket", "imageserver.service")
+    shutil.rmtree(drop_in.parent)
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "imageserver")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from imageserver.extents import Extent
 from imageserver.journal import Entry
-from imageserver.slots import Kind
+from imageserver.slots import Holder, Kind
 from imageserver.transfers import Image, Transfer
 
 
@@ -316,6 +316,30 @@ class Registrations(Protocol):
     def count(self) -> int:
         """Return how many there are, without those that have expired."""
         ...
+
+
+class Meter(Protocol):
+    """Who counts the bytes of images, as they move."""
+
+    def meter(self, operation: str, backend: str) -> Callable[[int], None]:
+        """Return what an operation tells of each piece, in bytes. Quick, never fails."""
+        ...
+
+
+class Living(Protocol):
+    """Who holds what in the slot table."""
+
+    def living(self, *kinds: Kind) -> list[Holder]:
+        """Return what processes that live hold now, of these kinds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exposition:
+    """All metrics as Prometheus reads them."""
+
+    text: bytes
+    content_type: str
 
 
 class Journal(Protocol):

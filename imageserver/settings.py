@@ -54,6 +54,8 @@ _MAX_SUN_PATH = 107
 #: (uid_t)-1 is no user: chown(2) takes it for "leave alone".
 _NO_UID = 2**32 - 1
 _MAX_WORKERS = 128
+#: How a setting that is on by default is turned off; an empty value counts as absent.
+_NONE = "none"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -100,7 +102,12 @@ def _addresses(text: str) -> tuple[str, ...]:
 
 
 def _addresses_or_none(text: str) -> tuple[str, ...]:
-    return () if text.lower() == "none" else _addresses(text)
+    if text.lower() == _NONE:
+        return ()
+    addresses = _addresses(text)
+    if any(re.search(r"^(?!unix:).*:0+$", address) for address in addresses):
+        raise _Wrong("addresses with a port other than 0, or none")
+    return addresses
 
 
 def _owners(text: str) -> tuple[int, ...]:
@@ -146,9 +153,14 @@ def _default_runtime_dir() -> str:
     return os.path.join(tempfile.gettempdir(), f"imageserver-{os.geteuid()}")
 
 
-def _setting(default: Any, parse: Callable[[str], Any], help_text: str, shown: str = "") -> Any:
-    """Declare a setting; a callable default is computed at start and documented as ``shown``."""
-    metadata = {"parse": parse, "help": help_text, "shown": shown}
+def _setting(
+    default: Any, parse: Callable[[str], Any], help_text: str, shown: str = "", *, empty: str = ""
+) -> Any:
+    """Declare a setting; a callable default is computed at start and documented as ``shown``.
+
+    ``empty``: what the variable must say for an empty value, where that is not the default.
+    """
+    metadata = {"parse": parse, "help": help_text, "shown": shown, "empty": empty}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -229,6 +241,7 @@ class Settings:
         ("127.0.0.1:54324",),
         _addresses_or_none,
         "addresses for metrics, health and status, as BIND; none: there are no such",
+        empty=_NONE,
     )
     log_format: str = _setting(
         "text", _choice("text", "json"), "how log lines are written: text or json"
@@ -259,9 +272,24 @@ class Settings:
         return os.path.join(self.runtime_dir, "activity")
 
     @property
+    def runtime_subdirs(self) -> tuple[str, ...]:
+        """The directories in the runtime directory."""
+        return (self.locks_dir, self.registered_dir, self.activity_dir, self.metrics_dir)
+
+    @property
+    def metrics_dir(self) -> str:
+        """Where processes count."""
+        return os.path.join(self.runtime_dir, "metrics")
+
+    @property
     def control_address(self) -> tuple[str, ...]:
         """The control socket as one more address to listen on, if there is one."""
         return (f"unix:{self.control_socket}",) if self.control_socket else ()
+
+    def text(self, name: str) -> str:
+        """Return a setting's value as its variable takes it."""
+        (declared,) = (f for f in fields(self) if f.name == name)
+        return as_text(getattr(self, name)) or str(declared.metadata["empty"])
 
     @property
     def unix_socket(self) -> str | None:
@@ -302,7 +330,7 @@ def variable_of(name: str) -> str:
 
 
 def as_text(value: object) -> str:
-    """Write a setting's value as its variable takes it."""
+    """Write a value as a variable takes it; an empty one: see ``Settings.text``."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, float):

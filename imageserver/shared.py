@@ -20,7 +20,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
 from imageserver import slots
@@ -165,6 +165,14 @@ class _Mapping:
                 return False
         return True
 
+    def is_in_place(self, directory: str) -> bool:
+        """Tell whether who opens the table in ``directory`` now gets this very file."""
+        try:
+            found = os.stat(os.path.join(directory, _TABLE), follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self.file))
+
     @contextlib.contextmanager
     def guard(self) -> Iterator[SlotTable]:
         """Hold the table against all other threads and processes."""
@@ -190,8 +198,17 @@ class _Mapping:
 class SharedTable:
     """The slot table in ``directory``, shared by all processes of the server."""
 
-    def __init__(self, directory: str, limits: dict[Kind, int]) -> None:
-        """Name the table; it is mapped at first use, in whichever process that is."""
+    def __init__(
+        self,
+        directory: str,
+        limits: dict[Kind, int],
+        freed: Callable[[Holder | None], None] = lambda _: None,
+    ) -> None:
+        """Name the table; it is mapped at first use, in whichever process that is.
+
+        ``freed`` is told what a sweep of this process has freed; None: a damaged record.
+        """
+        self._freed = freed
         self._directory = directory
         self._limits = limits
         self._mapping: _Mapping | None = None
@@ -273,6 +290,7 @@ class SharedTable:
         with self._open().guard() as table:
             freed = table.sweep(lambda owner: owner not in dead)
         for holder in freed:
+            self._freed(holder)
             if holder is None:
                 log.warning("slot table: a damaged record was freed")
             elif holder.kind is not Kind.WORKER:
@@ -307,6 +325,27 @@ class SharedTable:
         """
         if self._open().table.mend():
             log.warning("slot table: a damaged header was mended")
+
+    def prove(self) -> None:
+        """Prove that slots can be claimed here, and are those that the next process will see.
+
+        Raises:
+            IncompatibleTable: the header is damaged, or the file is not the one in the directory.
+            NoSlot: the table is full.
+            OSError: another process keeps the guard.
+        """
+        mapping = self._open()
+        if not mapping.is_in_place(self._directory):
+            raise IncompatibleTable(f"the file {_TABLE} in {self._directory} is another, or gone")
+        if mapping.table.is_damaged():
+            raise IncompatibleTable("its header is damaged")
+        self.claim(Kind.OTHER, Ticket("", "check", "", "")).release()
+
+    def living(self, *kinds: Kind) -> list[Holder]:
+        """Return what processes that live hold now: see ``ports.Living``."""
+        held = self.holders(*kinds)
+        living = {owner for owner in {holder.owner for holder in held} if is_alive(owner)}
+        return [holder for holder in held if holder.owner in living]
 
     def holders(self, *kinds: Kind) -> list[Holder]:
         """Return a snapshot of what is held."""

@@ -59,6 +59,23 @@ class Kind(Enum):
 _KINDS = {kind.value: kind for kind in Kind}
 
 
+class WorkerState(Enum):
+    """What a worker's row says in ``expected``; it begins with the first."""
+
+    BOOTING = 0
+    ACCEPTING = 1
+    DRAINING = 2
+    UNKNOWN = -1
+
+    @classmethod
+    def of(cls, row: "Holder") -> "WorkerState":
+        """Return the state of the worker that has a row."""
+        return _WORKER_STATES.get(row.expected, cls.UNKNOWN)
+
+
+_WORKER_STATES = {state.value: state for state in WorkerState}
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A process: its pid and its start time in clock ticks since boot (proc(5), field 22)."""
@@ -113,9 +130,13 @@ class SlotTable:
         self._words = buffer[_RECORDS:_NOTES].cast("Q")
         self._notes = buffer[_NOTES:SIZE].cast("Q")
 
+    def is_damaged(self) -> bool:
+        """Tell whether somebody has written over the header."""
+        return bool(self._buffer[: _HEADER.size] != self._header)
+
     def mend(self) -> bool:
         """Write the header anew where it was damaged; True where it was."""
-        if self._buffer[: _HEADER.size] == self._header:
+        if not self.is_damaged():
             return False
         self._buffer[: _HEADER.size] = self._header
         return True

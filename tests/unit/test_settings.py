@@ -51,6 +51,8 @@ def _read(name: str, text: str) -> object:
         pytest.param("CHUNK_SIZE", "32MiB", 32 << 20, id="largest-chunk"),
         pytest.param("QUEUE_DEPTH", "64", 64, id="deepest-queue"),
         pytest.param("FILE_ROOTS", "/a, /b/", ("/a", "/b/"), id="file-roots"),
+        pytest.param("ADMIN_BIND", "None", (), id="no-admin-listener"),
+        pytest.param("ADMIN_BIND", "unix:/a:0", ("unix:/a:0",), id="admin-socket"),
         pytest.param("LOG_LEVEL", "WARNING", "warning", id="level-in-capitals"),
     ],
 )
@@ -80,6 +82,8 @@ _OWNER = "must be user names or numbers that exist"
         pytest.param("BIND", "http://a:80", _ADDRESS, id="url"),
         pytest.param("BIND", "a:80,b", _ADDRESS, id="second-address-wrong"),
         pytest.param("BIND", ",", "must be at least one address", id="only-a-comma"),
+        pytest.param("ADMIN_BIND", "a:1,b:0", "with a port other than 0", id="admin-any-port"),
+        pytest.param("ADMIN_BIND", "none,a:1", _ADDRESS, id="none-and-another"),
         pytest.param("WORKERS", "0", _INTEGER + "128", id="no-worker"),
         pytest.param("WORKERS", "129", _INTEGER + "128", id="too-many-workers"),
         pytest.param("WORKERS", "-1", _INTEGER + "128", id="negative"),
@@ -191,6 +195,18 @@ def test_a_default_written_as_text_reads_back(name: str) -> None:
     default = getattr(Settings(), name)
 
     assert getattr(Settings.from_environ({variable_of(name): as_text(default)}), name) == default
+
+
+@pytest.mark.parametrize("text", ["none", "NONE", ",", "0", "-"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_value_written_as_text_reads_back(name: str, text: str) -> None:
+    try:
+        settings = Settings.from_environ({variable_of(name): text})
+    except InvalidSetting:
+        return
+    value = getattr(settings, name)
+
+    assert getattr(Settings.from_environ({variable_of(name): settings.text(name)}), name) == value
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Could this server do its work now? The checks of ``/readyz``, by name.
+
+Each is done anew when it is asked for, and touches nothing that a request could miss. A check
+that passes returns "", any other a sentence without its full stop.
+"""
+
+import fcntl
+import tempfile
+from collections.abc import Callable, Mapping
+
+from imageserver.errors import NoSlot
+from imageserver.registry import Registry, UntrustedDirectory
+from imageserver.settings import Settings
+from imageserver.shared import SharedTable
+from imageserver.slots import IncompatibleTable
+
+Checks = Mapping[str, Callable[[], str]]
+
+
+def checks(settings: Settings, files: Registry, table: SharedTable) -> Checks:
+    """Return the checks, in the order in which they are told."""
+    return {
+        "config_dir": lambda: _config_directory(files, settings.config_dir),
+        "runtime_dir": lambda: _runtime_directory(settings.runtime_dir),
+        "slot_table": lambda: _slot_table(table),
+    }
+
+
+def _config_directory(files: Registry, path: str) -> str:
+    try:
+        files.check()
+    except UntrustedDirectory as exc:
+        return str(exc)
+    except OSError as exc:
+        return f"{path} cannot be used: {exc.strerror}"
+    return ""
+
+
+def _runtime_directory(path: str) -> str:
+    try:
+        with tempfile.TemporaryFile(dir=path, prefix="ready-") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(b"\n")  # a full disk makes files, but has no room in them
+            file.flush()
+    except OSError as exc:
+        return f"no file can be made and locked in {path}: {exc.strerror}"
+    return ""
+
+
+def _slot_table(table: SharedTable) -> str:
+    try:
+        table.prove()
+    except NoSlot:
+        return "every record is taken"
+    except IncompatibleTable as exc:
+        return str(exc)
+    except OSError as exc:
+        return f"cannot be used: {exc.strerror}"
+    return ""

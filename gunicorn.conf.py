@@ -4,14 +4,16 @@
 import math
 import os
 
-from imageserver.server import hooks
+from imageserver.server import admin, hooks
 
 _settings = hooks.load_settings()
 
 wsgi_app = "imageserver.wsgi:create()"
 worker_class = "imageserver.server.worker.ImageWorker"
-bind = [address.replace("unix:@", "unix:\0") for address in _settings.bind]
-bind.extend(_settings.control_address)
+bind = [
+    admin.bindable(address)
+    for address in (*_settings.bind, *_settings.control_address, *_settings.admin_bind)
+]
 workers = _settings.workers
 threads = _settings.threads
 keepalive = int(_settings.keepalive)

@@ -71,7 +71,7 @@ def _default(field: Field[Any]) -> str:
 
 def _show(settings: Settings) -> int:
     for field in fields(settings):
-        print(f"{variable_of(field.name)}={as_text(getattr(settings, field.name))}")
+        print(f"{variable_of(field.name)}={settings.text(field.name)}")
     return 0
 
 

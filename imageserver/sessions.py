@@ -20,7 +20,18 @@ from dataclasses import dataclass
 from typing import Self
 
 from imageserver.errors import ImageBusy
-from imageserver.ports import Backend, Backends, ImageInfo, Intent, Lock, Locks, Slot, Slots, Ticket
+from imageserver.ports import (
+    Backend,
+    Backends,
+    ImageInfo,
+    Intent,
+    Lock,
+    Locks,
+    Meter,
+    Slot,
+    Slots,
+    Ticket,
+)
 from imageserver.ranges import Span
 from imageserver.slots import Kind
 from imageserver.transfers import Image, NbdImage, Transfer
@@ -51,6 +62,10 @@ DIRTY_EXTENTS = Need("extents", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.OTH
 _SHARING = frozenset(need.operation for need in (WRITE, ZERO, FLUSH))
 
 
+def _unmetered(_count: int) -> None:
+    pass
+
+
 class Session:
     """An open image and the right to use it. Close it; closing twice is harmless."""
 
@@ -64,6 +79,8 @@ class Session:
         #: What of the image the operation is about, and how many bytes of that are done.
         self.span: Span | None = None
         self.done = 0
+        #: Told of bytes as they move.
+        self.moved: Callable[[int], None] = _unmetered
         self._slot = slot
         self._visit = visit
         self._kind = kind
@@ -81,6 +98,7 @@ class Session:
 
     def progress(self, done: int) -> None:
         """Show operators how far the operation has come, in bytes of its span."""
+        self.moved(done - self.done)
         self.done = done
         self._slot.progress(done, self.span.length if self.span else 0)
         self._visit.progress(self._kind, done)
@@ -101,7 +119,7 @@ class Session:
 class Sessions:
     """Opens sessions; one for all requests."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its collaborators
         self,
         locks: Locks,
         slots: Slots,
@@ -109,9 +127,11 @@ class Sessions:
         key: Callable[[Image], str],
         *,
         shares_lock: bool = False,
+        meter: Meter | None = None,
     ) -> None:
         """``shares_lock``: range writes, zero and flush of one export may run side by side."""
         self._shares_lock = shares_lock
+        self._meter = meter
         self._locks = locks
         self._slots = slots
         self._backends = backends
@@ -153,6 +173,9 @@ class Sessions:
             visit.uses(backend)
             session = Session(backend, slot, held.pop_all(), visit, need.kind)
             session.shared = shared
+            if self._meter:
+                backend_name = "nbd" if isinstance(transfer.image, NbdImage) else "file"
+                session.moved = self._meter.meter(need.operation, backend_name)
             return session
         raise AssertionError  # an ExitStack swallows nothing
 

@@ -10,6 +10,7 @@ from imageserver.backends.open import AnyBackend, stamp
 from imageserver.inspection import Inspector
 from imageserver.locks import ImageLocks, image_key
 from imageserver.logs import OperationLog
+from imageserver.metrics.counted import LateMetrics
 from imageserver.processes import is_alive, is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry
@@ -26,11 +27,13 @@ def create() -> App:
     The slot table opens itself anew after a fork, so that preloading does no harm.
     """
     settings = Settings.from_environ(os.environ)
-    return application(settings, SharedTable(settings.runtime_dir, settings.slot_limits))
+    freed = LateMetrics(settings.metrics_dir).freed
+    return application(settings, SharedTable(settings.runtime_dir, settings.slot_limits, freed))
 
 
 def application(settings: Settings, slots: SharedTable) -> App:
     """Build the application for one process."""
+    metrics = LateMetrics(settings.metrics_dir)
     backends = AnyBackend(
         nbd=NbdExports(Tuning(settings.chunk_size, settings.queue_depth, settings.backend_timeout)),
         file=ImageFiles(settings.chunk_size, settings.file_roots),
@@ -39,8 +42,12 @@ def application(settings: Settings, slots: SharedTable) -> App:
     locks = ImageLocks(settings.locks_dir, is_leaving, slots.owner, is_alive)
     return create_app(
         records(settings, files).visits(),
-        Sessions(locks, slots, backends, image_key, shares_lock=settings.max_writers > 1),
+        Sessions(
+            *(locks, slots, backends, image_key),
+            shares_lock=settings.max_writers > 1,
+            meter=metrics,
+        ),
         Inspector(backends, stamp),
         Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
-        journals=(OperationLog(),),
+        journals=(OperationLog(), metrics),
     )

@@ -46,6 +46,7 @@ class Connection:
     __slots__ = (
         "_scanned",
         "address",
+        "bad_head",
         "buffer",
         "deadline",
         "is_tls",
@@ -65,6 +66,8 @@ class Connection:
         self.state = State.HEAD
         self.deadline = 0.0
         self.requests = 0
+        #: The last head was refused before any application saw it.
+        self.bad_head = False
         self.lingered = 0
         self._scanned = 0
 

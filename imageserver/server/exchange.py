@@ -172,6 +172,7 @@ def _answer(resp: ImageResponse, wire: Wire, environ: dict[str, Any], app: Appli
 
 
 def _refused_head(conn: Connection, exc: Exception) -> bytes:
+    conn.bad_head = True
     status, message = next((s, m) for cls, s, m in _HEAD_ERRORS if isinstance(exc, cls))
     if isinstance(exc, http.InvalidHeader) and exc.hdr == "CONTENT-LENGTH":
         message = "Invalid Content-Length"

@@ -8,19 +8,22 @@ import logging
 import os
 import socket
 import ssl
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from imageserver import logs
 from imageserver.locks import ImageLocks
+from imageserver.metrics.counted import LateMetrics, metrics_in
+from imageserver.metrics.numbers import clear_if_alone
 from imageserver.processes import is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry, UntrustedDirectory
 from imageserver.server import activation
+from imageserver.server.admin import admin_name, bindable, close_to_others
 from imageserver.server.control import UnusableSocket, check_socket, open_to_group, take_over
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.server.worker import ImageWorker
-from imageserver.settings import InvalidSetting, Settings, as_text, variable_of
+from imageserver.settings import InvalidSetting, Settings, variable_of
 from imageserver.shared import SharedTable, UnusableDirectory, prepare_directory
 from imageserver.slots import IncompatibleTable
 
@@ -57,19 +60,41 @@ def check(settings: Settings) -> list[str]:
     warnings = _check_config_directory(settings)
     try:
         prepare_directory(settings.runtime_dir)
-        for path in (settings.locks_dir, settings.registered_dir, settings.activity_dir):
+        for path in settings.runtime_subdirs:
             prepare_directory(path)
         table = SharedTable(settings.runtime_dir, settings.slot_limits)
         table.open()
         table.close()
     except (UnusableDirectory, IncompatibleTable, OSError) as exc:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
-    try:
-        if settings.control_socket:
-            check_socket(settings.control_socket)
-    except UnusableSocket as exc:
-        raise CannotStart(f"IMAGESERVER_CONTROL_SOCKET: {exc}.") from exc
+    _check_sockets(settings)
     return warnings
+
+
+def _check_sockets(settings: Settings) -> None:
+    for variable, path in _own_sockets(settings):
+        try:
+            if not path.startswith("\0"):
+                check_socket(path)
+        except UnusableSocket as exc:
+            raise CannotStart(f"{variable}: {exc}.") from exc
+    twice = {*settings.bind, *settings.control_address} & {*settings.admin_bind}
+    for address in sorted(twice):
+        raise CannotStart(
+            f"IMAGESERVER_ADMIN_BIND: {address} is an address of images or of the control socket "
+            "already; choose another."
+        )
+
+
+def _own_sockets(settings: Settings) -> list[tuple[str, str]]:
+    """Return the Unix sockets that are not for clients of images, by variable."""
+    control = [("IMAGESERVER_CONTROL_SOCKET", address) for address in settings.control_address]
+    admin = [("IMAGESERVER_ADMIN_BIND", address) for address in settings.admin_bind]
+    return [
+        (variable, bindable(address).removeprefix("unix:"))
+        for variable, address in control + admin
+        if address.startswith("unix:")
+    ]
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:
@@ -102,7 +127,7 @@ def on_starting(arbiter: Any) -> None:
     try:
         warnings = check(settings)
         arbiter.tls = _tls(settings)
-        _check_worker_class(arbiter, settings)
+        settings = _heeded(arbiter, settings)
         if activation.is_activated():
             activation.check(arbiter.cfg.address)
     except activation.WrongSockets as exc:
@@ -112,51 +137,83 @@ def on_starting(arbiter: Any) -> None:
     for warning in warnings:
         log.warning("%s", warning)
     _check_addresses(settings)
+    clear_if_alone(settings.metrics_dir)
+    metrics_in(settings.metrics_dir).begin()
     records(settings, Registry(settings.config_dir, settings.config_owners)).recover()
     _sweep(settings, prune=True)
     _reload_without_waiting(arbiter)
+    _stop_with_abstract_sockets(arbiter)
     log.info("settings in force", extra=logs.fields(**_in_force(settings)))
 
 
 def _in_force(settings: Settings) -> dict[str, str]:
-    return {variable_of(f.name): as_text(getattr(settings, f.name)) for f in fields(settings)}
+    return {variable_of(f.name): settings.text(f.name) for f in fields(settings)}
 
 
-def _check_worker_class(arbiter: Any, settings: Settings) -> None:
+def _heeded(arbiter: Any, settings: Settings) -> Settings:
+    """Return the settings without those that the worker class would not heed."""
     if issubclass(arbiter.worker_class, ImageWorker):
-        return
+        return settings
     for name in ("tls_cert", "control_socket"):
         if getattr(settings, name):
             raise CannotStart(
                 f"{variable_of(name)} is set, but only the worker class of gunicorn.conf.py "
                 "heeds it: leave the class as it is."
             )
+    _bind_no_admin(arbiter, [bindable(address) for address in settings.admin_bind])
+    return replace(settings, admin_bind=())
+
+
+def _bind_no_admin(arbiter: Any, addresses: list[str]) -> None:
+    """Leave the admin addresses unbound, now and after each reload: images would be served there.
+
+    Only ``ImageWorker`` tells listeners apart, and the class is known after the addresses.
+    """
+    setup = arbiter.setup
+
+    def leave_out() -> None:
+        arbiter.cfg.set("bind", [bound for bound in arbiter.cfg.bind if bound not in addresses])
+
+    def setup_without(app: Any) -> None:
+        setup(app)
+        leave_out()
+
+    arbiter.setup = setup_without
+    leave_out()
 
 
 def _check_addresses(settings: Settings) -> None:
     """Refuse a port that another server has, in one sentence; gunicorn takes 5 s and 11 lines."""
     if "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ:
         return  # sockets come from the running server, or from systemd
-    try:
-        if settings.control_socket:
-            take_over(settings.control_socket)
-    except UnusableSocket as exc:
-        raise SystemExit(f"imageserver: IMAGESERVER_CONTROL_SOCKET: {exc}.") from exc
-    for address in settings.bind:
-        if address.startswith("unix:"):
-            continue
-        host, _, port = address.rpartition(":")
-        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host.strip("[]"), int(port)))
-                probe.listen()
-            except OSError as exc:
-                raise SystemExit(
-                    f"imageserver: IMAGESERVER_BIND: {address} cannot be used "
-                    f"({exc.strerror}); stop what listens there or choose another address."
-                ) from exc
+    for variable, path in _own_sockets(settings):
+        try:
+            take_over(path)
+        except UnusableSocket as exc:
+            raise SystemExit(f"imageserver: {variable}: {exc}.".replace("\0", "@")) from exc
+    for variable, addresses in (
+        ("IMAGESERVER_BIND", settings.bind),
+        ("IMAGESERVER_ADMIN_BIND", settings.admin_bind),
+    ):
+        for address in addresses:
+            _check_address(variable, address)
+
+
+def _check_address(variable: str, address: str) -> None:
+    if address.startswith("unix:"):
+        return
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+            probe.listen()
+        except OSError as exc:
+            raise SystemExit(
+                f"imageserver: {variable}: {address} cannot be used "
+                f"({exc.strerror}); stop what listens there or choose another address."
+            ) from exc
 
 
 def when_ready(arbiter: Any) -> None:
@@ -164,6 +221,12 @@ def when_ready(arbiter: Any) -> None:
     settings = load_settings()
     if settings.control_socket and not arbiter.systemd:  # else imageserver.socket has its mode
         open_to_group(settings.control_socket)
+    for address in settings.admin_bind:
+        if not any(admin_name(listener, (address,)) for listener in arbiter.LISTENERS):
+            # Sockets came from a server without this address, or the worker class is another.
+            log.warning("nothing listens at IMAGESERVER_ADMIN_BIND=%s", address)
+        elif not arbiter.systemd:
+            close_to_others(address)
 
 
 def pre_exec(arbiter: Any) -> None:
@@ -196,7 +259,8 @@ def child_exit(_arbiter: Any, _worker: Any) -> None:
 
 def _sweep(settings: Settings, *, prune: bool = False) -> None:
     # Opened for this one sweep: a table kept open here would be inherited by every worker.
-    table = SharedTable(settings.runtime_dir, settings.slot_limits)
+    freed = LateMetrics(settings.metrics_dir).freed
+    table = SharedTable(settings.runtime_dir, settings.slot_limits, freed)
     try:
         table.sweep()
         if prune:
@@ -222,6 +286,20 @@ def _reload_without_waiting(arbiter: Any) -> None:
             arbiter.cfg.set("graceful_timeout", graceful_timeout)
 
     arbiter.reload = prompt_reload
+
+
+def _stop_with_abstract_sockets(arbiter: Any) -> None:
+    """Close abstract sockets (unix(7)) first: gunicorn would unlink them as files, and fail."""
+    stop = arbiter.stop
+
+    def stop_abstract_first(graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - gunicorn's
+        for listener in list(arbiter.LISTENERS):
+            if isinstance(listener.getsockname(), bytes):
+                arbiter.LISTENERS.remove(listener)
+                listener.close()
+        stop(graceful)
+
+    arbiter.stop = stop_abstract_first
 
 
 def on_reload(arbiter: Any) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
 from imageserver.server.wire import BLOCKED, awaited, refusal
 
@@ -39,6 +40,21 @@ class Patience:
     idle: float
 
 
+def _anybody(_peer: socket.socket) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """How a listening socket lets clients in."""
+
+    tls: ssl.SSLContext | None = None
+    """With which they speak TLS."""
+    spreads: bool = True
+    """Busy workers leave connections to the others."""
+    admits: Callable[[socket.socket], bool] = _anybody
+
+
 class Loop:
     """Connections that wait. ``keep`` and ``linger`` may be called from any thread."""
 
@@ -47,25 +63,26 @@ class Loop:
         patience: Patience,
         dispatch: Callable[[Connection], None],
         hesitate: Callable[[], float],
+        metrics: Metrics,
     ) -> None:
         """``hesitate``: for how long to leave a new connection to the other workers."""
         self._patience = patience
         self._dispatch = dispatch
         self._hesitate = hesitate
+        self._metrics = metrics
         self._epoll = select.epoll()
         self._listeners: dict[int, Any] = {}
-        self._tls: dict[int, ssl.SSLContext] = {}
+        self._doors: dict[int, Door] = {}
         self._paused: dict[int, float] = {}
         self._events: dict[int, Callable[[], None]] = {}
         self._waiting: dict[int, Connection] = {}
         self._expired = 0.0
         self._scratch = memoryview(bytearray(256 * 1024))
 
-    def listen(self, listener: Any, tls: ssl.SSLContext | None = None) -> None:
-        """Accept from a listening socket, whose clients speak TLS where there is a context."""
+    def listen(self, listener: Any, door: Door) -> None:
+        """Accept from a listening socket."""
         listener.setblocking(0)
-        if tls:
-            self._tls[listener.fileno()] = tls
+        self._doors[listener.fileno()] = door
         self._listeners[listener.fileno()] = listener
         self._epoll.register(listener.fileno(), select.EPOLLIN)
 
@@ -106,7 +123,10 @@ class Loop:
     def _expire(self, now: float) -> None:
         # A copy, made at once: threads hand connections back while we look.
         for conn in [conn for conn in list(self._waiting.values()) if conn.deadline <= now]:
+            if conn.state is State.HANDSHAKE:
+                self._metrics.tls_failed()
             if conn.state is State.HEAD and conn.buffer:
+                self._metrics.refused("head_timeout")
                 self.refuse(conn, refusal(408, "request head took too long"))
             else:
                 self._close_silent(conn)
@@ -114,7 +134,7 @@ class Loop:
     # Accepting
 
     def _on_listener(self, fd: int) -> None:
-        seconds = self._hesitate()
+        seconds = self._hesitate() if self._doors[fd].spreads else 0.0
         if seconds:
             self._pause(fd, seconds)
         else:
@@ -130,22 +150,30 @@ class Loop:
         except OSError as exc:
             if exc.errno in {errno.EMFILE, errno.ENFILE}:
                 log.warning("no file descriptor is free for another connection")
+                self._metrics.turned_away("no_descriptor")
                 self._pause(listener.fileno(), _FULL_SECONDS)
             return  # else another worker was quicker, or the client has gone
+        door = self._doors[listener.fileno()]
+        if not door.admits(sock):
+            self._metrics.turned_away("not_admitted")
+            sock.close()
+            return
         sock.settimeout(0)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        tls = self._tls.get(listener.fileno())
-        if tls:
+        if door.tls:
             try:
-                sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                sock = door.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             except OSError:
                 return  # the client has gone
+        if door.spreads:
+            self._metrics.accepted()
         if len(self._waiting) >= _MAX_WAITING:
+            self._metrics.turned_away("too_many")
             self.close(min(list(self._waiting.values()), key=lambda conn: conn.deadline))
         conn = Connection(sock, address or "unix", listener.getsockname())
         self._epoll.register(sock.fileno(), 0)
-        self._wait_for(conn, State.HANDSHAKE if tls else State.HEAD, self._patience.head)
+        self._wait_for(conn, State.HANDSHAKE if door.tls else State.HEAD, self._patience.head)
 
     # Connections that wait
 
@@ -177,6 +205,8 @@ class Loop:
 
     def _on_broken(self, conn: Connection, exc: OSError) -> None:
         if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError):
+            if conn.state is State.HANDSHAKE:
+                self._metrics.tls_failed()
             log.info("TLS failed: client=%s %s", conn.address, exc.reason)
             self.linger(conn)  # so that the alert that tells the client why arrives
         else:
@@ -229,7 +259,7 @@ class Loop:
             self._epoll.unregister(fd)
             listener.close()
         self._listeners.clear()
-        self._tls.clear()
+        self._doors.clear()
         self._paused.clear()
 
     def close_idle(self) -> None:

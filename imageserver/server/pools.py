@@ -2,7 +2,8 @@
 """The threads of a worker: each serves one connection's requests, then takes another.
 
 Probes (OPTIONS, HEAD) have threads of their own, so that they never queue behind transfers.
-A transfer that finds no thread is answered 503 at once.
+A transfer that finds no thread is answered 503 at once. What comes to the admin listener has
+its own threads and its own application, and does not count as busy.
 
 A thread that has answered stays with its connection for a moment: a client that sends its
 next request at once is served without a way through the loop, which for small requests
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from imageserver.errors import ClientGone
+from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import Connection, State
 from imageserver.server.exchange import Application, cut, serve
 from imageserver.server.loop import Loop
@@ -35,12 +37,20 @@ _PROBE_BACKLOG = 1024
 #: needs 0.1 ms for its next request, one in the same building 0.5 ms.
 _STAY_SECONDS = 0.001
 _PROBES = (b"OPTIONS ", b"HEAD ")
+#: Threads for an admin listener. Its answers take milliseconds and fit into a socket's buffer.
+_ADMIN_THREADS = 2
+_ADMIN_BACKLOG = 64
+#: An admin client that takes nothing for so long is cut off, where its answer did not fit.
+_ADMIN_TIMEOUT = 5.0
 
 
 class _Pool:
     """Some threads, and who is with them."""
 
-    def __init__(self, name: str, threads: int, room: int) -> None:
+    app: Application
+
+    def __init__(self, name: str, threads: int, room: int, client_timeout: float) -> None:
+        self.client_timeout = client_timeout
         self._executor = ThreadPoolExecutor(threads, name)
         self.threads = threads
         self.room = room
@@ -55,14 +65,21 @@ class _Pool:
 class Pools:
     """Hands connections with complete heads to threads, and back to the loop."""
 
-    def __init__(self, threads: int, client_timeout: float, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        threads: int,
+        client_timeout: float,
+        changed: Callable[[], None],
+        metrics: Metrics,
+    ) -> None:
         """``changed`` is called whenever ``busy`` may be another."""
-        self._client_timeout = client_timeout
+        self._metrics = metrics
         self._changed = changed
-        self._transfers = _Pool("transfer", threads, threads)
-        self._probes = _Pool("probe", PROBE_THREADS, _PROBE_BACKLOG)
+        self._transfers = _Pool("transfer", threads, threads, client_timeout)
+        self._probes = _Pool("probe", PROBE_THREADS, _PROBE_BACKLOG, client_timeout)
+        #: By the name of the listener whose connections it serves.
+        self._admin: dict[object, _Pool] = {}
         self._in_hand: set[object] = set()
-        self._app: Application
         self._cfg: Any
         self._loop: Loop
         self.last = False
@@ -70,7 +87,14 @@ class Pools:
 
     def start(self, app: Application, cfg: Any, loop: Loop) -> None:
         """Say what is served, and where connections go afterwards."""
-        self._app, self._cfg, self._loop = app, cfg, loop
+        self._transfers.app = self._probes.app = app
+        self._cfg, self._loop = cfg, loop
+
+    def reserve(self, listener: object, app: Application) -> None:
+        """Give a listener's connections, by its name, threads and an application of their own."""
+        timeout = min(_ADMIN_TIMEOUT, self._transfers.client_timeout)
+        pool = self._admin[listener] = _Pool("admin", _ADMIN_THREADS, _ADMIN_BACKLOG, timeout)
+        pool.app = app
 
     def busy(self) -> int:
         """Return how many connections are with transfer threads."""
@@ -82,8 +106,9 @@ class Pools:
 
     def dispatch(self, conn: Connection) -> None:
         """Give a connection with a complete head to a thread."""
-        pool = self._probes if conn.buffer.startswith(_PROBES) else self._transfers
+        pool = self._pool_of(conn)
         if len(pool.connections) - len(pool.staying) >= pool.room:
+            self._metrics.refused("server_busy")
             self._loop.refuse(conn, refusal(503, "server busy", retry=True))
             return
         conn.state = State.WORK
@@ -94,13 +119,20 @@ class Pools:
         self._changed()
         pool.submit(self._work, pool, conn, in_hand)
 
+    def _pool_of(self, conn: Connection) -> _Pool:
+        admin = self._admin.get(conn.listener)
+        if admin:
+            return admin
+        return self._probes if conn.buffer.startswith(_PROBES) else self._transfers
+
     def abort(self, seconds: float) -> None:
         """Cut every connection; give the threads a moment to give back what they hold."""
         deadline = time.monotonic() + seconds
         while not self.is_empty() and time.monotonic() < deadline:
-            for conn in [*self._transfers.connections, *self._probes.connections]:
-                with contextlib.suppress(OSError):
-                    conn.shutdown(socket.SHUT_RDWR)
+            for pool in (self._transfers, self._probes, *self._admin.values()):
+                for conn in list(pool.connections):
+                    with contextlib.suppress(OSError):
+                        conn.shutdown(socket.SHUT_RDWR)
             time.sleep(0.01)
 
     # On a thread
@@ -124,12 +156,14 @@ class Pools:
 
     def _serve(self, pool: _Pool, conn: Connection) -> Callable[[Connection], None]:
         """Answer as long as requests follow at once; return what is to become of the connection."""
-        wire = wire_over(conn.sock, self._client_timeout)
-        while serve(conn, wire, self._app, self._cfg, lambda: self.last):
+        wire = wire_over(conn.sock, pool.client_timeout)
+        while serve(conn, wire, pool.app, self._cfg, lambda: self.last):
             if not self._has_next(pool, conn):
                 return self._loop.keep
-            if pool is self._probes and not conn.buffer.startswith(_PROBES):
+            if pool is self._probes and self._pool_of(conn) is not pool:
                 return self.dispatch
+        if conn.bad_head:
+            self._metrics.refused("bad_head")
         return self._loop.linger
 
     def _has_next(self, pool: _Pool, conn: Connection) -> bool:

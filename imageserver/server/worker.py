@@ -26,16 +26,18 @@ from gunicorn import systemd
 from gunicorn.workers.base import Worker
 
 from imageserver import logs
+from imageserver.metrics.counted import metrics_in
 from imageserver.ports import Ticket
 from imageserver.records import records
 from imageserver.registry import Registry
+from imageserver.server.admin import admin_application, admin_name, admit
 from imageserver.server.control import ControlServer
-from imageserver.server.loop import Loop, Patience
+from imageserver.server.loop import Door, Loop, Patience
 from imageserver.server.pools import Pools
 from imageserver.server.tls import server_context
 from imageserver.settings import Settings
 from imageserver.shared import SharedTable
-from imageserver.slots import Holder, Kind
+from imageserver.slots import Holder, Kind, WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +50,6 @@ _STOP_IDLE_SECONDS = 1.0
 _ABORT_SECONDS = 3.0
 #: How often the master is shown a sign of life; its patience is a minute (gunicorn.conf.py).
 _NOTIFY_SECONDS = 1.0
-
-
-#: What a worker's row says in its second number; 0, with which it begins: it still boots.
-_ACCEPTING, _DRAINING = 1, 2
 
 
 class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
@@ -68,11 +66,13 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self.tls = self.tls or server_context(settings)  # never plain for want of a hook
         self._notified = 0.0
         self._is_quitting = False
-        self._table = SharedTable(settings.runtime_dir, settings.slot_limits)
+        self._metrics = metrics = metrics_in(settings.metrics_dir)
+        metrics.begin()
+        self._table = SharedTable(settings.runtime_dir, settings.slot_limits, metrics.freed)
         self._row = self._table.claim(Kind.WORKER, Ticket("", "worker", "", ""))
-        self._pools = Pools(settings.threads, settings.client_timeout, self._publish)
+        self._pools = Pools(settings.threads, settings.client_timeout, self._publish, metrics)
         patience = Patience(settings.client_timeout, settings.keepalive)
-        self._loop = Loop(patience, self._pools.dispatch, self._hesitate)
+        self._loop = Loop(patience, self._pools.dispatch, self._hesitate, metrics)
         files = Registry(settings.config_dir, settings.config_owners, self._table.is_first)
         administration = records(settings, files).administration()
         self._control = ControlServer(administration, settings.client_timeout)
@@ -115,11 +115,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         parent = os.pidfd_open(self.ppid)
         self._loop.watch(parent, lambda: self._orphaned(parent))
         for listener in self.sockets:
-            if listener.getsockname() == (self.settings.control_socket or None):
-                self._control.listen(listener, self._loop)
-            else:
-                is_unix = listener.FAMILY == socket.AF_UNIX
-                self._loop.listen(listener, None if is_unix else self.tls)
+            self._listen(listener)
         self._publish()
         log.info("worker %d accepts connections", self.pid)
         if "GUNICORN_PID" in os.environ:  # an upgrade (SIGUSR2) has come this far
@@ -127,6 +123,18 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         while self.alive:
             self._step()
         self._drain()
+
+    def _listen(self, listener: Any) -> None:
+        is_unix = listener.FAMILY == socket.AF_UNIX
+        admin = admin_name(listener, self.settings.admin_bind)
+        if listener.getsockname() == (self.settings.control_socket or None):
+            self._control.listen(listener, self._loop)
+        elif admin is not None:
+            app = admin_application(self.settings, self._table, full_ids=is_unix)
+            self._pools.reserve(admin, app)
+            self._loop.listen(listener, Door(spreads=False, admits=admit))
+        else:
+            self._loop.listen(listener, Door(None if is_unix else self.tls))
 
     def _woken(self) -> None:
         os.read(self.PIPE[0], 4096)
@@ -138,6 +146,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self.notify()
             self._table.mend()
         self._loop.step()
+        self._metrics.flush_if_due()
 
     def _orphaned(self, parent: int) -> None:
         log.warning("master died; worker %d finishes what runs and ends", self.pid)
@@ -146,11 +155,13 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _publish(self) -> None:
         """Tell the other workers how busy this one is, and whether it accepts."""
-        self._row.progress(self._pools.busy(), _ACCEPTING if self.alive else _DRAINING)
+        state = WorkerState.ACCEPTING if self.alive else WorkerState.DRAINING
+        self._row.progress(self._pools.busy(), state.value)
 
     def _hesitate(self) -> float:
         """Return how long to leave a new connection to less busy workers, who hear of it too."""
-        busy = [row.done for row in self._workers() if row.expected == _ACCEPTING]
+        accepting = WorkerState.ACCEPTING
+        busy = [row.done for row in self._workers() if WorkerState.of(row) is accepting]
         excess = self._pools.busy() - min(busy, default=0)
         return min(max(0.0, excess * _YIELD_SECONDS), _MAX_YIELD_SECONDS)
 
@@ -175,10 +186,11 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             elif now > succeeded + _STOP_IDLE_SECONDS:
                 self._loop.close_idle()
             self._step()
+        self._metrics.flush()
         self._row.release()
 
     def _has_successor(self) -> bool:
-        return any(row.expected != _DRAINING for row in self._workers())
+        return any(WorkerState.of(row) is not WorkerState.DRAINING for row in self._workers())
 
     def _workers(self) -> list[Holder]:
         return self._table.holders(Kind.WORKER)
@@ -187,6 +199,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """End within seconds, with everything given back that threads can give back."""
         self._loop.close_all()
         self._pools.abort(_ABORT_SECONDS)
+        self._metrics.flush()
         self._row.release()
         sys.stderr.flush()
         os._exit(0)  # not through atexit, which would wait for the threads

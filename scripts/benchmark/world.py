@@ -248,6 +248,7 @@ class World:
             "config_dir": directory / "config",
             "runtime_dir": directory / "run",
             "drain_timeout": 3,
+            "admin_bind": f"unix:{directory}/admin",
             **(settings or {}),
         }
         environ = os.environ | {f"IMAGESERVER_{k.upper()}": str(v) for k, v in values.items()}

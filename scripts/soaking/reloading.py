@@ -68,7 +68,9 @@ def run(seconds: float, seed: int, trace: Trace) -> None:
         try:
             for image in images:
                 image.start()
-            with Server(home, max_readers=64, max_writers=64) as server:
+            with Server(
+                home, max_readers=64, max_writers=64, admin_bind=f"unix:{home}/admin"
+            ) as server:
                 _reload(server, images, seconds, seed, trace)
         finally:
             for image in images:

@@ -70,7 +70,7 @@ class Storm:
                 stack.callback(image.stop)
             proxy = Proxy(nbd, READERS, WRITERS)
             stack.callback(proxy.stop)
-            server = Server(home, **SETTINGS).start()
+            server = Server(home, admin_bind=f"unix:{home}/admin", **SETTINGS).start()
             stack.callback(self._stop, server)
             for image in images:
                 server.add(image.name, **image.transfer())

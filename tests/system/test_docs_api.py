@@ -26,6 +26,7 @@ from tests.system.harness import ROOT, free_port
 
 DOCUMENT = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 ADDRESS = "127.0.0.1:54323"
+ADMIN = "127.0.0.1:54324"
 SOCKET = "/tmp/imageserver.sock"  # noqa: S108 - as the document has it
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -69,10 +70,12 @@ class Demo:
         self.directory = directory
         self._places = {
             ADDRESS: f"127.0.0.1:{free_port()}",
+            ADMIN: f"127.0.0.1:{free_port()}",
             SOCKET: str(directory / "http.sock"),
         }
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("IMAGESERVER_")}
         self.env["TMPDIR"] = str(directory)
+        self.env["IMAGESERVER_ADMIN_BIND"] = self._places[ADMIN]
 
     def here(self, text: str) -> str:
         for documented, actual in self._places.items():

@@ -42,6 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IMAGESERVER_CONFIG_DIR", str(tmp_path / "transfers"))
     monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("IMAGESERVER_BIND", f"unix:{tmp_path}/socket")
+    monkeypatch.setenv("IMAGESERVER_ADMIN_BIND", "none")
     monkeypatch.setattr(hooks.logs, "configure", lambda *_: None)
     return tmp_path
 
@@ -52,6 +53,7 @@ def arbiter() -> SimpleNamespace:
     return SimpleNamespace(
         cfg=Config(),
         reload=lambda: None,
+        stop=lambda _graceful: None,
         worker_class=ImageWorker,
         SIG_QUEUE=queue.SimpleQueue(),
         systemd=False,
@@ -194,7 +196,7 @@ def taken() -> Iterator[str]:
 
 def test_an_address_that_is_taken_ends_the_start_by_name(taken: str) -> None:
     with pytest.raises(SystemExit) as raised:
-        hooks._check_addresses(Settings(bind=("unix:/run/x", taken)))
+        hooks._check_addresses(Settings(bind=("unix:/run/x", taken), admin_bind=()))
 
     assert str(raised.value) == (
         f"imageserver: IMAGESERVER_BIND: {taken} cannot be used (Address already in use); "
@@ -208,7 +210,7 @@ def test_inherited_sockets_are_not_checked(
 ) -> None:
     monkeypatch.setenv(variable, "3")
 
-    hooks._check_addresses(Settings(bind=(taken,)))
+    hooks._check_addresses(Settings(bind=(taken,), admin_bind=()))
 
 
 def test_the_check_leaves_an_address_free(taken: str) -> None:
@@ -216,8 +218,8 @@ def test_the_check_leaves_an_address_free(taken: str) -> None:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
 
-    hooks._check_addresses(Settings(bind=(address,)))
-    hooks._check_addresses(Settings(bind=(address,)))
+    hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
+    hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
@@ -226,7 +228,7 @@ def test_ipv6_addresses_are_checked_too() -> None:
         address = f"[::1]:{listener.getsockname()[1]}"
 
         with pytest.raises(SystemExit):
-            hooks._check_addresses(Settings(bind=(address,)))
+            hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
 
 
 def test_sockets_of_systemd_that_are_not_the_settings_end_the_start(

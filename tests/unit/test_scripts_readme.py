@@ -29,7 +29,8 @@ def tour() -> str:
     script = (ROOT / "scripts" / "run").read_text(encoding="utf-8")
     found = re.search(r"<<TOUR\n(.*?)^TOUR$", script, re.DOTALL | re.MULTILINE)
     assert found is not None
-    return found[1].replace("$url", "http://127.0.0.1:54323").replace("$out/", "")
+    text = found[1].replace("$url", "http://127.0.0.1:54323").replace("$out/", "")
+    return text.replace("$admin", "http://127.0.0.1:54324")
 
 
 def test_the_settings_table_is_what_the_settings_declare() -> None:

@@ -117,7 +117,7 @@ class _Status(_Resource):
         age = max(0, now_ns - row.started_ns) / 1e9
         name = row.transfer if self._full_ids else id_hash(row.transfer)[:_HASH_DIGITS]
         return {
-            "transfer": name,
+            "id": name,
             "operation": row.operation,
             "client": row.client,
             "worker": row.owner.pid,

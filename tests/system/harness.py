@@ -312,6 +312,13 @@ def _greets(path: Path) -> bool:
     return False
 
 
+def _listens(path: Path) -> bool:
+    """Tell whether a socket accepts connections, without making one (some servers count)."""
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    accepting = 0x10000  # __SO_ACCEPTCON
+    return any(f[-1] == str(path) and int(f[3], 16) & accepting for f in sockets)
+
+
 @contextlib.contextmanager
 def nbdkit(sock: Path, *arguments: str) -> Iterator[Path]:
     """Serve with nbdkit in the foreground; yield the socket."""
@@ -323,7 +330,7 @@ def nbdkit(sock: Path, *arguments: str) -> Iterator[Path]:
         *arguments,
     ]
     try:
-        with process(command, sock.exists):
+        with process(command, lambda: _listens(sock)):
             yield sock
     finally:
         sock.unlink(missing_ok=True)

@@ -167,12 +167,12 @@ def test_every_running_transfer_of_every_worker_is_told_as_it_advances(server, a
         sock, _ = stack.enter_context(putting(server, "/images/file", SIZE, bytes(4 << 20)))
         (put,) = wait_until(lambda: rows(admin, "replace"))
         assert set(put) == {
-            *("transfer", "operation", "client", "worker"),
+            *("id", "operation", "client", "worker"),
             *("done", "expected", "rate", "age"),
         }
-        assert (put["transfer"], put["client"]) == (name("file"), "127.0.0.1")
+        assert (put["id"], put["client"]) == (name("file"), "127.0.0.1")
         reads = rows(admin, "read")
-        assert {row["transfer"] for row in reads} == {name("big")}
+        assert {row["id"] for row in reads} == {name("big")}
         assert {row["worker"] for row in reads} == pids
         assert {row["worker"]: row["busy"] for row in admin.status()["workers"]}.keys() >= pids
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.world import Prober, is_running, rest_of
+from tests.chaos.world import Prober, rest_of
 from tests.system.booted import Machine, boot
 from tests.system.clients import putting, read_answer, reading
 from tests.system.harness import ROOT, exchange, free_port, repeatable, wait_until
 from tests.system.harness import process as running
+from tests.system.killing import is_running
 from tests.system.service import UNIT, Service, activated, control, is_refused
 from tests.system.skips import needs
 

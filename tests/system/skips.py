@@ -7,6 +7,7 @@ A test marked ``needs("name")`` runs wherever the machine can; nothing else skip
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -56,6 +57,16 @@ def _xattrs() -> bool:
     return True
 
 
+def beside_python(name: str) -> str | None:
+    """Return the path of a program in .venv, where scripts/setup has put some, or elsewhere."""
+    own = os.path.dirname(sys.executable)
+    return shutil.which(name, path=os.pathsep.join((own, os.environ.get("PATH", os.defpath))))
+
+
+def _prometheus() -> bool:
+    return all(beside_python(name) for name in ("prometheus", "promtool"))
+
+
 ABILITIES: tuple[Ability, ...] = (
     Ability("loop devices", "needs root and /dev/loop*", _loop_devices),
     Ability("mounts", "needs root and mount namespaces", _mounts),
@@ -63,6 +74,7 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("owners", "only root can give files away", lambda: os.geteuid() == 0),
     Ability("xattrs", "the temporary directory has no user attributes", _xattrs),
     Ability("ptrace", "strace may not trace here", lambda: _succeeds("strace", "-f", "true")),
+    Ability("prometheus", "scripts/setup could not fetch it", _prometheus),
 )
 
 

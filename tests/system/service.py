@@ -74,7 +74,8 @@ def activated(service: Service, *more: str) -> Iterator[None]:
     """Have systemd hold the addresses, and these as well; afterwards, the server its own."""
     machine = service.machine
     drop_in = machine.path("/run/systemd/system/imageserver.socket.d/test.conf")
-    addresses = ["", f"127.0.0.1:{service.port}", "/run/imageserver/control.sock", *more]
+    sockets = ("/run/imageserver/http.sock", "/run/imageserver/control.sock")
+    addresses = ["", f"127.0.0.1:{service.port}", *sockets, *more]
     lines = [f"ListenStream={address}" for address in addresses]
     drop_in.parent.mkdir(parents=True)
     drop_in.write_text("\n".join(["[Socket]", *lines, ""]))

@@ -25,6 +25,7 @@ from tests.system.harness import process as running
 from tests.system.killing import is_running
 from tests.system.service import UNIT, Service, activated, control, is_refused
 from tests.system.skips import needs
+from tests.system.test_docs_operations import QUESTIONS
 
 pytestmark = needs("booting")
 
@@ -32,6 +33,7 @@ SIZE = 32 << 20
 DATA = repeatable("systemd").randbytes(1 << 20)
 WHOLE = DATA * (SIZE >> 20)
 INSTALL = ROOT / "scripts" / "install"
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 #: Fetched by scripts/setup, as ``scripts/install --download`` does for a machine without network.
 WHEELS = ROOT / ".venv" / "wheels"
 #: Where images are, of whom and with which mode: all that the unit must leave writable.
@@ -52,9 +54,12 @@ def service(machine: Machine, workplace: Path) -> Service:
     machine.run(INSTALL, "--wheels", WHEELS)
     settings = machine.path("/etc/imageserver/imageserver.env")
     with settings.open("a") as file:
-        file.write(f"IMAGESERVER_BIND=127.0.0.1:{service.port}\n")
+        http = "unix:/run/imageserver/http.sock"
+        file.write(f"IMAGESERVER_BIND=127.0.0.1:{service.port},{http}\n")
         file.write("IMAGESERVER_ADMIN_BIND=none\nIMAGESERVER_WORKERS=3\n")
         file.write("IMAGESERVER_CONTROL_SOCKET=/run/imageserver/control.sock\n")
+    (check,) = re.findall(r"```sh\n(.*--check\)\n)```", OPERATIONS, re.DOTALL)
+    machine.run("bash", "-c", check.rpartition("```sh\n")[2])
     machine.run("systemctl", "start", "imageserver")
     return service
 
@@ -130,6 +135,22 @@ def test_the_service_runs_as_its_user_with_no_capability(service: Service) -> No
     assert re.findall(r"^Uid:\t(\d+)", status, re.MULTILINE) == [uid]
     assert set(re.findall(r"^Cap(?:Prm|Eff|Bnd|Amb):\t(\w+)", status, re.MULTILINE)) == {"0" * 16}
     assert re.findall(r"^(?:NoNewPrivs|Seccomp):\t(\d)", status, re.MULTILINE) == ["1", "2"]
+
+
+def test_sockets_let_in_whom_their_modes_say_and_nobody_sees_the_state(service: Service) -> None:
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    member = ("setpriv", "--reuid=65534", "--regid=imageserver", "--clear-groups")
+    at_http = ("curl", "-fsS", "--unix-socket", "/run/imageserver/http.sock")
+    at_control = 'echo \'{"action":"status"}\' | nc -U /run/imageserver/control.sock'
+    machine = service.machine
+
+    probe = machine.run(*nobody, *at_http, "-X", "OPTIONS", "http://localhost/images/*")
+    assert json.loads(probe)["unix_socket"] == "/run/imageserver/http.sock"
+    assert json.loads(machine.run(*member, "sh", "-c", at_control))["status"] == "ok"
+    refused = machine.try_run(*nobody, "sh", "-c", at_control)
+    assert (refused.stdout, refused.stderr.strip()[-17:]) == ("", "Permission denied")
+    assert machine.try_run(*member, "ls", "/run/imageserver/state").returncode != 0
+    assert machine.path("/run/imageserver/state").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_worker_killed_in_a_write_is_replaced_and_its_last_writes_are_awaited(
@@ -295,6 +316,33 @@ def test_sockets_of_systemd_must_be_those_of_the_settings(service: Service) -> N
     (said,) = {line for line in journal if "ListenStream" in line}
     assert said.startswith("imageserver: systemd has passed 127.0.0.1:")
     assert address in said.split(", but the settings name ")[0]
+
+
+#: What the journal must answer, by a part of the question; nothing took a minute.
+ANSWERS = {
+    "'transfer=8b0e": "transfer=8b0e op=get range=- bytes=0 status=404",
+    "'request=nightly": "request=nightly-17 error=UnknownImage",
+    "'error=(ImageBusy": "request=nightly-17 error=UnknownImage",
+    "'finished": "",
+    "-p warning": "transfer=gone op=read range=- bytes=0 status=500",
+    "'Worker": "was sent SIGKILL!",
+    "'error=(BackendError": "detail=\"/run/vm/none export '': nbd_aio_connect_unix: connect: ",
+}
+
+
+def test_the_journal_answers_the_questions_of_the_document(service: Service) -> None:
+    named = {"X-Request-Id": "nightly-17"}
+    assert service.request("GET", "/images/8b0e", headers=named).status == 404
+    gone = service.add("gone", socket="/run/vm/none")
+    assert service.request("GET", gone).status == 500
+    wait_until(lambda: any("transfer=gone" in line for line in service.machine.journal(UNIT)))
+
+    questions = [question for question in QUESTIONS if "jq" not in question]
+    for question in questions:
+        (answer,) = [told for part, told in ANSWERS.items() if part in question]
+        found = service.machine.try_run("bash", "-c", question)
+        assert (found.stderr, answer in found.stdout) == ("", True), question
+    assert len(questions) == len(ANSWERS)
 
 
 def test_the_journal_has_a_line_for_each_event_and_no_traceback(service: Service) -> None:

@@ -1,9 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told of a request when it has ended: one entry, for the log and for the metrics."""
+"""What is told of a request when it has ended, for the log and the metrics; fields of log lines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imageserver.ranges import Span
+
+#: Key of ``extra`` (logging) under which a record carries its fields.
+FIELDS = "imageserver_fields"
+
+
+def fields(**values: object) -> dict[str, Mapping[str, object]]:
+    """Return the ``extra`` of a log call that gives a line these fields, quoted where they need it.
+
+    For whatever a client or control program has chosen, such as an id.
+    """
+    return {FIELDS: values}
 
 
 @dataclass(frozen=True, slots=True)

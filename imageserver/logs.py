@@ -16,10 +16,8 @@ import sys
 import time
 from collections.abc import Mapping
 
-from imageserver.journal import Entry
+from imageserver.journal import FIELDS, Entry, fields
 
-#: Key of ``extra`` under which a record carries its fields.
-_FIELDS = "imageserver_fields"
 #: What logfmt readers take without quotes.
 _PLAIN = re.compile(r"[!#-<>-~]+")
 #: RFC 5424 section 6.2.1, by the level that a priority begins at.
@@ -47,17 +45,6 @@ def formatter(style: str) -> logging.Formatter:
     return _Json(in_journal=in_journal) if style == "json" else _Text(in_journal=in_journal)
 
 
-def fields(**values: object) -> dict[str, Mapping[str, object]]:
-    """Return the ``extra`` of a log call that gives a line these fields."""
-    return {_FIELDS: values}
-
-
-def fields_of(record: logging.LogRecord) -> Mapping[str, object]:
-    """Return the fields that a record carries."""
-    found: Mapping[str, object] = getattr(record, _FIELDS, {})
-    return found
-
-
 class _Text(logging.Formatter):
     """``message key=value ...``, with values quoted where they need it."""
 
@@ -68,8 +55,10 @@ class _Text(logging.Formatter):
         self._in_journal = in_journal
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Append the fields to the message."""
-        pairs = [f" {key}={_plain(value)}" for key, value in fields_of(record).items()]
+        """Append the fields to the message, whose parts may have come from a client."""
+        if record.name.startswith("imageserver"):  # gunicorn's may have lines by intention
+            record.message = _printable(record.message)
+        pairs = [f" {key}={_plain(value)}" for key, value in _fields_of(record).items()]
         return super().formatMessage(record) + "".join(pairs)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -91,11 +80,20 @@ class _Json(logging.Formatter):
         line["level"] = record.levelname.lower()
         line["worker"] = record.process
         line["message"] = record.getMessage()
-        line |= fields_of(record)
+        line |= _fields_of(record)
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         text = json.dumps(line, separators=(",", ":"), default=str)
         return _with_priority(record, text) if self._in_journal else text
+
+
+def _fields_of(record: logging.LogRecord) -> Mapping[str, object]:
+    found: Mapping[str, object] = getattr(record, FIELDS, {})
+    return found
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _time(seconds: float) -> str:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from imageserver.errors import UnknownImage
+from imageserver.journal import fields
 from imageserver.transfers import (
     MAX_TRANSFER_SIZE,
     InvalidTransfer,
@@ -198,7 +199,7 @@ class Registry:
                 self._reported.popitem(last=False)
         path = os.path.join(self._directory, name) if name else self._directory
         if not seen and self._is_first(f"{path} {version} {problem}"):
-            log.warning("transfer file ignored: path=%s problem=%s", path, problem)
+            log.warning("transfer file ignored", extra=fields(path=path, problem=problem))
 
 
 def _stat_or_none(path: str) -> _Version | None:

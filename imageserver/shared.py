@@ -25,6 +25,7 @@ from typing import TypeGuard
 
 from imageserver import slots
 from imageserver.errors import NoSlot
+from imageserver.journal import fields
 from imageserver.ports import Ticket
 from imageserver.processes import boot_id, is_alive, is_leaving, owner_of
 from imageserver.slots import Holder, IncompatibleTable, Kind, Owner, SlotTable
@@ -294,12 +295,10 @@ class SharedTable:
             if holder is None:
                 log.warning("slot table: a damaged record was freed")
             elif holder.kind is not Kind.WORKER:
-                log.warning(
-                    "slot freed: its worker died: transfer=%s op=%s pid=%d",
-                    holder.transfer,
-                    holder.operation,
-                    holder.owner.pid,
+                told = fields(
+                    transfer=holder.transfer, op=holder.operation, worker=holder.owner.pid
                 )
+                log.warning("slot freed: its worker died", extra=told)
         return len(freed)
 
     def owner(self) -> Owner:

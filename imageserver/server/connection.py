@@ -71,6 +71,11 @@ class Connection:
         self.lingered = 0
         self._scanned = 0
 
+    @property
+    def client(self) -> str:
+        """The client's IP address; of a Unix socket, ``unix``."""
+        return str(self.address[0]) if isinstance(self.address, tuple) else "unix"
+
     def shake_hands(self) -> None:
         """Go on with the TLS handshake; after it a head is next."""
         if isinstance(self.sock, ssl.SSLSocket):

@@ -17,12 +17,14 @@ import socket
 import stat
 import struct
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from imageserver import control
 from imageserver.administration import Administration
 from imageserver.control import MAX_REQUEST, InvalidCommand, Peer
+from imageserver.journal import fields
 from imageserver.server.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -129,7 +131,7 @@ class ControlServer:
         else:
             answer = self._administration.run(command, lambda: not _has_gone(sock))
             level = logging.DEBUG if isinstance(command, control.Status) else logging.INFO
-            log.log(level, "control: %s: %s", _described(command), answer.decode().rstrip())
+            log.log(level, "control: %s", answer.decode().rstrip(), extra=_told(command))
         _send(sock, answer)
         return patience
 
@@ -149,11 +151,13 @@ class ControlServer:
                 return text
 
 
-def _described(command: control.Command) -> str:
-    name = type(command).__name__.lower()
+def _told(command: control.Command) -> dict[str, Mapping[str, object]]:
+    transfer: str | None
     if isinstance(command, control.Register):
-        return f"{name} transfer={command.transfer.id}"
-    return f"{name} transfer={command.transfer_id}"
+        transfer = command.transfer.id
+    else:
+        transfer = command.transfer_id
+    return fields(action=type(command).__name__.lower(), transfer=transfer)
 
 
 def _peer(sock: socket.socket) -> Peer:

@@ -11,7 +11,7 @@ import ssl
 from dataclasses import fields, replace
 from typing import Any
 
-from imageserver import logs
+from imageserver import journal, logs
 from imageserver.locks import ImageLocks
 from imageserver.metrics.counted import LateMetrics, metrics_in
 from imageserver.metrics.numbers import clear_if_alone
@@ -143,7 +143,7 @@ def on_starting(arbiter: Any) -> None:
     _sweep(settings, prune=True)
     _reload_without_waiting(arbiter)
     _stop_with_abstract_sockets(arbiter)
-    log.info("settings in force", extra=logs.fields(**_in_force(settings)))
+    log.info("settings in force", extra=journal.fields(**_in_force(settings)))
 
 
 def _in_force(settings: Settings) -> dict[str, str]:

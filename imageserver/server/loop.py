@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from imageserver.journal import fields
 from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
 from imageserver.server.wire import BLOCKED, awaited, refusal
@@ -207,7 +208,7 @@ class Loop:
         if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError):
             if conn.state is State.HANDSHAKE:
                 self._metrics.tls_failed()
-            log.info("TLS failed: client=%s %s", conn.address, exc.reason)
+            log.info("TLS failed", extra=fields(client=conn.client, detail=exc.reason))
             self.linger(conn)  # so that the alert that tells the client why arrives
         else:
             self.close(conn)

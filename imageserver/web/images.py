@@ -13,6 +13,7 @@ import falcon
 from imageserver import operations, patches, sessions
 from imageserver.errors import BackendError, BadRequest, UnsupportedMediaType
 from imageserver.inspection import MEMORY_SECONDS, Inspector
+from imageserver.journal import fields
 from imageserver.operations import READ_ONLY_METHODS, check_writable
 from imageserver.ports import ImageInfo
 from imageserver.ranges import parse_content_range, parse_range, whole
@@ -179,7 +180,8 @@ class ImageResource:
         try:
             return self._inspector.inspect(transfer.image, max_age=MEMORY_SECONDS)
         except BackendError as exc:
-            log.warning("options answered from configuration: transfer=%s %s", transfer.id, exc)
+            told = fields(transfer=transfer.id, detail=exc)
+            log.warning("options answered from configuration", extra=told)
             return _ASSUMED
 
 

@@ -22,7 +22,7 @@ from imageserver.transfers import FileImage, Transfer
 
 #: An id that a client or proxy has chosen: what is safe in a header and in a log line.
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}")
-#: As much of an unknown id as is worth a log line.
+#: As much of an unknown id, or of what went wrong, as is worth a log line.
 _SHOWN = 256
 
 
@@ -101,7 +101,7 @@ class Trace:
             done=done,
             status=status,
             error=name.__name__ if error else "",
-            detail=str(error) if error else "",
+            detail=str(error)[:_SHOWN] if error else "",
             seconds=self._now() - self._began,
             client=self._client,
             request=self.request,

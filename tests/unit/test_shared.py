@@ -15,6 +15,7 @@ from imageserver.errors import NoSlot
 from imageserver.ports import Ticket
 from imageserver.shared import SharedTable, is_alive, open_private, owner_of
 from imageserver.slots import Kind, Owner
+from tests.unit.logged import told
 from tests.unit.processes import LIMITS, TICKET, holder, python
 
 #: Claims until it has had a slot 200 times, and three were in at once. A file of its own
@@ -156,8 +157,11 @@ def test_a_killed_holders_slot_is_free_for_the_next_claim(
         table.claim(Kind.WRITE, TICKET)
 
     assert [held.transfer for held in table.holders(*Kind)] == ["t1"]
-    assert [record.getMessage() for record in caplog.records] == [
-        f"slot freed: its worker died: transfer=theirs op=read pid={process.pid}"
+    assert [told(record) for record in caplog.records] == [
+        (
+            "slot freed: its worker died",
+            {"transfer": "theirs", "op": "read", "worker": process.pid},
+        )
     ]
 
 

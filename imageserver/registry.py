@@ -19,7 +19,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from imageserver.errors import UnknownImage
-from imageserver.journal import fields
 from imageserver.transfers import (
     MAX_TRANSFER_SIZE,
     InvalidTransfer,
@@ -199,7 +198,7 @@ class Registry:
                 self._reported.popitem(last=False)
         path = os.path.join(self._directory, name) if name else self._directory
         if not seen and self._is_first(f"{path} {version} {problem}"):
-            log.warning("transfer file ignored", extra=fields(path=path, problem=problem))
+            log.warning("transfer file ignored: path=%s problem=%s", path, problem)
 
 
 def _stat_or_none(path: str) -> _Version | None:

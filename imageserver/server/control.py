@@ -152,12 +152,10 @@ class ControlServer:
 
 
 def _told(command: control.Command) -> dict[str, Mapping[str, object]]:
-    transfer: str | None
+    action = type(command).__name__.lower()
     if isinstance(command, control.Register):
-        transfer = command.transfer.id
-    else:
-        transfer = command.transfer_id
-    return fields(action=type(command).__name__.lower(), transfer=transfer)
+        return fields(action=action, transfer=command.transfer.id)
+    return fields(action=action, transfer=command.transfer_id)
 
 
 def _peer(sock: socket.socket) -> Peer:

@@ -104,6 +104,15 @@ def test_a_refused_request_is_told_with_its_reason(server: Server):
     assert (found["error"], found["level"]) == ("UnknownImage", "[INFO]")
 
 
+def test_no_id_can_forge_a_line(server: Server):
+    server.add("a\n[1] [INFO] b=c", socket="/nowhere")
+    assert server.request("OPTIONS", "/images/a%0A%5B1%5D%20%5BINFO%5D%20b=c").status == 200
+    assert ask(server, "odd", "GET", "/images/a%0A%5B1%5D%20%5BINFO%5D%20b=c").status == 500
+    assert told(server, "odd")["transfer"] == "a\\n[1] [INFO] b=c"
+    (line,) = [line for line in server.log.splitlines() if "from configuration" in line]
+    assert ' transfer="a\\n[1] [INFO] b=c" detail=' in line
+
+
 def test_probes_leave_no_line_but_get_an_id(server: Server):
     first = ask(server, "probe", "OPTIONS", "/images/disk")
     second = server.request("OPTIONS", "/images/*")

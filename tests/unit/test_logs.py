@@ -156,6 +156,15 @@ def test_no_field_can_forge_another_or_a_line(
     assert stream.getvalue().count("\n") == 1
 
 
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_no_message_can_forge_a_line(stream: io.StringIO, style: str) -> None:
+    logs.configure("info", style)
+    logging.getLogger("imageserver.registry").warning("path=%s", "a\n[1] [INFO] b\x1b[2J\u2028")
+
+    assert stream.getvalue().count("\n") == 1
+    assert stream.getvalue().rstrip("\n").isprintable()
+
+
 @pytest.mark.parametrize(
     ("fields", "level"),
     [

@@ -8,7 +8,6 @@ import pytest
 
 from imageserver import registry
 from imageserver.transfers import FileImage, Transfer
-from tests.unit.logged import told
 from tests.unit.places import NOW, OLD, SECOND, A, B, Place
 
 
@@ -153,8 +152,8 @@ def test_a_file_that_does_not_count_is_reported_with_its_path_and_field(
     place.put("t", '{"backend":"file"}')
 
     assert place.image() is None
-    assert [told(record) for record in caplog.records] == [
-        ("transfer file ignored", {"path": f"{place.path}/t", "problem": 'missing "file"'})
+    assert [record.getMessage() for record in caplog.records] == [
+        f'transfer file ignored: path={place.path}/t problem=missing "file"'
     ]
 
 

@@ -14,15 +14,6 @@ from tests.dashboards import alerts, dashboard, panels, queries
 #: Labels that Prometheus gives to all it scrapes.
 TARGET = {"job", "instance"}
 VARIABLES = {"job": "$job", "instance": "$instance"}
-RUNBOOKS = {
-    "watch",
-    "a-transfer-is-stuck",
-    "not-ready",
-    "workers-die",
-    "clients-are-refused",
-    "a-back-end-fails",
-    "a-disk-is-full",
-}
 Labels = dict[str, tuple[str, ...] | None]
 EXPRESSIONS = queries() | {name: rule["expr"] for name, rule in alerts().items()}
 
@@ -142,12 +133,6 @@ def test_every_panel_says_what_it_is() -> None:
         assert all(target["legendFormat"] for target in panel["targets"])
 
 
-def test_descriptions_lead_to_sections_that_there_are() -> None:
-    text = "".join(panel["description"] for panel in panels().values())
-
-    assert set(re.findall(r"operations\.md#([\w-]+)", text)) <= RUNBOOKS
-
-
 def test_data_source_job_and_host_can_be_chosen() -> None:
     found = dashboard()["templating"]["list"]
 
@@ -181,9 +166,3 @@ def test_an_alert_tells_only_labels_that_it_has(name: str) -> None:
     told = re.findall(r"\$labels\.(\w+)", "".join(rule["annotations"].values()))
 
     assert set(told) <= kept(rule["expr"])
-
-
-def test_every_section_for_trouble_is_the_runbook_of_some_alert() -> None:
-    found = {rule["annotations"]["runbook"] for rule in alerts().values()}
-
-    assert found == {f"docs/operations.md#{name}" for name in RUNBOOKS}

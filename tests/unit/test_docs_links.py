@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPERATIONS = ROOT / "docs" / "operations.md"
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]+\]\(([^)\s]+)\)")
 
@@ -16,13 +17,13 @@ def prose(document: Path) -> str:
     return FENCE.sub("", document.read_text(encoding="utf-8"))
 
 
-def anchors(document: Path) -> set[str]:
+def anchors(document: Path, level: str = "#+") -> list[str]:
     """Return the anchors of a document's headings, as GitHub makes them."""
-    found: set[str] = set()
-    for heading in re.findall(r"^#+ (.+)$", prose(document), re.MULTILINE):
+    found: list[str] = []
+    for heading in re.findall(rf"^{level} (.+)$", prose(document), re.MULTILINE):
         anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         number = sum(other == anchor or other.startswith(f"{anchor}-") for other in found)
-        found.add(f"{anchor}-{number}" if anchor in found else anchor)
+        found.append(f"{anchor}-{number}" if anchor in found else anchor)
     return found
 
 
@@ -39,17 +40,26 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
 
 
 def test_operations_has_the_sections_that_alerts_lead_to() -> None:
-    named = re.compile(r"operations\.md#([a-z-]+)")
+    named = re.compile(r"operations\.md#([\w-]+)")
     conf = ROOT / "conf"
     texts = [(conf / name).read_text() for name in ("alerts.yml", "grafana-dashboard.json")]
     sections = {section for text in texts for section in named.findall(text)}
 
     assert len(sections) > 5
-    assert sections - anchors(ROOT / "docs" / "operations.md") == set()
+    assert sections - set(anchors(OPERATIONS)) == set()
+
+
+def test_every_section_for_trouble_is_the_runbook_of_some_alert() -> None:
+    alerts = (ROOT / "conf" / "alerts.yml").read_text(encoding="utf-8")
+    runbooks = re.findall(r"^ +runbook: (\S+)$", alerts, re.MULTILINE)
+    sections = anchors(OPERATIONS, "##")
+    troubles = sections[sections.index("watch") :]
+
+    assert set(runbooks) == {f"docs/operations.md#{section}" for section in troubles}
 
 
 def test_operations_says_where_each_alert_leads() -> None:
-    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    text = OPERATIONS.read_text(encoding="utf-8")
     alerts = (ROOT / "conf" / "alerts.yml").read_text(encoding="utf-8")
     found = re.findall(
         r"alert: Imageserver(\w+)$.*?runbook: (\S+)$", alerts, re.MULTILINE | re.DOTALL

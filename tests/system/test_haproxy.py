@@ -256,6 +256,35 @@ def test_a_request_id_is_the_clients_or_a_new_one_and_is_in_the_log(mapped):
     assert (unknown.status, unknown.headers["X-Request-Id"]) == (404, "lost")
 
 
+#: Fields X-Request-Id, and whether they name the request: to haproxy and to the server alike.
+NAMES: dict[str, tuple[list[str], bool]] = {
+    "every character": (["09AZaz._:/+=@-"], True),
+    "128 characters": (["x" * 128], True),
+    "129 characters": (["x" * 129], False),
+    "a comma": (["a,b"], False),
+    "a comma at the end": (["a,"], False),
+    "a blank": (["a b"], False),
+    "nothing": ([""], False),
+    "two fields": (["a", "b"], False),
+    "the same twice": (["a", "a"], False),
+    "quotes": (['"a"'], False),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_haproxy_and_the_server_agree_on_what_names_a_request(mapped, servers, name):
+    values, is_name = NAMES[name]
+    fields = "".join(f"X-Request-Id: {value}\r\n" for value in values)
+    for asked in (mapped, servers[1]):
+        head = f"GET /images/image-0 HTTP/1.1\r\nHost: x\r\n{fields}\r\n"
+        with asked.raw(head.encode()) as sock, sock.makefile("rb") as stream:
+            answered = read_answer(stream).headers["X-Request-Id"]
+        if is_name:
+            assert [answered] == values
+        else:
+            assert re.fullmatch(r"[0-9a-f-]{16,36}", answered)
+
+
 def test_a_request_that_was_sent_is_never_repeated(workplace):
     with recording() as one, recording() as two:
         ports = (one.port, two.port)

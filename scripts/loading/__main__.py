@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from pathlib import Path
 
 from loading.world import locust, world
 
+_MOST_SECONDS = 7 * 86400  # no limit of anything: longer is a slip of the finger
+_MOST_USERS = 1000  # one process is all users; each has a connection or two
+
 
 def main() -> int:
     """Put load on a server, then look at what is left of it."""
     parser = argparse.ArgumentParser("scripts/load", description="Load on a server of its own.")
-    parser.add_argument("seconds", nargs="?", type=_positive, default=60, help="default 60")
-    parser.add_argument("--users", type=int, default=20, help="how many (default 20)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="keep locust's report here")
+    parser.add_argument("seconds", nargs="?", type=_seconds, default=60, help="default 60")
+    parser.add_argument("--users", type=_users, default=20, help="how many (default 20)")
+    parser.add_argument("--html", type=_report, metavar="FILE", help="keep locust's report here")
     arguments = parser.parse_args()
     # SIGTERM unwinds like Ctrl-C, so that servers end and images go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -37,11 +41,26 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
-    return value
+def _seconds(text: str) -> int:
+    return _whole(text, _MOST_SECONDS, "seconds")
+
+
+def _users(text: str) -> int:
+    return _whole(text, _MOST_USERS, "users")
+
+
+def _whole(text: str, most: int, what: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what} from 1 to {most}")
+    return int(text)
+
+
+def _report(text: str) -> Path:
+    """Locust would make missing directories, and find out at the end that it may not write."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file that can be written")
+    return path
 
 
 if __name__ == "__main__":

@@ -131,11 +131,11 @@ def _empty(stack: contextlib.ExitStack, made: World, path: Path) -> None:
 
 
 def locust(
-    parameters: list[str], seconds: float, users: int, directory: Path, html: Path | None
+    parameters: list[str], seconds: int, users: int, directory: Path, html: Path | None
 ) -> int:
     """Run locust without a web page; return its exit status."""
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
-    command += [f"--users={users}", f"--spawn-rate={users}", f"--run-time={seconds:g}s"]
+    command += [f"--users={users}", f"--spawn-rate={users}", f"--run-time={seconds}s"]
     # With a file for its figures, locust leaves the tables to us.
     command += ["--loglevel=WARNING", f"--json-file={directory / 'figures.json'}", "--only-summary"]
     command += [f"--html={html.resolve()}"] if html else []

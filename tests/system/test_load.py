@@ -75,6 +75,25 @@ def test_a_server_that_cannot_serve_its_images_fails_the_load_test(temporary: Pa
     assert list(temporary.iterdir()) == []
 
 
+WRONG_ARGUMENTS = {
+    "no user": (["--users", "0"], "--users: '0' is not a number of users from 1 to 1000"),
+    "no time": (["0"], "seconds: '0' is not a number of seconds from 1 to 604800"),
+    "a part of a second": (["0.5"], "seconds: '0.5' is not a number of seconds from 1 to 604800"),
+    "years": (["1e9"], "seconds: '1e9' is not a number of seconds from 1 to 604800"),
+    "no directory": (["--html", "none/x"], "--html: 'none/x' is not a file that can be written"),
+    "a directory": (["--html", "."], "--html: '.' is not a file that can be written"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_ARGUMENTS)
+def test_a_wrong_argument_is_one_sentence_before_anything_is_started(temporary: Path, name: str):
+    arguments, sentence = WRONG_ARGUMENTS[name]
+    done = load(temporary, *arguments)
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[-1] == f"scripts/load: error: argument {sentence}"
+    assert list(temporary.iterdir()) == []
+
+
 # The locustfile, against a server that is there
 
 

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.system.booted import Machine
-from tests.system.harness import Server, wait_until
+from tests.system.harness import ROOT, Server, wait_until
 
 UNIT = "imageserver.service"
+INSTALL = ROOT / "scripts" / "install"
+#: Fetched by scripts/setup, as ``scripts/install --download`` does for a machine without network.
+WHEELS = ROOT / ".venv" / "wheels"
+ACTIVE = ("active", "running", "success")
 
 
 class Service(Server):
@@ -53,6 +57,17 @@ class Service(Server):
     def wait_for_workers(self) -> None:
         """Wait until all three of them accept."""
         wait_until(lambda: len(self.accepting()) >= 3, 20)
+
+
+def another_source(machine: Machine, path: str) -> Path:
+    """Copy what an operator would have unpacked."""
+    source = machine.path(path)
+    source.mkdir()
+    for part in ("scripts", "conf", "docs", "imageserver"):
+        shutil.copytree(ROOT / part, source / part)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "gunicorn.conf.py"):
+        shutil.copy(ROOT / name, source)
+    return source
 
 
 def control(machine: Machine, request: dict[str, object]) -> dict[str, object]:

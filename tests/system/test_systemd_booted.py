@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server as an operator has it: installed, started, reloaded, upgraded and removed.
+"""The server as an operator has it: installed, started, reloaded and upgraded.
 
-All in one booted machine, in this order: each test but the last leaves the service running.
+All in one booted machine, in this order: each test leaves the service running.
 """
 
 import contextlib
@@ -23,7 +23,17 @@ from tests.system.clients import putting, read_answer, reading
 from tests.system.harness import ROOT, exchange, free_port, repeatable, wait_until
 from tests.system.harness import process as running
 from tests.system.killing import is_running
-from tests.system.service import UNIT, Service, activated, control, is_refused
+from tests.system.service import (
+    ACTIVE,
+    INSTALL,
+    UNIT,
+    WHEELS,
+    Service,
+    activated,
+    another_source,
+    control,
+    is_refused,
+)
 from tests.system.skips import needs
 from tests.system.test_docs_operations import QUESTIONS
 
@@ -32,13 +42,9 @@ pytestmark = needs("booting")
 SIZE = 32 << 20
 DATA = repeatable("systemd").randbytes(1 << 20)
 WHOLE = DATA * (SIZE >> 20)
-INSTALL = ROOT / "scripts" / "install"
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-#: Fetched by scripts/setup, as ``scripts/install --download`` does for a machine without network.
-WHEELS = ROOT / ".venv" / "wheels"
 #: Where images are, of whom and with which mode: all that the unit must leave writable.
 PLACES = ["/srv/images", "/var/lib/libvirt/images", "/home/images", "/tmp/images", "/mnt/later"]  # noqa: S108
-ACTIVE = ("active", "running", "success")
 
 
 @pytest.fixture(scope="module")
@@ -241,12 +247,7 @@ def test_an_upgrade_drops_no_transfer_and_leaves_edited_settings(
     assert machine.run(INSTALL, "--wheels", WHEELS).splitlines() == [
         "install: /opt/imageserver/releases/1 is this version already."
     ]
-    source = machine.path("/root/source")
-    source.mkdir()
-    for part in ("scripts", "conf", "docs", "imageserver"):
-        shutil.copytree(ROOT / part, source / part)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "gunicorn.conf.py"):
-        shutil.copy(ROOT / name, source)
+    source = another_source(machine, "/root/source")
     with (source / "imageserver" / "web" / "app.py").open("a") as file:
         file.write("# newer\n")
     settings = machine.path("/etc/imageserver/imageserver.env").read_text()
@@ -353,40 +354,6 @@ def test_the_journal_has_a_line_for_each_event_and_no_traceback(service: Service
         re.sub("[0-9]+", "N", line.split("[ERROR] ")[1]) for line in journal if "[ERROR]" in line
     } == {"Worker (pid:N) was sent SIGKILL! Perhaps out of memory?"}
     assert [line for line in journal if "Traceback" in line or line.startswith(" ")] == []
-
-
-def test_uninstalling_leaves_edited_settings_and_nothing_else(service: Service) -> None:
-    machine = service.machine
-    shutil.copytree(machine.path("/opt/imageserver"), machine.path("/root/opt"), symlinks=True)
-    uid = machine.run("id", "-u", "imageserver").strip()
-    shutil.rmtree(machine.path("/etc/imageserver/images"))
-    said = machine.run(INSTALL, "--uninstall").splitlines()
-    left = [path for path in WHERE if machine.path(path).exists()]
-
-    assert said == ["install: /etc/imageserver was edited and stays.", "install: removed."]
-    assert left == ["/etc/imageserver"]
-    assert os.listdir(machine.path("/etc/imageserver")) == ["imageserver.env"]
-    assert machine.processes(UNIT) == []
-    assert machine.run("ps", "-e", "-o", "uid=").split().count(uid) == 0
-    assert "imageserver" not in machine.path("/etc/passwd").read_text()
-    assert machine.show(UNIT, "LoadState") == "not-found"
-
-    shutil.move(machine.path("/root/opt"), machine.path("/opt/imageserver"))
-    sample = machine.path("/opt/imageserver/releases/2/conf/imageserver.env")
-    shutil.copy(sample, machine.path("/etc/imageserver/imageserver.env"))
-    assert machine.run(INSTALL, "--uninstall") == "install: removed.\n"
-    assert [path for path in WHERE if machine.path(path).exists()] == []
-
-
-#: Every place where scripts/install puts something.
-WHERE = [
-    "/opt/imageserver",
-    "/etc/imageserver",
-    "/run/imageserver",
-    "/usr/local/lib/systemd/system/imageserver.service",
-    "/usr/local/lib/systemd/system/imageserver.socket",
-    "/usr/local/lib/tmpfiles.d/imageserver.conf",
-]
 
 
 def test_a_machine_that_is_gone_leaves_no_process_mount_or_control_group() -> None:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What scripts/install makes, keeps and removes.
+
+All in one booted machine, in this order: the service runs until it is removed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.booted import Machine, boot
+from tests.system.service import INSTALL, UNIT, WHEELS, Service
+from tests.system.skips import needs
+
+pytestmark = needs("booting")
+
+#: Every place where scripts/install puts something.
+WHERE = [
+    "/opt/imageserver",
+    "/etc/imageserver",
+    "/run/imageserver",
+    "/usr/local/lib/systemd/system/imageserver.service",
+    "/usr/local/lib/systemd/system/imageserver.socket",
+    "/usr/local/lib/tmpfiles.d/imageserver.conf",
+]
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    with boot() as machine:
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def service(machine: Machine, workplace: Path) -> Service:
+    """The service, installed, with edited settings, running."""
+    service = Service(workplace, machine)
+    machine.run(INSTALL, "--wheels", WHEELS)
+    with machine.path("/etc/imageserver/imageserver.env").open("a") as file:
+        file.write(f"IMAGESERVER_BIND=127.0.0.1:{service.port}\n")
+        file.write("IMAGESERVER_ADMIN_BIND=none\nIMAGESERVER_WORKERS=1\n")
+    machine.run("systemctl", "start", "imageserver")
+    return service
+
+
+def test_uninstalling_leaves_edited_settings_and_nothing_else(service: Service) -> None:
+    machine = service.machine
+    shutil.copytree(machine.path("/opt/imageserver"), machine.path("/root/opt"), symlinks=True)
+    uid = machine.run("id", "-u", "imageserver").strip()
+    said = machine.run(INSTALL, "--uninstall").splitlines()
+    left = [path for path in WHERE if machine.path(path).exists()]
+
+    assert said == ["install: /etc/imageserver was edited and stays.", "install: removed."]
+    assert left == ["/etc/imageserver"]
+    assert os.listdir(machine.path("/etc/imageserver")) == ["imageserver.env"]
+    assert machine.processes(UNIT) == []
+    assert machine.run("ps", "-e", "-o", "uid=").split().count(uid) == 0
+    assert "imageserver" not in machine.path("/etc/passwd").read_text()
+    assert machine.show(UNIT, "LoadState") == "not-found"
+
+    shutil.move(machine.path("/root/opt"), machine.path("/opt/imageserver"))
+    sample = machine.path("/opt/imageserver/releases/1/conf/imageserver.env")
+    shutil.copy(sample, machine.path("/etc/imageserver/imageserver.env"))
+    assert machine.run(INSTALL, "--uninstall") == "install: removed.\n"
+    assert [path for path in WHERE if machine.path(path).exists()] == []

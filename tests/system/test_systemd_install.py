@@ -36,14 +36,22 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture(scope="module")
 def service(machine: Machine, workplace: Path) -> Service:
-    """The service, installed, with edited settings, running."""
+    """The service, installed by somebody with a strict umask, with edited settings, running."""
     service = Service(workplace, machine)
-    machine.run(INSTALL, "--wheels", WHEELS)
+    machine.run("sh", "-c", f"umask 077 && {INSTALL} --wheels {WHEELS}")
     with machine.path("/etc/imageserver/imageserver.env").open("a") as file:
         file.write(f"IMAGESERVER_BIND=127.0.0.1:{service.port}\n")
         file.write("IMAGESERVER_ADMIN_BIND=none\nIMAGESERVER_WORKERS=1\n")
     machine.run("systemctl", "start", "imageserver")
     return service
+
+
+def test_the_umask_of_who_installs_hides_nothing_from_the_service(service: Service) -> None:
+    public = [*WHERE[3:6], *(f"/opt/imageserver/{path}" for path in ("releases", "releases/1"))]
+    modes = [service.machine.path(path).stat().st_mode for path in public]
+    hidden = [path for path, mode in zip(public, modes, strict=True) if not mode & 0o004]
+
+    assert hidden == []
 
 
 def test_uninstalling_leaves_edited_settings_and_nothing_else(service: Service) -> None:

@@ -25,6 +25,7 @@ WHERE = [
     "/usr/local/lib/systemd/system/imageserver.service",
     "/usr/local/lib/systemd/system/imageserver.socket",
     "/usr/local/lib/tmpfiles.d/imageserver.conf",
+    "/run/imageserver-install.lock",
 ]
 
 
@@ -52,6 +53,21 @@ def test_the_umask_of_who_installs_hides_nothing_from_the_service(service: Servi
     hidden = [path for path, mode in zip(public, modes, strict=True) if not mode & 0o004]
 
     assert hidden == []
+
+
+@pytest.mark.parametrize(
+    "way", [["--wheels", str(WHEELS)], ["--uninstall"]], ids=lambda way: way[0]
+)
+def test_two_installs_at_a_time_are_refused(service: Service, way: list[str]) -> None:
+    other = ("flock", "/run/imageserver-install.lock")
+    done = service.machine.try_run(*other, INSTALL, *way)
+
+    assert (done.returncode, done.stdout, done.stderr) == (
+        1,
+        "",
+        "install: another install or uninstall is under way.\n",
+    )
+    assert service.machine.path("/run/imageserver-install.lock").stat().st_mode & 0o777 == 0o600
 
 
 def test_uninstalling_leaves_edited_settings_and_nothing_else(service: Service) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts/install makes, keeps and removes.
+"""What scripts/install makes, keeps and removes, above all where something is in the way.
 
 All in one booted machine, in this order: the service runs until it is removed.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.booted import Machine, boot
-from tests.system.service import INSTALL, UNIT, WHEELS, Service
+from tests.system.service import ACTIVE, INSTALL, UNIT, WHEELS, Service, another_source
 from tests.system.skips import needs
 
 pytestmark = needs("booting")
@@ -47,12 +47,62 @@ def service(machine: Machine, workplace: Path) -> Service:
     return service
 
 
+def releases(machine: Machine) -> list[str]:
+    """Return the releases that there are, and then the current one."""
+    found = sorted(os.listdir(machine.path("/opt/imageserver/releases")), key=int)
+    return [*found, os.readlink(machine.path("/opt/imageserver/current")).rpartition("/")[2]]
+
+
 def test_the_umask_of_who_installs_hides_nothing_from_the_service(service: Service) -> None:
     public = [*WHERE[3:6], *(f"/opt/imageserver/{path}" for path in ("releases", "releases/1"))]
     modes = [service.machine.path(path).stat().st_mode for path in public]
     hidden = [path for path, mode in zip(public, modes, strict=True) if not mode & 0o004]
 
     assert hidden == []
+
+
+def test_an_upgrade_that_does_not_start_leaves_all_as_it_was(service: Service) -> None:
+    machine, main = service.machine, service.main_pid
+    unit = machine.path("/usr/local/lib/systemd/system/imageserver.service")
+    before = (unit.read_text(), releases(machine))
+    broken = another_source(machine, "/root/it's broken")
+    with (broken / "conf" / "imageserver.service").open("a") as file:
+        file.write("# of a release that does not start\n")
+    with (broken / "gunicorn.conf.py").open("a") as file:
+        file.write("raise SystemExit('imageserver: does not start')\n")
+    done = machine.try_run("/root/it's broken/scripts/install", "--wheels", WHEELS)
+
+    said = (
+        "install: /opt/imageserver/releases/2 does not start (journalctl -u imageserver); "
+        "/opt/imageserver/releases/1 serves on.\n"
+    )
+    assert (done.returncode, done.stderr) == (1, said)
+    assert (unit.read_text(), releases(machine)) == before == (before[0], ["1", "1"])
+    assert (service.main_pid, service.state) == (main, ACTIVE)
+    assert service.request("OPTIONS", "/images/*").status == 200
+
+
+def test_a_stopped_service_keeps_its_release_and_interrupted_installs_leave_none(
+    service: Service,
+) -> None:
+    machine = service.machine
+    machine.run("systemctl", "stop", "imageserver")
+    for number in (7, 8, 9):
+        machine.run("mkdir", f"/opt/imageserver/releases/{number}")
+    machine.run("touch", *(f"/opt/imageserver/releases/{number}/.stamp" for number in (7, 8)))
+    said = machine.run(INSTALL, "--wheels", WHEELS).splitlines()
+
+    assert said[0] == "install: /opt/imageserver/releases/1 is this version already."
+    assert releases(machine) == ["1", "7", "8", "1"]
+
+    shutil.rmtree(machine.path("/opt/imageserver/releases/1/bin"))
+    said = machine.run(INSTALL, "--wheels", WHEELS).splitlines()
+    assert said[:2] == [
+        "install: /opt/imageserver/releases/1 is this version, but does not load.",
+        "install: made /opt/imageserver/releases/9.",
+    ]
+    assert releases(machine) == ["8", "9", "9"]
+    machine.run("systemctl", "start", "imageserver")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +136,7 @@ def test_uninstalling_leaves_edited_settings_and_nothing_else(service: Service) 
     assert machine.show(UNIT, "LoadState") == "not-found"
 
     shutil.move(machine.path("/root/opt"), machine.path("/opt/imageserver"))
-    sample = machine.path("/opt/imageserver/releases/1/conf/imageserver.env")
+    sample = machine.path("/opt/imageserver/current/conf/imageserver.env")
     shutil.copy(sample, machine.path("/etc/imageserver/imageserver.env"))
     assert machine.run(INSTALL, "--uninstall") == "install: removed.\n"
     assert [path for path in WHERE if machine.path(path).exists()] == []

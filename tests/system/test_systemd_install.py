@@ -124,19 +124,36 @@ def test_uninstalling_leaves_edited_settings_and_nothing_else(service: Service) 
     machine = service.machine
     shutil.copytree(machine.path("/opt/imageserver"), machine.path("/root/opt"), symlinks=True)
     uid = machine.run("id", "-u", "imageserver").strip()
-    said = machine.run(INSTALL, "--uninstall").splitlines()
-    left = [path for path in WHERE if machine.path(path).exists()]
+    machine.run("systemd-run", "--uid=imageserver", "--unit=other", "sleep", "100")
+    done = machine.try_run(INSTALL, "--uninstall")
+    edited = "install: /etc/imageserver was edited and stays.\n"
+    stays = (
+        "all but the user imageserver is removed; uninstall again when its processes have ended."
+    )
 
-    assert said == ["install: /etc/imageserver was edited and stays.", "install: removed."]
-    assert left == ["/etc/imageserver"]
-    assert os.listdir(machine.path("/etc/imageserver")) == ["imageserver.env"]
-    assert machine.processes(UNIT) == []
-    assert machine.run("ps", "-e", "-o", "uid=").split().count(uid) == 0
-    assert "imageserver" not in machine.path("/etc/passwd").read_text()
+    assert (done.returncode, done.stdout) == (1, edited)
+    assert done.stderr.endswith(f"\ninstall: {stays}\n")
     assert machine.show(UNIT, "LoadState") == "not-found"
+    assert machine.processes(UNIT) == []
+    machine.run("systemctl", "stop", "other")
+    assert machine.run(INSTALL, "--uninstall") == f"{edited}install: removed.\n"
+    assert [path for path in WHERE if machine.path(path).exists()] == ["/etc/imageserver"]
+    assert os.listdir(machine.path("/etc/imageserver")) == ["imageserver.env"]
+    assert machine.run("ps", "-e", "-o", "uid=").split().count(uid) == 0
+    for names in ("/etc/passwd", "/etc/group"):
+        assert "imageserver" not in machine.path(names).read_text()
 
-    shutil.move(machine.path("/root/opt"), machine.path("/opt/imageserver"))
-    sample = machine.path("/opt/imageserver/current/conf/imageserver.env")
+
+def test_uninstalling_knows_settings_that_nobody_has_edited_without_a_current_release(
+    machine: Machine,
+) -> None:
+    opt = machine.path("/opt/imageserver")
+    shutil.move(machine.path("/root/opt"), opt)
+    (sample,) = opt.glob("releases/9/conf/imageserver.env")
+    with sample.open("a") as file:
+        file.write("# not as in the source that uninstalls\n")
     shutil.copy(sample, machine.path("/etc/imageserver/imageserver.env"))
+    (opt / "current").unlink()
+
     assert machine.run(INSTALL, "--uninstall") == "install: removed.\n"
     assert [path for path in WHERE if machine.path(path).exists()] == []

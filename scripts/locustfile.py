@@ -82,7 +82,7 @@ def _report(environment: Any, **_more: object) -> None:  # noqa: ANN401 - locust
     run.referee.close()
     seconds = (stats.last_request_timestamp or time.time()) - stats.start_time
     rows = report.rows(stats, seconds)
-    idle = run.present - {row.user for row in rows if row.done}
+    idle = run.present - {row.user for row in rows if row.done} or ({"all"} if not rows else set())
     found = report.failures(stats, environment.runner.exceptions.values(), idle)
     sys.stdout.write(f"\n{report.table(rows)}\n")
     if found:

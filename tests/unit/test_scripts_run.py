@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.harness import free_port
+
 RUN = Path(__file__).parents[2] / "scripts" / "run"
 MIB = 1 << 20
 
@@ -39,7 +41,11 @@ def temporary() -> Iterator[Path]:
 @pytest.fixture
 def environ(temporary: Path) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("IMAGESERVER_")}
-    return inherited | {"TMPDIR": str(temporary), "IMAGESERVER_WORKERS": "2"}
+    own = {"TMPDIR": str(temporary), "IMAGESERVER_WORKERS": "2"}
+    # Not the defaults: another demo, or a server in the booted unit, may have those.
+    for name in ("BIND", "ADMIN_BIND"):
+        own[f"IMAGESERVER_{name}"] = f"127.0.0.1:{free_port()}"
+    return inherited | own
 
 
 def processes_with(temporary: Path) -> list[str]:
@@ -86,7 +92,11 @@ def test_a_signal_ends_all_that_the_demo_started(
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         try:
-            shown = "".join(iter(demo.stdout.readline, "Ctrl-C ends it.\n"))
+            shown = ""
+            for line in demo.stdout:
+                shown += line
+                if line == "Ctrl-C ends it.\n":
+                    break
         finally:
             demo.send_signal(number)
         assert demo.wait() == 128 + number

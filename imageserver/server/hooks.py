@@ -6,8 +6,10 @@
 
 import logging
 import os
+import signal
 import socket
 import ssl
+import time
 from dataclasses import fields, replace
 from typing import Any
 
@@ -28,6 +30,9 @@ from imageserver.shared import SharedTable, UnusableDirectory, prepare_directory
 from imageserver.slots import IncompatibleTable
 
 log = logging.getLogger(__name__)
+
+#: Between two new workers, so that those which die at once do not keep the machine busy.
+_SPAWN_SECONDS = 0.05
 
 
 class CannotStart(Exception):
@@ -142,6 +147,7 @@ def on_starting(arbiter: Any) -> None:
     records(settings, Registry(settings.config_dir, settings.config_owners)).recover()
     _sweep(settings, prune=True)
     _reload_without_waiting(arbiter)
+    _replace_before_the_drained_end(arbiter)
     _stop_with_abstract_sockets(arbiter)
     log.info("settings in force", extra=journal.fields(**_in_force(settings)))
 
@@ -286,6 +292,34 @@ def _reload_without_waiting(arbiter: Any) -> None:
             arbiter.cfg.set("graceful_timeout", graceful_timeout)
 
     arbiter.reload = prompt_reload
+
+
+def _replace_before_the_drained_end(arbiter: Any) -> None:
+    """Keep as many workers as the settings say, apart from those that were told to stop.
+
+    gunicorn counts them until they end. While old ones drain, which may take an hour, it
+    would replace none of those that die, and leave the port to nobody. They stay among
+    ``WORKERS``: gunicorn goes on watching, reaping and, on stop, awaiting them.
+    """
+    kill_worker = arbiter.kill_worker
+
+    def note_and_kill(pid: int, number: int) -> None:
+        if number == signal.SIGTERM and pid in arbiter.WORKERS:
+            arbiter.WORKERS[pid].is_told_to_stop = True
+        kill_worker(pid, number)
+
+    def manage_workers() -> None:
+        workers = arbiter.WORKERS.values()
+        staying = [worker for worker in workers if not hasattr(worker, "is_told_to_stop")]
+        staying.sort(key=lambda worker: worker.age)
+        for worker in staying[: max(0, len(staying) - arbiter.num_workers)]:
+            arbiter.kill_worker(worker.pid, signal.SIGTERM)
+        for _ in range(arbiter.num_workers - len(staying)):
+            arbiter.spawn_worker()
+            time.sleep(_SPAWN_SECONDS)
+
+    arbiter.kill_worker = note_and_kill
+    arbiter.manage_workers = manage_workers
 
 
 def _stop_with_abstract_sockets(arbiter: Any) -> None:

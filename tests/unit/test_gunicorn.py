@@ -318,6 +318,29 @@ def test_a_reload_waits_for_old_workers_no_longer_than_the_graceful_timeout() ->
     )
 
 
+def test_workers_are_counted_in_one_place_only_which_hooks_replaces() -> None:
+    """``manage_workers``, and what it alone calls; all others ask it, or name a worker."""
+    sources = {
+        name: inspect.getsource(method)
+        for name, method in vars(Arbiter).items()
+        if inspect.isfunction(method)
+    }
+    counting = {name for name, source in sources.items() if "len(self.WORKERS)" in source}
+    calling = {name for name, source in sources.items() if "self.spawn_workers()" in source}
+    managing = {name for name, source in sources.items() if "self.manage_workers()" in source}
+    signalling = {name for name, source in sources.items() if "os.kill(pid, sig)" in source}
+
+    assert counting == {"manage_workers", "spawn_workers"}
+    assert calling == {"manage_workers"}
+    assert managing == {"run", "reload", "handle_ttin", "handle_ttou"}
+    assert signalling == {"kill_worker"}
+    assert list(inspect.signature(Arbiter.kill_worker).parameters) == ["self", "pid", "sig"]
+    assert "self.kill_worker(pid, sig)" in sources["kill_workers"]
+    assert "self.WORKERS[pid] = worker" in sources["spawn_worker"]
+    assert "worker.pid = pid" in sources["spawn_worker"]
+    assert "while (self.WORKERS or" in sources["stop"]  # ... with those that drain
+
+
 def test_an_upgrade_executes_the_context_that_a_hook_may_change() -> None:
     lines = inspect.getsource(Arbiter.reexec)
 

@@ -54,6 +54,8 @@ def arbiter() -> SimpleNamespace:
         cfg=Config(),
         reload=lambda: None,
         stop=lambda _graceful: None,
+        kill_worker=lambda _pid, _number: None,
+        WORKERS={},
         worker_class=ImageWorker,
         SIG_QUEUE=queue.SimpleQueue(),
         systemd=False,
@@ -339,6 +341,34 @@ def test_a_reload_does_not_wait_and_leaves_the_timeout_as_it_was(
         assert fails
 
     assert (waits, arbiter.cfg.graceful_timeout) == ([0], 605)
+
+
+def test_workers_told_to_stop_do_not_count(arbiter: SimpleNamespace) -> None:
+    told = []
+
+    def spawn() -> None:
+        age = len(arbiter.WORKERS)
+        arbiter.WORKERS[age] = SimpleNamespace(pid=age, age=age)
+
+    arbiter.spawn_worker = spawn
+    arbiter.kill_worker = lambda pid, number: told.append((pid, number))
+    hooks.on_starting(arbiter)
+
+    arbiter.num_workers = 2
+    arbiter.manage_workers()
+    spawn()
+    spawn()
+    arbiter.manage_workers()  # as in a reload: the older ones go
+    arbiter.manage_workers()  # and are told so once
+    assert told == [(0, signal.SIGTERM), (1, signal.SIGTERM)]
+    del arbiter.WORKERS[2], arbiter.WORKERS[3]  # the new ones die
+    arbiter.manage_workers()
+    assert sorted(arbiter.WORKERS) == [0, 1, 2, 3]
+    arbiter.kill_worker(3, signal.SIGUSR1)
+    arbiter.manage_workers()
+    arbiter.num_workers = 1
+    arbiter.manage_workers()
+    assert told[2:] == [(3, signal.SIGUSR1), (2, signal.SIGTERM)]
 
 
 # A new worker

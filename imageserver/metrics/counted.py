@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a process counts: one object a process, over files that /metrics adds up.
 
-prometheus_client keeps each value in a mapped file (its multiprocess mode): a count is a store,
-and what a process has stored outlives it. ``numbers`` says which files.
+Each value has its place in a file (``stored``), so that it outlives the process. ``numbers`` says
+which files.
 
-Such a store costs a microsecond, several times as much on a thread that has just done other
-things, and a request has a handful of them: a tenth of a probe. So finished requests are added
-up in memory, and written at most ``FLUSH_SECONDS`` later; what is rarer or larger, at once.
+To write one costs microseconds, and a request has a handful of them: a tenth of a probe. So
+finished requests are added up in memory, and written at most ``FLUSH_SECONDS`` later; what is
+rarer or larger, at once.
 """
 
 import math
-import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -21,13 +20,12 @@ from typing import Any
 
 from prometheus_client import Counter, values
 from prometheus_client.utils import floatToGoString
-from prometheus_client.values import MultiProcessValue
 
 from imageserver import errors
 from imageserver.journal import Entry
 from imageserver.metrics import declared
 from imageserver.metrics.declared import OTHER, Metric
-from imageserver.metrics.numbers import Numbers
+from imageserver.metrics.stored import Store
 from imageserver.slots import Holder, Kind
 
 #: Why a request is refused, by the error's class.
@@ -68,14 +66,13 @@ class Metrics:
     """The counters of this process; every method may be called from any thread."""
 
     def __init__(self, directory: str) -> None:
-        """Count in files of ``directory``, which exists."""
-        # The library asks both of the environment and of this name, whenever a value is made.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        self._numbers = Numbers(directory)
-        self._values = values.ValueClass = MultiProcessValue(self._numbers.mine)  # type: ignore[no-untyped-call]
+        """Count in files of ``directory``, where that is possible."""
+        self._store = Store(directory)
+        # The library asks for this name whenever it makes a value.
+        values.ValueClass = self._store.value
         self._requests = _counter(declared.REQUESTS)
         self._durations = {
-            operation: _Durations(self._values, operation) for operation in declared.OPERATIONS
+            operation: _Durations(self._store.value, operation) for operation in declared.OPERATIONS
         }
         self._bytes = _counter(declared.BYTES)
         self._refused = _counter(declared.REFUSED)
@@ -115,7 +112,8 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Write finished requests to the files."""
+        """Write finished requests to the files, and what could not be written before."""
+        self._store.mend()
         with self._pending:
             self._due = time.monotonic() + FLUSH_SECONDS
             if not self._ended:
@@ -178,8 +176,7 @@ class Metrics:
     def close(self) -> None:
         """Let the files go. Nothing can be counted any more."""
         self.flush()
-        self._values.close_all_files()
-        self._numbers.close()
+        self._store.close()
 
 
 class _Times:
@@ -201,13 +198,13 @@ def _no_times() -> dict[str, _Times]:
 class _Durations:
     """One operation's part of the histogram. The library's own takes durations one by one."""
 
-    def __init__(self, value_class: Any, operation: str) -> None:  # noqa: ANN401 - has no types
+    def __init__(self, make: Callable[..., Any], operation: str) -> None:
         metric = declared.DURATION
         names, labels = metric.label_names, (operation,)
         fixed = (metric.type.value, metric.name)
-        self._sum = value_class(*fixed, f"{metric.name}_sum", names, labels, metric.help)
+        self._sum = make(*fixed, f"{metric.name}_sum", names, labels, metric.help)
         self._buckets = [
-            value_class(
+            make(
                 *fixed,
                 f"{metric.name}_bucket",
                 (*names, "le"),
@@ -245,6 +242,10 @@ class LateMetrics:
     def freed(self, holder: Holder | None) -> None:
         """Count what a sweep has freed."""
         metrics_in(self._directory).freed(holder)
+
+    def flush(self) -> None:
+        """Write what could not be written before."""
+        metrics_in(self._directory).flush()
 
 
 _making = Lock()

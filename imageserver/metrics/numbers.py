@@ -17,12 +17,13 @@ import json
 import logging
 import math
 import os
+import stat
 import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from imageserver.shared import open_private
+from imageserver.shared import UnusableDirectory, open_private, prepare_directory
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ TYPES = ("counter", "histogram")
 _GUARD = "guard"
 #: The guard is held for milliseconds. Only a process stopped inside it can make us wait.
 _GUARD_SECONDS = 2.0
-#: All that is declared takes 60 KiB, most of it the histogram's. Allocated beforehand, for a write
-#: to a mapped page that a full disk has no room for would kill the process (SIGBUS).
+#: All that is declared takes 60 KiB, most of it the histogram's. Allocated beforehand where there
+#: is room, so that a disk that is full later has a place for what is counted then.
 FILE_SIZE = 128 * 1024
 #: Of prometheus_client's files: how much is used, padded; then entries of a key's length, the
 #: key, padding to eight bytes, and two numbers.
@@ -41,42 +42,60 @@ _FIRST = 8
 
 
 class Numbers:
-    """A process's number, taken when it is first asked for; a forked child takes its own."""
+    """A process's number; a forked child takes its own."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._pid = self._number = self._lock = -1
+        self._pid = self._lock = -1
+        self._was_told = False
+        #: -1: there is no place for files now.
+        self.number = -1
 
-    def mine(self) -> int:
-        """Return the number of this process."""
-        pid = os.getpid()
-        if pid != self._pid:
-            inherited = self._lock
+    def is_mine(self) -> bool:
+        """Tell whether the number was taken by this very process."""
+        return self._pid == os.getpid()
+
+    def is_lost(self) -> bool:
+        """Tell whether there is no number, or another process may have it by now."""
+        return self._lock < 0 or os.fstat(self._lock).st_nlink == 0
+
+    def take(self) -> None:
+        """Take the lowest number that is free."""
+        inherited, self._lock, self.number = self._lock, -1, -1
+        self._pid = os.getpid()
+        try:
+            prepare_directory(self._directory)  # others may have removed it
             with _guard(self._directory):
-                self._number, self._lock = self._take()
-            self._pid = pid
-            # After the own one was taken, which so is another: who inherits files must notice.
-            if inherited >= 0:
-                os.close(inherited)
-        return self._number
+                self.number, self._lock = self._try_all()
+        except (OSError, UnusableDirectory) as exc:
+            if not self._was_told:
+                log.warning("metrics: nothing can be kept in %s now: %s", self._directory, exc)
+            self._was_told = True
+        # After the own one was taken, which so is another: who inherits files must notice.
+        if inherited >= 0:
+            os.close(inherited)
 
-    def _take(self) -> tuple[int, int]:
+    def _try_all(self) -> tuple[int, int]:
         number = 0
         while (lock := _try_lock(self._directory, str(number))) is None:
             number += 1
-        for name in (f"{type_}_{number}.db" for type_ in TYPES):
-            path = os.path.join(self._directory, name)
-            if os.path.lexists(path) and not is_sound(path):
+        for path in (path_of(self._directory, type_, number) for type_ in TYPES):
+            # An empty one is what a full disk has left: nothing was counted there.
+            if os.path.lexists(path) and os.lstat(path).st_size and not is_sound(path):
                 log.warning("metrics: what %s has counted is lost: it is damaged", path)
                 os.unlink(path)
-            _allocate(self._directory, name)
         return number, lock
 
     def close(self) -> None:
         """Give the number back."""
         if self._lock >= 0:
             os.close(self._lock)
-        self._pid = self._number = self._lock = -1
+        self._pid = self._lock = self.number = -1
+
+
+def path_of(directory: str, type_: str, number: int) -> str:
+    """Return where the process of this number counts."""
+    return os.path.join(directory, f"{type_}_{number}.db")
 
 
 def clear_if_alone(directory: str) -> bool:
@@ -95,10 +114,14 @@ def clear_if_alone(directory: str) -> bool:
 
 
 def files(directory: str) -> list[str]:
-    """Return the paths of all files of counts."""
+    """Return the paths of all files of counts: none where the directory cannot be read."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return []
     return [
         os.path.join(directory, name)
-        for name in sorted(os.listdir(directory))
+        for name in names
         if name.endswith(".db") and name.partition("_")[0] in TYPES
     ]
 
@@ -106,6 +129,8 @@ def files(directory: str) -> list[str]:
 def is_sound(path: str) -> bool:
     """Tell whether prometheus_client can read a file: it would hang, or fail for ever."""
     try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
         data = Path(path).read_bytes()
         (used,) = _INT.unpack_from(data)
         if not 0 <= used <= len(data):
@@ -131,17 +156,6 @@ def _skip(data: bytes, position: int) -> int:
     if not 0 <= value < math.inf or not float(labels.get("le", 0)) >= 0:
         raise ValueError(value)
     return int(numbers + _PAIR.size)
-
-
-def _allocate(directory: str, name: str) -> None:
-    fd = open_private(directory, name)
-    try:
-        if os.fstat(fd).st_size < FILE_SIZE:
-            os.posix_fallocate(fd, 0, FILE_SIZE)
-    except OSError as exc:
-        log.warning("metrics: no room to count in %s: %s", directory, exc.strerror)
-    finally:
-        os.close(fd)
 
 
 def _try_lock(directory: str, name: str) -> int | None:

@@ -265,8 +265,9 @@ def child_exit(_arbiter: Any, _worker: Any) -> None:
 
 def _sweep(settings: Settings, *, prune: bool = False) -> None:
     # Opened for this one sweep: a table kept open here would be inherited by every worker.
-    freed = LateMetrics(settings.metrics_dir).freed
-    table = SharedTable(settings.runtime_dir, settings.slot_limits, freed)
+    metrics = LateMetrics(settings.metrics_dir)
+    metrics.flush()  # else a master, which counts deaths only, would never make up for losses
+    table = SharedTable(settings.runtime_dir, settings.slot_limits, metrics.freed)
     try:
         table.sweep()
         if prune:

@@ -31,8 +31,7 @@ Sample = tuple[str, tuple[tuple[str, str], ...]]
 
 @pytest.fixture
 def metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metrics]:
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")  # ... and ValueClass, to be put back
-    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)  # to be put back
     made = Metrics(str(tmp_path))
     yield made
     made.close()

@@ -2,6 +2,7 @@
 """The files of counts: whose they are, who goes on with them, and what is done with damage."""
 
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,7 +26,7 @@ from imageserver.metrics.counted import metrics_in
 metrics = metrics_in(sys.argv[1])
 for _ in sys.stdin:
     metrics.accepted()
-    print(metrics._numbers.mine(), flush=True)
+    print(metrics._store._numbers.number, flush=True)
 """
 #: A parent that counts once, then forks a child that does; both say their numbers.
 _FORK = """
@@ -35,11 +36,11 @@ metrics = metrics_in(sys.argv[1])
 metrics.accepted()
 if os.fork() == 0:
     metrics_in(sys.argv[1]).accepted()
-    print(metrics._numbers.mine(), flush=True)
+    print(metrics._store._numbers.number, flush=True)
     os._exit(0)
 os.wait()
 metrics.accepted()
-print(metrics._numbers.mine(), flush=True)
+print(metrics._store._numbers.number, flush=True)
 """
 ROOT = Path(__file__).parents[2]
 
@@ -75,11 +76,11 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Process]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
-    def one_more() -> Process:
-        started.append(Process(tmp_path))
+    def one_more(directory: Path = tmp_path) -> Process:
+        started.append(Process(directory))
         return started[-1]
 
     yield one_more
@@ -164,10 +165,13 @@ def test_a_forked_child_counts_in_files_of_its_own(tmp_path: Path) -> None:
 def test_a_number_is_free_again_once_it_is_given_back(tmp_path: Path) -> None:
     one, two = Numbers(str(tmp_path)), Numbers(str(tmp_path))
 
-    assert (one.mine(), two.mine(), one.mine()) == (0, 1, 0)
+    one.take()
+    two.take()
+    assert (one.number, two.number) == (0, 1)
     one.close()
     three = Numbers(str(tmp_path))
-    assert three.mine() == 0
+    three.take()
+    assert three.number == 0
     two.close()
     three.close()
 
@@ -203,7 +207,6 @@ def test_counts_stay_where_somebody_counts(tmp_path: Path, start: Callable[[], P
 @pytest.fixture
 def counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a file in which one connection was counted, by a process that is gone."""
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "")
     monkeypatch.setattr(values, "ValueClass", values.ValueClass)
     metrics = Metrics(str(tmp_path))
     metrics.accepted()
@@ -271,3 +274,118 @@ def test_what_was_not_yet_in_use_when_a_process_died_is_no_damage(counter: Path)
     counter.write_bytes(content)
 
     assert (damaged(counter.parent), total(counter.parent)) == (0, 1)
+
+
+# What others do to files in use
+
+
+@pytest.fixture
+def metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metrics]:
+    """Return metrics of this process, which have counted one connection, in a place to remove."""
+    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
+    made = Metrics(str(tmp_path / "counts"))
+    made.accepted()
+    yield made
+    made.close()
+
+
+def _cut(directory: Path) -> None:
+    for path in files(str(directory)):
+        os.truncate(path, 0)
+
+
+def _cut_in_an_entry(directory: Path) -> None:
+    for path in files(str(directory)):
+        os.truncate(path, 100)
+
+
+def _remove_files(directory: Path) -> None:
+    for path in files(str(directory)):
+        os.unlink(path)
+
+
+def _remove_all(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def _replace_by_a_file(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.touch()
+
+
+LOSSES = [_cut, _cut_in_an_entry, _remove_files, _remove_all]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_what_is_lost_is_written_anew(
+    metrics: Metrics, tmp_path: Path, lose: Callable[[Path], None]
+) -> None:
+    directory = tmp_path / "counts"
+    lose(directory)
+    metrics.accepted()
+    metrics.flush()
+    metrics.accepted()
+
+    assert (damaged(directory), total(directory)) == (0, 3)
+
+
+def test_counting_goes_on_in_memory_where_there_is_no_place(
+    metrics: Metrics, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "counts"
+    _replace_by_a_file(directory)
+    for _ in range(3):
+        metrics.accepted()
+        metrics.flush()
+    assert total(directory) == -1
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["metrics"]
+    directory.unlink()
+    metrics.flush()
+
+    assert total(directory) == 4
+
+
+def test_who_counts_again_adds_to_what_another_has_counted_there(
+    metrics: Metrics, tmp_path: Path, start: Callable[..., Process]
+) -> None:
+    directory = tmp_path / "counts"
+    _remove_all(directory)
+    directory.mkdir(0o700)
+    other = start(directory)
+    assert other.count() == 0
+    metrics.flush()
+    assert total(directory) == 2
+    other.kill()
+    metrics.accepted()
+
+    assert total(directory) == 3
+
+
+#: A process that may write no more than a page of each file: as on a disk that is full.
+_FULL = """
+import resource, sys
+from imageserver.metrics.counted import metrics_in
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+metrics = metrics_in(sys.argv[1])
+metrics.accepted()
+metrics.flush()
+print(len(list(open(sys.argv[1] + "/counter_0.db", "rb").read(4))), flush=True)
+sys.stdin.readline()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+metrics.flush()
+"""
+
+
+def test_a_process_without_room_lives_and_writes_what_it_has_counted_later(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL, str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, input="\n", timeout=30, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (0, "4\n")
+    assert "damaged" not in done.stderr
+    assert (damaged(tmp_path), total(tmp_path)) == (0, 1)
+
+
+def test_no_file_is_no_counts(tmp_path: Path) -> None:
+    assert total(tmp_path / "missing") == -1

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of counts that are removed, cut short or without room: images are served all the same."""
+
+import errno
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from tests.system.harness import GUNICORN, Server, free_port, program, wait_until
+from tests.system.killing import is_running
+from tests.system.skips import needs
+from tests.system.watching import Admin
+
+OPERATIONS = 'requests_total{method="GET",status="200"}'
+
+
+@pytest.fixture
+def admin() -> Admin:
+    return Admin(free_port())
+
+
+@pytest.fixture
+def server(home: Path, admin: Admin) -> Iterator[Server]:
+    (home / "image").write_bytes(b"image")
+    with Server(home, workers=2, admin_bind=admin.bind) as running:
+        running.add("file", backend="file", file=str(home / "image"))
+        yield running
+
+
+def serves(server: Server) -> bool:
+    return server.request("GET", "/images/file", timeout=5).body == b"image"
+
+
+def reload(server: Server) -> None:
+    old = server.worker_pids()
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: server.is_dead() or not set(old) & set(server.worker_pids()), 20)
+    assert not server.is_dead(), server.log
+
+
+def kill_one(server: Server) -> None:
+    old = server.worker_pids()
+    os.kill(old[0], signal.SIGKILL)
+    wait_until(lambda: not is_running(old[0]))
+    wait_until(lambda: server.is_dead() or len(set(server.worker_pids()) - {old[0]}) == 2)
+    assert not server.is_dead(), server.log
+
+
+@pytest.mark.parametrize("then", [reload, kill_one])
+def test_a_directory_that_was_removed_is_made_again(server, admin, then):
+    assert serves(server)
+    wait_until(lambda: admin.metrics().get(OPERATIONS) == 1)
+    shutil.rmtree(server.runtime / "metrics")
+    assert admin.ask("/metrics").status == 200
+    then(server)
+    assert serves(server)
+    wait_until(lambda: admin.metrics().get(OPERATIONS, 0) >= 1)
+    assert admin.metrics()["metrics_damaged_files"] == 0
+    assert "Traceback" not in server.log
+
+
+def test_files_cut_short_end_no_process_and_no_count_is_lost(server, admin):
+    kill_one(server)
+    assert serves(server)
+    wait_until(lambda: admin.metrics().get(OPERATIONS) == 1)
+    wait_until(lambda: admin.metrics().get("worker_deaths_total") == 1)
+    workers = server.worker_pids()
+    for path in (server.runtime / "metrics").glob("*.db"):
+        os.truncate(path, 0)
+    assert all(serves(server) for _ in range(8))
+    wait_until(lambda: admin.metrics().get(OPERATIONS) == 9)
+    assert server.worker_pids() == workers
+    kill_one(server)
+    wait_until(lambda: admin.metrics().get("worker_deaths_total") == 2)
+    assert "SIGBUS" not in server.log
+
+
+@needs("mounts")
+def test_a_full_runtime_directory_ends_no_new_worker(home, admin):
+    (home / "image").write_bytes(b"image")
+    (home / "run").mkdir(0o700)
+    server = Server(home, workers=2, admin_bind=admin.bind)
+    mount = f"mount -t tmpfs -o size=2m,mode=0700 tmpfs {home}/run && exec {GUNICORN}"
+    server.command = [program("unshare"), "--mount", "sh", "-c", mount]
+    with server:
+        server.add("file", backend="file", file=str(home / "image"))
+        runtime = Path(f"/proc/{server.process.pid}/root{home}/run")
+        fill(runtime / "filling")
+        reload(server)
+        assert all(serves(server) for _ in range(8))
+        assert admin.metrics()["metrics_damaged_files"] == 0
+        assert [words for words in ("SIGBUS", "damaged") if words in server.log] == []
+        (runtime / "filling").unlink()
+        wait_until(lambda: admin.metrics().get(OPERATIONS) == 8)
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while _takes(file):
+            pass
+
+
+def _takes(file: IO[bytes]) -> bool:
+    try:
+        return file.write(bytes(4096)) > 0
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        return False

@@ -54,6 +54,8 @@ class _Pool:
         self._executor = ThreadPoolExecutor(threads, name)
         self.threads = threads
         self.room = room
+        #: Each answer is the last on its connection.
+        self.answers_once = False
         self.connections: set[Connection] = set()
         #: Those of them whose threads wait for a next request, and have time for another's.
         self.staying: set[Connection] = set()
@@ -95,6 +97,8 @@ class Pools:
         timeout = min(_ADMIN_TIMEOUT, self._transfers.client_timeout)
         pool = self._admin[listener] = _Pool("admin", _ADMIN_THREADS, _ADMIN_BACKLOG, timeout)
         pool.app = app
+        # Else a client that asks much in advance and takes no answer would keep a thread.
+        pool.answers_once = True
 
     def busy(self) -> int:
         """Return how many connections are with transfer threads."""
@@ -157,7 +161,7 @@ class Pools:
     def _serve(self, pool: _Pool, conn: Connection) -> Callable[[Connection], None]:
         """Answer as long as requests follow at once; return what is to become of the connection."""
         wire = wire_over(conn.sock, pool.client_timeout)
-        while serve(conn, wire, pool.app, self._cfg, lambda: self.last):
+        while serve(conn, wire, pool.app, self._cfg, lambda: self.last or pool.answers_once):
             if not self._has_next(pool, conn):
                 return self._loop.keep
             if pool is self._probes and self._pool_of(conn) is not pool:

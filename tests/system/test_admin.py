@@ -337,6 +337,28 @@ def test_slow_clients_of_either_port_delay_nobody(home, big):
         assert server.request("OPTIONS", "/images/big").status == 200
 
 
+def test_clients_that_ask_in_advance_and_take_no_answer_keep_nobody_out(home):
+    admin = Admin(free_port())
+    with Server(home, workers=1, admin_bind=admin.bind), contextlib.ExitStack() as stack:
+        for _ in range(20):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            sock.connect(("127.0.0.1", admin.place))
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
+        for path in PATHS * 3:
+            began = time.monotonic()
+            assert admin.ask(path).status == 200
+            assert time.monotonic() - began < 2
+
+
+def test_each_answer_ends_its_connection(server, tcp):
+    with socket.create_connection(("127.0.0.1", tcp.place), 30) as sock:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        answer = sock.makefile("rb").read()
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in answer
+
+
 def test_a_head_that_is_wrong_is_refused_there_too(server, tcp):
     with socket.create_connection(("127.0.0.1", tcp.place), 30) as sock:
         sock.sendall(b"GET /status\r\n\r\n")

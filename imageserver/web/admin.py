@@ -6,6 +6,7 @@ is stuck does not stop it. An id is a right, so it is told in full only to those
 into the server's own files anyway; the others get a hash that names it.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from imageserver.transfers import id_hash
 from imageserver.web.answers import set_json
 from imageserver.web.app import App
 from imageserver.web.errors import answer_for
+
+log = logging.getLogger(__name__)
 
 _METHODS = ("GET", "HEAD")
 #: Digits of an id's hash: a thousand transfers collide once in half a million times.
@@ -43,6 +46,7 @@ def create_admin_app(sights: Sights, *, full_ids: bool) -> App:
     app.add_route("/readyz", _Readiness(sights.checks))
     app.add_route("/status", _Status(sights.table, full_ids=full_ids))
     app.add_route("/metrics", _Metrics(sights.metrics))
+    app.add_error_handler(Exception, _refuse_unexpected)
     app.add_error_handler(falcon.HTTPError, _refuse_http)
     app.add_error_handler(ImageServerError, _refuse)
     return app
@@ -163,3 +167,11 @@ def _refuse_http(
     resp.status = error.status
     is_unknown = isinstance(error, falcon.HTTPNotFound)
     set_json(resp, {"error": "not found" if is_unknown else "bad request"})
+
+
+def _refuse_unexpected(
+    req: falcon.Request, resp: falcon.Response, error: Exception, _params: object
+) -> None:
+    log.error("%s %s failed", req.method, req.path, exc_info=error)
+    resp.status = 500
+    set_json(resp, {"error": "internal error"})

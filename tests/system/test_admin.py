@@ -2,9 +2,11 @@
 """The admin listener: who may ask, what is told, and that nothing stands in its way."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -297,6 +299,24 @@ def test_a_damaged_header_makes_a_server_unready_until_a_worker_has_mended_it(se
         {"check": "slot_table", "problem": "its header is damaged"}
     ]
     wait_until(lambda: unix.ask("/readyz").status == 200)
+
+
+def test_a_failure_of_our_own_is_logged_in_our_form_and_answered_in_json(home):
+    admin = Admin(free_port())
+    with Server(home, workers=1, admin_bind=admin.bind, log_format="json") as server:
+        # Counts of a metric without a name: a file that reads well, and cannot be shown.
+        key = b'["","x",{},""]'
+        entry = struct.pack("=i", len(key)) + key + bytes(8 - (len(key) + 4) % 8) + bytes(16)
+        made = struct.pack("=ii", 8 + len(entry), 0) + entry
+        (server.runtime / "metrics" / "counter_77.db").write_bytes(made)
+        answer = admin.ask("/metrics")
+        assert (answer.status, answer.json) == (500, {"error": "internal error"})
+        assert answer.headers["Content-Type"] == "application/json"
+        assert admin.ask("/healthz").status == 200
+        lines = [json.loads(line) for line in server.log.splitlines()]
+    (told,) = [line for line in lines if line["level"] == "error"]
+    assert told["message"] == "GET /metrics failed"
+    assert "Traceback" in json.dumps(told)
 
 
 # Whatever else goes on

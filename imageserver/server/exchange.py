@@ -24,9 +24,8 @@ from gunicorn.http.unreader import Unreader
 from gunicorn.http.wsgi import Response, create
 
 from imageserver.errors import ClientGone, ImageServerError
-from imageserver.journal import fields
 from imageserver.server.connection import Connection
-from imageserver.server.wire import RequestInput, Wire, refusal
+from imageserver.server.wire import RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ZERO_COPY
 
 log = logging.getLogger(__name__)
@@ -177,9 +176,7 @@ def _refused_head(conn: Connection, exc: Exception) -> bytes:
     status, message = next((s, m) for cls, s, m in _HEAD_ERRORS if isinstance(exc, cls))
     if isinstance(exc, http.InvalidHeader) and exc.hdr == "CONTENT-LENGTH":
         message = "Invalid Content-Length"
-    told = fields(client=conn.client, status=status, detail=message)
-    log.info("head refused", extra=told)
-    return refusal(status, message)
+    return refused_head(conn.client, status, message)
 
 
 def cut(sock: socket.socket) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from imageserver.journal import fields
 from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
-from imageserver.server.wire import BLOCKED, awaited, refusal
+from imageserver.server.wire import BLOCKED, awaited, refused_head
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Loop:
                 self._metrics.tls_failed()
             if conn.state is State.HEAD and conn.buffer:
                 self._metrics.refused("head_timeout")
-                self.refuse(conn, refusal(408, "request head took too long"))
+                self.refuse(conn, refused_head(conn.client, 408, "request head took too long"))
             else:
                 self._close_silent(conn)
 

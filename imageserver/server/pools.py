@@ -25,7 +25,7 @@ from imageserver.server.connection import Connection, State
 from imageserver.server.exchange import Application, cut, serve
 from imageserver.server.loop import Loop
 from imageserver.server.tls import wire_over
-from imageserver.server.wire import BLOCKED, refusal, wait
+from imageserver.server.wire import BLOCKED, refused_head, wait
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Pools:
         pool = self._pool_of(conn)
         if len(pool.connections) - len(pool.staying) >= pool.room:
             self._metrics.refused("server_busy")
-            self._loop.refuse(conn, refusal(503, "server busy", retry=True))
+            self._loop.refuse(conn, refused_head(conn.client, 503, "server busy", retry=True))
             return
         conn.state = State.WORK
         pool.connections.add(conn)

@@ -7,6 +7,7 @@ which a slow but living client must not meet.
 
 import fcntl
 import json
+import logging
 import select
 import socket
 import ssl
@@ -15,7 +16,10 @@ import time
 from collections.abc import Callable
 
 from imageserver.errors import ClientGone
+from imageserver.journal import fields
 from imageserver.ports import HasFileno
+
+log = logging.getLogger(__name__)
 
 #: Standard reasons for what is answered before the application sees a request.
 REASONS = {
@@ -134,6 +138,12 @@ def refusal(status: int, message: str, *, retry: bool = False) -> bytes:
         + "Content-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}"
     ).encode("ascii")
+
+
+def refused_head(client: str, status: int, message: str, *, retry: bool = False) -> bytes:
+    """Log that a head was refused; return the answer."""
+    log.info("head refused", extra=fields(client=client, status=status, detail=message))
+    return refusal(status, message, retry=retry)
 
 
 class RequestInput:

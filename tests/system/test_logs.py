@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.system.clients import reading
 from tests.system.harness import Answer, Server, qemu_nbd, wait_until
 
 SIZE = 64 << 20
@@ -111,6 +112,23 @@ def test_no_id_can_forge_a_line(server: Server):
     assert told(server, "odd")["transfer"] == "a\\n[1] [INFO] b=c"
     (line,) = [line for line in server.log.splitlines() if "from configuration" in line]
     assert ' transfer="a\\n[1] [INFO] b=c" detail=' in line
+
+
+def test_every_head_that_is_refused_leaves_a_line(home: Path, disk: Path):
+    with Server(home, workers=1, threads=1, client_timeout=0.5, log_format="json") as server:
+        server.add("disk", socket=str(disk))
+        assert server.bare("GET nothing", "x").status == 400
+        with server.raw(b"GET / HTTP/1.1\r\nX: y") as slow:
+            assert slow.makefile("rb").read().startswith(b"HTTP/1.1 408 ")
+        with reading(server, "/images/disk"):
+            assert server.request("GET", "/images/disk").refusal == (503, "server busy")
+        lines = [json.loads(line) for line in server.log.splitlines()]
+    refused = [line for line in lines if line["message"] == "head refused"]
+    assert [(line["client"], line["status"], line["detail"]) for line in refused] == [
+        ("127.0.0.1", 400, "invalid request line"),
+        ("127.0.0.1", 408, "request head took too long"),
+        ("127.0.0.1", 503, "server busy"),
+    ]
 
 
 def test_probes_leave_no_line_but_get_an_id(server: Server):

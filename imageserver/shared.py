@@ -329,13 +329,16 @@ class SharedTable:
         """Prove that slots can be claimed here, and are those that the next process will see.
 
         Raises:
-            IncompatibleTable: the header is damaged, or the file is not the one in the directory.
+            IncompatibleTable: the header is damaged, or the file was cut short, or is not the
+                one in the directory.
             NoSlot: the table is full.
             OSError: another process keeps the guard.
         """
         mapping = self._open()
         if not mapping.is_in_place(self._directory):
             raise IncompatibleTable(f"the file {_TABLE} in {self._directory} is another, or gone")
+        if os.fstat(mapping.file).st_size < slots.SIZE:
+            raise IncompatibleTable(f"the file {_TABLE} in {self._directory} was cut short")
         if mapping.table.is_damaged():
             raise IncompatibleTable("its header is damaged")
         self.claim(Kind.OTHER, Ticket("", "check", "", "")).release()

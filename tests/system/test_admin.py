@@ -286,6 +286,19 @@ def test_a_server_that_cannot_work_is_not_ready_until_it_can(server, admin, spoi
     assert admin.ask("/readyz").body == b'{"status":"ready","failed":[]}'
 
 
+def test_a_table_that_was_cut_short_makes_a_server_unready(home):
+    admin = Admin(free_port())
+    with Server(home, workers=1, admin_bind=admin.bind) as server:
+        table = server.runtime / "slots"
+        os.truncate(table, table.stat().st_size - 1)  # less by a page would kill the worker
+        answer = admin.ask("/readyz")
+    problem = f"the file slots in {server.runtime} was cut short"
+    assert (answer.status, answer.json["failed"]) == (
+        503,
+        [{"check": "slot_table", "problem": problem}],
+    )
+
+
 def test_a_damaged_header_makes_a_server_unready_until_a_worker_has_mended_it(server, unix):
     table = server.runtime / "slots"
 

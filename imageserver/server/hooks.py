@@ -7,7 +7,6 @@
 import logging
 import os
 import signal
-import socket
 import ssl
 import time
 from dataclasses import fields, replace
@@ -20,9 +19,10 @@ from imageserver.metrics.numbers import clear_if_alone
 from imageserver.processes import is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry, UntrustedDirectory
-from imageserver.server import activation
+from imageserver.server import activation, addresses
+from imageserver.server.addresses import UnusableAddress
 from imageserver.server.admin import admin_name, bindable, close_to_others
-from imageserver.server.control import UnusableSocket, check_socket, open_to_group, take_over
+from imageserver.server.control import open_to_group
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import InvalidSetting, Settings, variable_of
@@ -72,34 +72,11 @@ def check(settings: Settings) -> list[str]:
         table.close()
     except (UnusableDirectory, IncompatibleTable, OSError) as exc:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
-    _check_sockets(settings)
+    try:
+        addresses.check(settings)
+    except UnusableAddress as exc:
+        raise CannotStart(f"{exc}.") from exc
     return warnings
-
-
-def _check_sockets(settings: Settings) -> None:
-    for variable, path in _own_sockets(settings):
-        try:
-            if not path.startswith("\0"):
-                check_socket(path)
-        except UnusableSocket as exc:
-            raise CannotStart(f"{variable}: {exc}.") from exc
-    twice = {*settings.bind, *settings.control_address} & {*settings.admin_bind}
-    for address in sorted(twice):
-        raise CannotStart(
-            f"IMAGESERVER_ADMIN_BIND: {address} is an address of images or of the control socket "
-            "already; choose another."
-        )
-
-
-def _own_sockets(settings: Settings) -> list[tuple[str, str]]:
-    """Return the Unix sockets that are not for clients of images, by variable."""
-    control = [("IMAGESERVER_CONTROL_SOCKET", address) for address in settings.control_address]
-    admin = [("IMAGESERVER_ADMIN_BIND", address) for address in settings.admin_bind]
-    return [
-        (variable, bindable(address).removeprefix("unix:"))
-        for variable, address in control + admin
-        if address.startswith("unix:")
-    ]
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:
@@ -170,7 +147,7 @@ def _heeded(arbiter: Any, settings: Settings) -> Settings:
     return replace(settings, admin_bind=())
 
 
-def _bind_no_admin(arbiter: Any, addresses: list[str]) -> None:
+def _bind_no_admin(arbiter: Any, unbound: list[str]) -> None:
     """Leave the admin addresses unbound, now and after each reload: images would be served there.
 
     Only ``ImageWorker`` tells listeners apart, and the class is known after the addresses.
@@ -178,7 +155,7 @@ def _bind_no_admin(arbiter: Any, addresses: list[str]) -> None:
     setup = arbiter.setup
 
     def leave_out() -> None:
-        arbiter.cfg.set("bind", [bound for bound in arbiter.cfg.bind if bound not in addresses])
+        arbiter.cfg.set("bind", [bound for bound in arbiter.cfg.bind if bound not in unbound])
 
     def setup_without(app: Any) -> None:
         setup(app)
@@ -189,37 +166,12 @@ def _bind_no_admin(arbiter: Any, addresses: list[str]) -> None:
 
 
 def _check_addresses(settings: Settings) -> None:
-    """Refuse a port that another server has, in one sentence; gunicorn takes 5 s and 11 lines."""
     if "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ:
         return  # sockets come from the running server, or from systemd
-    for variable, path in _own_sockets(settings):
-        try:
-            take_over(path)
-        except UnusableSocket as exc:
-            raise SystemExit(f"imageserver: {variable}: {exc}.".replace("\0", "@")) from exc
-    for variable, addresses in (
-        ("IMAGESERVER_BIND", settings.bind),
-        ("IMAGESERVER_ADMIN_BIND", settings.admin_bind),
-    ):
-        for address in addresses:
-            _check_address(variable, address)
-
-
-def _check_address(variable: str, address: str) -> None:
-    if address.startswith("unix:"):
-        return
-    host, _, port = address.rpartition(":")
-    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), int(port)))
-            probe.listen()
-        except OSError as exc:
-            raise SystemExit(
-                f"imageserver: {variable}: {address} cannot be used "
-                f"({exc.strerror}); stop what listens there or choose another address."
-            ) from exc
+    try:
+        addresses.check_free(settings)
+    except UnusableAddress as exc:
+        raise SystemExit(f"imageserver: {exc}.") from exc
 
 
 def when_ready(arbiter: Any) -> None:

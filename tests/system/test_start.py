@@ -43,6 +43,29 @@ WRONG = {
     "address": (lambda _: {"bind": "nowhere"}, ["IMAGESERVER_BIND", "HOST:PORT"]),
     "relative path": (lambda _: {"config_dir": "x"}, ["IMAGESERVER_CONFIG_DIR", "absolute path"]),
     "no such setting": (lambda _: {"max_reader": 1}, ["IMAGESERVER_MAX_READER ", "not a setting"]),
+    "address in another spelling": (
+        lambda _: {"bind": "127.0.0.1:54999", "admin_bind": "localhost:54999"},
+        ["IMAGESERVER_ADMIN_BIND: localhost:54999 is an address of IMAGESERVER_BIND", "another"],
+    ),
+    "address among all addresses": (
+        lambda _: {"bind": "0.0.0.0:54999", "admin_bind": "127.0.0.1:54999"},
+        ["IMAGESERVER_ADMIN_BIND: 127.0.0.1:54999", "IMAGESERVER_BIND already (0.0.0.0:54999)"],
+    ),
+    "address twice": (
+        lambda _: {"admin_bind": "127.0.0.1:54999,127.0.0.1:54999"},
+        ["127.0.0.1:54999 is an address of IMAGESERVER_ADMIN_BIND already", "another"],
+    ),
+    "socket in another spelling": (
+        lambda home: {"bind": f"unix:{home}/s", "admin_bind": f"unix:{home}//s"},
+        ["IMAGESERVER_ADMIN_BIND: unix:", "//s is an address of IMAGESERVER_BIND already"],
+    ),
+    "socket through a link": (
+        lambda home: {
+            "control_socket": home / "s",
+            "admin_bind": f"unix:{_link(home / 'link', home)}/s",
+        },
+        ["IMAGESERVER_ADMIN_BIND", "is an address of IMAGESERVER_CONTROL_SOCKET already"],
+    ),
     "config directory of others": (
         lambda home: {"config_dir": _directory(home / "config", 0o777)},
         ["IMAGESERVER_CONFIG_DIR", "can be written by group or others", "chmod"],
@@ -115,6 +138,22 @@ def test_a_port_in_use_is_told_in_one_sentence(home):
         )
         done = run(SERVE, settings)
     assert_one_sentence(done, [address, "in use", "IMAGESERVER_BIND"])
+
+
+def test_a_socket_of_a_living_server_is_not_taken(home):
+    path = home / "images"
+    with Server(home, workers=1, bind=f"unix:{path}") as server:
+        found = path.stat().st_ino
+        env = server.env | {"IMAGESERVER_RUNTIME_DIR": str(home / "other")}
+        assert_one_sentence(run(SERVE, env), ["IMAGESERVER_BIND", str(path), "stop it first"])
+        assert path.stat().st_ino == found
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        server.process.kill()  # its successor may have it
+        server.process.wait()
+        server.start()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
 
 
 def test_a_missing_config_directory_is_a_warning_and_is_found_when_it_comes(home):

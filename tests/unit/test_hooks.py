@@ -196,9 +196,9 @@ def taken() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def test_an_address_that_is_taken_ends_the_start_by_name(taken: str) -> None:
+def test_an_address_that_is_taken_ends_the_start_by_name(taken: str, place: Path) -> None:
     with pytest.raises(SystemExit) as raised:
-        hooks._check_addresses(Settings(bind=("unix:/run/x", taken), admin_bind=()))
+        hooks._check_addresses(Settings(bind=(f"unix:{place}/x", taken), admin_bind=()))
 
     assert str(raised.value) == (
         f"imageserver: IMAGESERVER_BIND: {taken} cannot be used (Address already in use); "
@@ -231,6 +231,16 @@ def test_ipv6_addresses_are_checked_too() -> None:
 
         with pytest.raises(SystemExit):
             hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_an_address_that_another_takes_along_ends_the_start() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    with pytest.raises(SystemExit, match=f"IMAGESERVER_BIND: 127.0.0.1:{port} cannot be used"):
+        hooks._check_addresses(Settings(bind=(f"[::]:{port}", f"127.0.0.1:{port}"), admin_bind=()))
 
 
 def test_sockets_of_systemd_that_are_not_the_settings_end_the_start(

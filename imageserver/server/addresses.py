@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The addresses that the server is to listen at: that each is one of its own, and free.
+
+gunicorn would try one that is taken for 5 s, in 11 lines, and take a Unix socket from a living
+server without a word.
+"""
+
+import contextlib
+import os
+import socket
+from itertools import combinations
+
+from imageserver.server.admin import bindable
+from imageserver.server.control import UnusableSocket, check_socket, take_over
+from imageserver.settings import Settings
+
+_ADMIN, _CONTROL, _IMAGES = (
+    "IMAGESERVER_ADMIN_BIND",
+    "IMAGESERVER_CONTROL_SOCKET",
+    "IMAGESERVER_BIND",
+)
+_ANY = {"0.0.0.0", "::"}  # noqa: S104 - to compare with
+
+
+class UnusableAddress(Exception):
+    """An address cannot be listened at; ``str()`` is a sentence that names the variable."""
+
+
+def check(settings: Settings) -> None:
+    """Prove that no address is named twice, in whichever spelling, and that sockets can be made.
+
+    Raises:
+        UnusableAddress: it is, or they cannot.
+    """
+    for variable, path in _sockets(settings):
+        if variable != _IMAGES:  # of which systemd may have made one where we cannot
+            _check_socket(variable, path)
+    for (other, first), (variable, second) in combinations(_named(settings), 2):
+        if _overlap(_names(first), _names(second)):
+            raise UnusableAddress(
+                f"{variable}: {second} is an address of {other} already ({first}); choose another"
+            )
+
+
+def check_free(settings: Settings) -> None:
+    """Prove that nobody listens at any of them; wait a moment for a dead server's workers.
+
+    Raises:
+        UnusableAddress: somebody does, or an address is none of this host.
+    """
+    for variable, path in _sockets(settings):
+        _check_socket(variable, path)
+        try:
+            take_over(path)
+        except UnusableSocket as exc:
+            raise UnusableAddress(f"{variable}: {exc}".replace("\0", "@")) from exc
+    with contextlib.ExitStack() as bound:  # all at once: [::] may take 127.0.0.1 along
+        for variable, address in _named(settings):
+            if not address.startswith("unix:"):
+                _bind(bound, variable, address)
+
+
+def _named(settings: Settings) -> list[tuple[str, str]]:
+    """Return every address by its variable."""
+    of = {
+        _IMAGES: settings.bind,
+        _CONTROL: settings.control_address,
+        _ADMIN: settings.admin_bind,
+    }
+    return [(variable, address) for variable, addresses in of.items() for address in addresses]
+
+
+def _sockets(settings: Settings) -> list[tuple[str, str]]:
+    """Return the Unix sockets by variable: a path, or NUL and a name."""
+    return [
+        (variable, bindable(address).removeprefix("unix:"))
+        for variable, address in _named(settings)
+        if address.startswith("unix:")
+    ]
+
+
+def _check_socket(variable: str, path: str) -> None:
+    try:
+        if not path.startswith("\0"):
+            check_socket(path)
+    except UnusableSocket as exc:
+        raise UnusableAddress(f"{variable}: {exc}") from exc
+
+
+def _names(address: str) -> set[tuple[str, str]]:
+    """Return what an address stands for: a host's numbers with the port, or a socket's file."""
+    if address.startswith("unix:/"):
+        directory, name = os.path.split(address.removeprefix("unix:"))
+        return {(os.path.realpath(directory), f"unix:{name}")}
+    if address.startswith("unix:"):
+        return {("", address)}
+    family, host, port = _parsed(address)
+    if port == 0:
+        return set()  # another one each time
+    with contextlib.suppress(OSError):  # a name nobody knows is refused when it is bound
+        found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+        return {(str(name[0]), str(port)) for *_, name in found}
+    return set()
+
+
+def _overlap(some: set[tuple[str, str]], others: set[tuple[str, str]]) -> bool:
+    """Tell whether two addresses are one. Those of two families are told apart when bound."""
+    return any(
+        port == other_port
+        and (
+            host == other_host
+            or ((":" in host) == (":" in other_host) and not _ANY.isdisjoint({host, other_host}))
+        )
+        for host, port in some
+        for other_host, other_port in others
+    )
+
+
+def _parsed(address: str) -> tuple[int, str, int]:
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    return family, host.strip("[]"), int(port)
+
+
+def _bind(bound: contextlib.ExitStack, variable: str, address: str) -> None:
+    family, host, port = _parsed(address)
+    try:
+        probe = bound.enter_context(socket.socket(family))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+        probe.listen()
+    except OSError as exc:
+        raise UnusableAddress(
+            f"{variable}: {address} cannot be used "
+            f"({exc.strerror}); stop what listens there or choose another address"
+        ) from exc

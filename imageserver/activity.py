@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from imageserver.ports import Account, Owned
+from imageserver.private import open_private
 from imageserver.processes import boot_id
-from imageserver.shared import open_private
 from imageserver.transfers import id_hash
 
 _RECORD = struct.Struct("<8s16sQQQQQ256s256s")

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from imageserver.activity import ActivityFiles
 from imageserver.errors import UnknownImage
 from imageserver.ports import Owned
+from imageserver.private import open_private
 from imageserver.registry import Registry
-from imageserver.shared import open_private
 from imageserver.transfers import (
     MAX_TRANSFER_SIZE,
     InvalidTransfer,

@@ -17,7 +17,6 @@ import hashlib
 import logging
 import mmap
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from imageserver import slots
 from imageserver.errors import NoSlot
 from imageserver.journal import fields
 from imageserver.ports import Ticket
+from imageserver.private import open_private
 from imageserver.processes import boot_id, is_alive, is_leaving, owner_of
 from imageserver.slots import Holder, IncompatibleTable, Kind, Owner, SlotTable
 
@@ -42,38 +42,6 @@ _MEND_STEP_SECONDS = 0.05
 #: How long what a killed process holds may outlive it: its last thread may be in a write(2).
 _LAST_BREATH_SECONDS = 5.0
 _LAST_BREATH_STEP_SECONDS = 0.001
-
-
-class UnusableDirectory(Exception):
-    """The runtime directory cannot be trusted or used; ``str()`` is a sentence."""
-
-
-def prepare_directory(path: str) -> None:
-    """Make the runtime directory, or check that it is ours alone (mode 0700, no link).
-
-    Raises:
-        UnusableDirectory: it is not, or cannot be made.
-    """
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-        found = os.lstat(path)
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
-            os.chmod(path, 0o700)
-            return
-    except OSError as exc:
-        raise UnusableDirectory(
-            f"{path} cannot be made or used ({exc.strerror}); choose another"
-        ) from exc
-    raise UnusableDirectory(
-        f"{path} is not a directory that belongs to uid {os.geteuid()}; remove it or choose another"
-    )
-
-
-def open_private(directory: str, name: str) -> int:
-    """Open a file of the runtime directory for reading and writing, 0600, following no link."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(os.path.join(directory, name), flags, 0o600)
 
 
 class ClaimedSlot:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from imageserver.shared import UnusableDirectory, open_private, prepare_directory
+from imageserver.private import UnusableDirectory, open_private, prepare_directory
 
 log = logging.getLogger(__name__)
 

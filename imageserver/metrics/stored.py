@@ -23,7 +23,7 @@ from typing import Any
 from prometheus_client.mmap_dict import mmap_key
 
 from imageserver.metrics.numbers import FILE_SIZE, Numbers, path_of
-from imageserver.shared import open_private
+from imageserver.private import open_private
 
 log = logging.getLogger(__name__)
 

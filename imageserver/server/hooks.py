@@ -16,6 +16,7 @@ from imageserver import journal, logs
 from imageserver.locks import ImageLocks
 from imageserver.metrics.counted import LateMetrics, metrics_in
 from imageserver.metrics.numbers import clear_if_alone
+from imageserver.private import UnusableDirectory, prepare_directory
 from imageserver.processes import is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry, UntrustedDirectory
@@ -26,7 +27,7 @@ from imageserver.server.control import open_to_group
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import InvalidSetting, Settings, variable_of
-from imageserver.shared import SharedTable, UnusableDirectory, prepare_directory
+from imageserver.shared import SharedTable
 from imageserver.slots import IncompatibleTable
 
 log = logging.getLogger(__name__)

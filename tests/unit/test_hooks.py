@@ -16,11 +16,12 @@ import pytest
 from gunicorn.config import Config
 
 from imageserver import shared, slots
+from imageserver.private import open_private
 from imageserver.server import hooks
 from imageserver.server.hooks import CannotStart
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import Settings
-from imageserver.shared import SharedTable, open_private
+from imageserver.shared import SharedTable
 from imageserver.slots import Kind
 
 _HOLD = """

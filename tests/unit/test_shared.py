@@ -13,7 +13,8 @@ import pytest
 from imageserver import shared, slots
 from imageserver.errors import NoSlot
 from imageserver.ports import Ticket
-from imageserver.shared import SharedTable, is_alive, open_private, owner_of
+from imageserver.private import open_private
+from imageserver.shared import SharedTable, is_alive, owner_of
 from imageserver.slots import Kind, Owner
 from tests.unit.logged import told
 from tests.unit.processes import LIMITS, TICKET, holder, python

@@ -11,14 +11,8 @@ import pytest
 
 from imageserver import shared, slots
 from imageserver.errors import NoSlot
-from imageserver.shared import (
-    SharedTable,
-    UnusableDirectory,
-    boot_id,
-    open_private,
-    owner_of,
-    prepare_directory,
-)
+from imageserver.private import UnusableDirectory, open_private, prepare_directory
+from imageserver.shared import SharedTable, boot_id, owner_of
 from imageserver.slots import IncompatibleTable, Kind
 from tests.unit.processes import LIMITS, TICKET, holder, python
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a control program can have done: register, unregister, ask.
+"""What a control program can have done: register, unregister, ask, list.
 
 Any process may do it for all, since registrations are files and activities are shared.
 """
@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from imageserver import control
-from imageserver.control import Command, Register, Status, Unregister
+from imageserver.control import Command, List, Register, Status, Unregister
 from imageserver.errors import UnknownImage
 from imageserver.ports import Activities, Activity, Owned, Registrations
 from imageserver.transfers import InvalidTransfer
@@ -37,6 +37,8 @@ class Administration:
             return self._status(command)
         if isinstance(command, Register):
             return self._register(command)
+        if isinstance(command, List):
+            return self._list(command)
         return self._unregister(command, is_wanted)
 
     def _status(self, command: Status) -> bytes:
@@ -58,6 +60,11 @@ class Administration:
         except InvalidTransfer as exc:
             return control.failed(f"invalid config: {exc}")
         return control.succeeded(self.registrations.count())
+
+    def _list(self, command: List) -> bytes:
+        known = self.registrations.all()
+        beyond = (transfer for transfer in known if transfer.id > command.after)
+        return control.succeeded(len(known), **control.page(beyond))
 
     def _unregister(self, command: Unregister, is_wanted: Callable[[], bool]) -> bytes:
         self.registrations.remove(command.transfer_id)

@@ -6,12 +6,13 @@
     {"action":"register","transfer_id":ID,"config":{...}}     Register(transfer)
     {"action":"unregister","transfer_id":ID}                  Unregister(ID)
     {... "timeout":SECONDS, "force":true}                     ... that waits, or cuts
+    {"action":"list","after":ID}                              List(ID)
 
 No socket here, and no file.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from imageserver.jsontext import InvalidJson, parse_json
@@ -20,11 +21,14 @@ from imageserver.transfers import (
     Transfer,
     UnsupportedBackend,
     is_valid_id,
+    to_fields,
     transfer_from_fields,
 )
 
 #: Longest request, in bytes: a configuration of the largest size (docs/api.md), escaped.
 MAX_REQUEST = 128 * 1024
+#: A list's answer ends with the transfer that takes it over so many bytes.
+_PAGE_SIZE = 1 << 20
 #: Longest wait that may be asked for: a year, in seconds.
 _MAX_TIMEOUT = 31_536_000
 _SHOWN = 64
@@ -57,7 +61,14 @@ class Unregister:
     force: bool = False
 
 
-Command = Status | Register | Unregister
+@dataclass(frozen=True, slots=True)
+class List:
+    """Which transfers are there, with ids beyond ``after``?"""
+
+    after: str = ""
+
+
+Command = Status | Register | Unregister | List
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +136,22 @@ def _unregister(fields: Mapping[str, object]) -> Unregister:
     return Unregister(_id(value), _timeout(fields.get("timeout")), _flag(fields.get("force")))
 
 
+def _list(fields: Mapping[str, object]) -> List:
+    value = fields.get("after")
+    return List() if value is None else List(_id(value, "after"))
+
+
 _ACTIONS: dict[str, Callable[[Mapping[str, object]], Command]] = {
     "status": _status,
     "register": _register,
     "unregister": _unregister,
+    "list": _list,
 }
 
 
-def _id(value: object) -> str:
+def _id(value: object, name: str = "transfer_id") -> str:
     if not isinstance(value, str) or not is_valid_id(value):
-        raise InvalidCommand("invalid transfer_id")
+        raise InvalidCommand(f"invalid {name}")
     return value
 
 
@@ -155,6 +172,19 @@ def _flag(value: object) -> bool:
 def succeeded(active: int, **more: object) -> bytes:
     """Write the answer to what was done; ``active`` transfers are registered."""
     return _line({"status": "ok", "active_transfers": active} | more)
+
+
+def page(transfers: Iterable[Transfer]) -> dict[str, object]:
+    """Return as many of these as an answer has room for, at least one; and whether that is all."""
+    shown: list[dict[str, object]] = []
+    room = _PAGE_SIZE
+    for transfer in transfers:
+        if room <= 0:
+            return {"transfers": shown, "more": True}
+        one: dict[str, object] = {"transfer_id": transfer.id, "config": to_fields(transfer)}
+        room -= len(json.dumps(one))
+        shown.append(one)
+    return {"transfers": shown, "more": False}
 
 
 def failed(message: str) -> bytes:

@@ -20,16 +20,12 @@ class Intent(Enum):
     """What an image is opened for."""
 
     READ = auto()
-    WRITE = auto()
-    """Also zero."""
-    REPLACE = auto()
-    """Write the whole image; the only way a missing file may be opened."""
+    WRITE = auto()  # also zero
+    REPLACE = auto()  # the whole image; the only way a missing file may be opened
     FLUSH = auto()
     EXTENTS = auto()
-    DIRTY_EXTENTS = auto()
-    """Extents with the image's dirty bitmap, where it has one."""
-    INSPECT = auto()
-    """Look at size and abilities, within a second."""
+    DIRTY_EXTENTS = auto()  # with the image's dirty bitmap, where it has one
+    INSPECT = auto()  # size and abilities, within a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +311,10 @@ class Registrations(Protocol):
 
     def count(self) -> int:
         """Return how many there are, without those that have expired."""
+        ...
+
+    def all(self) -> list[Transfer]:
+        """Return them, without those that have expired, in the order of their ids."""
         ...
 
 

@@ -16,6 +16,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from imageserver.activity import ActivityFiles
 from imageserver.errors import UnknownImage
@@ -111,6 +112,17 @@ class RegistrationFiles:
                     fresh[version] = lasts_ns
         self._fresh = fresh
         return len(fresh)
+
+    def all(self) -> list[Transfer]:
+        """Return those that have not expired: see ``ports.Registrations``."""
+        found = []
+        for name in os.listdir(self._directory):
+            # One that is unregistered meanwhile is not there.
+            with contextlib.suppress(FileNotFoundError, UnknownImage):
+                transfer_id = self._id_of(name) if self._counts(name) else None
+                if transfer_id is not None:
+                    found.append(replace(self._registry.get(name), id=transfer_id))
+        return sorted(found, key=lambda transfer: transfer.id)
 
     def _lasts_ns(self, name: str) -> int:
         """Return until when (monotonic clock) a registration counts if nobody uses it."""

@@ -130,9 +130,8 @@ class ControlServer:
             answer = control.failed(str(exc))
         else:
             answer = self._administration.run(command, lambda: not _has_gone(sock))
-            level = logging.DEBUG if isinstance(command, control.Status) else logging.INFO
-            log.log(level, "control: %s", answer.decode().rstrip(), extra=_told(command))
-        _send(sock, answer)
+            _report(command, answer)
+        self._send_all(sock, answer)
         return patience
 
     def _request(self, sock: socket.socket) -> bytes:
@@ -150,8 +149,25 @@ class ControlServer:
             if newline or not data:
                 return text
 
+    def _send_all(self, sock: socket.socket, answer: bytes) -> None:
+        """Send an answer, of which a list may be larger than the socket's buffer."""
+        deadline = time.monotonic() + self._timeout
+        rest = memoryview(answer)
+        while rest and _wait(sock, select.POLLOUT, deadline - time.monotonic()):
+            rest = rest[sock.send(rest) :]
 
-def _told(command: control.Command) -> dict[str, Mapping[str, object]]:
+
+def _report(command: control.Command, answer: bytes) -> None:
+    if isinstance(command, control.List):  # its answer would fill the log
+        log.debug("control: list", extra=fields(after=command.after))
+        return
+    level = logging.DEBUG if isinstance(command, control.Status) else logging.INFO
+    log.log(level, "control: %s", answer.decode().rstrip(), extra=_told(command))
+
+
+def _told(
+    command: control.Status | control.Register | control.Unregister,
+) -> dict[str, Mapping[str, object]]:
     action = type(command).__name__.lower()
     if isinstance(command, control.Register):
         return fields(action=action, transfer=command.transfer.id)

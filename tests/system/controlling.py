@@ -48,6 +48,9 @@ class Control:
         more = {} if name is None else {"transfer_id": name}
         return self.ask(action="status", **more)
 
+    def list(self, **more: object) -> Any:
+        return self.ask(action="list", **more)
+
 
 @contextlib.contextmanager
 def controlled(home: Path, **settings: object) -> Iterator[Server]:

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import select
 import socket
 import subprocess
 import time
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.system.clients import reading
-from tests.system.controlling import Control, ask_raw, controlled
-from tests.system.harness import Server
+from tests.system.controlling import Control, ask_raw, controlled, file_of
+from tests.system.harness import Server, wait_until
 from tests.system.skips import needs
 
 
@@ -44,6 +45,8 @@ def test_a_request_may_arrive_byte_by_byte_and_what_follows_is_ignored(control):
     assert (json.loads(answer)["status"], answer.count(b"\n")) == ("ok", 1)
 
 
+EMPTY = {"transfers": [], "more": False}
+
 MALFORMED = {
     "nothing": (b"", "invalid JSON: "),
     "empty line": (b"\n", "invalid JSON: "),
@@ -69,6 +72,7 @@ MALFORMED = {
         b'{"action":"register","transfer_id":"x","config":{"backend":"rbd"}}\n',
         "unsupported backend: rbd",
     ),
+    "list beyond no id": (b'{"action":"list","after":"../x"}\n', "invalid after"),
     "config": (
         b'{"action":"register","transfer_id":"x","config":{"backend":"file"}}\n',
         'invalid config: missing "file"',
@@ -94,6 +98,60 @@ def test_malformed_input_is_told_so_and_changes_nothing(control, name):
     assert (told["status"], set(told)) == ("error", {"status", "message"})
     assert told["message"].startswith(message)
     assert control.status() == before
+
+
+def test_a_list_has_what_is_registered_in_order_until_it_ends(server, control):
+    assert control.list() == {"status": "ok", "active_transfers": 0} | EMPTY
+    control.register("b", **file_of(server, "one"), idle_timeout_seconds=5)
+    control.register("\u00fc\nx", socket="/s", export="e", export_bitmap="b", read_only=True)
+    control.register("a", **file_of(server, "two"), idle_timeout_seconds=1)
+    one, two = file_of(server, "one"), file_of(server, "two")
+    common = {"read_only": False, "idle_timeout_seconds": 600}
+    nbd = {"backend": "nbd", "socket": "/s", "export": "e", "export_bitmap": "b"}
+    a = {"transfer_id": "a", "config": two | common | {"idle_timeout_seconds": 1}}
+    b = {"transfer_id": "b", "config": one | common | {"idle_timeout_seconds": 5}}
+    odd = {"transfer_id": "\u00fc\nx", "config": nbd | common | {"read_only": True}}
+    assert control.list()["transfers"] == [a, b, odd]
+    rest = {"transfers": [odd], "more": False}
+    assert control.list(after="b") == {"status": "ok", "active_transfers": 3} | rest
+    wait_until(lambda: control.list()["transfers"] == [b, odd])  # a has expired
+    for name in ("b", "\u00fc\nx", "a"):
+        control.unregister(name)
+    assert control.list() == {"status": "ok", "active_transfers": 0} | EMPTY
+
+
+def test_a_long_list_comes_in_pages_that_no_buffer_holds(server, control):
+    path = "/" + "x" * 50_000
+    names = [f"long-{number:02}" for number in range(30)]
+    for name in names:
+        control.register(name, backend="file", file=path)
+    first = control.list()
+    found = [transfer["transfer_id"] for transfer in first["transfers"]]
+    assert (found, first["more"]) == (names[: len(found)], True)
+    rest = control.list(after=found[-1])
+    assert (found + [each["transfer_id"] for each in rest["transfers"]], rest["more"]) == (
+        names,
+        False,
+    )
+    for name in names:
+        control.unregister(name)
+
+
+def test_who_does_not_read_a_long_list_is_left_and_delays_nobody(server, control):
+    control.register("long", backend="file", file="/" + "x" * 60_000)
+    for number in range(12):
+        control.register(f"long-{number}", backend="file", file="/" + "x" * 60_000)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(30)
+        sock.connect(str(control.path))
+        sock.sendall(b'{"action":"list"}\n')
+        assert control.status()["active_transfers"] == 13
+        cut = select.poll()
+        cut.register(sock, select.POLLRDHUP)
+        assert cut.poll(20_000)  # ms; the client timeout is 3 s
+        assert not sock.makefile("rb").read().endswith(b"\n")
+    for transfer in control.list()["transfers"]:
+        control.unregister(transfer["transfer_id"])
 
 
 def test_a_silent_peer_is_cut_off_and_delays_nobody(server, control):

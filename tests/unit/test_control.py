@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from imageserver.control import (
     InvalidCommand,
+    List,
     Peer,
     Register,
     Status,
     Unregister,
     failed,
+    page,
     parse_command,
     succeeded,
 )
@@ -83,6 +85,9 @@ def parse(**fields: object) -> object:
             Unregister("x", 31_536_000.0),
             id="unregister-in-a-year",
         ),
+        pytest.param({"action": "list"}, List(), id="list"),
+        pytest.param({"action": "list", "after": None}, List(), id="list-null"),
+        pytest.param({"action": "list", "after": "x"}, List("x"), id="list-the-rest"),
     ],
 )
 def test_a_command_is_understood(fields: dict[str, object], command: object) -> None:
@@ -130,6 +135,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
     *((unregister(transfer_id=bad), "invalid transfer_id") for bad in ("", "a\0", "a\\b", True)),
     ({"action": "status", "transfer_id": "a/b"}, "invalid transfer_id"),
     ({"action": "status", "transfer_id": "x" * 256}, "invalid transfer_id"),
+    *(({"action": "list", "after": bad}, "invalid after") for bad in ("", "a/b", 5)),
     (unregister(transfer_id=None), "missing transfer_id"),
     *((unregister(timeout=bad), "invalid timeout: not a number of seconds") for bad in (-1, "5")),
     (unregister(timeout=True), "invalid timeout: not a number of seconds"),
@@ -181,6 +187,31 @@ def test_an_answer_is_one_line_whatever_it_says() -> None:
     assert failed("unknown action: \u00fc") == (
         b'{"status":"error","message":"unknown action: \\u00fc"}\n'
     )
+
+
+def test_a_page_tells_each_transfer_as_it_may_be_registered_again() -> None:
+    transfer = Transfer("x", NbdImage("/s", "e", "b"), read_only=True, idle_seconds=5)
+    shown = page([transfer])
+    config = {
+        "backend": "nbd",
+        "socket": "/s",
+        "export": "e",
+        "export_bitmap": "b",
+        "read_only": True,
+        "idle_timeout_seconds": 5,
+    }
+    assert shown == {"transfers": [{"transfer_id": "x", "config": config}], "more": False}
+    assert parse(action="register", transfer_id="x", config=config) == Register(transfer)
+
+
+def test_a_page_has_room_for_so_much_but_always_for_one() -> None:
+    large = [Transfer(str(number), FileImage("/" + 60_000 * "x")) for number in range(30)]
+    assert page([]) == {"transfers": [], "more": False}
+    assert page(large[:1])["more"] is False
+    first = page(large)
+    assert (len(first["transfers"]), first["more"]) == (18, True)  # 18 x 60 kB > 1 MiB
+    assert page(large[:18])["more"] is False
+    assert len(page([Transfer("x", FileImage("/" + (2 << 20) * "x"))])["transfers"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts ``imagectl``, or says what must be installed first: nothing else is imported before."""
+
+import sys
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    try:
+        from imageserver.client import cli  # noqa: PLC0415 - may be missing what it needs
+    except ModuleNotFoundError as exc:
+        if exc.name is None or exc.name.partition(".")[0] not in {"click", "rich", "urllib3"}:
+            raise
+        print(  # noqa: T201 - its answer
+            f'imagectl: {exc.name} is missing; install it with: pip install "imageserver[client]"',
+            file=sys.stderr,
+        )
+        return 5
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One image on a server: what it can do, where its data is, its bytes; each request made once.
+
+Answers are taken at their word only where they prove it: a range must come as 206 with exactly
+the bytes that were asked for, extents must cover the image in order. Speaks what imageserver
+and oVirt's daemon have in common.
+"""
+
+import json
+import re
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from imageserver.client.errors import Broken, Failed, Refused
+from imageserver.client.transport import Access, Response, Transport
+from imageserver.extents import Extent
+
+#: Bytes of extents that are parsed at once: large enough for json's speed, small enough to
+#: keep millions of extents out of memory.
+_EXTENTS_PIECE = 256 * 1024
+_MAX_JSON = 64 * 1024
+_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]+)-([0-9]+)|\*)/([0-9]+|\*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What OPTIONS says; 0 readers or writers: it said nothing of them."""
+
+    features: frozenset[str]
+    max_readers: int
+    max_writers: int
+    unix_socket: str | None
+    methods: frozenset[str]
+
+    def has(self, feature: str) -> bool:
+        """Tell whether ``extents``, ``zero`` or ``flush`` is announced."""
+        return feature in self.features
+
+    @property
+    def writes_ranges(self) -> bool:
+        """Whether parts of the image can be written: a file on our server is replaced whole."""
+        return "PATCH" in self.methods
+
+
+class Remote:
+    """An image behind a URL; may be used by several threads at once."""
+
+    def __init__(self, access: Access, connections: int = 8) -> None:
+        self.url = access.url
+        self._transport = Transport(access, connections)
+        self._target = self._transport.target.rstrip("/")
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        self._transport.close()
+
+    def abilities(self) -> Abilities:
+        """Ask what the image can do (OPTIONS)."""
+        response = self._transport.request("OPTIONS", self._target, expected=(200, 204))
+        allow = response.headers.get("Allow") or response.headers.get(
+            "Access-Control-Allow-Methods", ""
+        )
+        return parse_abilities(self._body(response), allow)
+
+    def size(self) -> int:
+        """Ask for the image's size in bytes (HEAD, or a range where there is no HEAD)."""
+        try:
+            response = self._transport.request("HEAD", self._target)
+            response.drain_conn()
+            length = response.headers.get("Content-Length", "")
+            if re.fullmatch("[0-9]+", length):
+                return int(length)
+        except Refused as exc:
+            if exc.code not in {400, 405, 501}:
+                raise
+        response = self._transport.request(
+            "GET", self._target, expected=(206, 416), headers={"Range": "bytes=0-0"}
+        )
+        response.drain_conn()
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None or match[3] == "*":
+            raise Failed("the server does not tell how large the image is")
+        return int(match[3])
+
+    def extents(self, context: str = "zero") -> Generator[Extent]:
+        """Yield all extents in order: ``context`` is zero or dirty.
+
+        Raises:
+            Broken: the list was cut, or does not cover the image without gaps.
+        """
+        query = f"{'&' if '?' in self._target else '?'}context={context}"
+        path, _, more = self._target.partition("?")
+        response = self._transport.request("GET", f"{path}/extents{query}{more and '&' + more}")
+        finished = False
+        try:
+            yield from parse_extents(self._pieces(response))
+            finished = True
+        finally:
+            if finished:
+                response.release_conn()
+            else:
+                response.close()
+
+    def _pieces(self, response: Response) -> Iterator[bytes]:
+        with self._transport.translated():
+            yield from response.stream(_EXTENTS_PIECE)
+
+    def read(self, start: int, stop: int, buffer: memoryview) -> Generator[memoryview]:
+        """Yield the bytes of a span in order, each time in ``buffer``: valid until the next.
+
+        Raises:
+            Broken: not all of it came; what was yielded is right.
+        """
+        response = self._transport.request(
+            "GET", self._target, expected=(206,), headers={"Range": f"bytes={start}-{stop - 1}"}
+        )
+        finished = False
+        try:
+            _check_range(response, start, stop)
+            left = stop - start
+            while left:
+                with self._transport.translated():
+                    count = response.readinto(buffer[: min(left, len(buffer))])
+                if not count:
+                    raise Broken(f"the server's answer ended {left} bytes early")
+                left -= count
+                yield buffer[:count]
+            response.drain_conn()
+            finished = True
+        finally:
+            if finished:
+                response.release_conn()
+            else:
+                response.close()
+
+    def write(self, start: int, stop: int, pieces: Iterable[object]) -> None:
+        """Write a span (PUT with Content-Range) from pieces that are as long together."""
+        headers = {
+            "Content-Length": str(stop - start),
+            "Content-Range": f"bytes {start}-{stop - 1}/*",
+            "Content-Type": "application/octet-stream",
+        }
+        self._body(self._transport.request("PUT", self._target, headers=headers, body=pieces))
+
+    def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> None:
+        """Make ``length`` bytes the whole image."""
+        headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
+        target = self._target + ("&" if "?" in self._target else "?") + f"flush={'ny'[flush]}"
+        self._body(self._transport.request("PUT", target, headers=headers, body=pieces))
+
+    def zero(self, start: int, stop: int) -> None:
+        """Zero a span."""
+        self._patch({"op": "zero", "offset": start, "size": stop - start, "flush": False})
+
+    def flush(self) -> None:
+        """Bring what was written to stable storage."""
+        self._patch({"op": "flush"})
+
+    def flush_file(self) -> None:
+        """The same of an image without PATCH (POST flush, our server's own)."""
+        self._body(self._transport.request("POST", self._target + "/flush", body=b""))
+
+    def _patch(self, fields: dict[str, object]) -> None:
+        body = json.dumps(fields).encode()
+        headers = {"Content-Type": "application/json"}
+        self._body(self._transport.request("PATCH", self._target, headers=headers, body=body))
+
+    def _body(self, response: Response) -> bytes:
+        with self._transport.translated():
+            body = response.read(_MAX_JSON)
+            response.drain_conn()
+            response.release_conn()
+            return body
+
+
+def parse_abilities(body: bytes, allow: str) -> Abilities:
+    """Read OPTIONS' answer; what it leaves out is not there."""
+    try:
+        fields = json.loads(body or b"{}")
+    except ValueError as exc:
+        raise Failed("OPTIONS was not answered in JSON: this is no image server") from exc
+    if not isinstance(fields, dict):
+        raise Failed("OPTIONS was not answered with a JSON object: this is no image server")
+    features, sock = fields.get("features"), fields.get("unix_socket")
+    return Abilities(
+        features=frozenset(map(str, features)) if isinstance(features, list) else frozenset(),
+        max_readers=_count(fields.get("max_readers")),
+        max_writers=_count(fields.get("max_writers")),
+        unix_socket=sock if isinstance(sock, str) else None,
+        methods=frozenset(m.strip().upper() for m in allow.split(",") if m.strip()),
+    )
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and value > 0 else 0
+
+
+def parse_extents(pieces: Iterable[bytes]) -> Iterator[Extent]:
+    """Parse a JSON list of flat objects as it comes, and check that it has no gaps.
+
+    No object holds another, so the text may be cut behind any ``}``.
+    """
+    rest, position, opened = b"", 0, False
+    for piece in pieces:
+        rest += piece
+        end = rest.rfind(b"}") + 1
+        if not end:
+            continue
+        batch, rest = _batch(rest[:end], first=not opened), rest[end:]
+        opened = True
+        for fields in batch:
+            extent = _extent(fields, position)
+            position = extent[0] + extent[1]
+            yield extent
+    if rest.strip() != (b"]" if opened else b"[]"):
+        raise Broken("the list of extents was cut")
+
+
+def _batch(text: bytes, *, first: bool) -> list[Any]:
+    text = text.lstrip()
+    if text[:1] != (b"[" if first else b","):
+        raise Broken("the list of extents is no JSON list")
+    try:
+        return json.loads(b"[" + text[1:] + b"]")  # type: ignore[no-any-return]
+    except ValueError as exc:
+        raise Broken(f"the list of extents is no JSON: {exc}") from exc
+
+
+def _extent(fields: Any, position: int) -> Extent:  # noqa: ANN401 - JSON
+    try:
+        start, length = fields["start"], fields["length"]
+        if start != position or type(length) is not int or length <= 0:
+            raise Broken(f"the extents have a gap at {position}")
+        return start, length, fields.get("zero") is True, fields.get("dirty") is True
+    except (KeyError, TypeError) as exc:
+        raise Broken(f"an extent at {position} has no start or length") from exc
+
+
+def _check_range(response: Response, start: int, stop: int) -> None:
+    length = response.headers.get("Content-Length")
+    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if match and match[1] and (int(match[1]), int(match[2]) + 1) != (start, stop):
+        raise Failed("the server answered with another range: has the image become smaller?")
+    if length is not None and length != str(stop - start):
+        raise Failed(f"the server answered {stop - start} bytes with {length}")

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP to one server through urllib3's connection pool: over TCP, TLS, or a Unix socket.
+
+One request is tried once: who retries is ``backoff``. urllib3's errors become ours here and
+in ``translated``, and its answers leave only with a status that was asked for.
+"""
+
+import contextlib
+import json
+import re
+import socket
+import ssl
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3 import exceptions
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from imageserver.client.errors import Broken, Busy, Failed, LocalFailure, Refused, Unreachable
+
+#: Asked again later, these may be answered otherwise (502 and 504: a proxy before a restart).
+_TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
+#: Longest message of a server that is shown, in bytes.
+_MAX_MESSAGE = 4096
+_SECONDS = re.compile(r"[0-9]{1,6}")
+
+Response = urllib3.BaseHTTPResponse
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How to reach a URL; ``unix_socket`` may begin with ``@`` or NUL (abstract)."""
+
+    url: str
+    cacert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    unix_socket: str | None = None
+    timeout_seconds: float = 60.0
+
+
+class _UnixConnection(HTTPConnection):
+    """A connection to the socket that the pool's host names."""
+
+    path = ""
+
+    def connect(self) -> None:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(self.timeout if isinstance(self.timeout, int | float) else None)
+            sock.connect(self.path)
+        except OSError as exc:
+            sock.close()
+            raise exceptions.NewConnectionError(self, f"{self.path}: {exc.strerror}") from exc
+        self.sock = sock
+
+
+class Transport:
+    """Requests to one server; its methods may be called by several threads at once."""
+
+    def __init__(self, access: Access, connections: int = 8) -> None:
+        parts = urlsplit(access.url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise LocalFailure(f"{access.url!r} is no http:// or https:// URL")
+        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        #: How the server is called in messages.
+        self.name = access.unix_socket or parts.netloc
+        self._pool = _pool(access, connections)
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        *,
+        expected: Iterable[int] = (200,),
+        headers: Mapping[str, str] | None = None,
+        body: bytes | Iterable[object] | None = None,
+    ) -> Response:
+        """Make a request; return the answer, its body unread.
+
+        Raises:
+            Transient: it may succeed if made again.
+            Refused, Failed: it will not.
+        """
+        with self.translated():
+            response = self._pool.urlopen(
+                method,
+                target,
+                body=body,  # type: ignore[arg-type] # pieces for `send`, which takes any buffer
+                headers={"User-Agent": "imagectl", "Accept-Encoding": "identity"}
+                | dict(headers or {}),
+                retries=False,
+                redirect=False,
+                assert_same_host=False,
+                preload_content=False,
+            )
+            if response.status in expected:
+                return response
+            raise self._refusal(method, response)
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn urllib3's errors into ours."""
+        try:
+            yield
+        except (exceptions.NewConnectionError, exceptions.ConnectTimeoutError) as exc:
+            raise Unreachable(f"cannot connect to {self.name}: {_reason(exc)}") from exc
+        except (exceptions.SSLError, ssl.SSLError) as exc:
+            if "CERTIFICATE" in str(exc).upper() or "WRONG_VERSION" in str(exc).upper():
+                raise Failed(f"no TLS with {self.name}: {_reason(exc)}") from exc
+            raise Broken(f"the TLS connection to {self.name} broke: {_reason(exc)}") from exc
+        except exceptions.ReadTimeoutError as exc:
+            raise Broken(f"{self.name} was silent for too long") from exc
+        except (exceptions.HTTPError, OSError) as exc:
+            raise Broken(f"the connection to {self.name} broke: {_reason(exc)}") from exc
+
+    def _refusal(self, method: str, response: Response) -> Exception:
+        message = _message(response)
+        sentence = f"{self.name} answered {method} with {response.status}: {message}"
+        if response.status in _TRANSIENT:
+            wait = response.headers.get("Retry-After", "")
+            return Busy(sentence, float(wait) if _SECONDS.fullmatch(wait) else None)
+        if response.status >= 500 and response.status != 501:  # noqa: PLR2004 - RFC 9110
+            return Failed(sentence)
+        return Refused(sentence, response.status)
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        self._pool.close()
+
+
+def _pool(access: Access, connections: int) -> HTTPConnectionPool:
+    parts = urlsplit(access.url)
+    timeout = urllib3.Timeout(
+        total=None, connect=access.timeout_seconds, read=access.timeout_seconds
+    )
+    if access.unix_socket:
+        if parts.scheme == "https":
+            raise LocalFailure("a Unix socket is spoken to without TLS: use an http:// URL")
+        path = access.unix_socket
+        path = "\0" + path[1:] if path.startswith("@") else path
+        pool = HTTPConnectionPool(parts.netloc, timeout=timeout, maxsize=connections)
+        pool.ConnectionCls = type("_Unix", (_UnixConnection,), {"path": path})
+        return pool
+    host, port = str(parts.hostname), parts.port
+    if parts.scheme == "http":
+        return HTTPConnectionPool(host, port, timeout=timeout, maxsize=connections)
+    context = _tls_context(access)
+    return HTTPSConnectionPool(
+        host, port, timeout=timeout, maxsize=connections, ssl_context=context
+    )
+
+
+def _tls_context(access: Access) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=access.cacert)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if access.cert:
+            context.load_cert_chain(access.cert, access.key)
+    except (OSError, ssl.SSLError) as exc:
+        files = ", ".join(name for name in (access.cacert, access.cert, access.key) if name)
+        raise LocalFailure(f"cannot use the certificates in {files}: {exc}") from exc
+    return context
+
+
+def _message(response: Response) -> str:
+    """Return what an error's body says: our server's JSON, or another's text."""
+    try:
+        text = response.read(_MAX_MESSAGE)
+        response.drain_conn()
+    except (exceptions.HTTPError, OSError):
+        response.close()
+        return response.reason or "an answer that was cut"
+    try:
+        fields = json.loads(text)
+        if isinstance(fields, dict):
+            return str(fields.get("error") or fields.get("explanation") or fields)
+    except ValueError:
+        pass
+    first = text.decode("utf-8", "replace").strip().partition("\n")[0]
+    return "".join(c for c in first if c.isprintable())[:200] or response.reason or "no reason"
+
+
+def _reason(exc: BaseException) -> str:
+    """Return the innermost error's words, without urllib3's wrappings."""
+    while True:
+        inner = next((a for a in exc.args if isinstance(a, BaseException)), None) or exc.__cause__
+        if inner is None:
+            break
+        exc = inner
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return str(exc).rpartition("Failed to establish a new connection: ")[2] or type(exc).__name__

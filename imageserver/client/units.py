@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers as people read them: sizes, shares, rates, times. Exact where they are exact."""
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_STEP = 1024
+#: Three digits say enough: decimals by what a value is below.
+_DECIMALS = ((10, 2), (100, 1), (_STEP, 0))
+
+
+def size_text(size: float) -> str:
+    """Return bytes in the largest unit of which there is one: ``512 B``, ``1.5 MiB``, ``2 GiB``."""
+    if size < _STEP:
+        return f"{size:.0f} B"
+    value = float(size)
+    for unit in _UNITS:
+        value /= _STEP
+        if value < _STEP or unit == _UNITS[-1]:
+            break
+    decimals = next((count for below, count in _DECIMALS if value < below), 0)
+    digits = f"{value:.{decimals}f}"
+    return f"{digits.rstrip('0').rstrip('.') if decimals else digits} {unit}"
+
+
+def share_text(part: int, whole: int) -> str:
+    """Return per cent; what is not nothing, or not all, never looks like it."""
+    if part in {0, whole} or not whole:
+        return "100 %" if part else "0 %"
+    percent = 100 * part / whole
+    if percent < 0.05:  # noqa: PLR2004 - would be rounded to 0.0
+        return "<0.1 %"
+    if percent >= 99.95:  # noqa: PLR2004 - would be rounded to 100.0
+        return ">99.9 %"
+    return f"{percent:.1f} %"
+
+
+def rate_text(rate: float) -> str:
+    """Return bytes per second."""
+    return f"{size_text(rate)}/s"
+
+
+def time_text(seconds: float) -> str:
+    """Return a time in its two largest units: ``0.4 s``, ``12 s``, ``3:05 min``, ``2:07 h``."""
+    if seconds < 10:  # noqa: PLR2004 - a decimal counts below
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:  # noqa: PLR2004 - seconds of a minute
+        return f"{whole} s"
+    if whole < 3600:  # noqa: PLR2004 - seconds of an hour
+        return f"{whole // 60}:{whole % 60:02} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02} h"

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deaths in the middle of imagectl's work: it goes on by itself, or where it was when run again."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.system.harness import Server, nbdkit, wait_until
+from tests.system.killing import is_running
+from tests.system.moving import (
+    IMAGECTL,
+    MIB,
+    assert_same,
+    bytes_served,
+    filled,
+    finish,
+    imagectl,
+    offer,
+    running,
+    taken,
+)
+from tests.system.skips import needs
+from tests.system.watching import Admin
+
+SIZE = 16 * MIB
+#: So much has been moved when something happens.
+MIDDLE = SIZE // 4
+_SLOW, _FAST = 8 * MIB, 10_000 * MIB  # bytes per second
+
+
+@dataclass
+class Disk:
+    """An image behind a slow NBD server."""
+
+    path: Path
+    sock: Path
+    pid: int
+    rate: Path
+
+    def hurry(self) -> None:
+        """Be slow no more."""
+        self.rate.write_text(str(8 * _FAST))
+
+
+@contextlib.contextmanager
+def slow(path: Path) -> Iterator[Disk]:
+    """Serve an image at a rate at which the middle of a transfer is easy to meet."""
+    sock, pid, rate = (path.with_suffix(suffix) for suffix in (".sock", ".pid", ".rate"))
+    options = ("--filter=rate", f"--pidfile={pid}", "file", str(path))
+    limits = (f"rate={8 * _SLOW}", f"rate-file={rate}", "burstiness=0.1")
+    with nbdkit(sock, *options, *limits):
+        yield Disk(path, sock, int(wait_until(pid.read_text)), rate)
+
+
+@pytest.fixture(scope="module")
+def server(workplace: Path) -> Iterator[Server]:
+    admin = Admin(workplace / "admin")
+    settings = {"backend_timeout": 1, "max_writers": 2, "admin_bind": admin.bind}
+    with Server(workplace, **settings) as running_server:
+        yield running_server
+
+
+def kill_server(server: Server, disk: Disk) -> None:
+    """SIGKILL master and workers; start the server again."""
+    assert server.process is not None
+    pids = [server.process.pid, *server.worker_pids()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    server.process.wait()
+    wait_until(lambda: not any(map(is_running, pids)))
+    server.start()
+
+
+def kill_worker(server: Server, disk: Disk) -> None:
+    """SIGKILL a worker that moves the image's bytes."""
+    transfers = Admin(server.directory / "admin").transfers()
+    worker = next(t["worker"] for t in transfers if t["operation"] in {"read", "write"})
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not is_running(worker))
+
+
+def stall_disk(server: Server, disk: Disk) -> None:
+    """Stop the NBD server until the image server has given it up."""
+    before = server.log.count("BackendTimeout")
+    os.kill(disk.pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: server.log.count("BackendTimeout") > before, 30)
+    finally:
+        os.kill(disk.pid, signal.SIGCONT)
+
+
+Event = Callable[[Server, Disk], None]
+EVENTS = pytest.mark.parametrize("event", [kill_server, kill_worker, stall_disk])
+
+
+@EVENTS
+def test_a_download_goes_on(server: Server, home: Path, event: Event):
+    copy = home / "copy.raw"
+    with slow(filled(home / "disk.raw", SIZE, (0, SIZE))) as disk:
+        url = offer(server, disk.sock)
+        with running("download", url, copy, "--connections", 2) as moving:
+            wait_until(lambda: sum(map(taken, home.glob("copy*"))) >= MIDDLE, 30)
+            event(server, disk)
+            assert moving.poll() is None
+            disk.hurry()
+            finish(moving)
+        assert_same(disk.path, copy)
+    assert list(home.glob("copy*")) == [copy]
+
+
+@EVENTS
+def test_an_upload_goes_on(server: Server, home: Path, event: Event):
+    image = filled(home / "image.raw", SIZE, (0, SIZE // 2), (SIZE // 2 + MIB, SIZE))
+    with slow(filled(home / "disk.raw", SIZE)) as disk:
+        url = offer(server, disk.sock)
+        with running("upload", image, url, "--connections", 2) as moving:
+            wait_until(lambda: taken(disk.path) >= MIDDLE, 30)
+            event(server, disk)
+            assert moving.poll() is None
+            disk.hurry()
+            finish(moving)
+        assert_same(image, disk.path)
+
+
+def test_a_killed_download_goes_on_where_it_was(server: Server, home: Path):
+    copy = home / "copy.raw"
+
+    def is_noted() -> bool:
+        for state in home.glob("copy*.imagectl"):
+            return sum(stop - start for start, stop in json.loads(state.read_text())["done"]) > 0
+        return False
+
+    with slow(filled(home / "disk.raw", SIZE, (0, SIZE))) as disk:
+        url = offer(server, disk.sock)
+        with running("download", url, copy) as moving:
+            wait_until(is_noted, 30)
+            assert moving.poll() is None
+            moving.kill()
+            moving.wait()
+        assert not copy.exists()
+        disk.hurry()
+        before = wait_until(lambda: bytes_served(server.log))
+        imagectl("download", url, copy)
+        wait_until(lambda: bytes_served(server.log) > before)
+        assert bytes_served(server.log) - before < SIZE
+        assert_same(disk.path, copy)
+    assert list(home.glob("copy*")) == [copy]
+
+
+def test_a_killed_upload_is_whole_when_run_again(server: Server, home: Path):
+    image = filled(home / "image.raw", SIZE, (0, SIZE))
+    with slow(filled(home / "disk.raw", SIZE)) as disk:
+        url = offer(server, disk.sock)
+        with running("upload", image, url) as moving:
+            wait_until(lambda: taken(disk.path) >= MIDDLE, 30)
+            assert moving.poll() is None
+            moving.kill()
+        disk.hurry()
+        imagectl("upload", image, url)
+        assert_same(image, disk.path)
+
+
+_ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=8m tmpfs "$1" || exit 99
+"${@:3}" "$1/copy.raw"
+echo "status $?"
+mount -o remount,size=64m "$1"
+"${@:3}" "$1/copy.raw"
+cp --sparse=always "$1/copy.raw" "$2"
+"""
+
+
+@needs("mounts")
+def test_a_full_disk_ends_a_download_that_goes_on_when_there_is_room(server: Server, home: Path):
+    small = home / "small"
+    small.mkdir()
+    with slow(filled(home / "disk.raw", SIZE, (0, SIZE))) as disk:
+        disk.hurry()
+        url = offer(server, disk.sock)
+        command = ["unshare", "--mount", "bash", "-c", _ON_A_SMALL_DISK, "-", small]
+        command += [home / "copy.raw", *IMAGECTL, "download", "--quiet", url]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert ended.stdout == "status 5\n", ended.stderr
+        assert "No space left on device" in ended.stderr
+        assert ended.stderr.count("\n") == 1
+        assert_same(disk.path, home / "copy.raw")

@@ -28,8 +28,8 @@ COMMANDS = {
     "upload": "imageserver.client.commands_move",
     "map": "imageserver.client.commands_view",
     "info": "imageserver.client.commands_view",
-    "check": "imageserver.client.commands_view",
-    "top": "imageserver.client.commands_view",
+    "check": "imageserver.client.commands_check",
+    "top": "imageserver.client.commands_top",
     "transfer": "imageserver.client.commands_transfer",
 }
 

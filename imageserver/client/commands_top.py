@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imagectl top``: what a server does now, over all its workers, until q or Ctrl-C.
+
+Where stdout is no terminal, each poll is a table below the last one, or a line of JSON.
+"""
+
+import json
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from urllib.parse import urlsplit
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from imageserver.client.cli import Options, common_options
+from imageserver.client.errors import Transient
+from imageserver.client.table import Running, Status, bar, parse_status, with_rates, workers_line
+from imageserver.client.transport import Access, Transport
+from imageserver.client.units import rate_text, size_text, time_text
+
+#: A server that is silent for longer counts as gone, in seconds.
+_SILENCE = 5.0
+#: Columns of a terminal from which on there is room for more.
+_WIDE = 110
+#: Most of an id that is shown: over TCP ids have as much.
+_ID_WIDTH = 12
+_BAR, _WIDE_BAR = 12, 24
+_MAX_STATUS = 64 << 20
+
+
+@click.command("top")
+@click.argument("admin_url", metavar="ADMIN_URL")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+@click.option("--once", is_flag=True, help="Look once; rates are means.")
+@click.option("--ascii", "plain", is_flag=True, help="Draw with ASCII characters only.")
+@common_options
+def top_command(
+    *, admin_url: str, interval: float, once: bool, plain: bool, options: Options
+) -> None:
+    """Show running transfers: ADMIN_URL is http://HOST:PORT or unix:/PATH."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    with closing(_Admin(admin_url, options)) as admin:
+        show = _Shown(admin.name, plain=plain or not utf8)
+        status = admin.status()  # what fails now is a wrong address
+        if options.json:
+            _write_json(admin, status, interval, once=once)
+        elif once or not show.console.is_terminal:
+            _print(admin, status, interval, show, once=once)
+        else:
+            _watch(admin, status, interval, show)
+
+
+class _Admin:
+    """The admin listener."""
+
+    def __init__(self, url: str, options: Options) -> None:
+        access = _access(url, options)
+        path = urlsplit(access.url).path.rstrip("/").removesuffix("/status")
+        self._transport = Transport(access, 1)
+        self._target = f"{path}/status"
+        self.name = self._transport.name
+
+    def status(self) -> Status:
+        response = self._transport.request("GET", self._target)
+        with self._transport.translated():
+            text = response.read(_MAX_STATUS)
+            response.drain_conn()
+            response.release_conn()
+        try:
+            answer = json.loads(text)
+        except ValueError:
+            answer = None
+        return parse_status(answer, time.monotonic())
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def _access(url: str, options: Options) -> Access:
+    sock = options.unix_socket
+    if url.startswith("unix:"):
+        url, sock = "http://localhost", url.removeprefix("unix:")
+    silence = min(options.timeout_seconds, _SILENCE)
+    return Access(url, options.cacert, options.cert, options.key, sock, silence)
+
+
+def _polls(admin: _Admin, first: Status) -> Iterator[tuple[Status, str]]:
+    """Yield the status at once and then whenever asked, and what is wrong with it."""
+    shown = before = first
+    problem = ""
+    while True:
+        yield shown, problem
+        try:
+            now = admin.status()
+        except Transient as exc:
+            problem = f"{exc}; trying again"
+            shown = Status((), (), before.taken)
+        else:
+            shown, before, problem = with_rates(now, before), now, ""
+
+
+# Without a terminal
+
+
+def _write_json(admin: _Admin, first: Status, interval: float, *, once: bool) -> None:
+    for status, problem in _polls(admin, first):
+        fields = {
+            "transfers": [asdict(transfer) for transfer in status.transfers],
+            "workers": [asdict(worker) for worker in status.workers],
+            "rate": status.rate,
+        }
+        click.echo(json.dumps(fields | ({"error": problem} if problem else {})))
+        if once or not _pause(interval):
+            return
+
+
+def _print(admin: _Admin, first: Status, interval: float, show: "_Shown", *, once: bool) -> None:
+    for status, problem in _polls(admin, first):
+        show.console.print(show.picture(status, problem))
+        if once or not _pause(interval):
+            return
+
+
+def _pause(seconds: float) -> bool:
+    """Wait; False if the user has had enough."""
+    sys.stdout.flush()
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+# On a terminal
+
+
+def _watch(admin: _Admin, first: Status, interval: float, show: "_Shown") -> None:
+    try:
+        with (
+            _keys() as has_quit,
+            Live(console=show.console, screen=True, auto_refresh=False) as live,
+        ):
+            for status, problem in _polls(admin, first):
+                live.update(show.picture(status, problem), refresh=True)
+                if has_quit(interval):
+                    return
+    except KeyboardInterrupt:
+        return  # the usual way out
+
+
+@contextmanager
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """Read single keys; yields what waits for a q, so many seconds."""
+    if not sys.stdin.isatty():
+        yield lambda seconds: not _pause(seconds)
+        return
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+
+    def has_quit(seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([fd], [], [], left)[0] and os.read(fd, 1) in {b"q", b"Q", b""}:
+                return True
+        return False
+
+    try:
+        tty.setcbreak(fd)
+        yield has_quit
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+class _Shown:
+    """How a status looks."""
+
+    def __init__(self, name: str, *, plain: bool) -> None:
+        self.console = Console(highlight=False)
+        self._name = name
+        self._plain = plain
+
+    def picture(self, status: Status, problem: str) -> RenderableType:
+        count = len(status.transfers)
+        head = Text.assemble(
+            (self._name, "bold"),
+            f"  {count} transfer{'s' * (count != 1)}  ",
+            (rate_text(status.rate), "bold green"),
+        )
+        lines: list[RenderableType] = [head]
+        if problem:
+            return Group(head, Text(problem, "bold red"))
+        lines.append(Text(workers_line(status.workers), "bright_black"))
+        if status.transfers:
+            lines += [Text(), self._table(status)]
+        return Group(*lines)
+
+    def _table(self, status: Status) -> Table:
+        wide = self.console.width >= _WIDE
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+        table.add_column("id", no_wrap=True, max_width=None if wide else _ID_WIDTH)
+        for name in ("operation", "client"):
+            table.add_column(name, no_wrap=True)
+        table.add_column("worker", justify="right", no_wrap=True)
+        table.add_column("done", no_wrap=True, min_width=_WIDE_BAR if wide else _BAR)
+        columns = [("", 5), ("rate", 10), ("age", 8)] + [("moved", 20), ("left", 8)] * wide
+        for name, width in columns:  # wide enough that nothing moves from look to look
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        for transfer in status.transfers:
+            table.add_row(*self._row(transfer, wide=wide))
+        return table
+
+    def _row(self, transfer: Running, *, wide: bool) -> Iterator[Text]:
+        share = transfer.share
+        yield Text(transfer.id)
+        yield Text(transfer.operation, "cyan")
+        yield Text(transfer.client)
+        yield Text(str(transfer.worker), "bright_black")
+        yield Text(bar(share, _WIDE_BAR if wide else _BAR, plain=self._plain), "blue")
+        yield Text("" if share is None else f"{int(share * 100)} %")
+        yield Text(rate_text(transfer.rate))
+        yield Text(time_text(transfer.age))
+        if wide:
+            left = transfer.seconds_left
+            whole = f" of {size_text(transfer.expected)}" if transfer.expected else ""
+            yield Text(size_text(transfer.done) + whole)
+            yield Text("" if left is None else time_text(left))

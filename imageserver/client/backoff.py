@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long to wait before asking again: doubling from a tenth of a second, jittered, bounded.
 
-Patience is counted from the last progress: any byte that moved makes it whole again. The
-waits grow with the failures since then, so that many clients of a busy server spread out.
+Patience counts from the last progress of any connection, or from a connection's own first
+failure since, whichever is later: a busy server that still moves bytes is not given up. The
+jitter spreads many clients of one server out.
 """
 
 import random
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from imageserver.client.errors import Transient
@@ -23,15 +24,23 @@ T = TypeVar("T")
 def wait_seconds(failures: int, retry_after: float | None, chance: float) -> float:
     """Return the wait after so many failures in a row; ``chance`` in [0, 1) is the jitter.
 
-    A server's Retry-After is the least that is waited, as far as our longest wait goes twice.
+    A server's Retry-After is the least that is waited, but no more than twice our longest.
     """
     grown = min(_FIRST_SECONDS * 2.0 ** min(failures - 1, 16), _LONGEST_SECONDS)
     jittered = grown * (0.5 + chance / 2)
     return max(jittered, min(retry_after or 0.0, 2 * _LONGEST_SECONDS))
 
 
+@dataclass(slots=True)
+class Failures:
+    """One connection's failures since its last success."""
+
+    count: int = 0
+    since: float = 0.0
+
+
 class Patience:
-    """How much longer one thread goes on asking; not shared between threads."""
+    """How much longer it is worth asking; shared by all connections of an operation."""
 
     def __init__(
         self,
@@ -40,46 +49,40 @@ class Patience:
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._seconds, self._clock, self._chance = seconds, clock, chance
-        self._failures = 0
-        self._since: float | None = None
+        self._moved = clock()
 
     def progress(self) -> None:
         """Note that something moved."""
-        self._failures = 0
-        self._since = None
+        self._moved = self._clock()
 
-    def after(self, error: Transient) -> float:
-        """Return how long to wait after a failure, in seconds.
+    def after(self, failures: Failures, error: Transient) -> float:
+        """Count a failure; return how long to wait, in seconds.
 
         Raises:
             Transient: ``error``, once patience has ended.
         """
         now = self._clock()
-        if self._since is None:
-            self._since = now
-        self._failures += 1
-        left = self._since + self._seconds - now
+        if not failures.count:
+            failures.since = now
+        failures.count += 1
+        left = max(failures.since, self._moved) + self._seconds - now
         if left <= 0:
             raise error
-        return min(wait_seconds(self._failures, error.wait, self._chance()), left)
+        return min(wait_seconds(failures.count, error.wait, self._chance()), left)
 
 
-def patiently(
-    action: Callable[[], T], patience: Patience, stop: threading.Event | None = None
-) -> T:
-    """Do it until it succeeds or patience ends; ``stop`` cuts a wait short.
+def patiently(action: Callable[[], T], patience: Patience, helps: type[Transient] = Transient) -> T:
+    """Do it until it succeeds or patience ends; only failures that ``helps`` names are waited for.
 
     Raises:
         Transient: the last failure.
     """
-    waiter = stop or threading.Event()
+    failures = Failures()
     while True:
         try:
             done = action()
-        except Transient as exc:
-            wait = patience.after(exc)
-            if waiter.wait(wait):
-                raise
+        except helps as exc:
+            time.sleep(patience.after(failures, exc))
         else:
             patience.progress()
             return done

@@ -19,13 +19,15 @@ from imageserver.extents import Extent
 #: Bytes of extents that are parsed at once: large enough for json's speed, small enough to
 #: keep millions of extents out of memory.
 _EXTENTS_PIECE = 256 * 1024
+#: Bytes of one read from a socket and one write to a file.
+READ_BYTES = 1024 * 1024
 _MAX_JSON = 64 * 1024
 _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]+)-([0-9]+)|\*)/([0-9]+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What OPTIONS says; 0 readers or writers: it said nothing of them."""
+    """What OPTIONS says; a server that names no limits is taken to have one of each."""
 
     features: frozenset[str]
     max_readers: int
@@ -54,6 +56,10 @@ class Remote:
     def close(self) -> None:
         """Close the connections that are idle."""
         self._transport.close()
+
+    def cut(self) -> None:
+        """End all connections: threads that wait for one get ``Broken``."""
+        self._transport.cut()
 
     def abilities(self) -> Abilities:
         """Ask what the image can do (OPTIONS)."""
@@ -89,9 +95,7 @@ class Remote:
         Raises:
             Broken: the list was cut, or does not cover the image without gaps.
         """
-        query = f"{'&' if '?' in self._target else '?'}context={context}"
-        path, _, more = self._target.partition("?")
-        response = self._transport.request("GET", f"{path}/extents{query}{more and '&' + more}")
+        response = self._transport.request("GET", self._with(f"context={context}", "/extents"))
         finished = False
         try:
             yield from parse_extents(self._pieces(response))
@@ -106,8 +110,8 @@ class Remote:
         with self._transport.translated():
             yield from response.stream(_EXTENTS_PIECE)
 
-    def read(self, start: int, stop: int, buffer: memoryview) -> Generator[memoryview]:
-        """Yield the bytes of a span in order, each time in ``buffer``: valid until the next.
+    def read(self, start: int, stop: int) -> Generator[bytes]:
+        """Yield the bytes of a span in order.
 
         Raises:
             Broken: not all of it came; what was yielded is right.
@@ -121,13 +125,12 @@ class Remote:
             left = stop - start
             while left:
                 with self._transport.translated():
-                    count = response.readinto(buffer[: min(left, len(buffer))])
-                if not count:
+                    data = response.read(min(left, READ_BYTES))
+                if not data:
                     raise Broken(f"the server's answer ended {left} bytes early")
-                left -= count
-                yield buffer[:count]
-            response.drain_conn()
-            finished = True
+                left -= len(data)
+                finished = not left
+                yield data
         finally:
             if finished:
                 response.release_conn()
@@ -141,12 +144,13 @@ class Remote:
             "Content-Range": f"bytes {start}-{stop - 1}/*",
             "Content-Type": "application/octet-stream",
         }
-        self._body(self._transport.request("PUT", self._target, headers=headers, body=pieces))
+        target = self._with("flush=n")  # oVirt's daemon would flush each
+        self._body(self._transport.request("PUT", target, headers=headers, body=pieces))
 
     def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> None:
         """Make ``length`` bytes the whole image."""
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
-        target = self._target + ("&" if "?" in self._target else "?") + f"flush={'ny'[flush]}"
+        target = self._with(f"flush={'ny'[flush]}")
         self._body(self._transport.request("PUT", target, headers=headers, body=pieces))
 
     def zero(self, start: int, stop: int) -> None:
@@ -159,7 +163,11 @@ class Remote:
 
     def flush_file(self) -> None:
         """The same of an image without PATCH (POST flush, our server's own)."""
-        self._body(self._transport.request("POST", self._target + "/flush", body=b""))
+        self._body(self._transport.request("POST", self._target + "/flush", body=b"{}"))
+
+    def _with(self, parameter: str, route: str = "") -> str:
+        path, mark, query = self._target.partition("?")
+        return f"{path}{route}?{parameter}" + (f"&{query}" if mark else "")
 
     def _patch(self, fields: dict[str, object]) -> None:
         body = json.dumps(fields).encode()
@@ -193,7 +201,7 @@ def parse_abilities(body: bytes, allow: str) -> Abilities:
 
 
 def _count(value: object) -> int:
-    return value if type(value) is int and value > 0 else 0
+    return value if type(value) is int and value >= 0 else 1
 
 
 def parse_extents(pieces: Iterable[bytes]) -> Iterator[Extent]:

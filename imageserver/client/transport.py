@@ -10,13 +10,14 @@ import json
 import re
 import socket
 import ssl
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import urllib3
 from urllib3 import exceptions
-from urllib3.connection import HTTPConnection
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from imageserver.client.errors import Broken, Busy, Failed, LocalFailure, Refused, Unreachable
@@ -42,20 +43,59 @@ class Access:
     timeout_seconds: float = 60.0
 
 
-class _UnixConnection(HTTPConnection):
-    """A connection to the socket that the pool's host names."""
+class _Sockets:
+    """The sockets of a pool's connections: a thread that waits for one is woken by its end."""
 
-    path = ""
+    def __init__(self) -> None:
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    def cut(self) -> None:
+        """End all connections, whoever is using them."""
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS, not unwrap()
+
+    def made(self, sock: socket.socket | None) -> None:
+        """Note a new one."""
+        if sock is not None:
+            self._sockets.add(sock)
+
+
+class _Connection(HTTPConnection):
+    """A plain connection that says which socket it has."""
+
+    sockets: _Sockets
+    #: The Unix socket to connect to, if any.
+    path: str | None = None
 
     def connect(self) -> None:
+        """Connect over TCP, or to the Unix socket."""
+        if self.path is None:
+            super().connect()
+        else:
+            self.sock = self._connected(self.path)
+        self.sockets.made(self.sock)
+
+    def _connected(self, path: str) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         try:
             sock.settimeout(self.timeout if isinstance(self.timeout, int | float) else None)
-            sock.connect(self.path)
+            sock.connect(path)
         except OSError as exc:
             sock.close()
-            raise exceptions.NewConnectionError(self, f"{self.path}: {exc.strerror}") from exc
-        self.sock = sock
+            raise exceptions.NewConnectionError(self, exc.strerror or str(exc)) from exc
+        return sock
+
+
+class _TlsConnection(HTTPSConnection):
+    """The same with TLS."""
+
+    sockets: _Sockets
+
+    def connect(self) -> None:
+        """Connect and shake hands."""
+        super().connect()
+        self.sockets.made(self.sock)
 
 
 class Transport:
@@ -68,7 +108,8 @@ class Transport:
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         #: How the server is called in messages.
         self.name = access.unix_socket or parts.netloc
-        self._pool = _pool(access, connections)
+        self._sockets = _Sockets()
+        self._pool = _pool(access, connections, self._sockets)
 
     def request(
         self,
@@ -127,34 +168,38 @@ class Transport:
             return Failed(sentence)
         return Refused(sentence, response.status)
 
+    def cut(self) -> None:
+        """End all connections: threads that wait for one get ``Broken``."""
+        self._sockets.cut()
+
     def close(self) -> None:
         """Close all idle connections."""
         self._pool.close()
 
 
-def _pool(access: Access, connections: int) -> HTTPConnectionPool:
+def _pool(access: Access, connections: int, sockets: _Sockets) -> HTTPConnectionPool:
     parts = urlsplit(access.url)
-    timeout = urllib3.Timeout(
-        total=None, connect=access.timeout_seconds, read=access.timeout_seconds
-    )
-    if access.unix_socket:
-        if parts.scheme == "https":
-            raise LocalFailure("a Unix socket is spoken to without TLS: use an http:// URL")
-        path = access.unix_socket
-        path = "\0" + path[1:] if path.startswith("@") else path
-        pool = HTTPConnectionPool(parts.netloc, timeout=timeout, maxsize=connections)
-        pool.ConnectionCls = type("_Unix", (_UnixConnection,), {"path": path})
-        return pool
+    seconds = access.timeout_seconds
+    timeout = urllib3.Timeout(connect=seconds, read=seconds)
     host, port = str(parts.hostname), parts.port
-    if parts.scheme == "http":
-        return HTTPConnectionPool(host, port, timeout=timeout, maxsize=connections)
-    context = _tls_context(access)
-    return HTTPSConnectionPool(
-        host, port, timeout=timeout, maxsize=connections, ssl_context=context
-    )
+    members: dict[str, object] = {"sockets": sockets}
+    if parts.scheme == "https":
+        if access.unix_socket:
+            raise LocalFailure("a Unix socket is spoken to without TLS: use an http:// URL")
+        pool: HTTPConnectionPool = HTTPSConnectionPool(
+            host, port, timeout=timeout, maxsize=connections, ssl_context=tls_context(access)
+        )
+        pool.ConnectionCls = type("Tls", (_TlsConnection,), members)
+        return pool
+    if path := access.unix_socket:
+        members["path"] = "\0" + path[1:] if path.startswith("@") else path
+    pool = HTTPConnectionPool(host, port, timeout=timeout, maxsize=connections)
+    pool.ConnectionCls = type("Plain", (_Connection,), members)
+    return pool
 
 
-def _tls_context(access: Access) -> ssl.SSLContext:
+def tls_context(access: Access) -> ssl.SSLContext:
+    """Return what checks the server's certificate, and has ours to show."""
     try:
         context = ssl.create_default_context(cafile=access.cacert)
         context.minimum_version = ssl.TLSVersion.TLSv1_2

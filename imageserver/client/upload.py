@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a file to a server: zeros as commands, data as ranges, by as many writers as it allows.
+
+    file     |DDDD.........DD.DDDDDDDD..........|
+    zeros         ^^^^^^^^^          ^^^^^^^^^^^   PATCH zero, first
+    data     ^^^^          ^^^^^^^^^^              PUT with Content-Range
+                                                   flush
+
+Edges lie on blocks that several writers may share (docs/api.md), so zeros of less than a block
+are sent as bytes. An image with very many zero spans is zeroed as a whole before its data comes.
+What cannot be written in part (a file of ours) is one PUT.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from imageserver.client.backoff import Patience, patiently
+from imageserver.client.download import connections
+from imageserver.client.errors import Busy, Interrupted, LocalFailure, Refused, Transient
+from imageserver.client.localfile import Local, RawFile
+from imageserver.client.movers import Advance, Move, Movers
+from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
+from imageserver.client.progress import Watcher
+from imageserver.client.qcow2 import Qcow2
+from imageserver.client.remote import Abilities, Remote
+from imageserver.client.verify import compare
+
+#: Where ranges begin and end, in bytes: a qcow2 cluster, and a multiple of any block size.
+_BLOCK = 64 * KIB
+#: Largest piece, in bytes: what is sent again when a connection breaks.
+_LARGEST = 128 * MIB
+#: Largest range of one zero request, in bytes: some servers write zeros one by one.
+_LARGEST_ZERO = 4 * GIB
+#: From so many zero spans on, the whole image is zeroed instead, in few requests.
+_MANY_ZEROS = 256
+#: What disks are measured in, in bytes: an image is no larger than its file for less.
+_SECTOR = 512
+_QCOW2_MAGIC = b"QFI\xfb"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to upload, and how."""
+
+    file: str
+    format: str | None = None
+    connections: int | None = None
+    flush: bool = True
+    pad: bool = False
+    verify: bool = False
+    patience_seconds: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was done; all in bytes but ``seconds``."""
+
+    size: int
+    data: int
+    zeroed: int
+    seconds: float
+    flushed: bool
+    verified: bool
+
+
+def upload(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
+    """Make the image on the server what ``wanted.file`` is.
+
+    Raises:
+        ClientError: it is not; what it holds now is part old and part new.
+    """
+    return _Upload(remote, wanted, watch).run()
+
+
+class _Upload:
+    def __init__(self, remote: Remote, wanted: Wanted, watch: Watcher) -> None:
+        self._remote, self._wanted, self._watch = remote, wanted, watch
+        self._patience = Patience(wanted.patience_seconds)
+        self._began = time.monotonic()
+
+    def run(self) -> Result:
+        self._local = self._open()
+        try:
+            abilities = patiently(self._remote.abilities, self._patience, Busy)
+            if "PUT" not in abilities.methods or not abilities.max_writers:
+                raise Refused("the image on the server is read-only")
+            try:
+                return self._send(abilities)
+            except KeyboardInterrupt as exc:
+                raise Interrupted(
+                    "interrupted: the image on the server is incomplete; "
+                    "the same command makes it whole."
+                ) from exc
+        finally:
+            self._local.close()
+
+    def _open(self) -> Local:
+        path = self._wanted.file
+        if self._wanted.format == "qcow2":
+            return Qcow2(path, self._wanted.connections or 4, writable=False)
+        local = RawFile.open(path)
+        if self._wanted.format is None and local.size >= _SECTOR:
+            _refuse_qcow2(local, path)
+        return local
+
+    def _send(self, abilities: Abilities) -> Result:
+        if not abilities.writes_ranges:
+            data, zeroed = self._put_whole(), 0
+            size, flushed = self._local.size, self._wanted.flush
+        else:
+            size = self._fitting()
+            data, zeroed = self._put_ranges(size, abilities)
+            flushed = self._wanted.flush and abilities.has("flush")
+            if flushed:
+                patiently(self._remote.flush, self._patience)
+        if self._wanted.verify:
+            self._verify(size, abilities)
+        seconds = time.monotonic() - self._began
+        return Result(size, data, zeroed, seconds, flushed, self._wanted.verify)
+
+    def _fitting(self) -> int:
+        """Return the image's size, if the file fits into it."""
+        size = patiently(self._remote.size, self._patience)
+        room = size - self._local.size
+        if room < 0:
+            raise LocalFailure(
+                f"{self._wanted.file} has {self._local.size} bytes, more than the image's {size}"
+            )
+        if room >= _SECTOR and not self._wanted.pad:
+            raise LocalFailure(
+                f"{self._wanted.file} has {self._local.size} bytes, the image {size}: "
+                "--pad makes the rest zeros"
+            )
+        return size
+
+    def _put_ranges(self, size: int, abilities: Abilities) -> tuple[int, int]:
+        can_zero = abilities.has("zero")
+        data = self._local.spans().widened(_BLOCK, size) if can_zero else Spans([(0, size)])
+        zeros = data.gaps(size)
+        zeroed = zeros.total
+        if len(zeros) > _MANY_ZEROS:
+            zeros = Spans([(0, size)])
+        many = connections(self._wanted.connections, abilities.max_writers)
+        self._watch.begin("zero", zeros.total)
+        self._run(self._zero, pieces(zeros, _LARGEST_ZERO, 0), many)
+        self._watch.begin("upload", data.total)
+        largest = min(piece_bytes(data.total, many), _LARGEST)
+        self._run(self._sender(self._write), pieces(data, largest, 0), many)
+        return data.total, zeroed
+
+    def _run(self, move: Move, todo: Iterator[Piece], many: int) -> None:
+        movers = Movers(move, todo, self._patience, is_proof=False)
+        movers.run(many, lambda: self._watch.moved(movers.moved), self._remote.cut)
+        self._watch.moved(movers.moved)
+
+    def _zero(self, piece: Piece, advance: Advance) -> None:
+        self._remote.zero(piece.position, piece.stop)
+        advance(piece.stop - piece.position)
+        piece.position = piece.stop
+
+    def _sender(self, send: Callable[[Piece, Iterator[bytes]], None]) -> Move:
+        """Return a move that sends a piece's bytes, in one request, and counts them."""
+
+        def move(piece: Piece, advance: Advance) -> None:
+            sent = 0
+
+            def body() -> Iterator[bytes]:
+                nonlocal sent
+                for data in _read(self._local, piece.start, piece.stop):
+                    yield data
+                    sent += len(data)
+                    advance(len(data))
+
+            try:
+                send(piece, body())
+            except Transient:
+                advance(-sent)
+                raise
+            piece.position = piece.stop
+
+        return move
+
+    def _write(self, piece: Piece, body: Iterator[bytes]) -> None:
+        self._remote.write(piece.start, piece.stop, body)
+
+    def _put_whole(self) -> int:
+        """Replace the image in one request, from its beginning whenever that fails."""
+        size = self._local.size
+        self._watch.begin("upload", size)
+
+        def put(_piece: Piece, body: Iterator[bytes]) -> None:
+            self._remote.put(size, body, flush=self._wanted.flush)
+
+        self._run(self._sender(put), iter([Piece(0, 0, size)]), 1)
+        return size
+
+    def _verify(self, size: int, abilities: Abilities) -> None:
+        """Read all that was written back, and what should be zero where that may be data."""
+        count = 0
+
+        def told(more: int) -> None:
+            nonlocal count
+            count += more
+            self._watch.moved(count)
+
+        ranges = Spans([(0, size)])
+        if abilities.has("extents"):
+            ranges = patiently(lambda: self._differing(size), self._patience)
+        compare(
+            self._remote,
+            lambda start, n: _padded(self._local, start, n),
+            ranges,
+            self._patience,
+            told,
+        )
+
+    def _differing(self, size: int) -> Spans:
+        """Return where either side may have data: only there can they differ."""
+        both = Spans()
+        zeros = Spans((s, s + n) for s, n, is_zero, _ in self._remote.extents() if is_zero)
+        for start, stop in zeros.without(self._local.spans()).gaps(size):
+            both.add(start, stop)
+        return both
+
+
+def _refuse_qcow2(local: RawFile, path: str) -> None:
+    """Have the user say which is meant, the file or the disk in it."""
+    if local.read(0, len(_QCOW2_MAGIC)) == _QCOW2_MAGIC:
+        local.close()
+        raise LocalFailure(
+            f"{path} looks like qcow2: say --format qcow2 to upload the disk in it, "
+            "--format raw to upload the file as it is"
+        )
+
+
+def _read(local: Local, start: int, stop: int) -> Iterator[bytes]:
+    for offset in range(start, stop, MIB):
+        yield _padded(local, offset, min(MIB, stop - offset))
+
+
+def _padded(local: Local, start: int, length: int) -> bytes:
+    """Read what lies in the file, and zeros behind it."""
+    inside = max(0, min(length, local.size - start))
+    data = local.read(start, inside) if inside else b""
+    return data if inside == length else data + bytes(length - inside)

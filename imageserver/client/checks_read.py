@@ -277,7 +277,7 @@ def _methods(subject: Subject) -> str:
     if reply.status == 405 and "Allow" in reply.headers:  # noqa: PLR2004 - RFC 9110
         return "405 with Allow"
     if 400 <= reply.status < 500 or reply.status == 501:  # noqa: PLR2004 - RFC 9110
-        raise Differs(f"status {reply.status} for a method that it lacks")
+        raise Differs(f"status {reply.status} for a method that it lacks, without Allow")
     raise Wrong(f"status {reply.status} for a method that it lacks")
 
 

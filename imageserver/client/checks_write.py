@@ -7,6 +7,7 @@ So nothing changes, unless somebody else writes at the same place at the same mo
 import json
 import re
 import uuid
+from contextlib import closing
 
 from imageserver.client.checks import SAMPLE, Check, Differs, Missing, Subject, Wrong
 from imageserver.client.probe import Reply
@@ -17,6 +18,8 @@ _UNSUPPORTED = {400, 405, 415, 501}
 _DATA = "application/octet-stream"
 #: Most that is zeroed, in bytes.
 _ZEROED = 1 << 20
+#: Bytes that are written inside.
+_INSIDE = 4097
 #: Bytes around what is written that are looked at.
 _MARGIN = 512
 
@@ -33,9 +36,14 @@ def _end(subject: Subject) -> tuple[int, int]:
 
 
 def _inside(subject: Subject) -> tuple[int, int]:
-    """Return a span that begins and ends at odd places."""
-    start = subject.size // 2 | 1
-    return (start, min(start + 4097, subject.size)) if start < subject.size else (0, subject.size)
+    """Return a span with odd ends, among data: zeros in the wrong place would not be seen."""
+    begin = subject.size // 2
+    if subject.abilities.has("extents"):
+        with closing(subject.extents("zero")) as extents:
+            data = (extent[0] for extent in extents if not extent[2] and extent[1] > _INSIDE)
+            begin = next(data, begin)
+    start = begin | 1
+    return (start, min(start + _INSIDE, subject.size)) if start < subject.size else _end(subject)
 
 
 def _content_range(start: int, stop: int) -> dict[str, str]:
@@ -106,9 +114,8 @@ def _flushed(subject: Subject) -> str:
 def _zeroed(subject: Subject) -> str:
     if not subject.abilities.has("zero"):
         raise Missing("not announced")
-    zeros = (extent for extent in subject.extents("zero") if extent[2])
-    found = next(zeros, None)
-    zeros.close()
+    with closing(subject.extents("zero")) as extents:
+        found = next((extent for extent in extents if extent[2]), None)
     if found is None:
         raise Missing("no part of the image is zero, so nothing was tried")
     start, stop = found[0], found[0] + min(found[1], _ZEROED)

@@ -16,6 +16,7 @@ from pathlib import Path
 import report
 import rows_bounds
 import rows_data
+import rows_imagectl
 import rows_proxy
 from clients import ClientFailed
 from figures import Figure
@@ -39,6 +40,9 @@ ROWS: dict[str, Row] = {
     "zero": rows_bounds.zero,
     "memory": rows_bounds.memory,
     "spread": rows_bounds.spread,
+    "imagectl-download": rows_imagectl.imagectl_download,
+    "imagectl-upload": rows_imagectl.imagectl_upload,
+    "imagectl-sparse": rows_imagectl.imagectl_sparse,
 }
 _FAILURES = (ClientFailed, ServerFailed, WrongBytes, OSError, subprocess.CalledProcessError)
 

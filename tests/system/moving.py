@@ -72,6 +72,9 @@ IMAGES: dict[str, Callable[[Path], Path]] = {
     "fragmented": lambda path: filled(
         path, 3000 * 16 * KIB, *((n * 16 * KIB, n * 16 * KIB + 4 * KIB) for n in range(3000))
     ),
+    "clusters": lambda path: filled(
+        path, 1000 * 128 * KIB, *((n * 128 * KIB, n * 128 * KIB + 64 * KIB) for n in range(1000))
+    ),
     "hole": lambda path: filled(path, GIB),
     "empty": lambda path: filled(path, 0),
     "sectors": lambda path: filled(path, 3 * MIB + 512, (MIB + 1024, 3 * MIB + 512)),
@@ -101,10 +104,3 @@ def assert_same(source: Path, copy: Path, *, holes: bool = True) -> None:
     assert "identical" in qemu_img("compare", "-f", "raw", "-F", "raw", source, copy)
     if holes:
         assert data(copy) == data(source)
-
-
-def bytes_served(log: str, operation: str = "read") -> int:
-    """Return how many bytes the finished operations of a kind moved, by a server's text log."""
-    lines = [line.split() for line in log.splitlines() if " finished transfer=" in line]
-    fields = [dict(word.split("=", 1) for word in words if "=" in word) for words in lines]
-    return sum(int(found["bytes"]) for found in fields if found["op"] == operation)

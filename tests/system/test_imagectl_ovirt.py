@@ -49,7 +49,8 @@ def test_an_image_replaces_an_nbd_image(daemon: OvirtDaemon, image: Path, home: 
     old = filled(home / "old.raw", size, (0, min(size, 32 * MIB)))
     with qemu_nbd(old, "--discard=unmap") as sock:
         imagectl("upload", image, daemon.add_nbd(sock, size), "--connections", 4)
-    assert_same(image, old)
+    # Holes of less than 64 KiB go up as zeros.
+    assert_same(image, old, holes=image.stem not in {"fragmented", "sectors"})
 
 
 def test_an_image_replaces_a_file(daemon: OvirtDaemon, home: Path):

@@ -12,8 +12,9 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
+from itertools import islice
 from urllib.parse import urlsplit
 
 import click
@@ -55,15 +56,17 @@ def top_command(
 ) -> None:
     """Show running transfers: ADMIN_URL is http://HOST:PORT or unix:/PATH."""
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    with closing(_Admin(admin_url, options)) as admin:
+    with closing(_Admin(admin_url, options)) as admin, suppress(KeyboardInterrupt):
         show = _Shown(admin.name, plain=plain or not utf8)
-        status = admin.status()  # what fails now is a wrong address
+        polls = _polls(admin, admin.status())  # what fails now is a wrong address
+        if once:
+            polls, interval = islice(polls, 1), 0.0
         if options.json:
-            _write_json(admin, status, interval, once=once)
+            _write_json(polls, interval)
         elif once or not show.console.is_terminal:
-            _print(admin, status, interval, show, once=once)
+            _print(polls, interval, show)
         else:
-            _watch(admin, status, interval, show)
+            _watch(polls, interval, show)
 
 
 class _Admin:
@@ -115,60 +118,56 @@ def _polls(admin: _Admin, first: Status) -> Iterator[tuple[Status, str]]:
             shown, before, problem = with_rates(now, before), now, ""
 
 
+Polls = Iterator[tuple[Status, str]]
+
+
 # Without a terminal
 
 
-def _write_json(admin: _Admin, first: Status, interval: float, *, once: bool) -> None:
-    for status, problem in _polls(admin, first):
+def _write_json(polls: Polls, interval: float) -> None:
+    for status, problem in _paced(polls, interval):
         fields = {
             "transfers": [asdict(transfer) for transfer in status.transfers],
             "workers": [asdict(worker) for worker in status.workers],
             "rate": status.rate,
         }
         click.echo(json.dumps(fields | ({"error": problem} if problem else {})))
-        if once or not _pause(interval):
-            return
 
 
-def _print(admin: _Admin, first: Status, interval: float, show: "_Shown", *, once: bool) -> None:
-    for status, problem in _polls(admin, first):
+def _print(polls: Polls, interval: float, show: "_Shown") -> None:
+    for status, problem in _paced(polls, interval):
         show.console.print(show.picture(status, problem))
-        if once or not _pause(interval):
+
+
+def _paced(polls: Polls, interval: float) -> Polls:
+    """Wait before each poll but the first."""
+    yield from islice(polls, 1)
+    while True:
+        sys.stdout.flush()
+        time.sleep(interval)
+        poll = next(polls, None)
+        if poll is None:
             return
-
-
-def _pause(seconds: float) -> bool:
-    """Wait; False if the user has had enough."""
-    sys.stdout.flush()
-    try:
-        time.sleep(seconds)
-    except KeyboardInterrupt:
-        return False
-    return True
+        yield poll
 
 
 # On a terminal
 
 
-def _watch(admin: _Admin, first: Status, interval: float, show: "_Shown") -> None:
-    try:
-        with (
-            _keys() as has_quit,
-            Live(console=show.console, screen=True, auto_refresh=False) as live,
-        ):
-            for status, problem in _polls(admin, first):
-                live.update(show.picture(status, problem), refresh=True)
-                if has_quit(interval):
-                    return
-    except KeyboardInterrupt:
-        return  # the usual way out
+def _watch(polls: Polls, interval: float, show: "_Shown") -> None:
+    live = Live(console=show.console, screen=True, auto_refresh=False)
+    with _keys() as has_quit, live:
+        for status, problem in polls:
+            live.update(show.picture(status, problem), refresh=True)
+            if has_quit(interval):
+                return
 
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
     """Read single keys; yields what waits for a q, so many seconds."""
     if not sys.stdin.isatty():
-        yield lambda seconds: not _pause(seconds)
+        yield _never
         return
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
@@ -185,6 +184,12 @@ def _keys() -> Iterator[Callable[[float], bool]]:
         yield has_quit
     finally:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _never(seconds: float) -> bool:
+    """Wait where nobody can press a key."""
+    time.sleep(seconds)
+    return False
 
 
 class _Shown:

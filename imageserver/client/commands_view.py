@@ -44,6 +44,8 @@ _STYLES = {Kind.DATA: "blue", Kind.ZERO: "bright_black", Kind.DIRTY: "bold yello
 _SCALE = 10
 #: Columns of the picture are a multiple of this: offsets and cells become round numbers.
 _STEP = 16
+#: Columns of the legend, on however narrow a terminal.
+_LEGEND_WIDTH = 80
 #: Lines of a terminal that the legend and the prompt want.
 _OTHER_LINES = 10
 _MOST_ROWS = 16
@@ -197,7 +199,8 @@ def _show(size: int, context: str, extents: Iterable[Extent], sheet: _Sheet) -> 
         out.print(scale.append_text(_drawn(row, sheet.glyphs)))
     if len(canvas):
         out.print(f"\n{'':{_SCALE}}one character is {size_text(size / len(canvas))}\n")
-    out.print(_legend(canvas, names, sheet.glyphs))
+    legend = Console(highlight=False, width=_LEGEND_WIDTH)
+    legend.print(_legend(canvas, names, sheet.glyphs))
     if context == "dirty" and not any(canvas.totals()[:2]) and size:
         out.print("\nAll of it counts as dirty: there is no bitmap, or everything has changed.")
 

@@ -95,7 +95,7 @@ class Socket:
         except ValueError as exc:
             raise Failed(f"{self.path} answered with no JSON: is it a control socket?") from exc
         if not isinstance(fields, dict) or fields.get("status") != "ok":
-            message = fields.get("message") if isinstance(fields, dict) else fields
+            message = str(fields.get("message") if isinstance(fields, dict) else fields)
             if message in _TRANSIENT:
                 raise Busy(f"the server said: {_TRANSIENT[message]}")
             raise Refused(f"the server refused: {message}")

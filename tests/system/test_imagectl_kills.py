@@ -33,8 +33,8 @@ SIZE = 16 * MIB
 MIDDLE = SIZE // 4
 #: Bytes per second.
 _SLOW, _FAST = 8 * MIB, 10_000 * MIB
-#: At this rate the image takes longer than imagectl takes to note how far it is.
-_SLOWEST = 2 * MIB
+#: At the slow rate it takes longer than imagectl takes to note how far it is.
+LONG = 4 * SIZE
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Disk:
 
 
 @contextlib.contextmanager
-def slow(path: Path, bytes_per_second: int = _SLOW) -> Iterator[Disk]:
+def slow(path: Path) -> Iterator[Disk]:
     """Serve an image at a rate at which the middle of a transfer is easy to meet."""
     sock, pid, rate = (path.with_suffix(suffix) for suffix in (".sock", ".pid", ".rate"))
     options = ("--filter=rate", f"--pidfile={pid}", "file", str(path))
-    limits = (f"rate={8 * bytes_per_second}", f"rate-file={rate}", "burstiness=0.1")
+    limits = (f"rate={8 * _SLOW}", f"rate-file={rate}", "burstiness=0.1")
     with nbdkit(sock, *options, *limits):
         yield Disk(path, sock, int(wait_until(pid.read_text)), rate)
 
@@ -139,9 +139,9 @@ def test_a_killed_download_goes_on_where_it_was(server: Server, home: Path):
             return sum(stop - start for start, stop in json.loads(state.read_text())["done"]) > 0
         return False
 
-    with slow(filled(home / "disk.raw", SIZE, (0, SIZE)), _SLOWEST) as disk:
+    with slow(filled(home / "disk.raw", LONG, (0, LONG))) as disk:
         url = offer(server, disk.sock)
-        with running("download", url, copy) as moving:
+        with running("download", url, copy, "--connections", 1) as moving:
             wait_until(is_noted, 30)
             assert moving.poll() is None
             moving.kill()
@@ -150,7 +150,7 @@ def test_a_killed_download_goes_on_where_it_was(server: Server, home: Path):
         disk.hurry()
         again = json.loads(imagectl("download", url, copy, "--json").stdout)
         assert again["resumed"] > 0
-        assert again["moved"] == SIZE - again["resumed"]
+        assert again["moved"] == LONG - again["resumed"]
         assert_same(disk.path, copy)
     assert list(home.glob("copy*")) == [copy]
 

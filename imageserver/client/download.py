@@ -38,7 +38,7 @@ from imageserver.client.remote import Abilities, Remote
 from imageserver.client.verify import Digests, compare
 
 #: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
-_CHECKPOINT_SECONDS = 5.0
+_CHECKPOINT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,8 @@ class _Download:
 
     def _survey(self, abilities: Abilities) -> _Image:
         size = patiently(self._remote.size, self._patience)
+        if not size:  # oVirt's daemon has no good answer about its extents
+            return _Image(0, Spans(), Spans(), is_mapped=True)
         if not abilities.has("extents"):
             if self._wanted.incremental:
                 raise Refused("the server does not tell what has changed: no incremental download")
@@ -152,8 +154,9 @@ class _Download:
             lambda: data_spans(self._remote.extents(context), dirty=dirty), self._patience
         )
         if not dirty:
-            return _Image(size, data, Spans(), is_mapped=True)
-        if size and data.total + zeros.total == size:
+            # One extent of data may also be said of an image that the server cannot look into.
+            return _Image(size, data, Spans(), is_mapped=data.total < size)
+        if data.total + zeros.total == size:
             self._watch.note("All of the image counts as changed (there may be no bitmap).")
         return _Image(size, data, zeros, is_mapped=True)
 

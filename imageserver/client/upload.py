@@ -29,7 +29,7 @@ from imageserver.client.verify import compare
 #: Where ranges begin and end, in bytes: a qcow2 cluster, and a multiple of any block size.
 _BLOCK = 64 * KIB
 #: Largest piece, in bytes: what is sent again when a connection breaks.
-_LARGEST = 128 * MIB
+_LARGEST = 256 * MIB
 #: Largest range of one zero request, in bytes: some servers write zeros one by one.
 _LARGEST_ZERO = 4 * GIB
 #: From so many zero spans on, the whole image is zeroed instead, in few requests.

@@ -17,7 +17,7 @@ from enum import Enum
 from itertools import chain, islice
 from typing import TypeVar
 
-from imageserver.client.backoff import Patience, patiently
+from imageserver.client.asking import answered
 from imageserver.client.errors import Busy, ClientError, Unreachable
 from imageserver.client.probe import Line, Reply
 from imageserver.client.remote import Abilities, Remote
@@ -99,7 +99,7 @@ class Subject:
         return self._patiently(once)
 
     def _patiently(self, action: Callable[[], T]) -> T:
-        return patiently(action, Patience(self._patience))
+        return answered(action, self._patience)
 
     def remote_size(self) -> int:
         """Ask how large the image is now."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from imageserver.client.backoff import Patience, patiently
+from imageserver.client.asking import answered
 from imageserver.client.cli import Options, common_options
 from imageserver.client.errors import Failed, LocalFailure, Refused
 from imageserver.client.picture import (
@@ -81,10 +81,10 @@ def map_command(  # noqa: PLR0913, PLR0917 - one parameter per option
 ) -> None:
     """Show where an image's data is."""
     with closing(options.remote(url)) as remote:
-        patience = Patience(options.patience_seconds)
-        if not patiently(remote.abilities, patience).has("extents"):
+        patience = options.patience_seconds
+        if not answered(remote.abilities, patience).has("extents"):
             raise Refused("the server has no extents of this image, so there is nothing to draw")
-        size = patiently(remote.size, patience)
+        size = answered(remote.size, patience)
         extents = begun(remote, context, patience)
         if svg:
             canvas = painted(Canvas(size, _SVG_COLUMNS * (rows or _SVG_ROWS)), extents)
@@ -96,7 +96,7 @@ def map_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             _show(size, context, extents, _Sheet(width, rows, plain=plain))
 
 
-def begun(remote: Remote, context: str, patience: Patience) -> Iterator[Extent]:
+def begun(remote: Remote, context: str, patience: float) -> Iterator[Extent]:
     """Return the extents; what fails before the first of them is tried again."""
 
     def begin() -> tuple[list[Extent], Iterator[Extent]]:
@@ -104,7 +104,7 @@ def begun(remote: Remote, context: str, patience: Patience) -> Iterator[Extent]:
         first = next(extents, None)
         return ([] if first is None else [first]), extents
 
-    first, rest = patiently(begin, patience)
+    first, rest = answered(begin, patience)
     return chain(first, rest)
 
 
@@ -242,9 +242,9 @@ def _legend(canvas: Canvas, names: dict[Kind, str], glyphs: Glyphs) -> Table:
 def info_command(url: str, extents: bool, options: Options) -> None:  # noqa: FBT001 - click's
     """Show an image's size, and what its server can do with it."""
     with closing(options.remote(url)) as remote:
-        patience = Patience(options.patience_seconds)
-        abilities = patiently(remote.abilities, patience)
-        size = patiently(remote.size, patience)
+        patience = options.patience_seconds
+        abilities = answered(remote.abilities, patience)
+        size = answered(remote.size, patience)
         facts: dict[str, Any] = {
             "size": size,
             "features": sorted(abilities.features),

@@ -139,8 +139,9 @@ def test_an_image_without_extents_or_id_is_one_sentence(server, name, home):
         errors = imagectl("map", url, status=3).stderr
         assert sentence in errors
         assert errors.count("\n") == 1
-    gone = imagectl("map", "--patience", 0, f"http://127.0.0.1:{free_port()}/images/x", status=1)
-    assert "cannot connect" in gone.stderr
+    for command in ("map", "info", "check"):  # without patience: nobody waits to look
+        gone = imagectl(command, f"http://127.0.0.1:{free_port()}/images/x", status=1)
+        assert re.fullmatch(r"imagectl: cannot connect to .*: Connection refused\n", gone.stderr)
     unwritable = ("map", "--svg", home / "no" / "map.svg")
     assert "no extents" in imagectl(*unwritable, url_of(server, name), status=3).stderr
 

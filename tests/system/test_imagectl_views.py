@@ -21,8 +21,9 @@ import pytest
 from tests.system.clients import reading
 from tests.system.controlling import Control, controlled, file_of
 from tests.system.harness import Server, free_port, qemu_img, qemu_io, qemu_nbd, wait_until
-from tests.system.moving import IMAGECTL, finish, imagectl, running
+from tests.system.moving import IMAGECTL, filled, finish, imagectl, running
 from tests.system.ovirt_daemon import ovirt_daemon
+from tests.system.pki import files
 from tests.system.watching import Admin, short
 
 MIB = 1 << 20
@@ -262,6 +263,39 @@ def test_our_server_holds_all_it_announces_and_keeps_its_bytes(server, image):
     assert server.request("GET", path).body == before
 
 
+def test_all_holds_over_tls_with_certificates_and_over_a_unix_socket(home, pki):
+    image = filled(home / "image", 3 * MIB, (0, MIB))
+    sock = home / "http"
+    settings = files(pki, client_ca=True)
+    settings["bind"] = f"127.0.0.1:{free_port()},unix:{sock}"
+    with qemu_nbd(image) as nbd, Server(home, **settings) as server:
+        path = server.add("x", socket=str(nbd))
+        own = (
+            "--cacert",
+            pki / "ca.crt",
+            "--cert",
+            pki / "client.crt",
+            "--key",
+            pki / "client.key",
+        )
+        port = settings["bind"].partition(",")[0].rpartition(":")[2]
+        over_tls = checked("--write", *own, f"https://localhost:{port}{path}")
+        over_unix = checked("--write", "--unix-socket", sock, f"http://localhost{path}")
+        assert set(over_tls.values()) == set(over_unix.values()) == {"ok"}
+        errors = imagectl("check", *own[:2], f"https://localhost:{port}{path}", status=1).stderr
+        assert errors.count("\n") == 1
+
+
+def test_an_empty_image_can_be_looked_at(home, server, name):
+    (home / "empty").touch()
+    with qemu_nbd(home / "empty") as sock:
+        server.add(name, socket=str(sock))
+        url = url_of(server, name)
+        assert imagectl("map", "--ascii", url).stdout.startswith("0 B (0 bytes), 0 extents\n")
+        assert json.loads(imagectl("map", "--json", url).stdout)["extents"] == []
+        assert "failed" not in checked("--write", url).values()
+
+
 def test_what_a_file_lacks_is_missing_and_no_failure(server, name):
     server.add(name, **file_of(server, "two"))
     verdicts = checked(url_of(server, name))
@@ -337,10 +371,11 @@ def test_top_asked_of_another_listener_is_one_sentence(server):
     assert (errors.count("\n"), "not found" in errors) == (1, True)
 
 
-def test_top_ends_with_an_interrupt_and_has_shown_each_poll(server, admin):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_top_ends_with_a_signal_and_has_shown_each_poll(server, admin, number):
     with running("top", "--interval", 0.1, "--json", admin) as started:
         lines = [json.loads(started.stdout.readline()) for _ in range(3)]
-        started.send_signal(signal.SIGINT)
+        started.send_signal(number)
         assert finish(started) == ""
     assert [len(line["workers"]) for line in lines] == [3, 3, 3]
 

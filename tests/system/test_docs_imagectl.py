@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What docs/imagectl.md shows of imagectl is what it shows today, numbers aside."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from capturing.document import blocks
+
+from tests.system.harness import ROOT
+
+DOCUMENT = ROOT / "docs" / "imagectl.md"
+_WORD = re.compile(r"[A-Za-z]{3,}")
+#: They come and go with the numbers before them.
+_UNITS = {"KiB", "MiB", "GiB", "min"}
+
+
+def shape(block: str) -> list[list[str]]:
+    """Return the words of each line that has some; equal neighbours once."""
+    found: list[list[str]] = []
+    for line in block.splitlines():
+        words = [word for word in _WORD.findall(line) if word not in _UNITS]
+        if words and words not in found[-1:]:
+            found.append(words)
+    return found
+
+
+def test_the_terminals_in_the_docs_are_todays(tmp_path: Path):
+    shutil.copy(DOCUMENT, tmp_path)
+    command = [sys.executable, str(ROOT / "scripts" / "capturing"), "--quick", "--into", tmp_path]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    ours, todays = (blocks(path.read_text()) for path in (DOCUMENT, tmp_path / "imagectl.md"))
+    assert {name: shape(text) for name, text in ours.items()} == {
+        name: shape(text) for name, text in todays.items()
+    }
+    drawings = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert drawings == sorted(path.name for path in (DOCUMENT.parent / "images").iterdir())

@@ -50,8 +50,14 @@ def test_shares(part: int, whole: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (59.4, "59 s"), (59.6, "1:00 min"), (3599.6, "1:00 h")]
-    + [(7620, "2:07 h")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00 min"),
+        (3599.6, "1:00 h"),
+        (7620, "2:07 h"),
+    ],
 )
 def test_times(seconds: float, text: str) -> None:
     assert time_text(seconds) == text

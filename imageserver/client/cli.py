@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         status = imagectl.main(words, prog_name="imagectl", standalone_mode=False)
-    except (ClientError, click.ClickException, KeyboardInterrupt, click.Abort) as exc:
+    except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - the last to see any
         if "--debug" in words:
             traceback.print_exc()
         return _tell(exc)
@@ -142,7 +142,9 @@ def _tell(exc: BaseException) -> int:
     if isinstance(exc, click.ClickException):
         exc.show()
         return exc.exit_code
-    if not isinstance(exc, ClientError):
+    if isinstance(exc, KeyboardInterrupt | click.Abort):
         exc = Interrupted("interrupted.")
+    elif not isinstance(exc, ClientError):
+        exc = ClientError(f"a defect, which --debug shows: {type(exc).__name__}: {exc}")
     click.echo(f"imagectl: {exc}", err=True)
     return exc.status

@@ -11,6 +11,7 @@ are sent as bytes. An image with very many zero spans is zeroed as a whole befor
 What cannot be written in part (a file of ours) is one PUT.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -204,24 +205,17 @@ class _Upload:
             count += more
             self._watch.moved(count)
 
-        ranges = Spans([(0, size)])
+        where = Spans([(0, size)])
         if abilities.has("extents"):
-            ranges = patiently(lambda: self._differing(size), self._patience)
-        compare(
-            self._remote,
-            lambda start, n: _padded(self._local, start, n),
-            ranges,
-            self._patience,
-            told,
-        )
+            where = patiently(lambda: self._differing(size), self._patience)
+        self._watch.begin("verify", where.total)
+        read = functools.partial(_padded, self._local)
+        compare(self._remote, read, pieces(where, GIB), self._patience, told)
 
     def _differing(self, size: int) -> Spans:
         """Return where either side may have data: only there can they differ."""
-        both = Spans()
         zeros = Spans((s, s + n) for s, n, is_zero, _ in self._remote.extents() if is_zero)
-        for start, stop in zeros.without(self._local.spans()).gaps(size):
-            both.add(start, stop)
-        return both
+        return zeros.without(self._local.spans()).gaps(size)
 
 
 def _refuse_qcow2(local: RawFile, path: str) -> None:

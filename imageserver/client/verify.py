@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from imageserver.client.backoff import Patience, patiently
 from imageserver.client.errors import Different
 from imageserver.client.localfile import Local
-from imageserver.client.plan import MIB, Piece, Range
+from imageserver.client.plan import MIB, Piece
 from imageserver.client.remote import Remote
 
 
@@ -51,25 +51,24 @@ class Digests:
 def compare(
     remote: Remote,
     read: Callable[[int, int], bytes],
-    ranges: Iterable[Range],
+    todo: Iterable[Piece],
     patience: Patience,
     told: Callable[[int], None],
 ) -> None:
-    """Read ranges of the image on the server and compare them with what ``read`` returns.
+    """Read pieces of the image on the server and compare them with what ``read`` returns.
 
     Raises:
         Different: at the first MiB that differs.
     """
-    for start, stop in ranges:
-        position = start
+    for piece in todo:
 
-        def some(stop: int = stop) -> None:
-            nonlocal position
-            for data in remote.read(position, stop):
+        def some(piece: Piece = piece) -> None:
+            for data in remote.read(piece.position, piece.stop):
+                position, stop = piece.position, piece.position + len(data)
                 if data != read(position, len(data)):
-                    raise Different(f"both sides differ between {position} and {position + MIB}")
-                position += len(data)
-                told(len(data))
+                    raise Different(f"both sides differ between {position} and {stop}")
+                told(sum(last - first for first, last in piece.wanted(position, stop)))
+                piece.position = stop
                 patience.progress()
 
         patiently(some, patience)

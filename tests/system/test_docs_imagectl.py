@@ -14,6 +14,7 @@ from tests.system.harness import ROOT
 
 DOCUMENT = ROOT / "docs" / "imagectl.md"
 _WORD = re.compile(r"[A-Za-z]{3,}")
+_ID = re.compile(r"\b[0-9a-f]{12}\b")
 #: They come and go with the numbers before them.
 _UNITS = {"KiB", "MiB", "GiB", "min"}
 
@@ -22,7 +23,7 @@ def shape(block: str) -> list[list[str]]:
     """Return the words of each line that has some; equal neighbours once."""
     found: list[list[str]] = []
     for line in block.splitlines():
-        words = [word for word in _WORD.findall(line) if word not in _UNITS]
+        words = [word for word in _WORD.findall(_ID.sub("", line)) if word not in _UNITS]
         if words and words not in found[-1:]:
             found.append(words)
     return found

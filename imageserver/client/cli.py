@@ -123,7 +123,8 @@ def imagectl() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's `&` has it ignored
+        signal.signal(number, _interrupt)
     try:
         status = imagectl.main(words, prog_name="imagectl", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - the last to see any

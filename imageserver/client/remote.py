@@ -28,8 +28,6 @@ _CONTENT_RANGE = re.compile(
 )
 #: Sizes and offsets are signed 64-bit numbers everywhere below.
 _MAX_SIZE = 2**63 - 1
-#: What is gathered before it is handed on: small pieces would cost more than their copies.
-_GATHER_BYTES = 256 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ class Remote:
         finished = False
         try:
             _check_range(response, start, stop)
-            yield from self._received(response, stop - start)
+            yield from self._received(response, start, stop)
             finished = True
         finally:
             if finished:
@@ -138,27 +136,27 @@ class Remote:
             else:
                 response.close()
 
-    def _received(self, response: Response, left: int) -> Iterator[bytes]:
-        """Yield a body of ``left`` bytes; of one that is cut, what came before, then ``Broken``."""
-        gathered: list[bytes] = []
-        count = 0
-        while left:
+    def _received(self, response: Response, start: int, stop: int) -> Iterator[bytes]:
+        """Yield a body up to each multiple of ``READ_BYTES``, where zeros are looked for in blocks.
+
+        Of a body that is cut, all that came is yielded before ``Broken``.
+        """
+        while start < stop:
+            gathered: list[bytes] = []
+            end = min(stop, start - start % READ_BYTES + READ_BYTES)
             try:
-                data = self._some(response, left)
+                while start < end:
+                    gathered.append(self._some(response, end - start, stop - start))
+                    start += len(gathered[-1])
             except Broken:
                 if gathered:
                     yield b"".join(gathered)
                 raise
-            gathered.append(data)
-            left -= len(data)
-            count += len(data)
-            if count >= _GATHER_BYTES or not left:
-                yield b"".join(gathered)
-                gathered, count = [], 0
+            yield b"".join(gathered)
 
-    def _some(self, response: Response, left: int) -> bytes:
+    def _some(self, response: Response, count: int, left: int) -> bytes:
         with self._transport.translated():
-            data = response.read1(min(left, READ_BYTES), decode_content=False)
+            data = response.read1(count, decode_content=False)
         if not data:
             raise Broken(f"the server's answer ended {left} bytes early")
         return data

@@ -5,8 +5,12 @@ A command gets ``options: Options`` from ``@common_options``; what it raises of 
 is told on stderr. Tracebacks are shown with ``--debug`` only.
 """
 
+import contextlib
 import functools
 import importlib
+import io
+import math
+import os
 import signal
 import sys
 import traceback
@@ -18,7 +22,7 @@ from typing import Any
 import click
 
 from imageserver import __version__
-from imageserver.client.errors import ClientError, Interrupted
+from imageserver.client.errors import ClientError, Interrupted, LocalFailure
 from imageserver.client.remote import Remote
 from imageserver.client.transport import Access
 
@@ -70,6 +74,20 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+class _Seconds(click.FloatRange):
+    """A number of seconds; ``nan``, which is in no range and outside none, is refused."""
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds: float = super().convert(value, param, ctx)  # type: ignore[arg-type]
+        if math.isnan(seconds):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return seconds
+
+
+#: The longest that a socket can be told to wait is some 24 days.
+_MAX_TIMEOUT = 1_000_000
 _PATH = click.Path(dir_okay=False)
 _COMMON = (
     click.option("--cacert", type=_PATH, help="Trust these CA certificates (PEM)."),
@@ -79,7 +97,7 @@ _COMMON = (
     click.option(
         "--timeout",
         "timeout_seconds",
-        type=click.FloatRange(min=0.1),
+        type=_Seconds(min=0.1, max=_MAX_TIMEOUT),
         default=60.0,
         show_default=True,
         help="Seconds that the server may be silent.",
@@ -87,7 +105,7 @@ _COMMON = (
     click.option(
         "--patience",
         "patience_seconds",
-        type=click.FloatRange(min=0),
+        type=_Seconds(min=0),
         default=60.0,
         show_default=True,
         help="Seconds without progress that are spent on trying again.",
@@ -114,10 +132,73 @@ class _Commands(click.Group):
         return getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_command", None)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+_EPILOG = """\b
+Exit status:
+    0  done
+    1  the server or the network failed
+    2  the arguments are wrong
+    3  the server refused
+    4  contents differ, or a check failed
+    5  a file or a program on this side failed
+  130  interrupted
+  141  nobody reads the output any more
+"""
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG
+)
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 @click.version_option(__version__, prog_name="imagectl")
 def imagectl() -> None:
     """Move, show and watch disk images on an image server."""
+
+
+class OutputLost(LocalFailure):
+    """What was asked for is done, but its result cannot be told."""
+
+
+class OutputUnread(OutputLost):
+    """Nobody reads it any more; the shell's status of what SIGPIPE has ended."""
+
+    status = 141
+
+
+class _Output(io.FileIO):
+    """Standard output, whose failures are told from those of other files."""
+
+    def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
+        try:
+            return super().write(data)
+        except BrokenPipeError as exc:
+            raise OutputUnread("nobody reads the output any more") from exc
+        except OSError as exc:
+            raise OutputLost(f"the output cannot be written: {exc.strerror}") from exc
+
+
+class _Errors(io.FileIO):
+    """Standard error: no work fails because nobody takes what is said about it."""
+
+    def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
+
+
+def take_outputs() -> None:
+    """Make the process's outputs ones that fail as they should.
+
+    None is one that was closed: its descriptor is /dev/null by now.
+    """
+    for name, fd, kind in (("stdout", 1, _Output), ("stderr", 2, _Errors)):
+        stream = getattr(sys, name)
+        text = io.TextIOWrapper(
+            io.BufferedWriter(kind(fd, "w", closefd=False)),
+            encoding=stream.encoding if stream else "utf-8",
+            errors=stream.errors if stream else "backslashreplace",
+            line_buffering=bool(stream and stream.line_buffering),
+        )
+        setattr(sys, name, text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,6 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         status = imagectl.main(words, prog_name="imagectl", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - the last to see any
         if "--debug" in words:
             traceback.print_exc()
@@ -145,6 +228,13 @@ def _tell(exc: BaseException) -> int:
         return exc.exit_code
     if isinstance(exc, KeyboardInterrupt | click.Abort):
         exc = Interrupted("interrupted.")
+    elif isinstance(exc, OutputLost):
+        with contextlib.suppress(OSError):  # what is left in buffers would fail again
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.close(null)
+        if isinstance(exc, OutputUnread):
+            return exc.status
     elif not isinstance(exc, ClientError):
         exc = ClientError(f"a defect, which --debug shows: {type(exc).__name__}: {exc}")
     click.echo(f"imagectl: {exc}", err=True)

@@ -2,7 +2,6 @@
 """``imagectl download`` and ``imagectl upload``: arguments in, results out."""
 
 import json
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -45,8 +44,7 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
     with watcher(quiet=options.quiet) as watch:
         result = downloading.download(remote, wanted, watch)
     if options.json:
-        json.dump({"file": wanted.file, **asdict(result)}, sys.stdout)
-        sys.stdout.write("\n")
+        click.echo(json.dumps({"file": wanted.file, **asdict(result)}))
     elif not options.quiet:
         resumed = f", {size_text(result.resumed)} were there already" if result.resumed else ""
         verified = ", verified" if result.verified else ""
@@ -74,8 +72,7 @@ def upload(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 - 
     with watcher(quiet=options.quiet) as watch:
         result = uploading.upload(remote, wanted, watch)
     if options.json:
-        json.dump({"file": wanted.file, **asdict(result)}, sys.stdout)
-        sys.stdout.write("\n")
+        click.echo(json.dumps({"file": wanted.file, **asdict(result)}))
     elif not options.quiet:
         flushed, verified = ", flushed" * result.flushed, ", verified" * result.verified
         click.echo(

@@ -4,6 +4,7 @@
 Operations know ``Watcher`` only. All of it goes to stderr; stdout has the result.
 """
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -81,8 +82,9 @@ class Lines(Silent):
             self._tell()
 
     def note(self, sentence: str) -> None:
-        """Write it."""
-        print(sentence, file=sys.stderr, flush=True)  # noqa: T201 - its output
+        """Write it, if anybody takes it: for want of a reader no operation ends."""
+        with contextlib.suppress(OSError):
+            print(sentence, file=sys.stderr, flush=True)  # noqa: T201 - its output
 
     def _tell(self) -> None:
         self._told = time.monotonic()
@@ -156,6 +158,6 @@ class Bar:
 
 def watcher(*, quiet: bool) -> Silent | Bar:
     """Return what fits where stderr goes."""
-    if quiet:
+    if quiet or sys.stderr is None:  # closed before the start
         return Silent()
     return Bar() if sys.stderr.isatty() else Lines()

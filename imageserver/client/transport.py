@@ -20,7 +20,15 @@ from urllib3 import exceptions
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from imageserver.client.errors import Broken, Busy, Failed, LocalFailure, Refused, Unreachable
+from imageserver.client.errors import (
+    Broken,
+    Busy,
+    ClientError,
+    Failed,
+    LocalFailure,
+    Refused,
+    Unreachable,
+)
 
 #: Asked again later, these may be answered otherwise (502 and 504: a proxy before a restart).
 _TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
@@ -29,6 +37,8 @@ _MAX_MESSAGE = 4096
 #: Longest rest of a body that is read only to use the connection again.
 _MAX_REST = 64 * 1024
 _BELOW_ERRORS = 300
+#: What a host's name or address has none of: blanks, controls, and what ends it in a URL.
+_HOST = re.compile(r"[^\s\x00-\x20\x7f\\<>\"^`{|}]+")
 _SECONDS = re.compile(r"[0-9]{1,6}")
 
 Response = urllib3.BaseHTTPResponse
@@ -44,6 +54,37 @@ class Access:
     key: str | None = None
     unix_socket: str | None = None
     timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked; forget a password, which is sent and shown nowhere.
+
+        Raises:
+            BadUrl: the URL is none.
+        """
+        object.__setattr__(self, "url", _checked(self.url))
+
+
+class BadUrl(ClientError):
+    """A URL is none: a wrong argument, like click's."""
+
+    status = 2
+
+
+def _checked(url: str) -> str:
+    """Return a URL without user and password, if it is one that can be asked."""
+    masked = re.sub("//[^/]*@", "//", url)
+    wrong = BadUrl(f"{masked!r} is no URL: its host or port is wrong")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError as exc:  # of which UnicodeError is one
+        raise wrong from exc
+    if parts.scheme not in {"http", "https"} or not host:
+        raise BadUrl(f"{masked!r} is no http:// or https:// URL")
+    if port == 0 or not _HOST.fullmatch(host):
+        raise wrong
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 class _Sockets:
@@ -106,8 +147,6 @@ class Transport:
 
     def __init__(self, access: Access, connections: int = 8) -> None:
         parts = urlsplit(access.url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise LocalFailure(f"{access.url!r} is no http:// or https:// URL")
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         #: How the server is called in messages.
         self.name = access.unix_socket or parts.netloc

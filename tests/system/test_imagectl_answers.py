@@ -6,7 +6,6 @@ import http.server
 import json
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,3 +200,84 @@ def test_strange_extents_are_told_in_a_sentence(liar, tmp_path, extents, sentenc
 def test_a_size_that_no_image_has_is_told_in_a_sentence(liar, tmp_path):
     liar.size = 2**65
     assert fetch(liar, tmp_path / "f") == "imagectl: the server tells a size that no image has\n"
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [
+        (">&-", 0, ""),
+        ("2>&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        ("2>/dev/full", 0, ""),
+        (
+            ">/dev/full",
+            5,
+            "imagectl: the output cannot be written: No space left on device\n",
+        ),
+        ("> >(exec >&- <&-; echo gone >{gone})", 141, ""),
+    ],
+)
+@pytest.mark.parametrize("form", ["", "--json"])
+def test_outputs_that_take_nothing_cost_no_image(liar, tmp_path, redirected, status, said, form):
+    file, gone = tmp_path / "f", tmp_path / "gone"
+    wait = f"until test -e {gone}; do sleep 0.05; done; " if "gone" in redirected else ""
+    command = f"exec {' '.join(IMAGECTL)} download {liar.url} {file} {form}"
+    script = f"exec {redirected.format(gone=gone)}; {wait}{command}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (status, said)
+    assert file.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("scheme", ["http", "ftp"])
+def test_a_password_in_a_url_is_not_shown(tmp_path, scheme):
+    url = f"{scheme}://me:secret@127.0.0.1:1/x"
+    said = imagectl("info", url, status={"http": 1, "ftp": 2}[scheme]).stderr
+    assert ("secret" in said, "127.0.0.1:1" in said) == (False, True)
+
+
+@pytest.mark.parametrize("command", [["info"], ["check"], ["top", "--once"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://[::1", "no URL: its host or port is wrong"),
+        ("http://x:99999/", "no URL: its host or port is wrong"),
+        ("http://127.0.0.1:abc/", "no URL: its host or port is wrong"),
+        ("http://exa mple/", "no URL: its host or port is wrong"),
+        ("http://a..b/", "no URL: its host or port is wrong"),
+        ("ftp://x/y", "no http:// or https:// URL"),
+    ],
+)
+def test_what_is_no_url_is_a_wrong_argument(command, url, why):
+    assert imagectl(*command, url, status=2).stderr == f"imagectl: {url!r} is {why}\n"
+
+
+@pytest.mark.parametrize(
+    "option", ["--timeout=1e10", "--timeout=inf", "--timeout=nan", "--patience=nan"]
+)
+def test_times_that_are_none_are_wrong_arguments(tmp_path, option):
+    said = imagectl("download", "http://x/", tmp_path / "f", option, status=2).stderr
+    assert f"Invalid value for '{option.partition('=')[0]}'" in said
+
+
+def test_debug_may_come_before_the_command():
+    said = imagectl("--debug", "info", "http://127.0.0.1:1/x", status=1).stderr
+    assert (said.startswith("Traceback"), said.splitlines()[-1]) == (
+        True,
+        "imagectl: cannot connect to 127.0.0.1:1: Connection refused",
+    )
+
+
+def test_help_lists_the_exit_statuses():
+    said = imagectl("--help").stdout.partition("Exit status:\n")[2]
+    assert [line.split()[0] for line in said.splitlines()] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+        "5",
+        "130",
+        "141",
+    ]

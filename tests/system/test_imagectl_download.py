@@ -209,7 +209,7 @@ def test_each_refusal_is_a_sentence_and_a_status(server: Server, home: Path):
                 f"{host} answered OPTIONS with 404: unknown image_id",
             ),
             f"http://{nobody}/images/x": (1, f"cannot connect to {nobody}: Connection refused"),
-            "ftp://x/y": (5, "'ftp://x/y' is no http:// or https:// URL"),
+            "ftp://x/y": (2, "'ftp://x/y' is no http:// or https:// URL"),
         }
         for url, (status, sentence) in cases.items():
             assert (

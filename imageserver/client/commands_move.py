@@ -29,6 +29,7 @@ _CONNECTIONS = click.IntRange(1, 64)
     type=click.Path(exists=True, dir_okay=False),
     help="Make FILE a qcow2 overlay of this image instead.",
 )
+@click.option("--base-format", type=_FORMAT, help="Format of that image; default: raw.")
 @click.option("--verify", is_flag=True, help="Read FILE back and compare.")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--restart", is_flag=True, help="Begin anew what was interrupted.")
@@ -39,6 +40,8 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
         if not given["incremental"]:
             raise click.UsageError("--base goes with --incremental.")
         given["format"] = "qcow2"
+    elif given["base_format"]:
+        raise click.UsageError("--base-format goes with --base.")
     wanted = downloading.Wanted(patience_seconds=options.patience_seconds, **given)
     remote = options.remote(url)
     with watcher(quiet=options.quiet) as watch:
@@ -59,6 +62,7 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
 @click.argument("url")
 @click.option("--format", type=_FORMAT, help="Format of FILE; default: raw.")
 @click.option("--connections", "-n", type=_CONNECTIONS, help="At once; default: 4, if allowed.")
+@click.option("--backing", is_flag=True, help="Upload what a qcow2 FILE is based on, too.")
 @click.option("--pad", is_flag=True, help="FILE may be smaller: the rest becomes zeros.")
 @click.option("--verify", is_flag=True, help="Read the image back and compare.")
 @click.option(

@@ -11,7 +11,6 @@ means that it is half old, half new.
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +33,7 @@ from imageserver.client.plan import (
     pieces,
 )
 from imageserver.client.progress import Watcher
-from imageserver.client.qcow2 import Qcow2, qemu_img
+from imageserver.client.qcow2 import Qcow2, checked_base
 from imageserver.client.remote import Abilities, Remote
 from imageserver.client.verify import Digests, compare
 
@@ -51,6 +50,7 @@ class Wanted:
     connections: int | None = None
     incremental: bool = False
     base: str | None = None
+    base_format: str | None = None
     verify: bool = False
     force: bool = False
     restart: bool = False
@@ -197,7 +197,8 @@ class _Download:
     def _create(self, image: _Image) -> Local:
         if self._wanted.format == "raw":
             return RawFile.create(self._part, image.size)
-        base = _base(self._wanted.base, image.size) if self._wanted.base else None
+        given, kind = self._wanted.base, self._wanted.base_format
+        base = checked_base(given, kind, image.size) if given else None
         return Qcow2.create(self._part, image.size, self._connections, base)
 
     def _move(
@@ -310,17 +311,6 @@ class _Download:
 def connections(asked: int | None, most: int) -> int:
     """Return how many connections to use: as asked, 4 by default, as far as the server allows."""
     return max(1, min(asked or 4, most))
-
-
-def _base(path: str, size: int) -> tuple[str, str]:
-    """Return an overlay's base, absolute, and its format."""
-    info = json.loads(qemu_img("info", "--output=json", path))
-    if info["virtual-size"] != size:
-        raise LocalFailure(
-            f"{path} has {info['virtual-size']} bytes, the image {size}: "
-            "it is no earlier state of it"
-        )
-    return os.path.abspath(path), str(info["format"])
 
 
 @contextlib.contextmanager

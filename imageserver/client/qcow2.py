@@ -5,9 +5,15 @@
 
 qemu-nbd is not persistent: it writes what it holds and ends when the last connection closes,
 so also when imagectl is killed. Its socket is removed as soon as all connections are made.
+
+An image may name other files or servers, and what is written inside a raw image, by a guest
+too, may look like one: formats are always said, never guessed, and whoever wants what an image
+names says so. Paths are given in full: ``a:b`` would be read as protocol and name.
 """
 
 import contextlib
+import json
+import os
 import queue
 import shutil
 import subprocess
@@ -22,12 +28,19 @@ except ModuleNotFoundError:  # all but qcow2 works without
     nbd = None
 
 from imageserver.client.errors import LocalFailure
+from imageserver.client.localfile import local_errors
 from imageserver.client.plan import GIB, Spans
 from imageserver.extents import ALLOCATION, STATE_HOLE, STATE_ZERO
 
 _START_SECONDS, _END_SECONDS = 30.0, 120.0
 #: Requests' limits in the protocol are 32 bits: block status is asked in steps below that.
 _STEP = 2 * GIB
+MAGIC = b"QFI\xfb"
+#: The header's fixed part, in bytes, of version 2 and of version 3 and later.
+_HEADER_BYTES, _HEADER_3_BYTES = 72, 104
+_EXTERNAL_DATA = 1 << 2  # in version 3's incompatible features
+#: Longest name of a backing file that QEMU takes, in bytes.
+_MAX_NAME = 1023
 
 
 def qemu_img(*arguments: str) -> str:
@@ -42,6 +55,50 @@ def qemu_img(*arguments: str) -> str:
     if done.returncode:
         raise LocalFailure(_last_line(done.stderr) or "qemu-img failed")
     return done.stdout
+
+
+def refuse_outside(path: str) -> None:
+    """Refuse an image whose content lies elsewhere too, before any program opens it.
+
+    The header alone tells: some versions of qemu-img open what it names, only to describe it.
+    """
+    with local_errors(path), open(path, "rb") as file:
+        head = file.read(_HEADER_3_BYTES)
+        if head[:4] != MAGIC or len(head) < _HEADER_BYTES:
+            return  # qemu-nbd, which is told that it is qcow2, says so
+        backing = int.from_bytes(head[8:16], "big")
+        file.seek(min(backing, os.fstat(file.fileno()).st_size))
+        name = file.read(min(int.from_bytes(head[16:20], "big"), _MAX_NAME))
+    if backing:
+        raise LocalFailure(
+            f"{path} has the backing file {name.decode(errors='replace')!r}: "
+            "--backing uploads what that holds as well"
+        )
+    version = int.from_bytes(head[4:8], "big")
+    if version > 2 and int.from_bytes(head[72:80], "big") & _EXTERNAL_DATA:  # noqa: PLR2004
+        raise LocalFailure(
+            f"{path} has its data in another file, which it names: "
+            "--backing uploads what that holds"
+        )
+
+
+def checked_base(path: str, kind: str | None, size: int) -> tuple[str, str]:
+    """Return an overlay's base, absolute, and its format: raw, unless qcow2 was said."""
+    if kind is None:
+        with local_errors(path), open(path, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                raise LocalFailure(
+                    f"{path} looks like qcow2: say --base-format qcow2 if the disk in it is "
+                    "the base, --base-format raw if the file is"
+                )
+    full, kind = _full(path), kind or "raw"
+    info = json.loads(qemu_img("info", "-U", "--output=json", "-f", kind, full))
+    if info["virtual-size"] != size:
+        raise LocalFailure(
+            f"{path} has {info['virtual-size']} bytes, the image {size}: "
+            "it is no earlier state of it"
+        )
+    return full, kind
 
 
 class Qcow2:
@@ -72,7 +129,7 @@ class Qcow2:
     ) -> Self:
         """Make an image, an overlay of ``base`` (its path and format) if there is one."""
         backing = ["-b", base[0], "-F", base[1]] if base else []
-        qemu_img("create", "-q", "-f", "qcow2", *backing, path, str(size))
+        qemu_img("create", "-q", "-f", "qcow2", *backing, _full(path), str(size))
         return cls(path, connections, writable=True)
 
     def _connect(self, sock: str) -> "nbd.NBD":
@@ -168,7 +225,7 @@ def _start(path: str, sock: str, shared: int, *, writable: bool) -> "subprocess.
         f"--shared={shared}",
         f"--socket={sock}",
         *(["--discard=unmap"] if writable else ["--read-only"]),
-        path,
+        _full(path),
     ]
     return subprocess.Popen(  # noqa: S603 - a list, no shell
         command,
@@ -192,6 +249,11 @@ def _end(server: "subprocess.Popen[str]", *, kill: bool = False) -> None:
     finally:
         if server.stderr:
             server.stderr.close()
+
+
+def _full(path: str) -> str:
+    """Return the path from the root, its links left as they are."""
+    return os.path.join(os.getcwd(), path)
 
 
 def _program(name: str) -> str:

@@ -12,6 +12,7 @@ What cannot be written in part (a file of ours) is one PUT.
 """
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from imageserver.client.localfile import Local, RawFile
 from imageserver.client.movers import Advance, Move, Movers
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
 from imageserver.client.progress import Watcher
-from imageserver.client.qcow2 import Qcow2
+from imageserver.client.qcow2 import MAGIC, Qcow2, refuse_outside
 from imageserver.client.remote import Abilities, Remote
 from imageserver.client.verify import compare
 
@@ -40,7 +41,6 @@ _LARGEST_ZERO = 4 * GIB
 _MANY_ZEROS = 256
 #: What disks are measured in, in bytes: an image is no larger than its file for less.
 _SECTOR = 512
-_QCOW2_MAGIC = b"QFI\xfb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ class Wanted:
     file: str
     format: str | None = None
     connections: int | None = None
+    backing: bool = False
     flush: bool = True
     pad: bool = False
     verify: bool = False
@@ -101,7 +102,10 @@ class _Upload:
 
     def _open(self) -> Local:
         path = self._wanted.file
+        _refuse_unfinished(path)
         if self._wanted.format == "qcow2":
+            if not self._wanted.backing:
+                refuse_outside(path)
             return Qcow2(path, self._wanted.connections or 4, writable=False)
         local = RawFile.open(path)
         if self._wanted.format is None and local.size >= _SECTOR:
@@ -217,13 +221,33 @@ class _Upload:
 
     def _differing(self, size: int) -> Spans:
         """Return where either side may have data: only there can they differ."""
-        zeros = Spans((s, s + n) for s, n, is_zero, _ in self._remote.extents() if is_zero)
+        zeros, end = Spans(), 0
+        for start, length, is_zero, _ in self._remote.extents():
+            end = start + length
+            if is_zero:
+                zeros.add(start, end)
+        if end != size:  # a map of something else, or of a part
+            return Spans([(0, size)])
         return zeros.without(self._local.spans()).gaps(size)
+
+
+def _refuse_unfinished(path: str) -> None:
+    """Keep back what a download has left half done, as the state beside it tells."""
+    for name in (path, os.path.realpath(path)):
+        states = [f"{name}.incremental.state"]
+        if name.endswith(".part"):
+            states.append(f"{name}.state")
+        for state in states:
+            if os.path.lexists(state):
+                raise LocalFailure(
+                    f"{path} is the rest of an interrupted download, as {state} tells: "
+                    "download it to its end first"
+                )
 
 
 def _refuse_qcow2(local: RawFile, path: str) -> None:
     """Have the user say which is meant, the file or the disk in it."""
-    if local.read(0, len(_QCOW2_MAGIC)) == _QCOW2_MAGIC:
+    if local.read(0, len(MAGIC)) == MAGIC:
         local.close()
         raise LocalFailure(
             f"{path} looks like qcow2: say --format qcow2 to upload the disk in it, "

@@ -106,6 +106,28 @@ def test_a_disk_that_forgets_is_found_out(server: Server, home: Path):
     assert different == "imagectl: both sides differ between 0 and 1048576\n"
 
 
+@pytest.mark.parametrize("name", ["image.raw", "image.raw.part", "link"])
+def test_what_a_download_left_half_done_is_not_uploaded(server: Server, home: Path, name: str):
+    kept = home / name
+    state = home / f"{name}.{'' if name.endswith('.part') else 'incremental.'}state"
+    if name == "link":
+        kept.symlink_to(home / "image.raw")
+        state = home / "image.raw.incremental.state"
+    filled(kept, MIB, (0, MIB))
+    disk = filled(home / "disk.raw", MIB)
+    state.touch()
+    with qemu_nbd(disk) as sock:
+        url = offer(server, sock)
+        assert imagectl("upload", kept, url, status=5).stderr == (
+            f"imagectl: {kept} is the rest of an interrupted download, as {state} tells: "
+            "download it to its end first\n"
+        )
+        assert disk.read_bytes() == bytes(MIB)
+        state.unlink()
+        imagectl("upload", kept, url)
+    assert disk.read_bytes() == kept.read_bytes()
+
+
 def test_a_busy_image_is_waited_for(home: Path):
     image = filled(home / "image.raw", 4 * MIB, (0, 4 * MIB))
     disk = filled(home / "disk.raw", 4 * MIB)

@@ -5,21 +5,29 @@
     FILE.part.state    which ranges of it are on stable storage (``resume``)
     FILE               all of it: the part, renamed
 
-With ``incremental`` into an image that exists, FILE itself is written, and a state beside it
-means that it is half old, half new.
+With ``incremental`` into an image that exists, FILE itself is written. Then a state beside it,
+FILE.incremental.state, means that it is half old, half new: only what completes it removes that.
 """
 
 import contextlib
-import fcntl
 import os
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from imageserver.client import resume
 from imageserver.client.backoff import Patience, patiently
-from imageserver.client.errors import Busy, Interrupted, LocalFailure, Refused
-from imageserver.client.localfile import Local, RawFile, local_errors, nonzero
+from imageserver.client.errors import (
+    Busy,
+    Different,
+    Failed,
+    Interrupted,
+    LocalFailure,
+    Refused,
+    Transient,
+)
+from imageserver.client.localfile import Local, RawFile, claimed, local_errors, nonzero, rename_new
 from imageserver.client.movers import Advance, Movers
 from imageserver.client.plan import (
     GIB,
@@ -35,7 +43,8 @@ from imageserver.client.plan import (
 from imageserver.client.progress import Watcher
 from imageserver.client.qcow2 import Qcow2, checked_base
 from imageserver.client.remote import Abilities, Remote
-from imageserver.client.verify import Digests, compare
+from imageserver.client.verify import Digests, compare, compare_samples, require_zeros, same_length
+from imageserver.extents import Extent
 
 #: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
 _CHECKPOINT_SECONDS = 2.0
@@ -64,8 +73,12 @@ class Wanted:
     @property
     def kind(self) -> str:
         """What a state must agree with, beside the image."""
-        how = "overlay" if self.base else "incremental" if self.incremental else "full"
-        return f"{self.format} {how}"
+        if self.base:
+            with local_errors(self.base):
+                base = os.stat(self.base)
+            path = os.path.abspath(self.base)
+            return f"{self.format} overlay of {path}, {base.st_size}, {base.st_mtime_ns}"
+        return f"{self.format} {'incremental' if self.incremental else 'full'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +102,11 @@ class _Image:
     zeros: Spans
     is_mapped: bool
 
+    @property
+    def changed(self) -> Spans:
+        """All that an incremental download writes."""
+        return resume.merged(self.data, self.zeros)
+
 
 def download(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
     """Make ``wanted.file`` what the server has.
@@ -104,7 +122,10 @@ class _Download:
         self._remote, self._wanted, self._watch = remote, wanted, watch
         self._patience = Patience(wanted.patience_seconds)
         self._part = wanted.file if wanted.in_place else f"{wanted.file}.part"
-        self._state = resume.State(f"{wanted.file}.part.state")
+        self._half = resume.State(_half_state(wanted.file))
+        part_state = resume.State(f"{wanted.file}.part.state")
+        self._state = self._half if wanted.in_place else part_state
+        self._broke = False
         self._digests = Digests() if wanted.verify else None
         self._began = time.monotonic()
 
@@ -113,17 +134,16 @@ class _Download:
         abilities = patiently(self._remote.abilities, self._patience, Busy)
         self._connections = connections(self._wanted.connections, abilities.max_readers)
         image = self._survey(abilities)
-        identity = resume.identity(image.size, self._wanted.kind, image.data, image.zeros)
-        with contextlib.ExitStack() as closing:
-            closing.enter_context(_claimed(self._part))
+        if self._wanted.incremental and image.size and image.changed.total == image.size:
+            self._watch.note("All of the image counts as changed (there may be no bitmap).")
+        identity = self._identity(image)
+        with claimed(self._part, is_part=not self._wanted.in_place):
             done, local = self._open(image, identity)
-            closing.callback(local.close)
-            left = image.data.without(done)
-            self._move(image, identity, local, left, done)
-            if self._digests:
-                self._check(local, image.data, left)
-            local.sync()
-            closing.pop_all().close()
+            with contextlib.closing(local):
+                left = image.data.without(done)
+                self._move(image, identity, local, left, done)
+                self._prove(abilities, image, identity, local, left)
+                local.sync()
             self._finish()
         seconds = time.monotonic() - self._began
         total = image.data.total
@@ -140,6 +160,13 @@ class _Download:
             raise LocalFailure(f"{self._wanted.file} is no regular file")
         if exists and not self._wanted.in_place and not self._wanted.force:
             raise LocalFailure(f"{self._wanted.file} exists: --force replaces it")
+        base = self._wanted.base
+        if base and os.path.lexists(_half_state(base)):
+            raise LocalFailure(f"{base} is half old, half new: it can be no base")
+
+    def _identity(self, image: _Image) -> resume.Identity:
+        path = urllib.parse.urlsplit(self._remote.url).path
+        return resume.identity(image.size, self._wanted.kind, path, image.data, image.zeros)
 
     def _survey(self, abilities: Abilities) -> _Image:
         size = patiently(self._remote.size, self._patience)
@@ -150,34 +177,90 @@ class _Download:
                 raise Refused("the server does not tell what has changed: no incremental download")
             return _Image(size, Spans([(0, size)]), Spans(), is_mapped=False)
         dirty = self._wanted.incremental
-        context = "dirty" if dirty else "zero"
-        data, zeros = patiently(
-            lambda: data_spans(self._remote.extents(context), dirty=dirty), self._patience
-        )
+        for last in (False, True):  # an image may have grown between the two questions
+            data, zeros, end = patiently(lambda: self._extents(dirty=dirty), self._patience)
+            if end == size:
+                break
+            if last:
+                raise Failed(
+                    f"the extents end at {end}, the image at {size}: "
+                    "it is being changed, or the server is wrong"
+                )
+            size = patiently(self._remote.size, self._patience)
         if not dirty:
             # One extent of data may also be said of an image that the server cannot look into.
             return _Image(size, data, Spans(), is_mapped=data.total < size)
-        if data.total + zeros.total == size:
-            self._watch.note("All of the image counts as changed (there may be no bitmap).")
         return _Image(size, data, zeros, is_mapped=True)
+
+    def _extents(self, *, dirty: bool) -> tuple[Spans, Spans, int]:
+        """Ask where data and zeros are, and where the image ends by that."""
+        end = 0
+
+        def told() -> Iterator[Extent]:
+            nonlocal end
+            for extent in self._remote.extents("dirty" if dirty else "zero"):
+                end = extent[0] + extent[1]
+                yield extent
+
+        data, zeros = data_spans(told(), dirty=dirty)
+        return data, zeros, end
 
     def _open(self, image: _Image, identity: resume.Identity) -> tuple[list[Range], Local]:
         """Open what an earlier run has left, or begin anew; return what is done of it."""
-        known = None if self._wanted.restart else self._state.load(identity)
-        if known is not None and os.path.getsize(self._part):
-            local = self._open_part()
-            if local.size >= image.size:
-                if not image.is_mapped:  # zeros will not be written: let there be none
-                    for start, stop in Spans(known).gaps(image.size):
-                        local.zero(start, stop)
-                return known, local
-            local.close()
-        if self._state.exists() and not self._wanted.restart:
-            self._watch.note("The image is not the one that was being downloaded: starting again.")
-        self._state.remove()
+        saved = self._state.load()
         if self._wanted.in_place:
+            self._require_whole(image, saved)
+        if self._state.exists() and not self._wanted.restart:
+            local, why = self._reopen(image, identity, saved)
+            if local and saved:
+                return saved.done, local
+            self._watch.note(f"{why}: starting again.")
+        if self._wanted.in_place:  # the state stays until it says what begins now
             return [], self._open_base(image)
+        self._state.remove()
         return [], self._create(image)
+
+    def _require_whole(self, image: _Image, saved: resume.Saved | None) -> None:
+        """Refuse to change FILE if it would stay half old, half new."""
+        if not self._half.exists():
+            return
+        if saved is None or Spans(saved.undone).without(image.changed).total:
+            raise LocalFailure(
+                f"{self._wanted.file} is half old, half new, and the changes that are offered "
+                "do not make it whole: download all of it (--force)"
+            )
+
+    def _reopen(  # noqa: PLR0911 - one for each reason
+        self, image: _Image, identity: resume.Identity, saved: resume.Saved | None
+    ) -> tuple[Local | None, str]:
+        """Open what an earlier run has left if it can be gone on with, or say why not."""
+        if saved is None:
+            return None, f"{self._state.path} cannot be read"
+        if saved.image.path != identity.path:
+            return None, "The URL is not the one that was being downloaded"
+        if saved.image != identity:
+            return None, "The image is not the one that was being downloaded"
+        left = f"{self._part} is not as it was left"
+        if not os.path.getsize(self._part):
+            return None, left
+        with contextlib.ExitStack() as closing:
+            try:
+                local = closing.enter_context(contextlib.closing(self._open_part()))
+            except LocalFailure:
+                return None, left
+            block = 1 if self._wanted.format == "raw" else 512
+            if local.size != -(-image.size // block) * block:
+                return None, left
+            try:
+                done = image.data.without(image.data.without(saved.done))
+                compare_samples(self._remote, local.read, done, self._patience)
+            except Different:
+                return None, f"{self._part} is not what the server has now"
+            if not image.is_mapped:  # zeros will not be written: let there be none
+                for start, stop in Spans(saved.done).gaps(image.size):
+                    local.zero(start, stop)
+            closing.pop_all()
+            return local, ""
 
     def _open_part(self) -> Local:
         if self._wanted.format == "raw":
@@ -211,7 +294,8 @@ class _Download:
     ) -> None:
         """Fetch what is left, and keep the state up to date until the very end."""
         self._watch.begin("download", image.data.total, image.data.total - left.total)
-        self._state.save(identity, before)
+        undone = image.changed if self._wanted.in_place else Spans()
+        self._state.save(identity, before, undone.without(before))
         for start, stop in image.zeros:
             local.zero(start, stop)
         movers = Movers(
@@ -223,7 +307,7 @@ class _Download:
             nonlocal saved
             done = joined([*before, *movers.done()])
             local.sync()
-            self._state.save(identity, done)
+            self._state.save(identity, done, undone.without(done))
             saved = time.monotonic()
 
         def tick() -> None:
@@ -248,11 +332,15 @@ class _Download:
 
     def _mover(self, image: _Image, local: Local) -> Callable[[Piece, Advance], None]:
         def move(piece: Piece, advance: Advance) -> None:
-            for data in self._remote.read(piece.position, piece.stop):
-                position = piece.position
-                count = self._write(image, local, piece, data)
-                piece.position = position + len(data)
-                advance(count)
+            try:
+                for data in self._remote.read(piece.position, piece.stop):
+                    position = piece.position
+                    count = self._write(image, local, piece, data)
+                    piece.position = position + len(data)
+                    advance(count)
+            except Transient:
+                self._broke = True
+                raise
             if self._digests:
                 self._digests.finish(piece)
 
@@ -277,6 +365,38 @@ class _Download:
             count += len(part)
         return count
 
+    def _prove(
+        self,
+        abilities: Abilities,
+        image: _Image,
+        identity: resume.Identity,
+        local: Local,
+        left: Spans,
+    ) -> None:
+        """Look whether it is still the image that was asked about, and with --verify at FILE."""
+        now = self._survey(abilities)
+        try:
+            same_length(image.size, now.size)
+            if self._digests or self._broke or self._identity(now) != identity:
+                compare_samples(self._remote, local.read, now.data, self._patience)
+            if self._digests:
+                self._check(local, image.data, left)
+                self._check_zeros(local, image)
+        except Different as exc:
+            if self._wanted.in_place:
+                self._state.save(identity, [], image.changed)
+            else:
+                self._state.remove()
+            raise Different(f"{exc}; the next run fetches all again") from exc
+
+    def _check_zeros(self, local: Local, image: _Image) -> None:
+        """Require zeros where none but zeros were said to be."""
+        found = local.spans()
+        if self._wanted.incremental:
+            require_zeros(local, image.zeros.without(found.gaps(image.size)))
+        else:
+            require_zeros(local, found.without(image.data))
+
     def _check(self, local: Local, data: Spans, left: Spans) -> None:
         """Read FILE back: against the hashes, and against the server what came earlier."""
         assert self._digests  # noqa: S101 - for the types
@@ -298,14 +418,17 @@ class _Download:
     def _finish(self) -> None:
         """Put the part in FILE's place, for good."""
         with local_errors(self._wanted.file):
-            if not self._wanted.in_place:
+            if not self._wanted.in_place and self._wanted.force:
                 os.replace(self._part, self._wanted.file)
-            folder = os.open(os.path.dirname(self._wanted.file) or ".", os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            elif not self._wanted.in_place:
+                rename_new(self._part, self._wanted.file)
+            resume.sync_folder(self._wanted.file)
         self._state.remove()
+        self._half.remove()
+
+
+def _half_state(path: str) -> str:
+    return f"{path}.incremental.state"
 
 
 def connections(asked: int | None, most: int) -> int:
@@ -313,16 +436,3 @@ def connections(asked: int | None, most: int) -> int:
     return max(1, min(asked or 4, most))
 
 
-@contextlib.contextmanager
-def _claimed(path: str) -> Iterator[None]:
-    """Keep a second download of the same file out."""
-    with local_errors(path):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            raise LocalFailure(f"{path}: another download of this file is running") from exc
-        yield
-    finally:
-        os.close(fd)

@@ -5,8 +5,10 @@ Reading and writing are by position, so threads share one descriptor. A target b
 hole; only data is written to it, so what was a hole on the server is one here.
 """
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from imageserver.client.plan import MIB, Range, Spans
 BLOCK = 4096
 _ZERO_BLOCK, _ZERO_MIB = bytes(BLOCK), bytes(MIB)
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
+_AT_FDCWD, _NOREPLACE = -100, 1  # linux/fcntl.h, linux/fs.h
 
 
 class Local(Protocol):
@@ -73,9 +76,10 @@ class RawFile:
 
     @classmethod
     def create(cls, path: str, size: int) -> Self:
-        """Make a file of one hole, in place of any other."""
+        """Make a file of one hole, in place of any other; a symbolic link is not followed."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         with local_errors(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, flags, 0o666)
             os.ftruncate(fd, size)
             return cls(path, fd)
 
@@ -147,6 +151,60 @@ class RawFile:
             self.fd = -1
 
 
+@contextlib.contextmanager
+def claimed(path: str, *, is_part: bool) -> Iterator[None]:
+    """Keep a second download of the same file out.
+
+    A part is made if there is none, and is gone again if nothing came into it.
+    """
+    fd = _locked(path, is_part=is_part)
+    try:
+        yield
+    except BaseException:
+        if is_part and not os.fstat(fd).st_size:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _locked(path: str, *, is_part: bool) -> int:
+    """Open and lock what is at ``path`` once the lock is held: it may have been renamed before."""
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_NOFOLLOW if is_part else 0)
+    while True:
+        if is_part and os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise LocalFailure(f"{path} is no regular file: remove it first")
+        with local_errors(path):
+            fd = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=not is_part)):
+                return fd
+        except BlockingIOError as exc:
+            os.close(fd)
+            raise LocalFailure(f"{path}: another download of this file is running") from exc
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def rename_new(old: str, new: str) -> None:
+    """Rename, but replace nothing."""
+    with local_errors(new):
+        if _LIBC.renameat2(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), _NOREPLACE):
+            code = ctypes.get_errno()
+            if code not in {errno.EINVAL, errno.ENOSYS, errno.EEXIST}:
+                raise OSError(code, os.strerror(code))
+            # File systems that cannot do that are asked first: as good as it gets there.
+            if code == errno.EEXIST or os.path.lexists(new):
+                raise LocalFailure(f"{new} exists: --force replaces it")
+            os.rename(old, new)
+
+
 class local_errors:  # noqa: N801 - used as a function
     """Turns the system's errors about a file into ours; as cheap as that can be."""
 
@@ -184,6 +242,13 @@ def nonzero(data: bytes) -> Iterator[Range]:
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_LIBC.renameat2.argtypes = [
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint,
+]
 
 
 def _punch(fd: int, start: int, length: int) -> bool:

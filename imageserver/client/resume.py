@@ -3,8 +3,11 @@
 
 A range counts as done only when its bytes were synced *before* this file says so, and this file
 is replaced as a whole: after SIGKILL or loss of power it says less than was done, never more.
-It fits an image of the same size and extents only, whatever its URL; of an image that was
-changed in between without that, nothing here can tell.
+It fits an image of the same size, extents and URL path only; that the bytes are still the same
+is for others to find out.
+
+Of a download into a file that exists it also names what was to be changed and is not: until
+that is done, the file is half old, half new.
 """
 
 import contextlib
@@ -15,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imageserver.client.localfile import local_errors
-from imageserver.client.plan import Range, Spans
+from imageserver.client.plan import MIB, Range, Spans, joined
 
-_VERSION = 1
+_VERSION = 2
+#: More spans than this are told in whole MiB: the state is written every other second.
+_MAX_SPANS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,76 +32,120 @@ class Identity:
     size: int
     digest: str
     kind: str
+    path: str
 
 
-def identity(size: int, kind: str, *spans: Spans) -> Identity:
-    """Return the identity of an image with these extents."""
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What an earlier run said: of which image, what is done, what half an image lacks."""
+
+    image: Identity
+    done: list[Range]
+    undone: list[Range]
+
+
+def identity(size: int, kind: str, path: str, *spans: Spans) -> Identity:
+    """Return the identity of an image with these extents at this path of a server."""
     digest = hashlib.sha256()
     for which in spans:
         digest.update(len(which).to_bytes(8, "big"))
         digest.update(which.raw())
-    return Identity(size, digest.hexdigest(), kind)
+    return Identity(size, digest.hexdigest(), kind, path)
 
 
 class State:
     """The file at ``path``."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self.path = path
 
     def exists(self) -> bool:
         """Tell whether an earlier download left one."""
-        return os.path.exists(self._path)
+        return os.path.lexists(self.path)
 
-    def load(self, wanted: Identity) -> list[Range] | None:
-        """Return what was done of this very image, or None: nothing, or another image's."""
+    def load(self) -> Saved | None:
+        """Return what an earlier run said, or None: nothing, or nothing that can be read."""
         try:
-            with open(self._path, "rb") as file:
-                return parse(file.read(), wanted)
+            with open(self.path, "rb") as file:
+                return parse(file.read())
         except OSError:
             return None
 
-    def save(self, image: Identity, done: Sequence[Range]) -> None:
-        """Say that these ranges are on stable storage."""
-        temporary = f"{self._path}.new"
-        with local_errors(self._path):
-            with open(temporary, "wb") as file:
-                file.write(encode(image, done))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._path)
+    def save(self, image: Identity, done: Sequence[Range], undone: Spans | None = None) -> None:
+        """Say that these ranges are on stable storage, and that ``undone`` is still to be."""
+        temporary = f"{self.path}.new"
+        with local_errors(self.path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)  # rather than following a link
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(encode(image, done, undone))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+            sync_folder(self.path)
 
     def remove(self) -> None:
         """Forget."""
-        with local_errors(self._path), contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
+        with local_errors(self.path), contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
 
-def encode(image: Identity, done: Sequence[Range]) -> bytes:
+def sync_folder(path: str) -> None:
+    """Bring a file's name to stable storage."""
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def merged(*spans: Spans) -> Spans:
+    """Return all of several spans as one."""
+    return Spans(joined(span for which in spans for span in which))
+
+
+def encode(image: Identity, done: Sequence[Range], undone: Spans | None = None) -> bytes:
     """Write a state."""
+    if undone is not None and len(undone) > _MAX_SPANS:
+        undone = undone.widened(MIB, image.size)
     fields = {
         "imagectl": _VERSION,
         "size": image.size,
         "extents": image.digest,
         "kind": image.kind,
+        "path": image.path,
         "done": done,
+        "undone": list(undone or ()),
     }
     return json.dumps(fields).encode() + b"\n"
 
 
-def parse(text: bytes, wanted: Identity) -> list[Range] | None:
-    """Read a state; None if it is damaged or of another image."""
+def parse(text: bytes) -> Saved | None:
+    """Read a state; None if it is damaged, or of another version."""
     try:
         fields = json.loads(text)
-        image = Identity(fields["size"], fields["extents"], fields["kind"])
-        done = [(start, stop) for start, stop in fields["done"]]
-    except (ValueError, KeyError, TypeError):
-        return None
-    if fields.get("imagectl") != _VERSION or image != wanted:
-        return None
-    last = 0
-    for start, stop in done:
-        if type(start) is not int or type(stop) is not int or not last <= start < stop:
+        if fields["imagectl"] != _VERSION:
             return None
+        image = Identity(fields["size"], fields["extents"], fields["kind"], fields["path"])
+        done, undone = (
+            [(start, stop) for start, stop in fields[name]] for name in ("done", "undone")
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if type(image.size) is not int or not (_can_be(done, image) and _can_be(undone, image)):
+        return None
+    return Saved(image, done, undone)
+
+
+def _can_be(ranges: list[Range], image: Identity) -> bool:
+    last = 0
+    for start, stop in ranges:
+        if type(start) is not int or type(stop) is not int or not last <= start < stop:
+            return False
         last = stop
-    return done if last <= image.size else None
+    return last <= image.size

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do both sides hold the same bytes? Hashes taken while they moved, or both read again."""
+"""Do both sides hold the same bytes? Hashes taken while they moved, or both read again.
+
+Where reading all again would cost too much, samples are compared: another image is found out,
+a few bytes that were changed may not be.
+"""
 
 import hashlib
+import random
 from collections.abc import Callable, Iterable
 
 from imageserver.client.backoff import Patience, patiently
 from imageserver.client.errors import Different
-from imageserver.client.localfile import Local
-from imageserver.client.plan import MIB, Piece
+from imageserver.client.localfile import Local, nonzero
+from imageserver.client.plan import KIB, MIB, Piece, Range, Spans, joined, pieces
 from imageserver.client.remote import Remote
+
+_SAMPLES, _SAMPLE_BYTES = 16, 64 * KIB
 
 
 class Digests:
@@ -72,3 +79,59 @@ def compare(
                 patience.progress()
 
         patiently(some, patience)
+
+
+def compare_samples(
+    remote: Remote, read: Callable[[int, int], bytes], data: Spans, patience: Patience
+) -> None:
+    """Compare the first and last MiB of ``data``, and blocks anywhere in it.
+
+    Raises:
+        Different: at the first that differs.
+    """
+    compare(remote, read, pieces(samples(data), MIB, 0), patience, lambda _count: None)
+
+
+def samples(data: Spans, chance: Callable[[int], int] = random.randrange) -> list[Range]:
+    """Choose what to compare of ``data``; ``chance`` is a number below its argument."""
+    if not data.total:
+        return []
+    ends = [(0, MIB), (data.total - MIB, data.total)]
+    blocks = [chance(data.total) // _SAMPLE_BYTES * _SAMPLE_BYTES for _ in range(_SAMPLES)]
+    wanted = joined(
+        (max(0, start), min(stop, data.total))
+        for start, stop in [*ends, *((block, block + _SAMPLE_BYTES) for block in blocks)]
+    )
+    found, before = [], 0  # bytes of data before the span
+    for first, last in data:
+        stop_before = before + last - first
+        found += [
+            (first + max(start, before) - before, first + min(stop, stop_before) - before)
+            for start, stop in wanted
+            if start < stop_before and stop > before
+        ]
+        before = stop_before
+    return found
+
+
+def require_zeros(local: Local, spans: Spans) -> None:
+    """Read what must be zero.
+
+    Raises:
+        Different: it is not.
+    """
+    for start, stop in spans:
+        for offset in range(start, stop, MIB):
+            end = min(offset + MIB, stop)
+            if any(nonzero(local.read(offset, end - offset))):
+                raise Different(f"what should be zero between {offset} and {end} is not")
+
+
+def same_length(before: int, now: int) -> None:
+    """Require an image's size to be what it was.
+
+    Raises:
+        Different: it is not.
+    """
+    if before != now:
+        raise Different(f"the image had {before} bytes, now it has {now}")

@@ -7,9 +7,12 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from imageserver.client import resume
+from imageserver.client.plan import Spans
 from tests.system.harness import Server, nbdkit, qemu_img, qemu_io, qemu_nbd, wait_until
 from tests.system.moving import (
     IMAGES,
@@ -145,11 +148,12 @@ def test_an_interrupted_download_goes_on(server: Server, home: Path, stop: int, 
 
 def test_another_image_is_not_gone_on_with(server: Server, home: Path):
     image, copy = filled(home / "disk.raw", 8 * MIB, (0, MIB)), home / "copy.raw"
-    state = {"imagectl": 1, "size": 8 * MIB, "extents": "other", "kind": "raw full"}
     filled(home / "copy.raw.part", 8 * MIB, (4 * MIB, 5 * MIB))
-    (home / "copy.raw.part.state").write_text(json.dumps(state | {"done": [[0, 8 * MIB]]}))
     with qemu_nbd(image, "--read-only") as sock:
-        said = imagectl("download", offer(server, sock), copy).stderr
+        url = offer(server, sock)
+        other = resume.identity(8 * MIB, "raw full", urlsplit(url).path, Spans([(0, 8 * MIB)]))
+        resume.State(f"{copy}.part.state").save(other, [(0, 8 * MIB)])
+        said = imagectl("download", url, copy).stderr
     assert said == "The image is not the one that was being downloaded: starting again.\n"
     assert_same(image, copy)
 

@@ -21,10 +21,8 @@ from imageserver.client.backoff import Patience, patiently
 from imageserver.client.errors import (
     Busy,
     Different,
-    Failed,
     Interrupted,
     LocalFailure,
-    Refused,
     Transient,
 )
 from imageserver.client.localfile import Local, RawFile, claimed, local_errors, nonzero, rename_new
@@ -35,7 +33,6 @@ from imageserver.client.plan import (
     Piece,
     Range,
     Spans,
-    data_spans,
     joined,
     piece_bytes,
     pieces,
@@ -43,8 +40,8 @@ from imageserver.client.plan import (
 from imageserver.client.progress import Watcher
 from imageserver.client.qcow2 import Qcow2, checked_base
 from imageserver.client.remote import Abilities, Remote
+from imageserver.client.survey import Image, survey
 from imageserver.client.verify import Digests, compare, compare_samples, require_zeros, same_length
-from imageserver.extents import Extent
 
 #: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
 _CHECKPOINT_SECONDS = 2.0
@@ -91,21 +88,6 @@ class Result:
     resumed: int
     seconds: float
     verified: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """What the server says of the image; ``is_mapped``: where its data is."""
-
-    size: int
-    data: Spans
-    zeros: Spans
-    is_mapped: bool
-
-    @property
-    def changed(self) -> Spans:
-        """All that an incremental download writes."""
-        return resume.merged(self.data, self.zeros)
 
 
 def download(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
@@ -164,52 +146,18 @@ class _Download:
         if base and os.path.lexists(_half_state(base)):
             raise LocalFailure(f"{base} is half old, half new: it can be no base")
 
-    def _identity(self, image: _Image) -> resume.Identity:
+    def _identity(self, image: Image) -> resume.Identity:
         path = urllib.parse.urlsplit(self._remote.url).path
         return resume.identity(image.size, self._wanted.kind, path, image.data, image.zeros)
 
-    def _survey(self, abilities: Abilities) -> _Image:
-        size = patiently(self._remote.size, self._patience)
-        if not size:  # oVirt's daemon has no good answer about its extents
-            return _Image(0, Spans(), Spans(), is_mapped=True)
-        if not abilities.has("extents"):
-            if self._wanted.incremental:
-                raise Refused("the server does not tell what has changed: no incremental download")
-            return _Image(size, Spans([(0, size)]), Spans(), is_mapped=False)
-        dirty = self._wanted.incremental
-        for last in (False, True):  # an image may have grown between the two questions
-            data, zeros, end = patiently(lambda: self._extents(dirty=dirty), self._patience)
-            if end == size:
-                break
-            if last:
-                raise Failed(
-                    f"the extents end at {end}, the image at {size}: "
-                    "it is being changed, or the server is wrong"
-                )
-            size = patiently(self._remote.size, self._patience)
-        if not dirty:
-            # One extent of data may also be said of an image that the server cannot look into.
-            return _Image(size, data, Spans(), is_mapped=data.total < size)
-        return _Image(size, data, zeros, is_mapped=True)
+    def _survey(self, abilities: Abilities) -> Image:
+        return survey(self._remote, abilities, self._patience, dirty=self._wanted.incremental)
 
-    def _extents(self, *, dirty: bool) -> tuple[Spans, Spans, int]:
-        """Ask where data and zeros are, and where the image ends by that."""
-        end = 0
-
-        def told() -> Iterator[Extent]:
-            nonlocal end
-            for extent in self._remote.extents("dirty" if dirty else "zero"):
-                end = extent[0] + extent[1]
-                yield extent
-
-        data, zeros = data_spans(told(), dirty=dirty)
-        return data, zeros, end
-
-    def _open(self, image: _Image, identity: resume.Identity) -> tuple[list[Range], Local]:
+    def _open(self, image: Image, identity: resume.Identity) -> tuple[list[Range], Local]:
         """Open what an earlier run has left, or begin anew; return what is done of it."""
         saved = self._state.load()
         if self._wanted.in_place:
-            self._require_whole(image, saved)
+            resume.require_whole(self._half, self._wanted.file, image.changed)
         if self._state.exists() and not self._wanted.restart:
             local, why = self._reopen(image, identity, saved)
             if local and saved:
@@ -220,18 +168,8 @@ class _Download:
         self._state.remove()
         return [], self._create(image)
 
-    def _require_whole(self, image: _Image, saved: resume.Saved | None) -> None:
-        """Refuse to change FILE if it would stay half old, half new."""
-        if not self._half.exists():
-            return
-        if saved is None or Spans(saved.undone).without(image.changed).total:
-            raise LocalFailure(
-                f"{self._wanted.file} is half old, half new, and the changes that are offered "
-                "do not make it whole: download all of it (--force)"
-            )
-
     def _reopen(  # noqa: PLR0911 - one for each reason
-        self, image: _Image, identity: resume.Identity, saved: resume.Saved | None
+        self, image: Image, identity: resume.Identity, saved: resume.Saved | None
     ) -> tuple[Local | None, str]:
         """Open what an earlier run has left if it can be gone on with, or say why not."""
         if saved is None:
@@ -267,7 +205,7 @@ class _Download:
             return RawFile.open(self._part, writable=True)
         return Qcow2(self._part, self._connections, writable=True)
 
-    def _open_base(self, image: _Image) -> Local:
+    def _open_base(self, image: Image) -> Local:
         local = self._open_part()
         if local.size != image.size:
             local.close()
@@ -277,7 +215,7 @@ class _Download:
             )
         return local
 
-    def _create(self, image: _Image) -> Local:
+    def _create(self, image: Image) -> Local:
         if self._wanted.format == "raw":
             return RawFile.create(self._part, image.size)
         given, kind = self._wanted.base, self._wanted.base_format
@@ -286,7 +224,7 @@ class _Download:
 
     def _move(
         self,
-        image: _Image,
+        image: Image,
         identity: resume.Identity,
         local: Local,
         left: Spans,
@@ -317,6 +255,7 @@ class _Download:
 
         try:
             movers.run(self._connections, tick, self._remote.cut)
+            save()
         except KeyboardInterrupt as exc:
             save()
             raise Interrupted(
@@ -330,7 +269,7 @@ class _Download:
     def _pieces(self, left: Spans) -> Iterator[Piece]:
         return pieces(left, piece_bytes(left.total, self._connections), MAX_GAP)
 
-    def _mover(self, image: _Image, local: Local) -> Callable[[Piece, Advance], None]:
+    def _mover(self, image: Image, local: Local) -> Callable[[Piece, Advance], None]:
         def move(piece: Piece, advance: Advance) -> None:
             try:
                 for data in self._remote.read(piece.position, piece.stop):
@@ -346,7 +285,7 @@ class _Download:
 
         return move
 
-    def _write(self, image: _Image, local: Local, piece: Piece, data: bytes) -> int:
+    def _write(self, image: Image, local: Local, piece: Piece, data: bytes) -> int:
         """Write what is wanted of ``data``, which lies at the piece's position."""
         position = piece.position
         if not image.is_mapped:
@@ -368,7 +307,7 @@ class _Download:
     def _prove(
         self,
         abilities: Abilities,
-        image: _Image,
+        image: Image,
         identity: resume.Identity,
         local: Local,
         left: Spans,
@@ -389,7 +328,7 @@ class _Download:
                 self._state.remove()
             raise Different(f"{exc}; the next run fetches all again") from exc
 
-    def _check_zeros(self, local: Local, image: _Image) -> None:
+    def _check_zeros(self, local: Local, image: Image) -> None:
         """Require zeros where none but zeros were said to be."""
         found = local.spans()
         if self._wanted.incremental:

@@ -17,8 +17,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from imageserver.client.errors import LocalFailure
 from imageserver.client.localfile import local_errors
-from imageserver.client.plan import MIB, Range, Spans, joined
+from imageserver.client.plan import MIB, Range, Spans
 
 _VERSION = 2
 #: More spans than this are told in whole MiB: the state is written every other second.
@@ -95,6 +96,22 @@ class State:
             os.unlink(self.path)
 
 
+def require_whole(state: State, file: str, changed: Spans) -> None:
+    """Refuse to change ``file`` if it is half old, half new and would stay so.
+
+    Raises:
+        LocalFailure: what an earlier run has left undone is not among what is ``changed``.
+    """
+    if not state.exists():
+        return
+    saved = state.load()
+    if saved is None or Spans(saved.undone).without(changed).total:
+        raise LocalFailure(
+            f"{file} is half old, half new, and the changes that are offered "
+            "do not make it whole: download all of it (--force)"
+        )
+
+
 def sync_folder(path: str) -> None:
     """Bring a file's name to stable storage."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_CLOEXEC)
@@ -102,11 +119,6 @@ def sync_folder(path: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def merged(*spans: Spans) -> Spans:
-    """Return all of several spans as one."""
-    return Spans(joined(span for which in spans for span in which))
 
 
 def encode(image: Identity, done: Sequence[Range], undone: Spans | None = None) -> bytes:

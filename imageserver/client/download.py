@@ -41,7 +41,7 @@ from imageserver.client.progress import Watcher
 from imageserver.client.qcow2 import Qcow2, checked_base
 from imageserver.client.remote import Abilities, Remote
 from imageserver.client.survey import Image, survey
-from imageserver.client.verify import Digests, compare, compare_samples, require_zeros, same_length
+from imageserver.client.verify import Digests, compare, compare_samples, check_zeros, same_length
 
 #: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
 _CHECKPOINT_SECONDS = 2.0
@@ -119,13 +119,14 @@ class _Download:
         if self._wanted.incremental and image.size and image.changed.total == image.size:
             self._watch.note("All of the image counts as changed (there may be no bitmap).")
         identity = self._identity(image)
-        with claimed(self._part, is_part=not self._wanted.in_place):
+        with claimed(self._part, is_part=not self._wanted.in_place) as require_it:
             done, local = self._open(image, identity)
             with contextlib.closing(local):
                 left = image.data.without(done)
                 self._move(image, identity, local, left, done)
                 self._prove(abilities, image, identity, local, left)
                 local.sync()
+            require_it()
             self._finish()
         seconds = time.monotonic() - self._began
         total = image.data.total
@@ -320,21 +321,14 @@ class _Download:
                 compare_samples(self._remote, local.read, now.data, self._patience)
             if self._digests:
                 self._check(local, image.data, left)
-                self._check_zeros(local, image)
+                changed_only = self._wanted.incremental
+                check_zeros(local, image.data, image.zeros if changed_only else None)
         except Different as exc:
             if self._wanted.in_place:
                 self._state.save(identity, [], image.changed)
             else:
                 self._state.remove()
             raise Different(f"{exc}; the next run fetches all again") from exc
-
-    def _check_zeros(self, local: Local, image: Image) -> None:
-        """Require zeros where none but zeros were said to be."""
-        found = local.spans()
-        if self._wanted.incremental:
-            require_zeros(local, image.zeros.without(found.gaps(image.size)))
-        else:
-            require_zeros(local, found.without(image.data))
 
     def _check(self, local: Local, data: Spans, left: Spans) -> None:
         """Read FILE back: against the hashes, and against the server what came earlier."""

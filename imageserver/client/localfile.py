@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
 from imageserver.client.errors import LocalFailure
@@ -152,14 +152,20 @@ class RawFile:
 
 
 @contextlib.contextmanager
-def claimed(path: str, *, is_part: bool) -> Iterator[None]:
-    """Keep a second download of the same file out.
+def claimed(path: str, *, is_part: bool) -> Iterator[Callable[[], None]]:
+    """Keep a second download of the same file out; what is yielded requires it to be still there.
 
     A part is made if there is none, and is gone again if nothing came into it.
     """
     fd = _locked(path, is_part=is_part)
+
+    def check() -> None:
+        with local_errors(path):
+            if not _is_at(fd, path, is_part=is_part):
+                raise LocalFailure(f"{path} was replaced by another file meanwhile")
+
     try:
-        yield
+        yield check
     except BaseException:
         if is_part and not os.fstat(fd).st_size:
             with contextlib.suppress(OSError):
@@ -179,7 +185,7 @@ def _locked(path: str, *, is_part: bool) -> int:
             fd = os.open(path, flags, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=not is_part)):
+            if _is_at(fd, path, is_part=is_part):
                 return fd
         except BlockingIOError as exc:
             os.close(fd)
@@ -190,6 +196,10 @@ def _locked(path: str, *, is_part: bool) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def _is_at(fd: int, path: str, *, is_part: bool) -> bool:
+    return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=not is_part))
 
 
 def rename_new(old: str, new: str) -> None:

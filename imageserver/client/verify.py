@@ -114,13 +114,15 @@ def samples(data: Spans, chance: Callable[[int], int] = random.randrange) -> lis
     return found
 
 
-def require_zeros(local: Local, spans: Spans) -> None:
-    """Read what must be zero.
+def check_zeros(local: Local, data: Spans, zeros: Spans | None) -> None:
+    """Read what must be zero: ``zeros``, or all but ``data``; known holes are not read.
 
     Raises:
         Different: it is not.
     """
-    for start, stop in spans:
+    found = local.spans()
+    wanted = found.without(data) if zeros is None else zeros.without(found.gaps(local.size))
+    for start, stop in wanted:
         for offset in range(start, stop, MIB):
             end = min(offset + MIB, stop)
             if any(nonzero(local.read(offset, end - offset))):

@@ -41,7 +41,7 @@ from imageserver.client.progress import Watcher
 from imageserver.client.qcow2 import Qcow2, checked_base
 from imageserver.client.remote import Abilities, Remote
 from imageserver.client.survey import Image, survey
-from imageserver.client.verify import Digests, compare, compare_samples, check_zeros, same_length
+from imageserver.client.verify import Digests, check_zeros, compare, compare_samples, same_length
 
 #: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
 _CHECKPOINT_SECONDS = 2.0

@@ -367,5 +367,3 @@ def _half_state(path: str) -> str:
 def connections(asked: int | None, most: int) -> int:
     """Return how many connections to use: as asked, 4 by default, as far as the server allows."""
     return max(1, min(asked or 4, most))
-
-

@@ -161,7 +161,7 @@ class ImageFile:
             return nullcontext()
 
         with (
-            Ring(_DEPTH, min(self._chunk, length)) as ring,
+            Ring(_DEPTH, self._chunk, self._path) as ring,
             Side(work, ended=ring.close, stopping=stopping) as side,
         ):
             at = 0

@@ -6,42 +6,69 @@
 
 Both release the interpreter while they copy, so receiving and writing overlap. The ring's
 few buffers are what keeps one side from running away from the other.
+
+A ring leaves its buffers to the next one: fresh memory costs a page fault every 4 KiB, which
+is more than all else that a transfer of some MiB does.
 """
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
 from typing import Self
 
 from imageserver.ports import Source
 
+#: Most bytes that a worker keeps for its next transfers.
+_SPARE_BYTES = 8 << 20
+#: Buffers that nobody uses, with their last owners.
+_spare: deque[tuple[object, bytearray]] = deque()
+
 
 class Ring:
-    """``count`` buffers of ``size`` bytes."""
+    """At most ``count`` buffers of ``size`` bytes, made when they are needed."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, owner: object) -> None:
+        """``owner`` is the image: of what another one has left in a buffer, nothing stays.
+
+        A read fills its buffers; but for that it is the other side that is trusted.
+        """
         self._size = size
+        self._owner = owner
+        self._unmade = count
         self._is_closed = False
         self._closed: int | None = None
         self._empty: SimpleQueue[bytearray | None] = SimpleQueue()
-        for _ in range(count):
-            self._empty.put(bytearray(size))
 
     def take(self, size: int, *, wait: bool) -> bytearray | None:
         """Return a buffer for ``size`` bytes; None where there is none, or after ``close``.
 
-        One that is larger than the ring's own is made for the occasion.
+        One that is larger than the ring's own is made for the occasion. For one thread.
         """
         if size > self._size:
             return bytearray(size)
         try:
-            buffer = self._empty.get(block=wait)
+            buffer = self._empty.get(block=wait and not self._unmade)
         except Empty:
-            return None
+            if not self._unmade:
+                return None
+            self._unmade -= 1
+            return self._spare() or bytearray(self._size)
         if buffer is None:
             self._empty.put(None)  # closed for good: whoever asks again must not wait
+        return buffer
+
+    def _spare(self) -> bytearray | None:
+        try:
+            owner, buffer = _spare.pop()
+        except IndexError:
+            return None
+        if len(buffer) != self._size:
+            return None
+        if owner != self._owner:
+            buffer[:] = bytes(self._size)
         return buffer
 
     def give(self, buffer: bytearray) -> None:
@@ -73,9 +100,14 @@ class Ring:
         return self
 
     def __exit__(self, *_exc: object) -> None:
+        """Leave the empty buffers; one that was not given back may still be written to."""
         closed, self._closed = self._closed, None
         if closed is not None:
             os.close(closed)
+        with suppress(Empty):
+            while len(_spare) * self._size < _SPARE_BYTES:
+                if buffer := self._empty.get_nowait():
+                    _spare.append((self._owner, buffer))
 
 
 class Side(threading.Thread):

@@ -160,7 +160,7 @@ class Link:
 
     def __init__(self, handle: Any, name: str, tuning: Tuning) -> None:
         self._handle = handle
-        self._name = name
+        self.name = name
         self._stopped = False
         self.timeout = tuning.timeout
         self.depth = tuning.queue_depth
@@ -231,7 +231,7 @@ class Link:
         try:
             return command(*args, **kwargs)
         except nbd.Error as exc:
-            raise _translated(exc, self._name) from exc.with_traceback(None)
+            raise _translated(exc, self.name) from exc.with_traceback(None)
 
     # Waiting
 
@@ -251,7 +251,7 @@ class Link:
         try:
             return bool(self._handle.aio_command_completed(cookie))
         except nbd.Error as exc:
-            raise _translated(exc, self._name) from exc.with_traceback(None)
+            raise _translated(exc, self.name) from exc.with_traceback(None)
 
     def settle(self) -> None:
         """Wait for every write in flight, so that none lands after the image is given back."""
@@ -281,14 +281,14 @@ class Link:
     def _poll(self, deadline: float) -> None:
         left = deadline - time.monotonic()
         if self._stopped or self._is_silent:
-            raise Stopped(self._name)
+            raise Stopped(self.name)
         if left <= 0:
             self._is_silent = True
-            raise BackendTimeout(f"{self._name}: completed nothing in {self.timeout:g} s")
+            raise BackendTimeout(f"{self.name}: completed nothing in {self.timeout:g} s")
         try:
             self._handle.poll(_milliseconds(min(left, _STOP_SECONDS)))
         except nbd.Error as exc:
-            raise _translated(exc, self._name) from exc.with_traceback(None)
+            raise _translated(exc, self.name) from exc.with_traceback(None)
 
     def close(self) -> None:
         """Say good-bye and wait, within bounds, until the server has let go of the connection.

@@ -71,9 +71,8 @@ def _opening_chunks(link: Link, length: int) -> int:
 
 
 def _ring(link: Link, length: int) -> Ring:
-    """Return as many buffers as ``length`` bytes can keep in flight, none larger than needed."""
-    size = min(link.chunk, length + 2 * link.align)
-    return Ring(min(link.depth, 2 + length // link.chunk), size)
+    """Return as many buffers as ``length`` bytes can keep in flight."""
+    return Ring(min(link.depth, 2 + length // link.chunk), link.chunk, link.name)
 
 
 def _is_short(link: Link, length: int) -> bool:
@@ -91,14 +90,14 @@ def _stopping(link: Link, wake: Callable[[], None]) -> Iterator[None]:
 
 def read(link: Link, start: int, length: int) -> Generator[memoryview]:
     """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
-    ring = _ring(link, length)
-    pieces = _read_pieces(link, start, length, ring)
-    if not _is_short(link, length):
-        pieces = _read_ahead(link, pieces, ring)
-    with closing(pieces):
-        for piece in pieces:
-            yield piece.wanted()
-            ring.give(piece.buffer)
+    with _ring(link, length) as ring:
+        pieces = _read_pieces(link, start, length, ring)
+        if not _is_short(link, length):
+            pieces = _read_ahead(link, pieces, ring)
+        with closing(pieces):
+            for piece in pieces:
+                yield piece.wanted()
+                ring.give(piece.buffer)
 
 
 def _read_pieces(link: Link, start: int, length: int, ring: Ring) -> Generator[_Piece]:
@@ -183,13 +182,14 @@ def _read_edges(link: Link, start: int, stop: int) -> dict[int, bytes]:
     return edges
 
 
-def _write_here(link: Link, pieces: Iterator[_Piece], _ring: Ring) -> Generator[int]:
+def _write_here(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Generator[int]:
     pending = []
     for piece in pieces:
         piece.cookie = link.pwrite(piece.whole(), piece.start)
         pending.append(piece)
     for piece in pending:
         link.wait(piece.cookie)
+        ring.give(piece.buffer)
         yield piece.high
 
 

@@ -17,11 +17,11 @@ from enum import Enum
 from itertools import chain, islice
 from typing import TypeVar
 
+from imageserver.client.access import Access
 from imageserver.client.asking import answered
 from imageserver.client.errors import Busy, ClientError, Unreachable
 from imageserver.client.probe import Line, Reply
 from imageserver.client.remote import Abilities, Remote
-from imageserver.client.transport import Access
 from imageserver.extents import Extent
 
 #: Bytes read where some are enough.

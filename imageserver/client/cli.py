@@ -22,9 +22,9 @@ from typing import Any
 import click
 
 from imageserver import __version__
+from imageserver.client.access import Access
 from imageserver.client.errors import ClientError, Interrupted, LocalFailure
 from imageserver.client.remote import Remote
-from imageserver.client.transport import Access
 
 #: Command -> the module that has it, imported when it is asked for, and one line of help.
 COMMANDS = {

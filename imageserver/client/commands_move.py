@@ -22,7 +22,7 @@ _CONNECTIONS = click.IntRange(1, 64)
 @click.argument("url")
 @click.argument("file", type=click.Path())
 @click.option("--format", type=_FORMAT, default="raw", show_default=True, help="Format of FILE.")
-@click.option("--connections", "-n", type=_CONNECTIONS, help="At once; default: 4, if allowed.")
+@click.option("--connections", "-n", type=_CONNECTIONS, help="At most; default: 4, fewer locally.")
 @click.option("--incremental", is_flag=True, help="Fetch only what has changed, into FILE.")
 @click.option(
     "--base",
@@ -30,7 +30,7 @@ _CONNECTIONS = click.IntRange(1, 64)
     help="Make FILE a qcow2 overlay of this image instead.",
 )
 @click.option("--base-format", type=_FORMAT, help="Format of that image; default: raw.")
-@click.option("--verify", is_flag=True, help="Read FILE back and compare.")
+@click.option("--verify", is_flag=True, help="Read FILE back: is it what came?")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--restart", is_flag=True, help="Begin anew what was interrupted.")
 @common_options
@@ -61,7 +61,7 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.argument("url")
 @click.option("--format", type=_FORMAT, help="Format of FILE; default: raw.")
-@click.option("--connections", "-n", type=_CONNECTIONS, help="At once; default: 4, if allowed.")
+@click.option("--connections", "-n", type=_CONNECTIONS, help="At most; default: 4, fewer locally.")
 @click.option("--backing", is_flag=True, help="Upload what a qcow2 FILE is based on, too.")
 @click.option("--pad", is_flag=True, help="FILE may be smaller: the rest becomes zeros.")
 @click.option("--verify", is_flag=True, help="Read the image back and compare.")

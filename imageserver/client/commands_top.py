@@ -23,10 +23,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from imageserver.client.access import Access
 from imageserver.client.cli import Options, common_options
 from imageserver.client.errors import Transient
 from imageserver.client.table import Running, Status, bar, parse_status, with_rates, workers_line
-from imageserver.client.transport import Access, Transport
+from imageserver.client.transport import Transport
 from imageserver.client.units import rate_text, size_text, time_text
 
 #: A server that is silent for longer counts as gone, in seconds.

@@ -25,7 +25,8 @@ from imageserver.client.errors import (
     LocalFailure,
     Transient,
 )
-from imageserver.client.localfile import Local, RawFile, claimed, local_errors, nonzero, rename_new
+from imageserver.client.images import create_image, open_image
+from imageserver.client.localfile import Local, claimed, local_errors, nonzero, rename_new
 from imageserver.client.movers import Advance, Movers
 from imageserver.client.plan import (
     GIB,
@@ -38,7 +39,6 @@ from imageserver.client.plan import (
     pieces,
 )
 from imageserver.client.progress import Watcher
-from imageserver.client.qcow2 import Qcow2, checked_base
 from imageserver.client.remote import Abilities, Remote
 from imageserver.client.survey import Image, survey
 from imageserver.client.verify import Digests, check_zeros, compare, compare_samples, same_length
@@ -114,7 +114,9 @@ class _Download:
     def run(self) -> Result:
         self._check_file()
         abilities = patiently(self._remote.abilities, self._patience, Busy)
-        self._connections = connections(self._wanted.connections, abilities.max_readers)
+        self._connections = self._remote.connections(
+            self._wanted.connections, abilities.max_readers
+        )
         image = self._survey(abilities)
         if self._wanted.incremental and image.size and image.changed.total == image.size:
             self._watch.note("All of the image counts as changed (there may be no bitmap).")
@@ -202,9 +204,7 @@ class _Download:
             return local, ""
 
     def _open_part(self) -> Local:
-        if self._wanted.format == "raw":
-            return RawFile.open(self._part, writable=True)
-        return Qcow2(self._part, self._connections, writable=True)
+        return open_image(self._part, self._wanted.format, self._connections, writable=True)
 
     def _open_base(self, image: Image) -> Local:
         local = self._open_part()
@@ -217,11 +217,9 @@ class _Download:
         return local
 
     def _create(self, image: Image) -> Local:
-        if self._wanted.format == "raw":
-            return RawFile.create(self._part, image.size)
-        given, kind = self._wanted.base, self._wanted.base_format
-        base = checked_base(given, kind, image.size) if given else None
-        return Qcow2.create(self._part, image.size, self._connections, base)
+        wanted = self._wanted
+        base = (wanted.base, wanted.base_format) if wanted.base else None
+        return create_image(self._part, wanted.format, image.size, self._connections, base)
 
     def _move(
         self,
@@ -286,12 +284,12 @@ class _Download:
 
         return move
 
-    def _write(self, image: Image, local: Local, piece: Piece, data: bytes) -> int:
+    def _write(self, image: Image, local: Local, piece: Piece, data: bytes | bytearray) -> int:
         """Write what is wanted of ``data``, which lies at the piece's position."""
         position = piece.position
         if not image.is_mapped:
             for first, last in nonzero(data):
-                local.write(position + first, data[first:last])
+                local.write(position + first, memoryview(data)[first:last])
             if self._digests:
                 self._digests.feed(piece, data)
             return len(data)
@@ -362,8 +360,3 @@ class _Download:
 
 def _half_state(path: str) -> str:
     return f"{path}.incremental.state"
-
-
-def connections(asked: int | None, most: int) -> int:
-    """Return how many connections to use: as asked, 4 by default, as far as the server allows."""
-    return max(1, min(asked or 4, most))

@@ -19,6 +19,10 @@ from imageserver.client.plan import MIB, Range, Spans
 
 #: Zeros are found in steps of a page, what a file system can leave out; bytes.
 BLOCK = 4096
+#: What a qcow2 file begins with.
+QCOW2_MAGIC = b"QFI\xfb"
+#: What can be written.
+Buffer = bytes | bytearray | memoryview
 _ZERO_BLOCK, _ZERO_MIB = bytes(BLOCK), bytes(MIB)
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
 _AT_FDCWD, _NOREPLACE = -100, 1  # linux/fcntl.h, linux/fs.h
@@ -39,7 +43,7 @@ class Local(Protocol):
     def read(self, start: int, length: int) -> bytes:
         """Return bytes of the image."""
 
-    def write(self, start: int, data: bytes) -> None:
+    def write(self, start: int, data: Buffer) -> None:
         """Write all of ``data``."""
 
     def zero(self, start: int, stop: int) -> None:
@@ -119,7 +123,7 @@ class RawFile:
                 data += more
         return data
 
-    def write(self, start: int, data: bytes) -> None:
+    def write(self, start: int, data: Buffer) -> None:
         """Write all of ``data``."""
         with local_errors(self.path):
             done = os.pwrite(self.fd, data, start)
@@ -231,7 +235,7 @@ class local_errors:  # noqa: N801 - used as a function
             raise LocalFailure(f"{self._path}: {exc.strerror or exc}") from exc
 
 
-def nonzero(data: bytes) -> Iterator[Range]:
+def nonzero(data: bytes | bytearray) -> Iterator[Range]:
     """Yield the parts of ``data`` that are not zero, in whole blocks from its start."""
     if data == _ZERO_MIB:
         return

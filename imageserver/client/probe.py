@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
+from imageserver.client.access import Access, tls_context
 from imageserver.client.errors import Broken, Unreachable
-from imageserver.client.transport import Access, tls_context
 
 #: Longer bodies are not read: a whole image in place of one byte is seen by its head.
 _MAX_BODY = 8 << 20

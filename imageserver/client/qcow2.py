@@ -28,14 +28,13 @@ except ModuleNotFoundError:  # all but qcow2 works without
     nbd = None
 
 from imageserver.client.errors import LocalFailure
-from imageserver.client.localfile import local_errors
+from imageserver.client.localfile import QCOW2_MAGIC, Buffer, local_errors
 from imageserver.client.plan import GIB, Spans
 from imageserver.extents import ALLOCATION, STATE_HOLE, STATE_ZERO
 
 _START_SECONDS, _END_SECONDS = 30.0, 120.0
 #: Requests' limits in the protocol are 32 bits: block status is asked in steps below that.
 _STEP = 2 * GIB
-MAGIC = b"QFI\xfb"
 #: The header's fixed part, in bytes, of version 2 and of version 3 and later.
 _HEADER_BYTES, _HEADER_3_BYTES = 72, 104
 _EXTERNAL_DATA = 1 << 2  # in version 3's incompatible features
@@ -64,7 +63,7 @@ def refuse_outside(path: str) -> None:
     """
     with local_errors(path), open(path, "rb") as file:
         head = file.read(_HEADER_3_BYTES)
-        if head[:4] != MAGIC or len(head) < _HEADER_BYTES:
+        if head[:4] != QCOW2_MAGIC or len(head) < _HEADER_BYTES:
             return  # qemu-nbd, which is told that it is qcow2, says so
         backing = int.from_bytes(head[8:16], "big")
         file.seek(min(backing, os.fstat(file.fileno()).st_size))
@@ -86,7 +85,7 @@ def checked_base(path: str, kind: str | None, size: int) -> tuple[str, str]:
     """Return an overlay's base, absolute, and its format: raw, unless qcow2 was said."""
     if kind is None:
         with local_errors(path), open(path, "rb") as file:
-            if file.read(len(MAGIC)) == MAGIC:
+            if file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC:
                 raise LocalFailure(
                     f"{path} looks like qcow2: say --base-format qcow2 if the disk in it is "
                     "the base, --base-format raw if the file is"
@@ -180,7 +179,7 @@ class Qcow2:
         with self._handle() as handle:
             return bytes(handle.pread(length, start))
 
-    def write(self, start: int, data: bytes | memoryview) -> None:
+    def write(self, start: int, data: Buffer) -> None:
         """Write all of ``data``."""
         with self._handle() as handle:
             handle.pwrite(data, start)

@@ -7,13 +7,15 @@ and oVirt's daemon have in common.
 """
 
 import json
+import os
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from imageserver.client.access import Access
 from imageserver.client.errors import Broken, Failed, Refused
-from imageserver.client.transport import Access, Response, Transport
+from imageserver.client.transport import Response, Transport
 from imageserver.extents import Extent
 
 #: Bytes of extents that are parsed at once: large enough for json's speed, small enough to
@@ -22,6 +24,8 @@ _EXTENTS_PIECE = 256 * 1024
 #: Bytes of one read from a socket and one write to a file.
 READ_BYTES = 1024 * 1024
 _MAX_JSON = 64 * 1024
+#: Connections that are used unless something else is asked for.
+_CONNECTIONS = 4
 #: No more digits than a size can have: longer ones are no numbers of bytes.
 _CONTENT_RANGE = re.compile(
     r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
@@ -55,6 +59,7 @@ class Remote:
 
     def __init__(self, access: Access, connections: int = 8) -> None:
         self.url = access.url
+        self._is_local = access.is_local
         self._transport = Transport(access, connections)
         self._target = self._transport.target.rstrip("/")
 
@@ -65,6 +70,18 @@ class Remote:
     def cut(self) -> None:
         """End all connections: threads that wait for one get ``Broken``."""
         self._transport.cut()
+
+    def connections(self, asked: int | None, most: int) -> int:
+        """Return how many connections to use of the ``most`` that the server allows.
+
+        By default four; of a server on this machine half as many as there are CPUs, for each
+        connection keeps two of them busy, and more only disturb each other (on two CPUs, four
+        take 1.2 times as long as one).
+        """
+        if asked is None:
+            cpus = len(os.sched_getaffinity(0))
+            asked = min(_CONNECTIONS, cpus // 2) if self._is_local else _CONNECTIONS
+        return max(1, min(asked, most))
 
     def abilities(self) -> Abilities:
         """Ask what the image can do (OPTIONS)."""
@@ -116,8 +133,8 @@ class Remote:
         with self._transport.translated():
             yield from response.stream(_EXTENTS_PIECE)
 
-    def read(self, start: int, stop: int) -> Generator[bytes]:
-        """Yield the bytes of a span in order.
+    def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
+        """Yield the bytes of a span in order; each piece is good until the next one is asked for.
 
         Raises:
             Broken: not all of it came; all that came was yielded, and is right.
@@ -136,30 +153,24 @@ class Remote:
             else:
                 response.close()
 
-    def _received(self, response: Response, start: int, stop: int) -> Iterator[bytes]:
+    def _received(self, response: Response, start: int, stop: int) -> Iterator[bytes | bytearray]:
         """Yield a body up to each multiple of ``READ_BYTES``, where zeros are looked for in blocks.
 
         Of a body that is cut, all that came is yielded before ``Broken``.
         """
+        buffer = bytearray(min(READ_BYTES, stop - start))
+        view = memoryview(buffer)
         while start < stop:
-            gathered: list[bytes] = []
-            end = min(stop, start - start % READ_BYTES + READ_BYTES)
+            filled, end = 0, min(READ_BYTES - start % READ_BYTES, stop - start)
             try:
-                while start < end:
-                    gathered.append(self._some(response, end - start, stop - start))
-                    start += len(gathered[-1])
+                while filled < end:
+                    filled += self._transport.read_into(response, view[filled:end])
             except Broken:
-                if gathered:
-                    yield b"".join(gathered)
+                if filled:
+                    yield bytes(view[:filled])
                 raise
-            yield b"".join(gathered)
-
-    def _some(self, response: Response, count: int, left: int) -> bytes:
-        with self._transport.translated():
-            data = response.read1(count, decode_content=False)
-        if not data:
-            raise Broken(f"the server's answer ended {left} bytes early")
-        return data
+            yield buffer if filled == len(buffer) else bytes(view[:filled])
+            start += filled
 
     def write(self, start: int, stop: int, pieces: Iterable[object]) -> None:
         """Write a span (PUT with Content-Range) from pieces that are as long together."""

@@ -18,13 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from imageserver.client.backoff import Patience, patiently
-from imageserver.client.download import connections
 from imageserver.client.errors import Busy, Interrupted, LocalFailure, Refused, Transient
-from imageserver.client.localfile import Local, RawFile
+from imageserver.client.images import open_image
+from imageserver.client.localfile import QCOW2_MAGIC, Local
 from imageserver.client.movers import Advance, Move, Movers
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
 from imageserver.client.progress import Watcher
-from imageserver.client.qcow2 import MAGIC, Qcow2, refuse_outside
 from imageserver.client.remote import Abilities, Remote
 from imageserver.client.verify import compare
 
@@ -103,11 +102,13 @@ class _Upload:
     def _open(self) -> Local:
         path = self._wanted.file
         _refuse_unfinished(path)
-        if self._wanted.format == "qcow2":
-            if not self._wanted.backing:
-                refuse_outside(path)
-            return Qcow2(path, self._wanted.connections or 4, writable=False)
-        local = RawFile.open(path)
+        local = open_image(
+            path,
+            self._wanted.format or "raw",
+            self._wanted.connections or 4,
+            writable=False,
+            backing=self._wanted.backing,
+        )
         if self._wanted.format is None and local.size >= _SECTOR:
             _refuse_qcow2(local, path)
         return local
@@ -149,7 +150,7 @@ class _Upload:
         zeroed = zeros.total
         if len(zeros) > _MANY_ZEROS:
             zeros = Spans([(0, size)])
-        many = connections(self._wanted.connections, abilities.max_writers)
+        many = self._remote.connections(self._wanted.connections, abilities.max_writers)
         self._watch.begin("zero", zeros.total)
         self._run(self._zero, pieces(zeros, _LARGEST_ZERO, 0), many)
         self._watch.begin("upload", data.total)
@@ -171,19 +172,19 @@ class _Upload:
         """Return a move that sends a piece's bytes, in one request, and counts them."""
 
         def move(piece: Piece, advance: Advance) -> None:
-            sent = 0
+            count = 0
 
             def body() -> Iterator[bytes]:
-                nonlocal sent
+                nonlocal count
                 for data in _read(self._local, piece.start, piece.stop):
                     yield data
-                    sent += len(data)
+                    count += len(data)
                     advance(len(data))
 
             try:
                 send(piece, body())
             except Transient:
-                advance(-sent)
+                advance(-count)
                 raise
             piece.position = piece.stop
 
@@ -245,9 +246,9 @@ def _refuse_unfinished(path: str) -> None:
                 )
 
 
-def _refuse_qcow2(local: RawFile, path: str) -> None:
+def _refuse_qcow2(local: Local, path: str) -> None:
     """Have the user say which is meant, the file or the disk in it."""
-    if local.read(0, len(MAGIC)) == MAGIC:
+    if local.read(0, len(QCOW2_MAGIC)) == QCOW2_MAGIC:
         local.close()
         raise LocalFailure(
             f"{path} looks like qcow2: say --format qcow2 to upload the disk in it, "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from imageserver.client.backoff import Patience, patiently
 from imageserver.client.errors import Different
-from imageserver.client.localfile import Local, nonzero
+from imageserver.client.localfile import Buffer, Local, nonzero
 from imageserver.client.plan import KIB, MIB, Piece, Range, Spans, joined, pieces
 from imageserver.client.remote import Remote
 
@@ -25,7 +25,7 @@ class Digests:
         self._running: dict[int, "hashlib._Hash"] = {}  # noqa: UP037 - a stub's name
         self._digests: dict[int, bytes] = {}
 
-    def feed(self, piece: Piece, data: bytes | memoryview) -> None:
+    def feed(self, piece: Piece, data: Buffer) -> None:
         """Add bytes that have moved."""
         running = self._running.get(piece.start)
         if running is None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.system.harness import Server, qemu_img, repeatable
@@ -18,7 +18,7 @@ IMAGECTL = [sys.executable, "-m", "imageserver.client"]
 
 def imagectl(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run imagectl to its end, which must have this exit status."""
-    command = [*IMAGECTL, *map(str, arguments)]
+    command = [*IMAGECTL, *_explicit(arguments)]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=100
     )
@@ -26,10 +26,18 @@ def imagectl(*arguments: object, status: int = 0) -> subprocess.CompletedProcess
     return done
 
 
+def _explicit(arguments: Sequence[object]) -> list[str]:
+    """Say how many connections to use: the default depends on the machine's CPUs."""
+    words = [str(argument) for argument in arguments]
+    if words[0] in {"download", "upload"} and "--connections" not in words:
+        words += ["--connections", "4"]
+    return words
+
+
 @contextlib.contextmanager
 def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     """Run imagectl beside the block; it has ended after it."""
-    command = [*IMAGECTL, *map(str, arguments)]
+    command = [*IMAGECTL, *_explicit(arguments)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as started:

@@ -3,10 +3,10 @@
 
 import pytest
 
+from imageserver.client.access import Access
 from imageserver.client.checks import Finding, Subject, Verdict, findings
 from imageserver.client.checks_read import CHECKS
 from imageserver.client.checks_write import WRITE_CHECKS
-from imageserver.client.transport import Access
 from tests.unit.liars import liar
 
 

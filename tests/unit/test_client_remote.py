@@ -3,13 +3,15 @@
 
 import itertools
 import json
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imageserver.client.access import Access
 from imageserver.client.errors import Broken, Failed
-from imageserver.client.remote import Abilities, parse_abilities, parse_extents
+from imageserver.client.remote import Abilities, Remote, parse_abilities, parse_extents
 
 LIST = [
     {"start": 0, "length": 65536, "zero": True, "hole": True},
@@ -111,3 +113,23 @@ def test_an_extent_that_does_not_tell_whether_it_is_dirty_is_not_unchanged(dirty
 def test_deep_json_is_no_answer_to_options():
     with pytest.raises(Failed, match="this is no image server"):
         parse_abilities(b"[" * 100_000, "")
+
+
+@pytest.mark.parametrize(
+    ("url", "sock", "cpus", "asked", "most", "many"),
+    [
+        ("http://backup.example/images/a", None, 1, None, 8, 4),
+        ("http://backup.example/images/a", None, 64, None, 3, 3),
+        ("http://127.0.0.1:54323/images/a", None, 2, None, 8, 1),
+        ("http://localhost:54323/images/a", None, 5, None, 8, 2),
+        ("http://[::1]:54323/images/a", None, 64, None, 8, 4),
+        ("http://backup.example/images/a", "/run/imageserver.sock", 1, None, 8, 1),
+        ("http://127.0.0.1:54323/images/a", None, 2, 8, 8, 8),
+        ("http://127.0.0.1:54323/images/a", None, 2, 8, 0, 1),
+    ],
+)
+def test_a_server_on_this_machine_shares_its_cpus(
+    monkeypatch: pytest.MonkeyPatch, url, sock, cpus, asked, most, many
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: range(cpus))
+    assert Remote(Access(url, unix_socket=sock)).connections(asked, most) == many

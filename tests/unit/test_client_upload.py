@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.client.access import Access
 from imageserver.client.errors import Different
 from imageserver.client.progress import Silent
 from imageserver.client.remote import Extent, Remote
-from imageserver.client.transport import Access
 from imageserver.client.upload import Wanted, upload
 from tests.unit import liars
 

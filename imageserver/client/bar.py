@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bar on a terminal; rich is imported for it alone, which takes as long as all else."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from imageserver.client.units import rate_text
+
+
+class _RateColumn(ProgressColumn):
+    """The rate in the units of everything else; rich's own counts in thousands."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(rate_text(speed) if speed else "", style="progress.data.speed")
+
+
+class Bar:
+    """A bar with rate and remaining time."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            DownloadColumn(binary_units=True),
+            _RateColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console or Console(stderr=True),
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        self._before = 0
+
+    def begin(self, what: str, total: int, done: int = 0) -> None:
+        """Show a new bar."""
+        self._before = done
+        self._task = self._progress.add_task(what, total=total, completed=done)
+
+    def moved(self, count: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._progress.update(self._task, completed=self._before + count)
+
+    def note(self, sentence: str) -> None:
+        """Write a line above the bar."""
+        self._progress.console.print(sentence, markup=False, highlight=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _exc: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

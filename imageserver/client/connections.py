@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What urllib3's pools are made of here.
+
+Connections over TCP, TLS or a Unix socket whose sockets others can shut down, and answers that
+can be read into a buffer that is used again.
+"""
+
+import contextlib
+import http.client
+import socket
+import weakref
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3 import exceptions
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from imageserver.client.access import Access, tls_context
+from imageserver.client.errors import LocalFailure
+
+
+class Sockets:
+    """The sockets of a pool's connections: a thread that waits for one is woken by its end."""
+
+    def __init__(self) -> None:
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+    def cut(self) -> None:
+        """End all connections, whoever is using them."""
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS, not unwrap()
+
+    def made(self, sock: socket.socket | None) -> None:
+        """Note a new one."""
+        if sock is not None:
+            self._sockets.add(sock)
+
+
+class Reply(http.client.HTTPResponse):
+    """An answer whose body can be read into a buffer as it comes.
+
+    http.client has ``read1`` for that, which makes an object of its own for each read, and
+    ``readinto``, of which nobody knows how far it came when it fails.
+    """
+
+    def read_into(self, view: memoryview) -> int:
+        """Fill some of ``view`` by at most one read; return how much, 0 at the body's end."""
+        if self.isclosed():
+            return 0
+        count = self.fp.readinto1(view[: self.length])
+        if self.length is not None:
+            self.length -= count
+        if not count or not self.length:
+            self.close()
+        return count
+
+
+class _Connection(HTTPConnection):
+    """A plain connection that says which socket it has."""
+
+    response_class = Reply
+    sockets: Sockets
+    #: The Unix socket to connect to, if any.
+    path: str | None = None
+
+    def connect(self) -> None:
+        """Connect over TCP, or to the Unix socket."""
+        if self.path is None:
+            super().connect()
+        else:
+            self.sock = self._connected(self.path)
+        self.sockets.made(self.sock)
+
+    def _connected(self, path: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(self.timeout if isinstance(self.timeout, int | float) else None)
+            sock.connect(path)
+        except OSError as exc:
+            sock.close()
+            raise exceptions.NewConnectionError(self, exc.strerror or str(exc)) from exc
+        return sock
+
+
+class _TlsConnection(HTTPSConnection):
+    """The same with TLS."""
+
+    response_class = Reply
+    sockets: Sockets
+
+    def connect(self) -> None:
+        """Connect and shake hands."""
+        super().connect()
+        self.sockets.made(self.sock)
+
+
+def make_pool(access: Access, connections: int, sockets: Sockets) -> HTTPConnectionPool:
+    """Return a pool whose connections are noted in ``sockets``."""
+    parts = urlsplit(access.url)
+    seconds = access.timeout_seconds
+    timeout = urllib3.Timeout(connect=seconds, read=seconds)
+    host, port = str(parts.hostname), parts.port
+    members: dict[str, object] = {"sockets": sockets}
+    if parts.scheme == "https":
+        if access.unix_socket:
+            raise LocalFailure("a Unix socket is spoken to without TLS: use an http:// URL")
+        pool: HTTPConnectionPool = HTTPSConnectionPool(
+            host, port, timeout=timeout, maxsize=connections, ssl_context=tls_context(access)
+        )
+        pool.ConnectionCls = type("Tls", (_TlsConnection,), members)
+        return pool
+    if path := access.unix_socket:
+        members["path"] = "\0" + path[1:] if path.startswith("@") else path
+    pool = HTTPConnectionPool(host, port, timeout=timeout, maxsize=connections)
+    pool.ConnectionCls = type("Plain", (_Connection,), members)
+    return pool

@@ -165,7 +165,7 @@ class ImageFile:
             Side(work, ended=ring.close, stopping=stopping) as side,
         ):
             at = 0
-            while at < length and (buffer := ring.take(0, wait=True)) is not None:
+            while at < length and (buffer := ring.take(wait=True)) is not None:
                 size = min(len(buffer), length - at)
                 received = fill(source, memoryview(buffer)[:size], ring)
                 if received < size:

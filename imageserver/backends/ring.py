@@ -42,13 +42,8 @@ class Ring:
         self._closed: int | None = None
         self._empty: SimpleQueue[bytearray | None] = SimpleQueue()
 
-    def take(self, size: int, *, wait: bool) -> bytearray | None:
-        """Return a buffer for ``size`` bytes; None where there is none, or after ``close``.
-
-        One that is larger than the ring's own is made for the occasion. For one thread.
-        """
-        if size > self._size:
-            return bytearray(size)
+    def take(self, *, wait: bool) -> bytearray | None:
+        """Return an empty buffer; None where there is none, or after ``close``. For one thread."""
         try:
             buffer = self._empty.get(block=wait and not self._unmade)
         except Empty:
@@ -73,8 +68,7 @@ class Ring:
 
     def give(self, buffer: bytearray) -> None:
         """Make a buffer available again."""
-        if len(buffer) == self._size:
-            self._empty.put(buffer)
+        self._empty.put(buffer)
 
     def close(self) -> None:
         """Wake whoever waits for a buffer, or for the client: there will be none."""

@@ -22,7 +22,7 @@ def _nothing_spare() -> Iterator[None]:
 def _used(owner: str, size: int = SIZE) -> bytearray:
     """Return a buffer that a transfer of ``owner`` has filled, and left."""
     with Ring(1, size, owner) as ring:
-        buffer = ring.take(size, wait=True)
+        buffer = ring.take(wait=True)
         assert buffer is not None
         buffer[:] = b"x" * size
         ring.give(buffer)
@@ -31,9 +31,9 @@ def _used(owner: str, size: int = SIZE) -> bytearray:
 
 def test_a_closed_ring_makes_nobody_wait_however_often_one_asks():
     with Ring(1, SIZE, "image") as ring, ThreadPoolExecutor(1) as pool:
-        assert ring.take(SIZE, wait=True) is not None
+        assert ring.take(wait=True) is not None
         ring.close()
-        asked = pool.submit(lambda: [ring.take(SIZE, wait=wait) for wait in (False, True, True)])
+        asked = pool.submit(lambda: [ring.take(wait=wait) for wait in (False, True, True)])
         try:
             assert asked.result(timeout=5) == [None, None, None]
         finally:
@@ -44,44 +44,44 @@ def test_a_closed_ring_makes_nobody_wait_however_often_one_asks():
 def test_a_ring_that_is_closed_before_it_made_a_buffer_makes_none():
     with Ring(2, SIZE, "image") as ring:
         ring.close()
-        assert ring.take(SIZE, wait=True) is None
+        assert ring.take(wait=True) is None
 
 
 def test_no_more_buffers_are_made_than_a_ring_may_have():
     with Ring(2, SIZE, "image") as ring:
-        assert [len(ring.take(SIZE, wait=False) or b"") for _ in range(3)] == [SIZE, SIZE, 0]
+        assert [len(ring.take(wait=False) or b"") for _ in range(3)] == [SIZE, SIZE, 0]
 
 
 def test_a_buffer_is_used_again_for_the_same_image():
     buffer = _used("image")
     with Ring(1, SIZE, "image") as ring:
-        assert ring.take(SIZE, wait=True) is buffer
+        assert ring.take(wait=True) is buffer
 
 
 def test_nothing_of_one_image_is_left_for_another():
     buffer = _used("image")
     with Ring(1, SIZE, "another") as ring:
-        assert ring.take(SIZE, wait=True) is buffer
+        assert ring.take(wait=True) is buffer
         assert buffer == bytes(SIZE)
 
 
 def test_a_buffer_that_may_still_be_written_to_is_not_used_again():
     with Ring(1, SIZE, "image") as ring:
-        in_flight = ring.take(SIZE, wait=True)
+        in_flight = ring.take(wait=True)
     with Ring(1, SIZE, "image") as ring:
-        assert ring.take(SIZE, wait=True) is not in_flight
+        assert ring.take(wait=True) is not in_flight
 
 
 def test_a_buffer_of_another_size_is_not_used():
     _used("image", SIZE)
     with Ring(1, 2 * SIZE, "image") as ring:
-        assert len(ring.take(2 * SIZE, wait=True) or b"") == 2 * SIZE
+        assert len(ring.take(wait=True) or b"") == 2 * SIZE
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rings, "_SPARE_BYTES", 3 * SIZE)
     with Ring(8, SIZE, "image") as ring:
-        for buffer in [ring.take(SIZE, wait=False) for _ in range(8)]:
+        for buffer in [ring.take(wait=False) for _ in range(8)]:
             assert buffer is not None
             ring.give(buffer)
     assert len(rings._spare) == 3

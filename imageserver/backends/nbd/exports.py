@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from imageserver import extents
 from imageserver.backends.nbd import status, transfer, zeroing
 from imageserver.backends.nbd.link import Link, Stopped, Tuning, connect
+from imageserver.backends.nbd.opening import Openings
 from imageserver.backends.nbd.peers import has_orphans
 from imageserver.errors import BackendTimeout
 from imageserver.extents import Extent
@@ -29,6 +30,7 @@ class NbdExports:
 
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
+        self._openings = Openings()
 
     def open(
         self, image: NbdImage, intent: Intent, is_wanted: Callable[[], bool] = always
@@ -40,7 +42,8 @@ class NbdExports:
         if intent is Intent.DIRTY_EXTENTS and image.bitmap:
             contexts.append(extents.dirty_context(image.bitmap))
         seconds = INSPECT_SECONDS if intent is Intent.INSPECT else CONNECT_SECONDS
-        return NbdExport(connect(image, contexts, seconds, self._tuning, is_wanted), image.bitmap)
+        link = connect(image, contexts, seconds, self._tuning, is_wanted)
+        return NbdExport(link, image, self._openings)
 
     def settle(self, image: NbdImage, is_wanted: Callable[[], bool] = always) -> None:
         """Wait until the server has done with every connection whose client is dead.
@@ -60,9 +63,10 @@ class NbdExports:
 class NbdExport:
     """One connection to one export: a ``ports.Backend``."""
 
-    def __init__(self, link: Link, bitmap: str | None) -> None:
+    def __init__(self, link: Link, image: NbdImage, openings: Openings) -> None:
         self._link = link
-        self._bitmap = bitmap
+        self._image = image
+        self._openings = openings
         self.size = link.size
         self.align = link.align
 
@@ -78,15 +82,21 @@ class NbdExport:
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``."""
+        self._open(start, length)
         return transfer.read(self._link, start, length)
 
     def write(self, start: int, length: int, source: Source) -> Iterator[int]:
         """Write ``length`` bytes from ``source`` at ``start``."""
+        self._open(start, length)
         return transfer.write(self._link, start, length, source)
 
     def replace(self, length: int, source: Source) -> Iterator[int]:
         """Write the whole export."""
+        self._open(0, length)
         return transfer.write(self._link, 0, length, source)
+
+    def _open(self, start: int, length: int) -> None:
+        self._openings.open(self._link, self._image.socket, start, length)
 
     def zero(self, start: int, length: int) -> Iterator[int]:
         """Zero a range of any length."""
@@ -98,7 +108,7 @@ class NbdExport:
 
     def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
         """Yield the extents of [start, stop)."""
-        return status.list_extents(self._link, self._bitmap, start, stop, dirty=dirty)
+        return status.list_extents(self._link, self._image.bitmap, start, stop, dirty=dirty)
 
     def stop(self) -> None:
         """Give the server up."""

@@ -47,27 +47,12 @@ class _Piece:
 def _cut(link: Link, start: int, stop: int) -> Iterator[_Piece]:
     """Cut [start, stop) at multiples of the chunk size, each piece widened to whole blocks."""
     low = start
-    chunks = _opening_chunks(link, stop - start)
     while low < stop:
-        high = min(stop, (low // link.chunk + chunks) * link.chunk)
-        chunks = 1
+        high = min(stop, (low // link.chunk + 1) * link.chunk)
         first = low // link.align * link.align
         last = min(-(-high // link.align) * link.align, link.size)
         yield _Piece(first, last, low, high)
         low = high
-
-
-#: How much larger than the others the first request of a long transfer is. qemu-nbd allocates
-#: a buffer for each request; glibc gets those from mmap, and their pages from the kernel one
-#: fault at a time, until a larger one has been freed once (mallopt(3), M_MMAP_THRESHOLD).
-#: Measured: qemu-nbd needs 0.34 s of CPU for a GiB then, instead of 0.8.
-_OPENING_CHUNKS = 2
-
-
-def _opening_chunks(link: Link, length: int) -> int:
-    if length < link.chunk * link.depth * 2:
-        return 1
-    return max(1, min(_OPENING_CHUNKS, link.maximum // link.chunk))
 
 
 def _ring(link: Link, length: int) -> Ring:
@@ -105,9 +90,7 @@ def _read_pieces(link: Link, start: int, length: int, ring: Ring) -> Generator[_
     pending: deque[_Piece] = deque()
     piece = next(pieces, None)
     while piece or pending:
-        while (
-            piece and (buffer := ring.take(piece.stop - piece.start, wait=not pending)) is not None
-        ):
+        while piece and (buffer := ring.take(wait=not pending)) is not None:
             piece.buffer = buffer
             piece.cookie = link.pread(piece.whole(), piece.start)
             pending.append(piece)
@@ -153,7 +136,7 @@ def _fill_pieces(
 ) -> Iterator[_Piece]:
     edges = _read_edges(link, start, start + length)
     for piece in _cut(link, start, start + length):
-        buffer = ring.take(piece.stop - piece.start, wait=True)
+        buffer = ring.take(wait=True)
         if buffer is None:
             return  # the NBD side has failed
         piece.buffer = buffer

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One large read of each server that is new, for the sake of its memory allocator.
+
+qemu-nbd allocates a buffer for each request. glibc takes one that is above its mmap threshold
+from the kernel, whose pages come one fault at a time, and raises the threshold when such a
+block is freed (mallopt(3), M_MMAP_THRESHOLD). So one request that is larger than all others
+lets those come from the heap: of a GET of 1 MiB, qemu-nbd needs 0.4 ms of CPU then, not 0.9.
+"""
+
+import os
+
+from imageserver.backends.nbd.link import Link, Stopped
+from imageserver.errors import BackendTimeout, ImageServerError
+
+#: How much larger than the others, in requests: what slow storage hardly notices.
+_CHUNKS = 2
+#: Requests below glibc's first threshold, in bytes, never meet it.
+_SMALL = 128 << 10
+#: More servers than one worker has to do with before it is replaced.
+_MOST = 1024
+
+
+class Openings:
+    """Which servers a worker has opened: those behind the same sockets, as they were bound."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[int, ...]] = set()
+
+    def open(self, link: Link, socket: str, start: int, length: int) -> None:
+        """Read once, near ``start``, if the server is new.
+
+        A read that fails says nothing about what the client wants.
+
+        Raises:
+            BackendTimeout: the server completed nothing for the timeout.
+            Stopped: nobody waits for the answer any more.
+        """
+        size = min(_CHUNKS * link.chunk, link.maximum, link.size) // link.align * link.align
+        if length <= _SMALL or size <= link.chunk or not self._is_new(socket):
+            return
+        first = min(start, link.size - size) // link.align * link.align
+        try:
+            link.wait(link.pread(memoryview(bytearray(size)), first))
+        except (BackendTimeout, Stopped):
+            raise
+        except ImageServerError:
+            pass
+
+    def _is_new(self, socket: str) -> bool:
+        try:
+            found = os.stat(socket)
+        except OSError:
+            return False
+        server = (found.st_dev, found.st_ino, found.st_ctime_ns)
+        if server in self._seen:
+            return False
+        if len(self._seen) >= _MOST:
+            self._seen.clear()
+        self._seen.add(server)
+        return True

@@ -15,8 +15,7 @@ from verify import digest, expect
 from world import GIB, KIB, MIB, SHIFT, Server, World
 
 _STREAMS = 4
-_SMALL = 64 * KIB
-_SMALL_HEADS = 64
+_HEADS = 64
 
 
 @dataclass(slots=True)
@@ -172,19 +171,23 @@ def parallel(world: World) -> list[Figure]:
 
 
 def small(world: World) -> list[Figure]:
-    """GET 64 KiB ranges one after the other on kept-alive connections."""
+    """GET ranges of 64 KiB and of 1 MiB one after the other on kept-alive connections."""
+    return [_ranges(world, 64 * KIB, "64 KiB", 1.5), _ranges(world, MIB, "1 MiB", 1.0)]
+
+
+def _ranges(world: World, length: int, name: str, target: float) -> Figure:
     image, socks = world.readable
     sides = _nbd_sides(world, socks)
     chance = random.Random(1)  # noqa: S311 - the same ranges for everybody, each time
     places = [
-        [chance.randrange(world.scale.image // _SMALL) * _SMALL for _ in range(_SMALL_HEADS)]
+        [chance.randrange(world.scale.image // length) * length for _ in range(_HEADS)]
         for _ in range(_STREAMS)
     ]
-    wanted = [digest(image, *[(start, _SMALL) for start in starts]) for starts in places]
+    wanted = [digest(image, *[(start, length) for start in starts]) for starts in places]
 
     def jobs(side: Side) -> list[Job]:
         return [
-            Job("loop", side.port, [side.get(start=s, length=_SMALL).heads[0] for s in starts])
+            Job("loop", side.port, [side.get(start=s, length=length).heads[0] for s in starts])
             for starts in places
         ]
 
@@ -194,26 +197,25 @@ def small(world: World) -> list[Figure]:
             job.seconds = world.scale.seconds
         outcome = clients.run(timed, status=206)
         requests = sum(result.requests for result in outcome.results)
-        expect(outcome.received, requests * _SMALL, f"bytes of {side.path}")
+        expect(outcome.received, requests * length, f"bytes of {side.path}")
         return outcome.requests_per_second
 
     for side in sides:
         checked = jobs(side)
         for job in checked:
-            job.count, job.digest = _SMALL_HEADS, True
+            job.count, job.digest = _HEADS, True
         expect(clients.run(checked, status=206).digests, wanted, f"ranges of {side.path}")
     rounds = Rounds.take(
         world.scale.rounds, ours=lambda _: rate(sides[0]), reference=lambda _: rate(sides[1])
     )
-    figure = Figure(
-        f"64 KiB range GETs over NBD, {_STREAMS} connections",
+    return Figure(
+        f"{name} range GETs over NBD, {_STREAMS} connections",
         "reference",
         rounds.ratios("ours", "reference"),
-        1.5,
+        target,
         ours=f"{rounds.median('ours'):.0f}/s",
         reference=f"{rounds.median('reference'):.0f}/s",
     )
-    return [figure]
 
 
 def tls(world: World) -> list[Figure]:

@@ -10,8 +10,9 @@ import pytest
 
 from tests.system.controlling import Control
 from tests.system.disks import BIG, OLD, refill, sparse
-from tests.system.harness import Server, qemu_nbd
+from tests.system.harness import Server, free_port, qemu_nbd
 from tests.system.pki import make_pki
+from tests.system.watching import Admin
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,25 @@ def server(workplace: Path) -> Iterator[Server]:
 def control(server: Server) -> Control:
     """What speaks to a server that has a control socket."""
     return Control(server.directory / "control")
+
+
+@pytest.fixture(scope="module")
+def tcp() -> Admin:
+    """Who asks the admin listener at a port."""
+    return Admin(free_port())
+
+
+@pytest.fixture(scope="module")
+def unix(workplace: Path) -> Admin:
+    """Who asks it at a Unix socket."""
+    return Admin(workplace / "admin")
+
+
+@pytest.fixture(params=["tcp", "unix"])
+def admin(request: pytest.FixtureRequest, server: Server) -> Admin:
+    """Who asks it at either, for a server that listens at both."""
+    found: Admin = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture

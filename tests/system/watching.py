@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An operator, or a program of one: it asks a server's admin listener."""
+"""An operator, or a program of one: it asks a server's admin listener. And a server to ask."""
 
 import contextlib
 import hashlib
 import http.client
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.system.harness import Answer, exchange
+from tests.system.harness import Answer, Server, exchange
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -66,3 +67,13 @@ class Admin:
 def short(transfer: str) -> str:
     """Return how an id appears over TCP (docs/api.md)."""
     return hashlib.sha256(transfer.encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def watched(home: Path, big: dict[str, str], *admins: Admin) -> Iterator[Server]:
+    """Run a server with ``big`` and ``file``, a file that is not there yet; all these may ask."""
+    binds = ",".join(admin.bind for admin in admins)
+    with Server(home, admin_bind=binds, max_writers=2) as running:
+        running.add("big", **big)
+        running.add("file", backend="file", file=str(home / "file"))
+        yield running

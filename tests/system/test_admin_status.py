@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/status: the transfers that run, of every worker, and the workers."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.clients import putting, reading
+from tests.system.disks import BIG
+from tests.system.harness import Server, wait_until
+from tests.system.watching import Admin, short, watched
+
+
+@pytest.fixture(scope="module")
+def server(workplace: Path, tcp: Admin, unix: Admin, big: dict[str, str]) -> Iterator[Server]:
+    with watched(workplace, big, tcp, unix) as running:
+        yield running
+
+
+def rows(admin: Admin, operation: str) -> list[Any]:
+    return [row for row in admin.transfers() if row["operation"] == operation]
+
+
+def test_every_running_transfer_of_every_worker_is_told_as_it_advances(server, admin):
+    name = short if repr(admin) == "tcp" else str
+    with contextlib.ExitStack() as stack:
+        pids = set()
+
+        def read() -> bool:  # until two workers have one
+            sock = stack.enter_context(reading(server, "/images/big"))
+            pids.add(server.worker_of(sock))
+            return len(pids) > 1
+
+        wait_until(read)
+        sock, _ = stack.enter_context(putting(server, "/images/file", BIG, bytes(4 << 20)))
+        (put,) = wait_until(lambda: rows(admin, "replace"))
+        assert set(put) == {
+            *("id", "operation", "client", "worker"),
+            *("done", "expected", "rate", "age"),
+        }
+        assert (put["id"], put["client"]) == (name("file"), "127.0.0.1")
+        reads = rows(admin, "read")
+        assert {row["id"] for row in reads} == {name("big")}
+        assert {row["worker"] for row in reads} == pids
+        assert {row["worker"]: row["busy"] for row in admin.status()["workers"]}.keys() >= pids
+
+        seen = [put["done"]]
+        for _ in range(3):
+            sock.sendall(bytes(8 << 20))
+            seen.append(wait_until(lambda: advanced(admin, seen[-1]))["done"])
+        (put,) = rows(admin, "replace")
+        assert put["expected"] == BIG
+        assert 0 < put["age"] < 60
+        ages = put["age"] + 0.001, max(put["age"] - 0.001, 0.0001)  # of a rounded number
+        least, most = (put["done"] / age for age in ages)
+        assert least - 1 <= put["rate"] <= most + 1
+    wait_until(lambda: admin.transfers() == [])
+
+
+def advanced(admin: Admin, done: int) -> Any:
+    (row,) = rows(admin, "replace")
+    return row if row["done"] > done else None
+
+
+def test_the_oldest_comes_first(server, admin):
+    with reading(server, "/images/big"), putting(server, "/images/file", BIG):
+        ages = [row["age"] for row in wait_until(lambda: [*admin.transfers()])]
+        wait_until(lambda: len(admin.transfers()) == 2)
+        ages = [row["age"] for row in admin.transfers()]
+        assert ages == sorted(ages, reverse=True)
+    wait_until(lambda: admin.transfers() == [])
+
+
+def test_every_worker_is_told_with_its_state(server, admin):
+    wait_until(lambda: all(row["state"] == "accepting" for row in admin.status()["workers"]))
+    assert [row["worker"] for row in admin.status()["workers"]] == sorted(server.worker_pids())
+
+
+def test_what_a_dead_worker_ran_is_gone(server, unix):
+    with contextlib.suppress(OSError), reading(server, "/images/big") as sock:
+        dead = server.worker_of(sock)
+        wait_until(unix.transfers)
+        os.kill(dead, signal.SIGKILL)
+        wait_until(lambda: unix.transfers() == [])
+        wait_until(lambda: len(server.worker_pids()) == 3)
+        wait_until(lambda: len(unix.status()["workers"]) == 3)
+        assert dead not in {row["worker"] for row in unix.status()["workers"]}

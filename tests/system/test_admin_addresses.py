@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.system.harness import ROOT, Server, free_port, wait_until
+from tests.system.killing import end
 from tests.system.watching import Admin, watched
 
 
@@ -133,18 +134,9 @@ def test_an_upgrade_hands_every_address_over(own):
             assert len(wait_until(lambda admin=admin: three(admin))) == 3
         assert admins[1].place.stat().st_mode & 0o777 == 0o600
     finally:
-        os.kill(new, signal.SIGTERM)
-        wait_until(lambda: not is_there(new), 20)
+        end(new)
 
 
 def three(admin: Admin) -> Any:
     workers = admin.status()["workers"]
     return workers if len(workers) == 3 else None
-
-
-def is_there(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"

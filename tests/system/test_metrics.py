@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,26 +16,72 @@ from typing import Any
 import pytest
 
 from tests.system.clients import putting, reading
-from tests.system.harness import Server, exchange, free_port, qemu_nbd, wait_until
+from tests.system.disks import BIG
+from tests.system.harness import Server, exchange, free_port, wait_until
+from tests.system.killing import end
 from tests.system.pki import TlsServer, make_pki
 from tests.system.watching import Admin, short
 
-SIZE = 64 << 20  # more than the socket buffers of a connection hold
 SMALL = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def big(workplace: Path) -> Iterator[dict[str, str]]:
-    path = workplace / "big"
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-    with qemu_nbd(path, export="e") as sock:
-        yield {"socket": str(sock), "export": "e"}
-
-
-@pytest.fixture
-def home(workplace: Path) -> Path:
-    return Path(tempfile.mkdtemp(dir=workplace))
+#: Method, path, body and header fields of a request, and the status of its answer.
+Question = tuple[str, str, bytes | None, dict[str, str], int]
+OCTETS = {"Content-Type": "application/octet-stream", "Range": "bytes=0-9"}
+JSON = {"Content-Type": "application/json"}
+ZERO = b'{"op":"zero","offset":0,"size":4096}'
+#: What every worker is asked.
+ASKED: list[Question] = [
+    ("GET", "/images/file", None, {}, 200),
+    ("GET", "/images/big", None, {"Range": "bytes=10-19"}, 206),
+    ("PUT", "/images/file", bytes(SMALL), {}, 200),
+    ("PATCH", "/images/big", bytes(10), OCTETS, 200),
+    ("PATCH", "/images/big", ZERO, JSON, 200),
+    ("POST", "/images/big/flush", None, {}, 200),
+    ("GET", "/images/big/extents", None, {}, 200),
+    ("OPTIONS", "/images/big", None, {}, 200),
+    ("GET", "/images/none", None, {}, 404),
+    ("GET", "/images/dead", None, {}, 500),
+    ("GET", "/images/big", None, {"Range": f"bytes={BIG}-"}, 416),
+]
+#: And while a PUT, which its client leaves, has ``big`` and the only write slot.
+ASKED_MEANWHILE: list[Question] = [
+    ("PUT", "/images/big", bytes(10), {}, 409),
+    ("PUT", "/images/file", bytes(10), {}, 503),
+]
+LEFT = 'clients_gone_total{operation="replace"}'
+#: What three workers have counted then, but for the status of the PUT that was left.
+COUNTED = {
+    'requests_total{method="GET",status="200"}': 6,
+    'requests_total{method="GET",status="206"}': 3,
+    'requests_total{method="GET",status="404"}': 3,
+    'requests_total{method="GET",status="416"}': 3,
+    'requests_total{method="GET",status="500"}': 3,
+    'requests_total{method="PUT",status="200"}': 3,
+    'requests_total{method="PUT",status="409"}': 3,
+    'requests_total{method="PUT",status="503"}': 3,
+    'requests_total{method="PATCH",status="200"}': 6,
+    'requests_total{method="POST",status="200"}': 3,
+    'requests_total{method="OPTIONS",status="200"}': 3,
+    'image_bytes_total{backend="file",direction="read"}': 3 * SMALL,
+    'image_bytes_total{backend="nbd",direction="read"}': 3 * 10,
+    'image_bytes_total{backend="file",direction="write"}': 3 * SMALL,
+    'image_bytes_total{backend="nbd",direction="write"}': 3 * 10,
+    'image_bytes_total{backend="nbd",direction="zero"}': 3 * 4096,
+    'refusals_total{reason="unknown_image"}': 3,
+    'refusals_total{reason="range_not_satisfiable"}': 3,
+    'refusals_total{reason="image_busy"}': 3,
+    'refusals_total{reason="no_write_slot"}': 3,
+    'lock_conflicts_total{operation="replace"}': 3,
+    'backend_errors_total{backend="nbd",kind="error"}': 3,
+    'request_duration_seconds_count{operation="read"}': 12,
+    'request_duration_seconds_count{operation="write"}': 3,
+    'request_duration_seconds_count{operation="replace"}': 10,
+    'request_duration_seconds_count{operation="zero"}': 3,
+    'request_duration_seconds_count{operation="flush"}': 3,
+    'request_duration_seconds_count{operation="extents"}': 3,
+    'request_duration_seconds_count{operation="options"}': 3,
+    'request_duration_seconds_count{operation="other"}': 3,
+    LEFT: 1,
+}
 
 
 @pytest.fixture
@@ -87,68 +132,24 @@ def settled(admin: Admin) -> dict[str, float]:
     return counts(admin)
 
 
+def ask_each(connections: list[http.client.HTTPConnection], asked: list[Question]) -> None:
+    """Ask everything on every connection; each answer must have its status."""
+    for connection in connections:
+        for method, path, body, headers, status in asked:
+            answer = exchange(connection, method, path, body, headers)
+            assert (method, path, answer.status) == (method, path, status)
+
+
 def test_counts_over_all_workers_are_what_was_done(server, admin):
-    busy = {"Content-Type": "application/octet-stream", "Range": "bytes=0-9"}
     with one_of_each(server) as connections:
-        for connection in connections:
-            assert exchange(connection, "GET", "/images/file").status == 200
-            part = {"Range": "bytes=10-19"}
-            assert exchange(connection, "GET", "/images/big", headers=part).status == 206
-            assert exchange(connection, "PUT", "/images/file", bytes(SMALL)).status == 200
-            assert exchange(connection, "PATCH", "/images/big", bytes(10), busy).status == 200
-            zero = b'{"op":"zero","offset":0,"size":4096}'
-            json = {"Content-Type": "application/json"}
-            assert exchange(connection, "PATCH", "/images/big", zero, json).status == 200
-            assert exchange(connection, "POST", "/images/big/flush").status == 200
-            assert exchange(connection, "GET", "/images/big/extents").status == 200
-            assert exchange(connection, "OPTIONS", "/images/big").status == 200
-            assert exchange(connection, "GET", "/images/none").status == 404
-            assert exchange(connection, "GET", "/images/dead").status == 500
-            past = {"Range": f"bytes={SIZE}-"}
-            assert exchange(connection, "GET", "/images/big", headers=past).status == 416
-        with putting(server, "/images/big", SIZE):
-            for connection in connections:
-                assert exchange(connection, "PUT", "/images/big", bytes(10)).status == 409
-                assert exchange(connection, "PUT", "/images/file", bytes(10)).status == 503
-    expected = {
-        'requests_total{method="GET",status="200"}': 6,
-        'requests_total{method="GET",status="206"}': 3,
-        'requests_total{method="GET",status="404"}': 3,
-        'requests_total{method="GET",status="416"}': 3,
-        'requests_total{method="GET",status="500"}': 3,
-        'requests_total{method="PUT",status="200"}': 3,
-        'requests_total{method="PUT",status="409"}': 3,
-        'requests_total{method="PUT",status="503"}': 3,
-        'requests_total{method="PATCH",status="200"}': 6,
-        'requests_total{method="POST",status="200"}': 3,
-        'requests_total{method="OPTIONS",status="200"}': 3,
-        'image_bytes_total{backend="file",direction="read"}': 3 * SMALL,
-        'image_bytes_total{backend="nbd",direction="read"}': 3 * 10,
-        'image_bytes_total{backend="file",direction="write"}': 3 * SMALL,
-        'image_bytes_total{backend="nbd",direction="write"}': 3 * 10,
-        'image_bytes_total{backend="nbd",direction="zero"}': 3 * 4096,
-        'refusals_total{reason="unknown_image"}': 3,
-        'refusals_total{reason="range_not_satisfiable"}': 3,
-        'refusals_total{reason="image_busy"}': 3,
-        'refusals_total{reason="no_write_slot"}': 3,
-        'lock_conflicts_total{operation="replace"}': 3,
-        'backend_errors_total{backend="nbd",kind="error"}': 3,
-        'request_duration_seconds_count{operation="read"}': 12,
-        'request_duration_seconds_count{operation="write"}': 3,
-        'request_duration_seconds_count{operation="replace"}': 10,
-        'request_duration_seconds_count{operation="zero"}': 3,
-        'request_duration_seconds_count{operation="flush"}': 3,
-        'request_duration_seconds_count{operation="extents"}': 3,
-        'request_duration_seconds_count{operation="options"}': 3,
-        'request_duration_seconds_count{operation="other"}': 3,
-        'clients_gone_total{operation="replace"}': 1,
-    }
-    gone = 'clients_gone_total{operation="replace"}'
-    wait_until(lambda: counts(admin).get(gone))
+        ask_each(connections, ASKED)
+        with putting(server, "/images/big", BIG):
+            ask_each(connections, ASKED_MEANWHILE)
+    wait_until(lambda: counts(admin).get(LEFT))
     found = settled(admin)
-    (left,) = [name for name in found if name.startswith('requests_total{method="PUT"') and
-               name not in expected]  # the one that was left  # fmt: skip
-    assert found == expected | {left: 1}
+    new = [name for name in found if name not in COUNTED]
+    (left,) = [name for name in new if name.startswith('requests_total{method="PUT"')]
+    assert found == COUNTED | {left: 1}
 
 
 def test_what_never_becomes_a_request_is_counted(home, admin):
@@ -172,7 +173,7 @@ def test_failed_handshakes_are_counted(home, admin):
 
 def test_bytes_and_gauges_advance_while_a_transfer_runs(server, admin):
     with (
-        putting(server, "/images/file", SIZE, bytes(8 << 20)) as (sock, _),
+        putting(server, "/images/file", BIG, bytes(8 << 20)) as (sock, _),
         reading(server, "/images/big"),
     ):
         wait_until(lambda: admin.metrics()['image_bytes_total{backend="nbd",direction="read"}'])
@@ -185,7 +186,7 @@ def test_bytes_and_gauges_advance_while_a_transfer_runs(server, admin):
         assert found['transfers{operation="replace"}'] == 1
         assert found['transfers{operation="read"}'] == 1
         assert found['slots_in_use{kind="read"}'] == found['slots_in_use{kind="write"}'] == 1
-        assert found['transfer_expected_bytes{operation="replace"}'] == SIZE
+        assert found['transfer_expected_bytes{operation="replace"}'] == BIG
         assert found['transfer_done_bytes{operation="replace"}'] >= seen[-1]
         assert 0 < found['transfer_max_age_seconds{operation="replace"}'] < 60
         assert found["threads_busy"] == 2
@@ -291,9 +292,7 @@ def test_an_upgrade_goes_on_counting(server, admin):
         assert server.request("GET", "/images/file").status == 200
         assert_grown(before, counts(admin))
     finally:
-        os.kill(new, signal.SIGTERM)
-        with contextlib.suppress(OSError):
-            wait_until(lambda: not Path(f"/proc/{new}/exe").exists(), 20)
+        end(new)
 
 
 def test_every_worker_tells_the_same_and_a_cold_start_begins_at_zero(server, admin):

@@ -36,9 +36,9 @@ def pki(workplace: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    """A server with three workers, shared by the tests of a module."""
-    with Server(workplace) as running:
+def server(request: pytest.FixtureRequest, workplace: Path) -> Iterator[Server]:
+    """A server with three workers and the module's ``SETTINGS``, shared by its tests."""
+    with Server(workplace, **getattr(request.module, "SETTINGS", {})) as running:
         yield running
 
 

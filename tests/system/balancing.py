@@ -12,12 +12,12 @@ import signal
 import socket
 import socketserver
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.system.harness import ROOT, Server, program, wait_until
+from tests.system.threads import serving
 
 CONFIG = ROOT / "conf" / "haproxy.cfg"
 HOSTS = ("kvm1", "kvm2")
@@ -175,11 +175,6 @@ class _Recording(socketserver.StreamRequestHandler):
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recorder]:
-    with Recorder() as recorder:
-        thread = threading.Thread(target=recorder.serve_forever)
-        thread.start()
-        try:
-            yield recorder
-        finally:
-            recorder.shutdown()
-            thread.join()
+    recorder = Recorder()
+    with serving(recorder):
+        yield recorder

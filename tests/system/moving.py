@@ -60,6 +60,12 @@ def offer(server: Server, sock: Path) -> str:
     return f"http://127.0.0.1:{server.port}{server.add(name, socket=str(sock))}"
 
 
+def offer_file(server: Server, path: Path) -> str:
+    """Make a transfer for a file, which need not be there yet; return the image's URL."""
+    name = f"{path.parent.name}-{path.stem}"
+    return f"http://127.0.0.1:{server.port}{server.add(name, backend='file', file=str(path))}"
+
+
 def filled(path: Path, size: int, *spans: tuple[int, int]) -> Path:
     """Make a sparse file with random bytes in these half-open spans."""
     source = repeatable(path.name)

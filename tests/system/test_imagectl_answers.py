@@ -6,7 +6,6 @@ import http.server
 import json
 import re
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.system.harness import repeatable
 from tests.system.moving import IMAGECTL, MIB, imagectl
+from tests.system.threads import serving
 
 DATA = repeatable("answers").randbytes(2 * MIB)
 
@@ -83,12 +83,9 @@ def _ranged(handler: _Handler, start: int, stop: int) -> None:
 
 @pytest.fixture
 def liar() -> Iterator[Liar]:
-    with Liar() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    server = Liar()
+    with serving(server):
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def fetch(liar: Liar, file: Path, *options: object, status: int = 1) -> str:

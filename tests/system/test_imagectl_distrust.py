@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +14,7 @@ import pytest
 
 from tests.system.harness import qemu_img, repeatable
 from tests.system.moving import MIB, imagectl
+from tests.system.threads import serving
 
 SIZE = 8 * MIB
 OLD, NEW = (repeatable(name).randbytes(SIZE) for name in ("old", "new"))
@@ -56,11 +56,7 @@ def serve() -> Iterator[Callable[..., Liar]]:
         def start(data: bytes, *spans: tuple[int, int], dirty: bool = False) -> Liar:
             liar = Liar(data, extents(*(spans or [(0, len(data))]), size=len(data), dirty=dirty))
             listener = ThreadingHTTPServer(("127.0.0.1", 0), handler(liar))
-            thread = threading.Thread(target=listener.serve_forever, args=(0.02,))
-            thread.start()
-            ending.callback(listener.server_close)
-            ending.callback(thread.join)
-            ending.callback(listener.shutdown)
+            ending.enter_context(serving(listener))
             liar.url = f"http://127.0.0.1:{listener.server_port}/images/x"
             return liar
 

@@ -24,20 +24,12 @@ from tests.system.moving import (
     finish,
     imagectl,
     offer,
+    offer_file,
     running,
     taken,
 )
 
-
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace, max_readers=4) as running_server:
-        yield running_server
-
-
-def offer_file(server: Server, path: Path) -> str:
-    name = f"{path.parent.name}-{path.stem}"
-    return f"http://127.0.0.1:{server.port}{server.add(name, backend='file', file=str(path))}"
+SETTINGS = {"max_readers": 4}
 
 
 @pytest.mark.parametrize("kind", IMAGES)

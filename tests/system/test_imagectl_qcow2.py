@@ -15,12 +15,6 @@ from tests.system.moving import IMAGECTL, KIB, MIB, filled, imagectl, offer
 _SIZE = 4 * MIB
 
 
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace) as running_server:
-        yield running_server
-
-
 @pytest.fixture
 def secret(home: Path) -> Path:
     return filled(home / "secret", _SIZE, (0, _SIZE))

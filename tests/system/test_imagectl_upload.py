@@ -2,7 +2,6 @@
 """imagectl upload: what the server serves afterwards is what the file was."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,12 @@ from tests.system.moving import (
     finish,
     imagectl,
     offer,
+    offer_file,
     running,
     taken,
 )
 
-
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace, max_writers=4) as running_server:
-        yield running_server
+SETTINGS = {"max_writers": 4}
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -51,8 +47,7 @@ def test_one_writer_is_enough(home: Path):
 @pytest.mark.parametrize("size", [0, 1, 3 * MIB + 5])
 def test_a_file_on_the_server_is_replaced(server: Server, home: Path, size: int):
     image = filled(home / "image.raw", size, (size // 2, size))
-    path = server.add(home.name, backend="file", file=str(home / "there.raw"))
-    imagectl("upload", image, f"http://127.0.0.1:{server.port}{path}", "--verify")
+    imagectl("upload", image, offer_file(server, home / "there.raw"), "--verify")
     assert_same(image, home / "there.raw", holes=False)
 
 

@@ -2,7 +2,6 @@
 """PATCH of NBD images (docs/api.md): range writes, and every refusal."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,8 @@ from tests.system.harness import (
     repeatable,
 )
 
+SETTINGS = {"chunk_size": CHUNK}
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace, chunk_size=CHUNK) as running:
-        yield running
 
 
 def patch_raw(server: Server, *fields: str, body: bytes = b"", path: str = DISK) -> Answer:

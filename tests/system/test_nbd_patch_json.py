@@ -3,7 +3,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,8 @@ from tests.system.harness import (
     wait_until,
 )
 
+SETTINGS = {"chunk_size": CHUNK}
 TIB = 1 << 40
-
-
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace, chunk_size=CHUNK) as running:
-        yield running
 
 
 def patch(server: Server, body: object, path: str = DISK, **more: str) -> Answer:

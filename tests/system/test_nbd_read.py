@@ -15,6 +15,7 @@ from tests.system.harness import Answer, Server, exchange, nbdkit, qemu_img, qem
 
 #: The smallest that the server takes, so that small images span many pieces.
 CHUNK = 4096
+SETTINGS = {"chunk_size": CHUNK, "backend_timeout": 1}
 COMMON = {"accept-ranges": "bytes", "access-control-allow-methods": "GET, PUT, OPTIONS"}
 IMAGE_DATA = COMMON | {"content-type": "application/octet-stream"}
 
@@ -29,12 +30,6 @@ class Image:
     @property
     def size(self) -> int:
         return len(self.data)
-
-
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace, chunk_size=CHUNK, backend_timeout=1) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,9 @@ from tests.system.harness import (
 )
 
 CHUNK = 4096
+SETTINGS = {"chunk_size": CHUNK, "max_readers": 1}
 JSON = {"Content-Type": "application/json"}
 ZERO_ALL = b'{"op":"zero","size":99999999}'
-
-
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace, chunk_size=CHUNK, max_readers=1) as running:
-        yield running
 
 
 @contextlib.contextmanager

@@ -19,11 +19,7 @@ from tests.system.harness import (
     qemu_nbd,
 )
 
-
-@pytest.fixture(scope="module")
-def server(workplace: Path) -> Iterator[Server]:
-    with Server(workplace, chunk_size=CHUNK) as running:
-        yield running
+SETTINGS = {"chunk_size": CHUNK}
 
 
 def put(server: Server, *fields: str, body: bytes = b"", path: str = DISK) -> Answer:

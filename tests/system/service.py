@@ -8,9 +8,12 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.chaos.world import rest_of
 from tests.system.booted import Machine
+from tests.system.clients import putting, read_answer, reading
 from tests.system.harness import ROOT, Server, wait_until
 
 UNIT = "imageserver.service"
@@ -59,6 +62,18 @@ class Service(Server):
         wait_until(lambda: len(self.accepting()) >= 3, 20)
 
 
+def installed(directory: Path, machine: Machine) -> Service:
+    """Install the service with three workers, a Unix socket and a control socket; start nothing."""
+    service = Service(directory, machine)
+    machine.run(INSTALL, "--wheels", WHEELS)
+    with machine.path("/etc/imageserver/imageserver.env").open("a") as file:
+        http = "unix:/run/imageserver/http.sock"
+        file.write(f"IMAGESERVER_BIND=127.0.0.1:{service.port},{http}\n")
+        file.write("IMAGESERVER_ADMIN_BIND=none\nIMAGESERVER_WORKERS=3\n")
+        file.write("IMAGESERVER_CONTROL_SOCKET=/run/imageserver/control.sock\n")
+    return service
+
+
 def another_source(machine: Machine, path: str) -> Path:
     """Copy what an operator would have unpacked."""
     source = machine.path(path)
@@ -102,3 +117,19 @@ def activated(service: Service, *more: str) -> Iterator[None]:
     shutil.rmtree(drop_in.parent)
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "start", "imageserver")
+
+
+@contextlib.contextmanager
+def transfers(service: Service, url: str, content: bytes) -> Iterator[None]:
+    """Have a GET and a PUT of an image's content under way; afterwards, finish and check both."""
+    first, rest = content[: 1 << 20], content[1 << 20 :]
+    with (
+        reading(service, url) as reader,
+        putting(service, url, len(content), first) as (writer, stream),
+    ):
+        yield
+        with ThreadPoolExecutor(1) as pool:
+            received = pool.submit(rest_of, reader, len(content))
+            writer.sendall(rest)
+            assert read_answer(stream).json == {"ok": True, "bytes_written": len(content)}
+            assert received.result() == content

@@ -10,16 +10,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.world import Prober, rest_of
+from tests.chaos.world import Prober
 from tests.system.booted import Machine, boot
-from tests.system.clients import putting, read_answer, reading
+from tests.system.clients import putting
 from tests.system.harness import ROOT, exchange, free_port, repeatable, wait_until
 from tests.system.harness import process as running
 from tests.system.killing import is_running
@@ -32,7 +31,9 @@ from tests.system.service import (
     activated,
     another_source,
     control,
+    installed,
     is_refused,
+    transfers,
 )
 from tests.system.skips import needs
 from tests.system.test_docs_operations import QUESTIONS
@@ -56,14 +57,7 @@ def machine() -> Iterator[Machine]:
 @pytest.fixture(scope="module")
 def service(machine: Machine, workplace: Path) -> Service:
     """The service, installed, set up by its environment file, and running."""
-    service = Service(workplace, machine)
-    machine.run(INSTALL, "--wheels", WHEELS)
-    settings = machine.path("/etc/imageserver/imageserver.env")
-    with settings.open("a") as file:
-        http = "unix:/run/imageserver/http.sock"
-        file.write(f"IMAGESERVER_BIND=127.0.0.1:{service.port},{http}\n")
-        file.write("IMAGESERVER_ADMIN_BIND=none\nIMAGESERVER_WORKERS=3\n")
-        file.write("IMAGESERVER_CONTROL_SOCKET=/run/imageserver/control.sock\n")
+    service = installed(workplace, machine)
     (check,) = re.findall(r"```sh\n(.*--check\)\n)```", OPERATIONS, re.DOTALL)
     machine.run("bash", "-c", check.rpartition("```sh\n")[2])
     machine.run("systemctl", "start", "imageserver")
@@ -173,27 +167,12 @@ def test_a_worker_killed_in_a_write_is_replaced_and_its_last_writes_are_awaited(
     service.wait_for_workers()
 
 
-@contextlib.contextmanager
-def transfers(service: Service, disk: str) -> Iterator[None]:
-    """Have a GET and a PUT under way; afterwards, finish both and check every byte."""
-    with (
-        reading(service, disk) as reader,
-        putting(service, disk, SIZE, DATA) as (writer, stream),
-    ):
-        yield
-        with ThreadPoolExecutor(1) as pool:
-            received = pool.submit(rest_of, reader, SIZE)
-            writer.sendall(WHOLE[len(DATA) :])
-            assert read_answer(stream).json == {"ok": True, "bytes_written": SIZE}
-            assert received.result() == WHOLE
-
-
 def test_reload_loses_no_request(service: Service, disk: str) -> None:
     assert service.request("PUT", disk, WHOLE).status == 200
     main, old = service.main_pid, service.accepting()
     with contextlib.closing(service.connect()) as idle, Prober(service, disk) as prober:
         assert exchange(idle, "OPTIONS", disk).status == 200
-        with transfers(service, disk):
+        with transfers(service, disk, WHOLE):
             service.machine.run("systemctl", "reload", "imageserver")
             wait_until(lambda: len(service.accepting() - old) == 3, 20)
             assert exchange(idle, "OPTIONS", disk).status == 200
@@ -254,7 +233,7 @@ def test_an_upgrade_drops_no_transfer_and_leaves_edited_settings(
 
     main, old = service.main_pid, set(machine.processes(UNIT))
     with Prober(service, disk) as prober:
-        with transfers(service, disk):
+        with transfers(service, disk, WHOLE):
             said = machine.run("/root/source/scripts/install", "--wheels", WHEELS)
             assert service.main_pid != main
             assert f"{main} finishes what it has begun" in said
@@ -272,7 +251,7 @@ def test_an_upgrade_drops_no_transfer_and_leaves_edited_settings(
 def test_stop_finishes_what_runs_and_leaves_nothing_running(service: Service, disk: str) -> None:
     machine = service.machine
     with ThreadPoolExecutor(1) as pool:
-        with transfers(service, disk):
+        with transfers(service, disk, WHOLE):
             stopped = pool.submit(machine.run, "systemctl", "stop", "imageserver")
             wait_until(lambda: is_refused(service))
             assert service.state[0] == "deactivating"
@@ -354,13 +333,3 @@ def test_the_journal_has_a_line_for_each_event_and_no_traceback(service: Service
         re.sub("[0-9]+", "N", line.split("[ERROR] ")[1]) for line in journal if "[ERROR]" in line
     } == {"Worker (pid:N) was sent SIGKILL! Perhaps out of memory?"}
     assert [line for line in journal if "Traceback" in line or line.startswith(" ")] == []
-
-
-def test_a_machine_that_is_gone_leaves_no_process_mount_or_control_group() -> None:
-    with boot() as machine:
-        name = Path(f"/proc/{machine.init}/cgroup").read_text().split("/is-boot-")[1].split("/")[0]
-    assert not Path(f"/proc/{machine.init}").exists()
-    assert name not in Path("/proc/self/mounts").read_text()
-    script = 'mount -t cgroup2 cgroup2 /mnt && find /mnt -name "*$1*"'
-    found = subprocess.check_output(["unshare", "--mount", "sh", "-c", script, "sh", name])
-    assert found == b""

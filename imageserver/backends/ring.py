@@ -99,7 +99,7 @@ class Ring:
         if closed is not None:
             os.close(closed)
         with suppress(Empty):
-            while len(_spare) * self._size < _SPARE_BYTES:
+            while (len(_spare) + 1) * self._size <= _SPARE_BYTES:
                 if buffer := self._empty.get_nowait():
                     _spare.append((self._owner, buffer))
 

@@ -11,6 +11,7 @@ from imageserver.client import download as downloading
 from imageserver.client import upload as uploading
 from imageserver.client.cli import Options, common_options
 from imageserver.client.progress import watcher
+from imageserver.client.target import Wanted
 from imageserver.client.units import rate_text, size_text
 
 _FORMAT = click.Choice(["raw", "qcow2"])
@@ -42,7 +43,7 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
         given["format"] = "qcow2"
     elif given["base_format"]:
         raise click.UsageError("--base-format goes with --base.")
-    wanted = downloading.Wanted(patience_seconds=options.patience_seconds, **given)
+    wanted = Wanted(patience_seconds=options.patience_seconds, **given)
     remote = options.remote(url)
     with watcher(quiet=options.quiet) as watch:
         result = downloading.download(remote, wanted, watch)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file that a download fills: what an earlier run has left in it, and how it ends.
+
+    FILE.part          what has come so far, a hole where nothing was written
+    FILE.part.state    which ranges of it are on stable storage (``resume``)
+    FILE               all of it: the part, renamed
+
+With ``incremental`` into an image that exists, FILE itself is written. Then a state beside it,
+FILE.incremental.state, means that it is half old, half new: only what completes it removes that.
+
+What was left is gone on with if the state is of this image, the file as long as it was, and
+samples of it agree with the server. If one of them does not, that is said, and all begins anew.
+"""
+
+import contextlib
+import os
+import urllib.parse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from imageserver.client import resume
+from imageserver.client.errors import Different, LocalFailure
+from imageserver.client.images import create_image, open_image
+from imageserver.client.localfile import Local, claimed, local_errors, rename_new
+from imageserver.client.plan import Range, Spans
+from imageserver.client.survey import Image
+
+#: What qcow2 images are whole multiples of, in bytes.
+_SECTOR = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to download, and how."""
+
+    file: str
+    format: str = "raw"
+    connections: int | None = None
+    incremental: bool = False
+    base: str | None = None
+    base_format: str | None = None
+    verify: bool = False
+    force: bool = False
+    restart: bool = False
+    patience_seconds: float = 60.0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether FILE exists and stays."""
+        return self.incremental and self.base is None
+
+    @property
+    def kind(self) -> str:
+        """What a state must agree with, beside the image."""
+        if self.base:
+            with local_errors(self.base):
+                base = os.stat(self.base)
+            path = os.path.abspath(self.base)
+            return f"{self.format} overlay of {path}, {base.st_size}, {base.st_mtime_ns}"
+        return f"{self.format} {'incremental' if self.incremental else 'full'}"
+
+
+def check_file(wanted: Wanted) -> None:
+    """Refuse cheaply, before the server is asked."""
+    exists = os.path.lexists(wanted.file)
+    if wanted.in_place and not exists:
+        raise LocalFailure(f"{wanted.file} is not there: download all of it first")
+    if exists and not os.path.isfile(wanted.file):
+        raise LocalFailure(f"{wanted.file} is no regular file")
+    if exists and not wanted.in_place and not wanted.force:
+        raise LocalFailure(f"{wanted.file} exists: --force replaces it")
+    if wanted.base and os.path.lexists(_half_state(wanted.base)):
+        raise LocalFailure(f"{wanted.base} is half old, half new: it can be no base")
+
+
+class Target:
+    """The file, for what the server at ``url`` said of the image."""
+
+    def __init__(self, wanted: Wanted, image: Image, url: str) -> None:
+        self._wanted, self._image = wanted, image
+        self._url_path = urllib.parse.urlsplit(url).path
+        self._identity = self._identity_of(image)
+        #: What is written: the part, or FILE itself.
+        self.path = wanted.file if wanted.in_place else f"{wanted.file}.part"
+        self._half = resume.State(_half_state(wanted.file))
+        part_state = resume.State(f"{wanted.file}.part.state")
+        self._state = self._half if wanted.in_place else part_state
+
+    def claimed(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Keep other downloads of FILE out; what is yielded requires it to be still there."""
+        return claimed(self.path, is_part=not self._wanted.in_place)
+
+    def open(
+        self,
+        connections: int,
+        compare: Callable[[Local, Spans], None],
+        note: Callable[[str], None],
+    ) -> tuple[list[Range], Local]:
+        """Open what an earlier run has left, or begin anew; return what is done of it.
+
+        ``compare`` raises ``Different`` where the server has something else, ``note`` is told
+        why all begins anew.
+        """
+        saved = self._state.load()
+        if self._wanted.in_place:
+            resume.require_whole(self._half, self._wanted.file, self._image.changed)
+        if self._state.exists() and not self._wanted.restart:
+            try:
+                done = self._fitting(saved)
+                return done, self._reopened(done, connections, compare)
+            except _Unfit as exc:
+                note(f"{exc}: starting again.")
+        if self._wanted.in_place:  # the state stays until it says what begins now
+            return [], self._open_base(connections)
+        self._state.remove()
+        return [], self._create(connections)
+
+    def _fitting(self, saved: resume.Saved | None) -> list[Range]:
+        """Return what is done, if it is of this image."""
+        if saved is None:
+            raise _Unfit(f"{self._state.path} cannot be read")
+        if saved.image.path != self._identity.path:
+            raise _Unfit("The URL is not the one that was being downloaded")
+        if saved.image != self._identity:
+            raise _Unfit("The image is not the one that was being downloaded")
+        return saved.done
+
+    def _reopened(
+        self, done: list[Range], connections: int, compare: Callable[[Local, Spans], None]
+    ) -> Local:
+        """Open what an earlier run has left, if it is what that left and the server has."""
+        with contextlib.ExitStack() as closing:
+            local = closing.enter_context(contextlib.closing(self._as_left(connections)))
+            data = self._image.data
+            try:
+                compare(local, data.without(data.without(done)))
+            except Different as exc:
+                raise _Unfit(f"{self.path} is not what the server has now") from exc
+            if not self._image.is_mapped:  # zeros will not be written: let there be none
+                for start, stop in Spans(done).gaps(self._image.size):
+                    local.zero(start, stop)
+            closing.pop_all()
+            return local
+
+    def _as_left(self, connections: int) -> Local:
+        unlike = _Unfit(f"{self.path} is not as it was left")
+        if not os.path.getsize(self.path):
+            raise unlike
+        try:
+            local = self._open_part(connections)
+        except LocalFailure as exc:
+            raise unlike from exc
+        block = 1 if self._wanted.format == "raw" else _SECTOR
+        if local.size != -(-self._image.size // block) * block:
+            local.close()
+            raise unlike
+        return local
+
+    def _open_part(self, connections: int) -> Local:
+        return open_image(self.path, self._wanted.format, connections, writable=True)
+
+    def _open_base(self, connections: int) -> Local:
+        local = self._open_part(connections)
+        if local.size != self._image.size:
+            local.close()
+            raise LocalFailure(
+                f"{self.path} has {local.size} bytes, the image {self._image.size}: "
+                "it is no earlier state of it"
+            )
+        return local
+
+    def _create(self, connections: int) -> Local:
+        wanted = self._wanted
+        base = (wanted.base, wanted.base_format) if wanted.base else None
+        return create_image(self.path, wanted.format, self._image.size, connections, base)
+
+    def save(self, done: list[Range]) -> None:
+        """Note that these ranges have come, and are on stable storage."""
+        undone = self._image.changed.without(done) if self._wanted.in_place else None
+        self._state.save(self._identity, done, undone)
+
+    def distrust(self) -> None:
+        """Note that nothing in the file is known to be right: the next run fetches all."""
+        if self._wanted.in_place:
+            self.save([])
+        else:
+            self._state.remove()
+
+    def fits(self, image: Image) -> bool:
+        """Tell whether the server, asked again, says the same of the image."""
+        return self._identity_of(image) == self._identity
+
+    def _identity_of(self, image: Image) -> resume.Identity:
+        kind = self._wanted.kind
+        return resume.identity(image.size, kind, self._url_path, image.data, image.zeros)
+
+    def finish(self) -> None:
+        """Put the part in FILE's place, for good."""
+        file = self._wanted.file
+        with local_errors(file):
+            if not self._wanted.in_place and self._wanted.force:
+                os.replace(self.path, file)
+            elif not self._wanted.in_place:
+                rename_new(self.path, file)
+            resume.sync_folder(file)
+        self._state.remove()
+        self._half.remove()
+
+
+class _Unfit(Exception):
+    """What an earlier run has left cannot be gone on with; says why."""
+
+
+def _half_state(path: str) -> str:
+    return f"{path}.incremental.state"

@@ -13,13 +13,16 @@ def open_image(
 ) -> Local:
     """Open an image that exists; at most ``connections`` threads use it at once.
 
-    ``backing``: also one whose content lies in other files, which it names.
+    ``backing``: also one whose content lies in other files, which it names, with their formats.
     """
     if kind == "raw":
         return RawFile.open(path, writable=writable)
-    from imageserver.client.qcow2 import Qcow2, refuse_outside  # noqa: PLC0415 - for qcow2 alone
+    from imageserver.client.chain import refuse_outside, require_formats  # noqa: PLC0415
+    from imageserver.client.qcow2 import Qcow2  # noqa: PLC0415 - for qcow2 alone
 
-    if not backing:
+    if backing:
+        require_formats(path)
+    else:
         refuse_outside(path)
     return Qcow2(path, connections, writable=writable)
 

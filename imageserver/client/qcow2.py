@@ -6,9 +6,9 @@
 qemu-nbd is not persistent: it writes what it holds and ends when the last connection closes,
 so also when imagectl is killed. Its socket is removed as soon as all connections are made.
 
-An image may name other files or servers, and what is written inside a raw image, by a guest
-too, may look like one: formats are always said, never guessed, and whoever wants what an image
-names says so. Paths are given in full: ``a:b`` would be read as protocol and name.
+An image may name other files or servers (``chain``), and what is written inside a raw image, by
+a guest too, may look like one: formats are always said, never guessed. Paths are given in full:
+``a:b`` would be read as protocol and name.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ try:
 except ModuleNotFoundError:  # all but qcow2 works without
     nbd = None
 
+from imageserver.client.chain import require_formats
 from imageserver.client.errors import LocalFailure
 from imageserver.client.localfile import QCOW2_MAGIC, Buffer, local_errors
 from imageserver.client.plan import GIB, Spans
@@ -35,11 +36,6 @@ from imageserver.extents import ALLOCATION, STATE_HOLE, STATE_ZERO
 _START_SECONDS, _END_SECONDS = 30.0, 120.0
 #: Requests' limits in the protocol are 32 bits: block status is asked in steps below that.
 _STEP = 2 * GIB
-#: The header's fixed part, in bytes, of version 2 and of version 3 and later.
-_HEADER_BYTES, _HEADER_3_BYTES = 72, 104
-_EXTERNAL_DATA = 1 << 2  # in version 3's incompatible features
-#: Longest name of a backing file that QEMU takes, in bytes.
-_MAX_NAME = 1023
 
 
 def qemu_img(*arguments: str) -> str:
@@ -56,31 +52,6 @@ def qemu_img(*arguments: str) -> str:
     return done.stdout
 
 
-def refuse_outside(path: str) -> None:
-    """Refuse an image whose content lies elsewhere too, before any program opens it.
-
-    The header alone tells: some versions of qemu-img open what it names, only to describe it.
-    """
-    with local_errors(path), open(path, "rb") as file:
-        head = file.read(_HEADER_3_BYTES)
-        if head[:4] != QCOW2_MAGIC or len(head) < _HEADER_BYTES:
-            return  # qemu-nbd, which is told that it is qcow2, says so
-        backing = int.from_bytes(head[8:16], "big")
-        file.seek(min(backing, os.fstat(file.fileno()).st_size))
-        name = file.read(min(int.from_bytes(head[16:20], "big"), _MAX_NAME))
-    if backing:
-        raise LocalFailure(
-            f"{path} has the backing file {name.decode(errors='replace')!r}: "
-            "--backing uploads what that holds as well"
-        )
-    version = int.from_bytes(head[4:8], "big")
-    if version > 2 and int.from_bytes(head[72:80], "big") & _EXTERNAL_DATA:  # noqa: PLR2004
-        raise LocalFailure(
-            f"{path} has its data in another file, which it names: "
-            "--backing uploads what that holds"
-        )
-
-
 def checked_base(path: str, kind: str | None, size: int) -> tuple[str, str]:
     """Return an overlay's base, absolute, and its format: raw, unless qcow2 was said."""
     if kind is None:
@@ -90,6 +61,8 @@ def checked_base(path: str, kind: str | None, size: int) -> tuple[str, str]:
                     f"{path} looks like qcow2: say --base-format qcow2 if the disk in it is "
                     "the base, --base-format raw if the file is"
                 )
+    elif kind == "qcow2":
+        require_formats(path)
     full, kind = _full(path), kind or "raw"
     info = json.loads(qemu_img("info", "-U", "--output=json", "-f", kind, full))
     if info["virtual-size"] != size:

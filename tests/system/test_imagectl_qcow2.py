@@ -13,6 +13,8 @@ from tests.system.harness import Server, qemu_img, qemu_io, qemu_nbd
 from tests.system.moving import IMAGECTL, KIB, MIB, filled, imagectl, offer
 
 _SIZE = 4 * MIB
+#: The type of the header extension that records a backing file's format.
+_BACKING_FORMAT = bytes.fromhex("e2792aca")
 
 
 @pytest.fixture
@@ -20,12 +22,13 @@ def secret(home: Path) -> Path:
     return filled(home / "secret", _SIZE, (0, _SIZE))
 
 
-def refused(server: Server, home: Path, image: Path) -> str:
+def refused(server: Server, home: Path, image: Path, *options: str) -> str:
     """Upload an image, which must fail and write nothing; return why."""
+    options = ("--format", "qcow2", *options)
     disk = filled(home / "disk.raw", _SIZE, (0, _SIZE))
     before = disk.read_bytes()
     with qemu_nbd(disk) as sock:
-        said = imagectl("upload", image, offer(server, sock), "--format", "qcow2", status=5).stderr
+        said = imagectl("upload", image, offer(server, sock), *options, status=5).stderr
     assert disk.read_bytes() == before
     return said
 
@@ -68,6 +71,64 @@ def test_a_backing_file_is_uploaded_if_asked(server: Server, home: Path, secret:
     with qemu_nbd(disk) as sock:
         imagectl("upload", overlay, offer(server, sock), *asked)
     assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "raw", overlay, disk)
+
+
+def based(image: Path, base: object, fmt: str) -> Path:
+    """Make an overlay that records its base's format."""
+    qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", base, "-F", fmt, image, _SIZE)
+    return image
+
+
+def forget_format(image: Path) -> Path:
+    """Have an overlay name its base without a format, as older versions of qemu-img made them."""
+    text = image.read_bytes()
+    assert text.count(_BACKING_FORMAT) == 1
+    image.write_bytes(text.replace(_BACKING_FORMAT, b"\0" * 3 + b"\1"))
+    return image
+
+
+@pytest.fixture
+def guest(home: Path, secret: Path) -> Path:
+    """A raw disk whose guest wants the secret: what it wrote looks like an overlay of that."""
+    disk = based(home / "guest.raw", secret, "raw")
+    os.truncate(disk, _SIZE)
+    return disk
+
+
+def unrecorded(image: Path, name: str) -> str:
+    return (
+        f"imagectl: {image} has the backing file {name!r}, but does not record its format, which "
+        "would be guessed: qemu-img rebase -u -f qcow2 -F FORMAT -b NAME FILE records it\n"
+    )
+
+
+@pytest.mark.parametrize("above", range(3))
+def test_no_format_in_a_chain_is_guessed(server: Server, home: Path, guest: Path, above: int):
+    unsaid = image = forget_format(based(home / "0.qcow2", guest.name, "raw"))
+    for number in range(above):
+        image = based(home / f"{number + 1}.qcow2", image.name, "qcow2")
+    assert refused(server, home, image, "--backing") == unrecorded(unsaid, guest.name)
+    qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", guest.name, unsaid)
+    disk = filled(home / "disk.raw", _SIZE)
+    with qemu_nbd(disk) as sock:
+        imagectl("upload", image, offer(server, sock), "--format", "qcow2", "--backing")
+    assert disk.read_bytes() == guest.read_bytes()
+
+
+def test_an_image_that_is_based_on_itself_is_refused(server: Server, home: Path):
+    image = based(home / "image.qcow2", "image.qcow2", "qcow2")
+    said = refused(server, home, image, "--backing")
+    assert said == f"imagectl: {image} is based on more than 200 images, or on itself\n"
+
+
+def test_a_server_in_a_chain_is_read_if_asked(server: Server, home: Path, secret: Path):
+    disk = filled(home / "disk.raw", _SIZE)
+    with qemu_nbd(secret, "--read-only") as below, qemu_nbd(disk) as sock:
+        image = based(home / "image.qcow2", f"nbd+unix:///?socket={below}", "raw")
+        imagectl("upload", image, offer(server, sock), "--format", "qcow2", "--backing")
+        assert disk.read_bytes() == secret.read_bytes()
+    forget_format(image)
+    assert "does not record its format" in refused(server, home, image, "--backing")
 
 
 def test_a_name_with_a_colon_is_a_file(server: Server, home: Path):
@@ -126,6 +187,33 @@ def test_an_overlay_is_the_base_of_the_next(changed: str, home: Path, secret: Pa
     assert "--base-format qcow2" in imagectl(*download, second, *based, status=5).stderr
     imagectl(*download, second, *based, "--base-format", "qcow2", "--verify")
     assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", "qcow2", first, second)
+
+
+def test_a_base_whose_own_format_would_be_guessed_is_refused(changed: str, home: Path, guest: Path):
+    base = forget_format(based(home / "base.qcow2", guest, "raw"))
+    asked = ("--incremental", "--base", base, "--base-format", "qcow2")
+    said = imagectl("download", changed, home / "copy", *asked, status=5).stderr
+    assert said == unrecorded(base, str(guest))
+    assert not list(home.glob("copy*"))
+
+
+def test_an_overlay_is_written_in_place_if_its_format_is_recorded(
+    changed: str, home: Path, guest: Path
+):
+    file, flat, below = home / "file.qcow2", home / "flat.raw", guest.read_bytes()
+    based(file, guest, "raw")
+    imagectl("download", changed, file, "--incremental", "--format", "qcow2", "--verify")
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", file, flat)
+    expected = bytearray(below)
+    expected[3 * MIB : 3 * MIB + 64 * KIB] = b"\1" * 64 * KIB
+    assert (flat.read_bytes(), guest.read_bytes()) == (expected, below)
+    before = forget_format(file).read_bytes()
+    asked = ("--incremental", "--format", "qcow2")
+    assert imagectl("download", changed, file, *asked, status=5).stderr == unrecorded(
+        file, str(guest)
+    )
+    assert file.read_bytes() == before
+    assert sorted(home.glob("file*")) == [file]
 
 
 def test_the_format_of_no_base_is_refused(changed: str, home: Path):

@@ -38,7 +38,7 @@ def _end(subject: Subject) -> tuple[int, int]:
 def _inside(subject: Subject) -> tuple[int, int]:
     """Return a span with odd ends, among data: zeros in the wrong place would not be seen."""
     begin = subject.size // 2
-    if subject.abilities.has("extents"):
+    if subject.size and subject.abilities.has("extents"):
         with closing(subject.extents("zero")) as extents:
             data = (extent[0] for extent in extents if not extent[2] and extent[1] > _INSIDE)
             begin = next(data, begin)
@@ -114,6 +114,8 @@ def _flushed(subject: Subject) -> str:
 def _zeroed(subject: Subject) -> str:
     if not subject.abilities.has("zero"):
         raise Missing("not announced")
+    if not subject.size:
+        raise Missing("the image is empty")
     with closing(subject.extents("zero")) as extents:
         found = next((extent for extent in extents if extent[2]), None)
     if found is None:

@@ -85,7 +85,7 @@ def map_command(  # noqa: PLR0913, PLR0917 - one parameter per option
         if not answered(remote.abilities, patience).has("extents"):
             raise Refused("the server has no extents of this image, so there is nothing to draw")
         size = answered(remote.size, patience)
-        extents = begun(remote, context, patience)
+        extents = begun(remote, size, context, patience)
         if svg:
             canvas = painted(Canvas(size, _SVG_COLUMNS * (rows or _SVG_ROWS)), extents)
             names = _names(context)
@@ -96,8 +96,10 @@ def map_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             _show(size, context, extents, _Sheet(width, rows, plain=plain))
 
 
-def begun(remote: Remote, context: str, patience: float) -> Iterator[Extent]:
+def begun(remote: Remote, size: int, context: str, patience: float) -> Iterator[Extent]:
     """Return the extents; what fails before the first of them is tried again."""
+    if not size:  # oVirt's daemon has no good answer then
+        return iter(())
 
     def begin() -> tuple[list[Extent], Iterator[Extent]]:
         extents = remote.extents(context)
@@ -254,7 +256,7 @@ def info_command(url: str, extents: bool, options: Options) -> None:  # noqa: FB
             "unix_socket": abilities.unix_socket,
         }
         if extents:
-            canvas = painted(Canvas(size, 1), begun(remote, "zero", patience))
+            canvas = painted(Canvas(size, 1), begun(remote, size, "zero", patience))
             facts["extents"] = {"count": canvas.extents} | _named(canvas.totals(), "zero")
     if options.json:
         click.echo(_compact(facts))

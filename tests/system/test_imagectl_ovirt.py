@@ -137,3 +137,36 @@ def test_what_the_daemon_announces_holds(daemon: OvirtDaemon, home: Path):
         assert shown["size"] == 4 * MIB
         imagectl("check", url, "--write")
     assert image.read_bytes() == before
+
+
+def looked_at(url: str) -> tuple[int, dict[str, int], set[str]]:
+    """Look at an image in every way; return its size, its totals and which checks held."""
+    shown = json.loads(imagectl("map", "--json", url).stdout)
+    assert f"({shown['size']} bytes), {shown['count']} extent" in imagectl("map", url).stdout
+    facts = json.loads(imagectl("info", "--extents", "--json", url).stdout)
+    count = {"count": shown["count"]}
+    assert (facts["size"], facts["extents"]) == (shown["size"], count | shown["totals"])
+    checks = json.loads(imagectl("check", "--write", "--json", url).stdout)["checks"]
+    held = {check["check"] for check in checks if check["verdict"] == "ok"}
+    return shown["size"], shown["totals"], held
+
+
+def test_a_file_can_be_looked_at(daemon: OvirtDaemon, home: Path):
+    image = filled(home / "disk.raw", 1_000_448, (0, MIB // 2))
+    before = image.read_bytes()
+    # The daemon calls all of a file data.
+    size, totals, held = looked_at(daemon.add_file(image))
+    assert (size, totals) == (1_000_448, {"data": 1_000_448, "zero": 0})
+    assert {"first and last bytes", "extents", "write at the end", "write inside"} <= held
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"dirty": True}], ids=["plain", "dirty"])
+def test_an_empty_image_can_be_looked_at(daemon: OvirtDaemon, home: Path, options: dict[str, bool]):
+    # Asked for its extents, the daemon fails, or tells one of no bytes.
+    image = filled(home / "empty.raw", 0)
+    with qemu_nbd(image) as sock:
+        for url in (daemon.add_nbd(sock, 0, **options), daemon.add_file(image, **options)):
+            size, totals, held = looked_at(url)
+            assert (size, totals) == (0, {"data": 0, "zero": 0})
+            assert {"OPTIONS", "range beyond the end", "flush"} <= held

@@ -11,6 +11,7 @@ are sent as bytes. An image with very many zero spans is zeroed as a whole befor
 What cannot be written in part (a file of ours) is one PUT.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -18,7 +19,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from imageserver.client.backoff import Patience, patiently
-from imageserver.client.errors import Busy, Interrupted, LocalFailure, Refused, Transient
+from imageserver.client.errors import (
+    Busy,
+    Failed,
+    Interrupted,
+    LocalFailure,
+    Refused,
+    Transient,
+    Unreachable,
+)
 from imageserver.client.images import open_image
 from imageserver.client.localfile import QCOW2_MAGIC, Local
 from imageserver.client.movers import Advance, Move, Movers
@@ -40,6 +49,8 @@ _LARGEST_ZERO = 4 * GIB
 _MANY_ZEROS = 256
 #: What disks are measured in, in bytes: an image is no larger than its file for less.
 _SECTOR = 512
+#: What is said of the image when its parts could not all be written.
+_UNKNOWN = "the image on the server may be part old, part new"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,8 @@ class _Upload:
         self._remote, self._wanted, self._watch = remote, wanted, watch
         self._patience = Patience(wanted.patience_seconds)
         self._began = time.monotonic()
+        #: Whether anything may have been written.
+        self._touched = False
 
     def run(self) -> Result:
         self._local = self._open()
@@ -119,14 +132,25 @@ class _Upload:
             size, flushed = self._local.size, self._wanted.flush
         else:
             size = self._fitting()
-            data, zeroed = self._put_ranges(size, abilities)
             flushed = self._wanted.flush and abilities.has("flush")
-            if flushed:
-                patiently(self._remote.flush, self._patience)
+            with self._state_told():
+                data, zeroed = self._put_ranges(size, abilities)
+                if flushed:
+                    patiently(self._remote.flush, self._patience)
         if self._wanted.verify:
             self._verify(size, abilities)
         seconds = time.monotonic() - self._began
         return Result(size, data, zeroed, seconds, flushed, self._wanted.verify)
+
+    @contextlib.contextmanager
+    def _state_told(self) -> Iterator[None]:
+        """Have an error say that the image is no longer what it was, if that may be."""
+        try:
+            yield
+        except (Failed, Refused, LocalFailure) as exc:
+            if isinstance(exc, Busy | Unreachable) and not self._touched:
+                raise  # nothing but that was ever answered
+            raise type(exc)(f"{exc}; {_UNKNOWN}") from exc
 
     def _fitting(self) -> int:
         """Return the image's size, if the file fits into it."""
@@ -160,7 +184,10 @@ class _Upload:
 
     def _run(self, move: Move, todo: Iterator[Piece], many: int) -> None:
         movers = Movers(move, todo, self._patience, is_proof=False)
-        movers.run(many, lambda: self._watch.moved(movers.moved), self._remote.cut)
+        try:
+            movers.run(many, lambda: self._watch.moved(movers.moved), self._remote.cut)
+        finally:
+            self._touched |= movers.moved > 0
         self._watch.moved(movers.moved)
 
     def _zero(self, piece: Piece, advance: Advance) -> None:
@@ -183,8 +210,9 @@ class _Upload:
 
             try:
                 send(piece, body())
-            except Transient:
+            except Transient as exc:
                 advance(-count)
+                self._touched |= count > 0 and not isinstance(exc, Busy)
                 raise
             piece.position = piece.stop
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Server, nbdkit, wait_until
+from tests.system.harness import Server, nbdkit, qemu_nbd, wait_until
 from tests.system.killing import is_running
 from tests.system.moving import (
     IMAGECTL,
     MIB,
     assert_same,
+    data,
     filled,
     finish,
     imagectl,
@@ -52,12 +53,15 @@ class Disk:
 
 
 @contextlib.contextmanager
-def slow(path: Path) -> Iterator[Disk]:
-    """Serve an image at a rate at which the middle of a transfer is easy to meet."""
+def slow(path: Path, *errors: str) -> Iterator[Disk]:
+    """Serve an image at a rate at which the middle of a transfer is easy to meet.
+
+    ``errors`` are what nbdkit's error filter is told.
+    """
     sock, pid, rate = (path.with_suffix(suffix) for suffix in (".sock", ".pid", ".rate"))
-    options = ("--filter=rate", f"--pidfile={pid}", "file", str(path))
     limits = (f"rate={8 * _SLOW}", f"rate-file={rate}", "burstiness=0.1")
-    with nbdkit(sock, *options, *limits):
+    filters = ("--filter=rate", "--filter=error")[: 1 + bool(errors)]
+    with nbdkit(sock, *filters, f"--pidfile={pid}", "file", str(path), *limits, *errors):
         yield Disk(path, sock, int(wait_until(pid.read_text)), rate)
 
 
@@ -131,21 +135,25 @@ def test_an_upload_goes_on(server: Server, home: Path, event: Event):
         assert_same(image, disk.path)
 
 
-def test_a_killed_download_goes_on_where_it_was(server: Server, home: Path):
-    copy = home / "copy.raw"
+def kill_when_noted(moving: subprocess.Popen[str], home: Path) -> None:
+    """SIGKILL a download once it has noted that something of it is done."""
 
     def is_noted() -> bool:
-        for state in home.glob("copy*.state"):
-            return sum(stop - start for start, stop in json.loads(state.read_text())["done"]) > 0
-        return False
+        states = home.glob("copy*.state")
+        return any(json.loads(state.read_text())["done"] for state in states)
 
+    wait_until(is_noted, 30)
+    assert moving.poll() is None
+    moving.kill()
+    moving.wait()
+
+
+def test_a_killed_download_goes_on_where_it_was(server: Server, home: Path):
+    copy = home / "copy.raw"
     with slow(filled(home / "disk.raw", LONG, (0, LONG))) as disk:
         url = offer(server, disk.sock)
         with running("download", url, copy, "--connections", 1) as moving:
-            wait_until(is_noted, 30)
-            assert moving.poll() is None
-            moving.kill()
-            moving.wait()
+            kill_when_noted(moving, home)
         assert not copy.exists()
         disk.hurry()
         again = json.loads(imagectl("download", url, copy, "--json").stdout)
@@ -153,6 +161,45 @@ def test_a_killed_download_goes_on_where_it_was(server: Server, home: Path):
         assert again["moved"] == LONG - again["resumed"]
         assert_same(disk.path, copy)
     assert list(home.glob("copy*")) == [copy]
+
+
+def test_half_an_update_goes_nowhere_until_it_is_whole(server: Server, home: Path):
+    copy, target = filled(home / "copy.raw", LONG, (0, LONG)), filled(home / "target.raw", LONG)
+    with slow(filled(home / "disk.raw", LONG, (0, LONG))) as disk, qemu_nbd(target) as sock:
+        url = offer(server, disk.sock)
+        with running("download", url, copy, "--incremental", "--connections", 1) as moving:
+            kill_when_noted(moving, home)
+        state = Path(f"{copy}.incremental.state")
+        said = imagectl("upload", copy, offer(server, sock), status=5).stderr
+        assert said == (
+            f"imagectl: {copy} is the rest of an interrupted download, as {state} tells: "
+            "download it to its end first\n"
+        )
+        assert data(target) == []
+        disk.hurry()
+        again = json.loads(imagectl("download", url, copy, "--incremental", "--json").stdout)
+        assert 0 < again["resumed"] == LONG - again["moved"]
+        assert not state.exists()
+        imagectl("upload", copy, offer(server, sock))
+    assert_same(disk.path, target)
+
+
+def test_a_full_disk_ends_an_upload_and_the_images_state_is_told(server: Server, home: Path):
+    image, full = filled(home / "image.raw", SIZE, (0, SIZE)), home / "full"
+    errors = ("error-pwrite=ENOSPC", "error-pwrite-rate=1", f"error-pwrite-file={full}")
+    with slow(filled(home / "disk.raw", SIZE), *errors) as disk:
+        url = offer(server, disk.sock)
+        with running("upload", image, url) as moving:
+            wait_until(lambda: taken(disk.path) >= MIDDLE, 30)
+            full.touch()
+            assert finish(moving, 1) == (
+                f"imagectl: 127.0.0.1:{server.port} answered PUT with 507: no space left; "
+                "the image on the server may be part old, part new\n"
+            )
+        disk.hurry()
+        full.unlink()
+        imagectl("upload", image, url)
+    assert_same(image, disk.path)
 
 
 def test_a_killed_upload_is_whole_when_run_again(server: Server, home: Path):

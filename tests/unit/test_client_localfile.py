@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw files: their data, their holes, and zeros in what has no holes."""
 
+import contextlib
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imageserver.client.errors import LocalFailure
-from imageserver.client.localfile import BLOCK, RawFile, nonzero
+from imageserver.client.localfile import BLOCK, RawFile, claimed, nonzero
 from imageserver.client.plan import MIB
 
 
@@ -58,3 +60,32 @@ def test_an_existing_file_is_opened_as_it_is(tmp_path: Path):
 def test_what_is_no_file_is_refused_by_name(tmp_path: Path, path: str):
     with pytest.raises(LocalFailure, match=path):
         RawFile.open(str(tmp_path / path))
+
+
+def test_a_part_that_is_renamed_before_it_is_locked_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    part, file = tmp_path / "image.part", tmp_path / "image"
+    lock = fcntl.flock
+    with contextlib.ExitStack() as first:
+        first.enter_context(claimed(str(part), is_part=True))
+        part.write_text("whole")
+
+        def late(fd: int, operation: int) -> None:
+            """Lock what was opened before the first download ended."""
+            if part.exists() and not file.exists():
+                part.rename(file)
+                first.close()
+            lock(fd, operation)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with claimed(str(part), is_part=True) as require_it:
+            require_it()
+            assert (part.read_text(), file.read_text()) == ("", "whole")
+            with pytest.raises(LocalFailure, match="another download of this file is running"):
+                first.enter_context(claimed(str(part), is_part=True))
+            part.rename(tmp_path / "elsewhere")
+            part.touch()
+            with pytest.raises(LocalFailure, match="was replaced by another file meanwhile"):
+                require_it()
+    assert file.read_text() == "whole"

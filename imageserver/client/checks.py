@@ -11,7 +11,7 @@ A check is a function that returns what it has seen, or raises what it found ins
 """
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice
@@ -20,7 +20,7 @@ from typing import TypeVar
 from imageserver.client.access import Access
 from imageserver.client.asking import answered
 from imageserver.client.errors import Busy, ClientError, Unreachable
-from imageserver.client.probe import Line, Reply
+from imageserver.client.probe import Line, Reply, Request
 from imageserver.client.remote import Abilities, Remote
 from imageserver.extents import Extent
 
@@ -80,18 +80,12 @@ class Subject:
         """Return a connection, to be entered."""
         return Line(self.access)
 
-    def ask(
-        self,
-        method: str,
-        target: str = "",
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-    ) -> Reply:
+    def ask(self, request: Request) -> Reply:
         """Make one request on a connection of its own."""
 
         def once() -> Reply:
             with self.line() as line:
-                reply = line.ask(method, target, headers, body)
+                reply = line.ask(request)
             if reply.status in _BUSY:
                 raise Busy(f"the server is busy: {reply.error}", 0.2)
             return reply
@@ -108,7 +102,7 @@ class Subject:
 
     def range(self, text: str) -> Reply:
         """Ask for a range."""
-        return self.ask("GET", headers={"Range": f"bytes={text}"})
+        return self.ask(Request("GET", headers={"Range": f"bytes={text}"}))
 
     def bytes_at(self, start: int, stop: int) -> bytes:
         """Read a span.

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from imageserver.client.checks import SAMPLE, Check, Differs, Missing, Subject, Wrong, partial
 from imageserver.client.errors import Refused
+from imageserver.client.probe import Request
 from imageserver.client.units import size_text
 from imageserver.extents import Extent
 
@@ -26,7 +27,7 @@ _OK, _PARTIAL, _BAD, _UNSATISFIABLE, _FAILED = 200, 206, 400, 416, 500
 
 
 def _options(subject: Subject) -> str:
-    reply = subject.ask("OPTIONS")
+    reply = subject.ask(Request("OPTIONS"))
     fields = json.loads(reply.body or b"{}")
     names = ("unix_socket", "features", "max_readers", "max_writers")
     lacking = [name for name in names if name not in fields]
@@ -38,7 +39,7 @@ def _options(subject: Subject) -> str:
 
 
 def _head(subject: Subject) -> str:
-    reply = subject.ask("HEAD")
+    reply = subject.ask(Request("HEAD"))
     if reply.status in {400, 404, 405, 501}:
         raise Missing(f"status {reply.status}")
     if reply.status != _OK or reply.headers.get("Content-Length") != str(subject.size):
@@ -109,7 +110,9 @@ _MALFORMED = ("bytes=x-y", "bytes=0-0,2-2", "bytes=0", "lines=0-0", "bytes=--1",
 
 def _malformed(subject: Subject) -> str:
     _needs_bytes(subject)
-    found = {text: subject.ask("GET", headers={"Range": text}).status for text in _MALFORMED}
+    found = {
+        text: subject.ask(Request("GET", headers={"Range": text})).status for text in _MALFORMED
+    }
     odd = {text: status for text, status in found.items() if status != _BAD}
     if any(status >= _FAILED for status in odd.values()):
         raise Wrong("; ".join(f"{text}: {status}" for text, status in odd.items()))
@@ -121,7 +124,7 @@ def _malformed(subject: Subject) -> str:
 def _if_range(subject: Subject) -> str:
     _needs_bytes(subject)
     headers = {"Range": "bytes=0-0", "If-Range": '"imagectl"'}
-    reply = subject.ask("GET", headers=headers)
+    reply = subject.ask(Request("GET", headers=headers))
     if reply.status == _OK and reply.headers.get("Content-Length") == str(subject.size):
         return "never matches: the whole image"
     raise Differs(f"status {reply.status}: a part of what may be another image")
@@ -133,7 +136,7 @@ def _conditions(subject: Subject) -> str:
         ("If-None-Match", '"imagectl"'),
         ("If-Modified-Since", "Thu, 01 Jan 1970 00:00:00 GMT"),
     ):
-        reply = subject.ask("GET", headers={"Range": "bytes=0-0", name: value})
+        reply = subject.ask(Request("GET", headers={"Range": "bytes=0-0", name: value}))
         if reply.status != _PARTIAL:
             raise Wrong(f"status {reply.status} with {name}")
     return "conditions that hold change nothing"
@@ -146,10 +149,10 @@ def _keep_alive(subject: Subject) -> str:
     _needs_bytes(subject)
     with subject.line() as line:
         for number in range(3):
-            reply = line.ask("GET", headers={"Range": "bytes=0-0"})
+            reply = line.ask(Request("GET", headers={"Range": "bytes=0-0"}))
             partial(reply, 0, 1, subject.size)
             closes = reply.headers.get("Connection", "").lower() == "close"
-            if closes or line.ask("OPTIONS").status >= _BAD:
+            if closes or line.ask(Request("OPTIONS")).status >= _BAD:
                 raise Differs(f"the connection is closed after request {number + 1}")
     return "six requests on one connection"
 
@@ -163,7 +166,7 @@ def _connections(subject: Subject) -> str:
     with contextlib.ExitStack() as stack:
         lines = [stack.enter_context(subject.line()) for _ in range(wanted)]
         for line in lines:
-            line.send("GET", headers={"Range": f"bytes=0-{length - 1}"})
+            line.send(Request("GET", headers={"Range": f"bytes=0-{length - 1}"}))
         statuses = [line.receive().status for line in lines]
     served = statuses.count(_PARTIAL)
     if served == wanted:
@@ -234,7 +237,7 @@ def _spans(subject: Subject) -> str:
     _needs(subject, "extents")
     _needs_bytes(subject)
     start, length = subject.size // 3, max(1, subject.size // 3)
-    reply = subject.ask("GET", f"/extents?start={start}&length={length}")
+    reply = subject.ask(Request("GET", f"/extents?start={start}&length={length}"))
     try:
         found = json.loads(reply.body or b"")
         bounds = [(each["start"], each["start"] + each["length"]) for each in found]
@@ -250,7 +253,7 @@ def _spans(subject: Subject) -> str:
 
 def _contexts(subject: Subject) -> str:
     _needs(subject, "extents")
-    status = subject.ask("GET", "/extents?context=imagectl").status
+    status = subject.ask(Request("GET", "/extents?context=imagectl")).status
     if status == _BAD:
         return "an unknown context is 400"
     if status >= _FAILED:
@@ -265,7 +268,7 @@ def _errors(subject: Subject) -> str:
     beside = re.sub("[^/]+$", str(uuid.uuid4()), subject.line().target)
     with subject.line() as line:
         line.target = beside
-        reply = line.ask("GET")
+        reply = line.ask(Request("GET"))
     if reply.status < _BAD:
         raise Wrong(f"status {reply.status} for an id that nobody knows")
     if reply.status != 404 or not reply.error:  # noqa: PLR2004 - docs/api.md
@@ -275,7 +278,7 @@ def _errors(subject: Subject) -> str:
 
 
 def _methods(subject: Subject) -> str:
-    reply = subject.ask("PROPFIND")
+    reply = subject.ask(Request("PROPFIND"))
     if reply.status == 405 and "Allow" in reply.headers:  # noqa: PLR2004 - RFC 9110
         return "405 with Allow"
     if 400 <= reply.status < 500 or reply.status == 501:  # noqa: PLR2004 - RFC 9110
@@ -286,10 +289,10 @@ def _methods(subject: Subject) -> str:
 def _flush(subject: Subject) -> str:
     _needs(subject, "flush")
     if "POST" in subject.abilities.methods:
-        reply = subject.ask("POST", "/flush", body=b"")
+        reply = subject.ask(Request("POST", "/flush", body=b""))
     else:
         headers = {"Content-Type": "application/json"}
-        reply = subject.ask("PATCH", headers=headers, body=b'{"op":"flush"}')
+        reply = subject.ask(Request("PATCH", headers=headers, body=b'{"op":"flush"}'))
     if reply.status != _OK:
         raise Wrong(f"status {reply.status}: {reply.error}")
     return "done"

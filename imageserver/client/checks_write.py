@@ -10,7 +10,7 @@ import uuid
 from contextlib import closing
 
 from imageserver.client.checks import SAMPLE, Check, Differs, Missing, Subject, Wrong
-from imageserver.client.probe import Reply
+from imageserver.client.probe import Reply, Request
 
 _OK, _BAD = 200, 400
 #: Refusals of a way of writing that a server need not have.
@@ -61,7 +61,7 @@ def _written_inside(subject: Subject) -> str:
 def _put(subject: Subject, start: int, stop: int) -> str:
     _needs_range_writes(subject)
     before, data = _around(subject, start, stop)
-    reply = subject.ask("PUT", "?flush=n", _content_range(start, stop), data)
+    reply = subject.ask(Request("PUT", "?flush=n", _content_range(start, stop), data))
     _check_written(subject, reply, (start, stop), before)
     return f"{stop - start} bytes at {start}"
 
@@ -87,7 +87,7 @@ def _patched(subject: Subject) -> str:
     start, stop = _inside(subject)
     before, data = _around(subject, start, stop)
     headers = {"Range": f"bytes={start}-{stop - 1}", "Content-Type": _DATA}
-    reply = subject.ask("PATCH", headers=headers, body=data)
+    reply = subject.ask(Request("PATCH", headers=headers, body=data))
     if reply.status in _UNSUPPORTED:
         raise Missing(f"status {reply.status}")
     _check_written(subject, reply, (start, stop), before)
@@ -98,7 +98,7 @@ def _flushed(subject: Subject) -> str:
     _needs_range_writes(subject)
     start, stop = _inside(subject)
     before, data = _around(subject, start, stop)
-    reply = subject.ask("PUT", "?flush=y", _content_range(start, stop), data)
+    reply = subject.ask(Request("PUT", "?flush=y", _content_range(start, stop), data))
     _check_written(subject, reply, (start, stop), before)
     try:
         flushed = json.loads(reply.body or b"").get("flushed")
@@ -126,7 +126,7 @@ def _zeroed(subject: Subject) -> str:
         raise Wrong(f"bytes {start} to {stop} are said to be zero and are not")
     command = {"op": "zero", "offset": start, "size": stop - start}
     headers = {"Content-Type": "application/json"}
-    reply = subject.ask("PATCH", headers=headers, body=json.dumps(command).encode())
+    reply = subject.ask(Request("PATCH", headers=headers, body=json.dumps(command).encode()))
     _check_written(subject, reply, (start, stop), before)
     return f"{stop - start} bytes at {start}, which were zero"
 

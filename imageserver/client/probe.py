@@ -11,7 +11,7 @@ import json
 import select
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -23,6 +23,16 @@ _MAX_BODY = 8 << 20
 #: How long a server may take to ask for a body, in seconds; RFC 9110 lets a client go on then.
 _CONTINUE_SECONDS = 3.0
 _CONTINUE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request of the image, or with ``target`` of what lies below it."""
+
+    method: str
+    target: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,27 +89,16 @@ class Line:
             return tls_context(self._access).wrap_socket(sock, server_hostname=host)
         return sock
 
-    def ask(
-        self,
-        method: str,
-        target: str = "",
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-    ) -> Reply:
-        """Make one request of the image, or with ``target`` of what lies below it."""
-        self.send(method, target, headers, body)
+    def ask(self, request: Request) -> Reply:
+        """Make one request."""
+        self.send(request)
         return self.receive()
 
-    def send(
-        self,
-        method: str,
-        target: str = "",
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-    ) -> None:
+    def send(self, request: Request) -> None:
         """Send a request; its answer may wait."""
+        target, headers = self.target + request.target, dict(request.headers)
         with _translated():
-            self._connection.request(method, self.target + target, body, dict(headers or {}))
+            self._connection.request(request.method, target, request.body, headers)
 
     def receive(self) -> Reply:
         """Take the answer of the last request."""

@@ -96,7 +96,7 @@ class NbdExport:
         return transfer.write(self._link, 0, length, source)
 
     def _open(self, start: int, length: int) -> None:
-        self._openings.open(self._link, self._image.socket, start, length)
+        self._openings.open(self._link, start, length)
 
     def zero(self, start: int, length: int) -> Iterator[int]:
         """Zero a range of any length."""

@@ -11,6 +11,7 @@ A link is used by one thread at a time; only ``stopped`` is for another one.
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -89,8 +90,10 @@ def connect(
     deadline = time.monotonic() + seconds
     name = f"{image.socket} export {image.export!r}"
     while True:
+        server = _bound(image.socket)
         try:
-            return Link(_handshake(image, name, contexts, deadline, is_wanted), name, tuning)
+            handle = _handshake(image, name, contexts, deadline, is_wanted)
+            return Link(handle, name, server, tuning)
         except TryAgain as exc:
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{name}: the backlog of its socket is full") from exc
@@ -98,6 +101,15 @@ def connect(
             if time.monotonic() > deadline - seconds + _TURNED_AWAY_SECONDS:
                 raise
         time.sleep(_RETRY_SECONDS)
+
+
+def _bound(path: str) -> tuple[int, ...]:
+    """Return which socket that is: another server at the same path has another one."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _handshake(
@@ -158,9 +170,11 @@ def _translated(exc: Any, name: str) -> ImageServerError:
 class Link:
     """A connected export."""
 
-    def __init__(self, handle: Any, name: str, tuning: Tuning) -> None:
+    def __init__(self, handle: Any, name: str, server: tuple[int, ...], tuning: Tuning) -> None:
         self._handle = handle
         self.name = name
+        #: Which server it is: the same socket, as it was bound.
+        self.server = server
         self._stopped = False
         self.timeout = tuning.timeout
         self.depth = tuning.queue_depth

@@ -7,8 +7,6 @@ block is freed (mallopt(3), M_MMAP_THRESHOLD). So one request that is larger tha
 lets those come from the heap: of a GET of 1 MiB, qemu-nbd needs 0.4 ms of CPU then, not 0.9.
 """
 
-import os
-
 from imageserver.backends.nbd.link import Link, Stopped
 from imageserver.errors import BackendTimeout, ImageServerError
 
@@ -26,7 +24,7 @@ class Openings:
     def __init__(self) -> None:
         self._seen: set[tuple[int, ...]] = set()
 
-    def open(self, link: Link, socket: str, start: int, length: int) -> None:
+    def open(self, link: Link, start: int, length: int) -> None:
         """Read once, near ``start``, if the server is new.
 
         A read that fails says nothing about what the client wants.
@@ -36,8 +34,11 @@ class Openings:
             Stopped: nobody waits for the answer any more.
         """
         size = min(_CHUNKS * link.chunk, link.maximum, link.size) // link.align * link.align
-        if length <= _SMALL or size <= link.chunk or not self._is_new(socket):
+        if length <= _SMALL or size <= link.chunk or link.server in self._seen:
             return
+        if len(self._seen) >= _MOST:
+            self._seen.clear()
+        self._seen.add(link.server)
         first = min(start, link.size - size) // link.align * link.align
         try:
             link.wait(link.pread(memoryview(bytearray(size)), first))
@@ -45,16 +46,3 @@ class Openings:
             raise
         except ImageServerError:
             pass
-
-    def _is_new(self, socket: str) -> bool:
-        try:
-            found = os.stat(socket)
-        except OSError:
-            return False
-        server = (found.st_dev, found.st_ino, found.st_ctime_ns)
-        if server in self._seen:
-            return False
-        if len(self._seen) >= _MOST:
-            self._seen.clear()
-        self._seen.add(server)
-        return True

@@ -57,7 +57,7 @@ def _cut(link: Link, start: int, stop: int) -> Iterator[_Piece]:
 
 def _ring(link: Link, length: int) -> Ring:
     """Return as many buffers as ``length`` bytes can keep in flight."""
-    return Ring(min(link.depth, 2 + length // link.chunk), link.chunk, link.name)
+    return Ring(min(link.depth, 2 + length // link.chunk), link.chunk, (link.name, link.server))
 
 
 def _is_short(link: Link, length: int) -> bool:

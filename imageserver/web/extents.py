@@ -6,7 +6,8 @@ is put together by hand: the shape is fixed, and this is several times faster th
 dictionaries for an encoder.
 """
 
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 
 import falcon
 
@@ -22,6 +23,8 @@ from imageserver.web.visiting import open_session
 
 _CONTEXTS = {"zero": sessions.EXTENTS, "dirty": sessions.DIRTY_EXTENTS}
 _BOOL = ("false", "true")
+#: How long nothing is written at most while extents are asked for, in seconds.
+_QUIET_SECONDS = 1.0
 
 
 class ExtentsResource:
@@ -55,14 +58,23 @@ class ExtentsResource:
         resp.stream = body
 
 
-def encode(batches: Iterator[list[Extent]], *, dirty: bool) -> Generator[bytes]:
-    """Write batches of extents as one JSON list."""
+def encode(
+    batches: Iterator[list[Extent]], *, dirty: bool, clock: Callable[[], float] = time.monotonic
+) -> Generator[bytes]:
+    """Write batches of extents as one JSON list.
+
+    Of a long walk that finds nothing new, white space is written: JSON has room for it, and a
+    client that has gone is noticed by it alone, and would keep the image until the end.
+    """
     write = _with_dirty if dirty else _without_dirty
-    opening = "["
+    opening, told = "[", clock()
     for batch in batches:
         if batch:
             yield (opening + ",".join(write(batch))).encode()
-            opening = ","
+            opening, told = ",", clock()
+        elif clock() - told >= _QUIET_SECONDS:
+            yield b" "
+            told = clock()
     yield b"[]" if opening == "[" else b"]"
 
 

@@ -21,6 +21,7 @@ from tests.system.harness import (
     qemu_io,
     qemu_nbd,
     repeatable,
+    wait_until,
 )
 
 K, M, G, T = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -295,3 +296,14 @@ def test_extents_can_be_asked_for_again_at_once_on_one_connection(server: Server
     with contextlib.closing(server.connect()) as connection:
         answers = [exchange(connection, "GET", path + "/extents/") for _ in range(50)]
     assert {(answer.status, answer.body) for answer in answers} == {(200, answers[0].body)}
+
+
+def test_a_client_that_has_gone_keeps_the_image_no_longer(server: Server, workplace: Path):
+    """A walk of 256 steps, a tenth of a second each, that finds nothing to write."""
+    options = ("--filter=delay", "memory", "size=1T", "delay-extents=100ms")
+    with nbdkit(workplace / "slow.sock", *options) as sock:
+        path = server.add("slow", socket=str(sock))
+        client = server.raw(f"GET {path}/extents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        wait_until(lambda: server.request("POST", f"{path}/flush").status == 409)
+        client.close()
+        wait_until(lambda: server.request("POST", f"{path}/flush").status == 200, 8)

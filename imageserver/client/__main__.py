@@ -16,7 +16,8 @@ def main() -> int:
         if exc.name is None or exc.name.partition(".")[0] not in {"click", "rich", "urllib3"}:
             raise
         print(  # noqa: T201 - its answer
-            f'imagectl: {exc.name} is missing; install it with: pip install "imageserver[client]"',
+            f"imagectl: {exc.name} is missing; in imageserver's source, pip install '.[client]' "
+            "or scripts/install --with-client brings it.",
             file=sys.stderr,
         )
         return 5

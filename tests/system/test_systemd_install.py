@@ -5,6 +5,7 @@ All in one booted machine, in this order: the service runs until it is removed.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.system.booted import Machine, boot
+from tests.system.harness import repeatable
 from tests.system.service import ACTIVE, INSTALL, UNIT, WHEELS, Service, another_source
 from tests.system.skips import needs
 
 pytestmark = needs("booting")
 
+DATA = repeatable("install").randbytes(1 << 20)
 #: Every place where scripts/install puts something.
 WHERE = [
     "/opt/imageserver",
@@ -27,6 +30,11 @@ WHERE = [
     "/usr/local/lib/tmpfiles.d/imageserver.conf",
     "/run/imageserver-install.lock",
 ]
+#: What installs in the machine, which asks no package index.
+WITH_CLIENT = [INSTALL, "--with-client", "--wheels", WHEELS]
+#: As docs/operations.md and docs/imagectl.md say where it is; anybody may use it.
+IMAGECTL = ["/opt/imageserver/current/bin/imagectl"]
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,7 @@ def machine() -> Iterator[Machine]:
 def service(machine: Machine, workplace: Path) -> Service:
     """The service, installed by somebody with a strict umask, with edited settings, running."""
     service = Service(workplace, machine)
-    machine.run("sh", "-c", f"umask 077 && {INSTALL} --wheels {WHEELS}")
+    machine.run("sh", "-c", 'umask 077 && "$@"', "sh", *WITH_CLIENT)
     with machine.path("/etc/imageserver/imageserver.env").open("a") as file:
         file.write(f"IMAGESERVER_BIND=127.0.0.1:{service.port}\n")
         file.write("IMAGESERVER_ADMIN_BIND=none\nIMAGESERVER_WORKERS=1\n")
@@ -53,12 +61,46 @@ def releases(machine: Machine) -> list[str]:
     return [*found, os.readlink(machine.path("/opt/imageserver/current")).rpartition("/")[2]]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--wheels"], "--wheels wants a DIR."),
+        (["--with-client", "--download"], "--download wants a DIR."),
+        (["--wheels", "/", "--uninstall"], "--wheels --uninstall exclude each other."),
+        (["--wheels", "/", "more"], "unknown option more; "),
+    ],
+    ids=["no wheels", "nowhere to download to", "two ways", "unknown"],
+)
+def test_words_that_make_no_sense_install_nothing(
+    machine: Machine, words: list[str], said: str
+) -> None:
+    done = machine.try_run(INSTALL, *words)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"install: {said}")
+    assert [path for path in WHERE if machine.path(path).exists()] == []
+
+
 def test_the_umask_of_who_installs_hides_nothing_from_the_service(service: Service) -> None:
     public = [*WHERE[3:6], *(f"/opt/imageserver/{path}" for path in ("releases", "releases/1"))]
     modes = [service.machine.path(path).stat().st_mode for path in public]
     hidden = [path for path, mode in zip(public, modes, strict=True) if not mode & 0o004]
 
     assert hidden == []
+
+
+def test_anybody_can_download_with_the_client_that_was_asked_for(service: Service) -> None:
+    machine = service.machine
+    machine.path("/srv/image.raw").write_bytes(DATA)
+    machine.run("install", "-d", "-o", "65534", "/srv/copies")
+    image = service.add("image", backend="file", file="/srv/image.raw")
+    url, copy = f"http://127.0.0.1:{service.port}{image}", "/srv/copies/image.raw"
+    version = machine.run(*NOBODY, *IMAGECTL, "--version")
+    said = machine.run(*NOBODY, *IMAGECTL, "download", "--verify", url, copy)
+
+    assert re.fullmatch(r"imagectl, version [0-9.]+\n", version)
+    assert re.fullmatch(rf"{copy}: 1 MiB, of which 1 MiB data; .*, verified\n", said)
+    assert machine.path(copy).read_bytes() == DATA
 
 
 def test_an_upgrade_that_does_not_start_leaves_all_as_it_was(service: Service) -> None:
@@ -90,19 +132,33 @@ def test_a_stopped_service_keeps_its_release_and_interrupted_installs_leave_none
     for number in (7, 8, 9):
         machine.run("mkdir", f"/opt/imageserver/releases/{number}")
     machine.run("touch", *(f"/opt/imageserver/releases/{number}/.stamp" for number in (7, 8)))
-    said = machine.run(INSTALL, "--wheels", WHEELS).splitlines()
+    said = machine.run(*WITH_CLIENT).splitlines()
 
     assert said[0] == "install: /opt/imageserver/releases/1 is this version already."
     assert releases(machine) == ["1", "7", "8", "1"]
 
     shutil.rmtree(machine.path("/opt/imageserver/releases/1/bin"))
-    said = machine.run(INSTALL, "--wheels", WHEELS).splitlines()
+    said = machine.run(*WITH_CLIENT).splitlines()
     assert said[:2] == [
         "install: /opt/imageserver/releases/1 is this version, but does not load.",
         "install: made /opt/imageserver/releases/9.",
     ]
     assert releases(machine) == ["8", "9", "9"]
     machine.run("systemctl", "start", "imageserver")
+
+
+def test_an_install_without_the_client_says_that_it_is_gone_and_so_does_imagectl(
+    service: Service,
+) -> None:
+    machine = service.machine
+    said = machine.run(INSTALL, "--wheels", WHEELS).splitlines()
+    done = machine.try_run(*NOBODY, *IMAGECTL, "--version")
+
+    assert said[0] == "install: made /opt/imageserver/releases/10."
+    assert said[-1] == "install: imagectl is left out; scripts/install --with-client brings it."
+    sentence = r"imagectl: (click|rich|urllib3) is missing; .*scripts/install --with-client.*\.\n"
+    assert (done.returncode, done.stdout) == (5, "")
+    assert re.fullmatch(sentence, done.stderr)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from imageserver.client.errors import ClientError, LocalFailure
 
 #: What a host's name or address has none of: blanks, controls, and what ends it in a URL.
 _HOST = re.compile(r"[^\s\x00-\x20\x7f\\<>\"^`{|}]+")
+#: As in ``[SSL: NO_SUCH] no such thing (_ssl.c:42)``.
+_OPENSSL = re.compile(r"^\[[^]]*\] | \(_ssl\.c:[0-9]+\)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +74,18 @@ def tls_context(access: Access) -> ssl.SSLContext:
     """Return what checks the server's certificate, and has ours to show."""
     try:
         context = ssl.create_default_context(cafile=access.cacert)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if access.cert:
+    except OSError as exc:  # ssl's are such
+        raise LocalFailure(f"cannot use the CA in {access.cacert}: {tls_reason(exc)}") from exc
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if access.cert:
+        try:
             context.load_cert_chain(access.cert, access.key)
-    except (OSError, ssl.SSLError) as exc:
-        files = ", ".join(name for name in (access.cacert, access.cert, access.key) if name)
-        raise LocalFailure(f"cannot use the certificates in {files}: {exc}") from exc
+        except OSError as exc:
+            files = f"{access.cert}, its key in {access.key or 'the same file'}"
+            raise LocalFailure(f"cannot use the certificate in {files}: {tls_reason(exc)}") from exc
     return context
+
+
+def tls_reason(exc: OSError) -> str:
+    """Return an error's words without the names that OpenSSL and Python's C code have for it."""
+    return _OPENSSL.sub("", exc.strerror or str(exc))

@@ -3,9 +3,10 @@
 
 Patience counts from the last progress of any connection, or from a connection's own first
 failure since, whichever is later: a busy server that still moves bytes is not given up. The
-jitter spreads many clients of one server out.
+jitter spreads many clients of one server out. Who waits is told why, once until something moves.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -18,7 +19,11 @@ _FIRST_SECONDS = 0.1
 #: Longest wait between two tries, in seconds: a server that came back is noticed soon.
 _LONGEST_SECONDS = 5.0
 
+#: How long nothing has moved when it is told why, in seconds.
+_TELL_SECONDS = 3.0
+
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 def wait_seconds(failures: int, retry_after: float | None, chance: float) -> float:
@@ -50,10 +55,12 @@ class Patience:
     ) -> None:
         self._seconds, self._clock, self._chance = seconds, clock, chance
         self._moved = clock()
+        self._told = False
 
     def progress(self) -> None:
         """Note that something moved."""
         self._moved = self._clock()
+        self._told = False
 
     def after(self, failures: Failures, error: Transient) -> float:
         """Count a failure; return how long to wait, in seconds.
@@ -68,6 +75,9 @@ class Patience:
         left = max(failures.since, self._moved) + self._seconds - now
         if left <= 0:
             raise error
+        if not self._told and now - self._moved >= _TELL_SECONDS:
+            self._told = True
+            _log.warning("imagectl: %s; trying again for %.0f s", error, left)
         return min(wait_seconds(failures.count, error.wait, self._chance()), left)
 
 

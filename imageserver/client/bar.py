@@ -20,6 +20,9 @@ from rich.text import Text
 
 from imageserver.client.units import rate_text
 
+#: Columns of a terminal on which amounts leave room for a bar, and do not wrap.
+_WIDE = 72
+
 
 class _RateColumn(ProgressColumn):
     """The rate in the units of everything else; rich's own counts in thousands."""
@@ -33,23 +36,26 @@ class Bar:
     """A bar with rate and remaining time."""
 
     def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        amounts = [DownloadColumn(binary_units=True), _RateColumn()]
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            DownloadColumn(binary_units=True),
-            _RateColumn(),
+            *(amounts if console.width >= _WIDE else []),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=console or Console(stderr=True),
+            console=console,
             expand=True,
         )
         self._task: TaskID | None = None
         self._before = 0
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Show a new bar."""
+        """Show a new bar, if there is anything to move."""
         self._before = done
-        self._task = self._progress.add_task(what, total=total, completed=done)
+        self._task = None
+        if total:
+            self._task = self._progress.add_task(what, total=total, completed=done)
 
     def moved(self, count: int) -> None:
         """Move the bar."""

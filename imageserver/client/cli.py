@@ -9,12 +9,13 @@ import contextlib
 import functools
 import importlib
 import io
+import logging
 import math
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -46,13 +47,15 @@ class Options:
     cert: str | None
     key: str | None
     unix_socket: str | None
-    timeout_seconds: float
-    patience_seconds: float
-    quiet: bool
     json: bool
+    timeout_seconds: float = 60.0
+    patience_seconds: float = 60.0
+    quiet: bool = False
 
     def access(self, url: str) -> Access:
         """Return how to reach a URL with these options."""
+        if self.key and not self.cert:
+            raise click.UsageError("--key goes with --cert.")
         return Access(url, self.cacert, self.cert, self.key, self.unix_socket, self.timeout_seconds)
 
     def remote(self, url: str, connections: int = 8) -> Remote:
@@ -60,22 +63,36 @@ class Options:
         return Remote(self.access(url), connections)
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every command has; the command gets them as ``options``."""
+def common_options(
+    *, without: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of every command, but for what means nothing to this one.
 
-    @functools.wraps(command)
-    def called(**given: Any) -> Any:  # noqa: ANN401 - click's
-        del given["debug"]  # main's: it looks before the command line is parsed
-        names = Options.__slots__
-        return command(options=Options(**{name: given.pop(name) for name in names}), **given)
+    The command gets them as ``options``.
+    """
 
-    for option in reversed(_COMMON):
-        called = option(called)
-    return called
+    def add_to(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def called(**given: Any) -> Any:  # noqa: ANN401 - click's
+            del given["debug"]  # main's: it looks before the command line is parsed
+            names = [name for name in Options.__slots__ if name not in without]
+            options = Options(**{name: given.pop(name) for name in names})
+            if options.quiet:
+                logging.getLogger("imageserver.client").setLevel(logging.ERROR)
+            return command(options=options, **given)
+
+        for name, option in reversed(_COMMON.items()):
+            if name not in without:
+                called = option(called)
+        return called
+
+    return add_to
 
 
 class _Seconds(click.FloatRange):
     """A number of seconds; ``nan``, which is in no range and outside none, is refused."""
+
+    name = "number of seconds"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -89,31 +106,35 @@ class _Seconds(click.FloatRange):
 #: The longest that a socket can be told to wait is some 24 days.
 _MAX_TIMEOUT = 1_000_000
 _PATH = click.Path(dir_okay=False)
-_COMMON = (
-    click.option("--cacert", type=_PATH, help="Trust these CA certificates (PEM)."),
-    click.option("--cert", type=_PATH, help="Show this client certificate (PEM)."),
-    click.option("--key", type=_PATH, help="Its private key, if in a file of its own."),
-    click.option("--unix-socket", metavar="PATH", help="Connect here (@NAME: abstract)."),
-    click.option(
+_COMMON = {
+    "cacert": click.option("--cacert", type=_PATH, help="Trust these CA certificates (PEM)."),
+    "cert": click.option("--cert", type=_PATH, help="Show this client certificate (PEM)."),
+    "key": click.option("--key", type=_PATH, help="Its private key, if in a file of its own."),
+    "unix_socket": click.option(
+        "--unix-socket", metavar="PATH", help="Connect here (@NAME: abstract)."
+    ),
+    "timeout_seconds": click.option(
         "--timeout",
         "timeout_seconds",
+        metavar="SECONDS",
         type=_Seconds(min=0.1, max=_MAX_TIMEOUT),
         default=60.0,
         show_default=True,
-        help="Seconds that the server may be silent.",
+        help="How long the server may be silent.",
     ),
-    click.option(
+    "patience_seconds": click.option(
         "--patience",
         "patience_seconds",
+        metavar="SECONDS",
         type=_Seconds(min=0),
         default=60.0,
         show_default=True,
-        help="Seconds without progress that are spent on trying again.",
+        help="How long to try again without progress.",
     ),
-    click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors."),
-    click.option("--json", is_flag=True, help="Write the result as JSON."),
-    click.option("--debug", is_flag=True, help="Show tracebacks."),
-)
+    "quiet": click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors."),
+    "json": click.option("--json", is_flag=True, help="Write the result as JSON."),
+    "debug": click.option("--debug", is_flag=True, help="Show tracebacks."),
+}
 
 
 class _Commands(click.Group):
@@ -130,6 +151,15 @@ class _Commands(click.Group):
         except ModuleNotFoundError:
             return None
         return getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_command", None)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; click itself would begin a line, for what is no terminal, too."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as exc:
+            if sys.stderr.isatty():
+                click.echo(err=True)  # after ^C
+            raise Interrupted("interrupted.") from exc
 
 
 _EPILOG = """\b

@@ -2,7 +2,6 @@
 """``imagectl check``: whether a server does what it announces."""
 
 import json
-import sys
 from collections.abc import Iterable
 
 import click
@@ -14,6 +13,7 @@ from imageserver.client.checks_read import CHECKS
 from imageserver.client.checks_write import WRITE_CHECKS
 from imageserver.client.cli import Options, common_options
 from imageserver.client.errors import Different
+from imageserver.client.terminal import speaks_utf8
 
 #: Sign, in ASCII too, and style.
 _SIGNS = {
@@ -31,7 +31,7 @@ _SIGNS = {
     is_flag=True,
     help="Also write: bytes just read, zeros where zeros are. Nobody else should write meanwhile.",
 )
-@common_options
+@common_options()
 def check_command(*, url: str, write: bool, options: Options) -> None:
     """Try every feature that a server announces, and say what holds."""
     subject = Subject(options.access(url), options.patience_seconds)
@@ -54,7 +54,7 @@ def _failed(found: Iterable[Finding]) -> list[str]:
 def _told(found: Iterable[Finding]) -> Iterable[Finding]:
     """Show findings as they come, and their number at the end."""
     console = Console(highlight=False, soft_wrap=True)
-    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    utf8 = speaks_utf8()
     counts = dict.fromkeys(Verdict, 0)
     for one in found:
         sign, plain, style = _SIGNS[one.verdict]

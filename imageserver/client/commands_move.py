@@ -17,13 +17,14 @@ from imageserver.client.units import rate_text, size_text
 _FORMAT = click.Choice(["raw", "qcow2"])
 #: More connections than any server has readers for.
 _CONNECTIONS = click.IntRange(1, 64)
+_MOST = "Connections to use; default: 4, fewer to this machine."
 
 
 @click.command()
 @click.argument("url")
 @click.argument("file", type=click.Path())
 @click.option("--format", type=_FORMAT, default="raw", show_default=True, help="Format of FILE.")
-@click.option("--connections", "-n", type=_CONNECTIONS, help="At most; default: 4, fewer locally.")
+@click.option("--connections", "-n", type=_CONNECTIONS, metavar="N", help=_MOST)
 @click.option("--incremental", is_flag=True, help="Fetch only what has changed, into FILE.")
 @click.option(
     "--base",
@@ -34,9 +35,11 @@ _CONNECTIONS = click.IntRange(1, 64)
 @click.option("--verify", is_flag=True, help="Read FILE back: is it what came?")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--restart", is_flag=True, help="Begin anew what was interrupted.")
-@common_options
+@common_options()
 def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 - click's
     """Download the image at URL into FILE, holes as holes."""
+    if given["file"] == "-":
+        raise click.UsageError("a pipe has no holes: name a FILE (a file called -: ./-).")
     if given["base"]:
         if not given["incremental"]:
             raise click.UsageError("--base goes with --incremental.")
@@ -52,9 +55,10 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
     elif not options.quiet:
         resumed = f", {size_text(result.resumed)} were there already" if result.resumed else ""
         verified = ", verified" if result.verified else ""
+        kind = "changed data" if wanted.incremental else "data"
         click.echo(
-            f"{wanted.file}: {size_text(result.size)}, of which {size_text(result.data)} data"
-            f"{resumed}; {_pace(result.moved, result.seconds)}{verified}"
+            f"{wanted.file}: {size_text(result.size)}, of which {size_text(result.data)} "
+            f"{kind}{resumed}; {_pace(result.moved, result.seconds)}{verified}"
         )
 
 
@@ -62,14 +66,14 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.argument("url")
 @click.option("--format", type=_FORMAT, help="Format of FILE; default: raw.")
-@click.option("--connections", "-n", type=_CONNECTIONS, help="At most; default: 4, fewer locally.")
+@click.option("--connections", "-n", type=_CONNECTIONS, metavar="N", help=_MOST)
 @click.option("--backing", is_flag=True, help="Upload what a qcow2 FILE is based on, too.")
 @click.option("--pad", is_flag=True, help="FILE may be smaller: the rest becomes zeros.")
 @click.option("--verify", is_flag=True, help="Read the image back and compare.")
 @click.option(
     "--no-flush", "flush", flag_value=False, default=True, help="Do not wait for stable storage."
 )
-@common_options
+@common_options()
 def upload(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 - click's
     """Make the image at URL what FILE is, holes as zeros."""
     wanted = uploading.Wanted(patience_seconds=options.patience_seconds, **given)

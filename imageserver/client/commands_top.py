@@ -25,8 +25,9 @@ from rich.text import Text
 
 from imageserver.client.access import Access
 from imageserver.client.cli import Options, common_options
-from imageserver.client.errors import Transient
+from imageserver.client.errors import Refused, Transient
 from imageserver.client.table import Running, Status, bar, parse_status, with_rates, workers_line
+from imageserver.client.terminal import is_dumb, speaks_utf8
 from imageserver.client.transport import Transport
 from imageserver.client.units import rate_text, size_text, time_text
 
@@ -45,26 +46,29 @@ _MAX_STATUS = 64 << 20
 @click.option(
     "--interval",
     type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
     default=1.0,
     show_default=True,
-    help="Seconds between two looks.",
+    help="Time between two looks.",
 )
 @click.option("--once", is_flag=True, help="Look once; rates are means.")
 @click.option("--ascii", "plain", is_flag=True, help="Draw with ASCII characters only.")
-@common_options
+@common_options(without=["timeout_seconds", "patience_seconds", "quiet"])
 def top_command(
     *, admin_url: str, interval: float, once: bool, plain: bool, options: Options
 ) -> None:
-    """Show running transfers: ADMIN_URL is http://HOST:PORT or unix:/PATH."""
-    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    """Show what runs on a server now.
+
+    ADMIN_URL is an address of its admin listener: http://HOST:PORT or unix:/PATH.
+    """
     with closing(_Admin(admin_url, options)) as admin, suppress(KeyboardInterrupt):
-        show = _Shown(admin.name, plain=plain or not utf8)
+        show = _Shown(admin.name, plain=plain or not speaks_utf8())
         polls = _polls(admin, admin.status())  # what fails now is a wrong address
         if once:
             polls, interval = islice(polls, 1), 0.0
         if options.json:
             _write_json(polls, interval)
-        elif once or not show.console.is_terminal:
+        elif once or not show.console.is_terminal or is_dumb():
             _print(polls, interval, show)
         else:
             _watch(polls, interval, show)
@@ -81,7 +85,10 @@ class _Admin:
         self.name = self._transport.name
 
     def status(self) -> Status:
-        response = self._transport.request("GET", self._target)
+        try:
+            response = self._transport.request("GET", self._target)
+        except Refused as exc:
+            raise Refused(f"{exc} (is this the admin listener?)", exc.code) from exc
         with self._transport.translated():
             text = response.read(_MAX_STATUS)
             response.drain_conn()
@@ -100,8 +107,7 @@ def _access(url: str, options: Options) -> Access:
     sock = options.unix_socket
     if url.startswith("unix:"):
         url, sock = "http://localhost", url.removeprefix("unix:")
-    silence = min(options.timeout_seconds, _SILENCE)
-    return Access(url, options.cacert, options.cert, options.key, sock, silence)
+    return Access(url, options.cacert, options.cert, options.key, sock, _SILENCE)
 
 
 def _polls(admin: _Admin, first: Status) -> Iterator[tuple[Status, str]]:

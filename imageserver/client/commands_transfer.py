@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imageserver.client.access import Access
 from imageserver.client.control import Directory, Socket
+from imageserver.client.terminal import write
 from imageserver.transfers import (
     FileImage,
     InvalidTransfer,
@@ -30,7 +32,10 @@ _WIDTH = 10_000
 
 @click.group("transfer")
 def transfer_command() -> None:
-    """Make images known to a server, or unknown again: by its control socket or directory."""
+    """Make images known to a server, or unknown again.
+
+    Through its control socket, or as files in its config directory.
+    """
 
 
 def _place_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,8 +53,7 @@ _PLACE = (
     click.option(
         "--config-dir",
         type=click.Path(file_okay=False),
-        help="Its config directory, where a transfer is a file; the variable counts where no "
-        "control socket is said.  [env var: IMAGESERVER_CONFIG_DIR]",
+        help="Or its directory of transfer files.  [env var: IMAGESERVER_CONFIG_DIR]",
     ),
     click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
 )
@@ -77,7 +81,7 @@ def _absolute(_context: click.Context, _option: click.Parameter, path: str | Non
 @click.option("--nbd", metavar="SOCKET", callback=_absolute, help="Unix socket of an NBD server.")
 @click.option("--export", default="", metavar="NAME", help="Its export; default: the empty name.")
 @click.option("--bitmap", metavar="NAME", help="The export's dirty bitmap.")
-@click.option("--file", metavar="PATH", callback=_absolute, help="A file or block device instead.")
+@click.option("--file", metavar="PATH", callback=_absolute, help="Instead: a file or block device.")
 @click.option("--read-only", is_flag=True, help="Forbid every change.")
 @click.option("--idle-timeout", type=int, metavar="SECONDS", help="It expires when unused so long.")
 @click.option("--id", "transfer_id", help="Its id; default: a random UUID.")
@@ -98,7 +102,10 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     config_dir: str | None,
     as_json: bool,
 ) -> None:
-    """Make an image known, and print its id: whoever knows that may use the image."""
+    """Make an image known, and print its id.
+
+    Whoever knows the id may use the image.
+    """
     if bool(nbd) == bool(file):
         raise click.UsageError("name the image: either --nbd SOCKET or --file PATH.")
     if file and (export or bitmap):
@@ -107,18 +114,16 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     if nbd:
         fields = {"backend": "nbd", "socket": nbd, "export": export, "export_bitmap": bitmap}
     fields |= {"read_only": read_only, "idle_timeout_seconds": idle_timeout}
+    where = Access(f"{url.rstrip('/')}/images/") if url else None  # a wrong one adds nothing
     try:
         transfer = transfer_from_fields(_id(transfer_id or str(uuid.uuid4())), fields)
     except InvalidTransfer as exc:
         raise click.UsageError(f"no server would take this: {exc}.") from exc
     _place(control_socket, config_dir).add(transfer)
-    where = f"{url.rstrip('/')}/images/{quote(transfer.id, safe='')}" if url else None
-    if as_json:
-        click.echo(json.dumps({"id": transfer.id} | ({"url": where} if where else {})))
-    else:
-        click.echo(transfer.id)
-        if where:
-            click.echo(where)
+    told = {"id": transfer.id}
+    if where:
+        told["url"] = where.url + quote(transfer.id, safe="")
+    click.echo(json.dumps(told) if as_json else "\n".join(told.values()))
 
 
 def _id(text: str) -> str:
@@ -154,7 +159,7 @@ def remove_command(
 @_place_options
 @_JSON
 def list_command(*, control_socket: str | None, config_dir: str | None, as_json: bool) -> None:
-    """List what is registered, or what files say."""
+    """List images that are known: registered, or as files say."""
     transfers = _place(control_socket, config_dir).list()
     if as_json:
         shown = [{"id": each.id, "config": to_fields(each)} for each in transfers]
@@ -166,7 +171,7 @@ def list_command(*, control_socket: str | None, config_dir: str | None, as_json:
     for transfer in transfers:
         table.add_row(*map(Text, _row(transfer)))
     # As wide as it is: half an id is of no use.
-    Console(highlight=False, width=_WIDTH).print(table)
+    write(Console(highlight=False, width=_WIDTH), table)
 
 
 def _row(transfer: Transfer) -> tuple[str, str, str, str, str]:

@@ -34,6 +34,7 @@ from imageserver.client.picture import (
 )
 from imageserver.client.remote import Remote
 from imageserver.client.svg import drawing
+from imageserver.client.terminal import speaks_utf8, write
 from imageserver.client.units import share_text, size_text
 from imageserver.extents import Extent
 
@@ -68,7 +69,7 @@ _PLAIN_KINDS = (Kind.DATA, Kind.ZERO)
 @click.option("--ascii", "plain", is_flag=True, help="Draw with ASCII characters only.")
 @click.option("--svg", type=click.Path(dir_okay=False), help="Draw into this file instead.")
 @click.option("--title", default="disk image", show_default=True, help="What a drawing is called.")
-@common_options
+@common_options(without=["quiet"])
 def map_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     url: str,
     context: str,
@@ -183,8 +184,7 @@ class _Sheet:
         room = self.console.width - _SCALE
         self.columns = max(room // _STEP * _STEP, min(room, _STEP))
         self.rows = rows
-        utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-        self.glyphs = BLOCKS if utf8 and not plain else ASCII
+        self.glyphs = BLOCKS if speaks_utf8() and not plain else ASCII
 
     def rows_for(self, size: int) -> int:
         most = max(2, min(_MOST_ROWS, self.console.height - _OTHER_LINES))
@@ -202,7 +202,10 @@ def _show(size: int, context: str, extents: Iterable[Extent], sheet: _Sheet) -> 
     if len(canvas):
         out.print(f"\n{'':{_SCALE}}one character is {size_text(size / len(canvas))}\n")
     legend = Console(highlight=False, width=_LEGEND_WIDTH)
-    legend.print(_legend(canvas, names, sheet.glyphs))
+    table = _legend(canvas, names, sheet.glyphs, parts=True)
+    if legend.measure(table).maximum > Console().width:  # the terminal's, whatever --width says
+        table = _legend(canvas, names, sheet.glyphs, parts=False)
+    write(legend, table)
     if context == "dirty" and not any(canvas.totals()[:2]) and size:
         out.print("\nAll of it counts as dirty: there is no bitmap, or everything has changed.")
 
@@ -217,13 +220,13 @@ def _drawn(row: Iterable[Cell], glyphs: Glyphs) -> Text:
     return drawn
 
 
-def _legend(canvas: Canvas, names: dict[Kind, str], glyphs: Glyphs) -> Table:
+def _legend(canvas: Canvas, names: dict[Kind, str], glyphs: Glyphs, *, parts: bool) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for justify in ("left", "left", "right", "right", "left"):
         table.add_column(justify=justify, no_wrap=True)
     totals = canvas.totals()
     for kind, name in names.items():
-        part = glyphs.part(kind)
+        part = glyphs.part(kind) if parts else ""
         table.add_row(
             Text(glyphs.levels[kind][-1], _STYLES[kind]),
             name,
@@ -240,7 +243,7 @@ def _legend(canvas: Canvas, names: dict[Kind, str], glyphs: Glyphs) -> Table:
 @click.command("info")
 @click.argument("url")
 @click.option("--extents", is_flag=True, help="Add up how much is data: takes the image's lock.")
-@common_options
+@common_options(without=["quiet"])
 def info_command(url: str, extents: bool, options: Options) -> None:  # noqa: FBT001 - click's
     """Show an image's size, and what its server can do with it."""
     with closing(options.remote(url)) as remote:
@@ -279,7 +282,7 @@ def _tell(facts: dict[str, Any]) -> None:
         for name in ("data", "zero"):
             share = share_text(found[name], size)
             table.add_row(name, f"{size_text(found[name])}, {share}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    write(Console(highlight=False, soft_wrap=True), table)
 
 
 def _limit(most: int) -> str:

@@ -16,8 +16,7 @@ from urllib3 import exceptions
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from imageserver.client.access import Access, tls_context
-from imageserver.client.errors import LocalFailure
+from imageserver.client.access import Access, BadUrl, tls_context
 
 
 class Sockets:
@@ -105,7 +104,7 @@ def make_pool(access: Access, connections: int, sockets: Sockets) -> HTTPConnect
     members: dict[str, object] = {"sockets": sockets}
     if parts.scheme == "https":
         if access.unix_socket:
-            raise LocalFailure("a Unix socket is spoken to without TLS: use an http:// URL")
+            raise BadUrl("a Unix socket is spoken to without TLS: use an http:// URL")
         pool: HTTPConnectionPool = HTTPSConnectionPool(
             host, port, timeout=timeout, maxsize=connections, ssl_context=tls_context(access)
         )

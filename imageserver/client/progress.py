@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Protocol, Self
 
+from imageserver.client.terminal import is_dumb
 from imageserver.client.units import rate_text, size_text
 
 #: How often a plain line is written, in seconds.
@@ -93,7 +94,7 @@ def watcher(*, quiet: bool) -> contextlib.AbstractContextManager[Watcher]:
     """Return what fits where stderr goes."""
     if quiet or sys.stderr is None:  # closed before the start
         return Silent()
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or is_dumb():
         return Lines()
     from imageserver.client.bar import Bar  # noqa: PLC0415 - rich costs what the rest does
 

@@ -85,7 +85,12 @@ class Remote:
 
     def abilities(self) -> Abilities:
         """Ask what the image can do (OPTIONS)."""
-        response = self._transport.request("OPTIONS", self._target, expected=(200, 204))
+        try:
+            response = self._transport.request("OPTIONS", self._target, expected=(200, 204))
+        except Refused as exc:
+            if "/images/" in self._target:
+                raise
+            raise Refused(f"{exc} (an image's URL ends in /images/ID)", exc.code) from exc
         allow = response.headers.get("Allow") or response.headers.get(
             "Access-Control-Allow-Methods", ""
         )

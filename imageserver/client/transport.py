@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import urllib3
 from urllib3 import exceptions
 
-from imageserver.client.access import Access
+from imageserver.client.access import Access, tls_reason
 from imageserver.client.connections import Reply, Sockets, make_pool
 from imageserver.client.errors import (
     Broken,
@@ -104,6 +104,8 @@ class Transport:
                 raise Failed(f"no TLS with {self.name}: {_reason(exc)}") from exc
             raise Broken(f"the TLS connection to {self.name} broke: {_reason(exc)}") from exc
         except (exceptions.ReadTimeoutError, TimeoutError) as exc:
+            if "handshake" in str(exc.__cause__):
+                raise Broken(f"{self.name} does not answer in TLS") from exc
             raise Broken(f"{self.name} was silent for too long") from exc
         except (exceptions.HTTPError, OSError) as exc:
             raise Broken(f"the connection to {self.name} broke: {_reason(exc)}") from exc
@@ -171,5 +173,5 @@ def _reason(exc: BaseException) -> str:
             break
         exc = inner
     if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror
+        return tls_reason(exc)
     return str(exc).rpartition("Failed to establish a new connection: ")[2] or type(exc).__name__

@@ -73,3 +73,19 @@ def test_only_what_may_help_is_tried_again(patience: Patience):
 
     with pytest.raises(Unreachable):
         patiently(ask, patience, Busy)
+
+
+def test_who_waits_is_told_why_once_until_something_moves(patience, clock, caplog):
+    def fail(after: float) -> None:
+        clock.now += after
+        patience.after(failures, Busy("busy"))
+
+    failures = Failures()
+    for seconds in (1, 1, 1, 1):
+        fail(seconds)
+    assert caplog.messages == ["imagectl: busy; trying again for 58 s"]
+    patience.progress()
+    failures = Failures()
+    for seconds in (1, 1, 2):
+        fail(seconds)
+    assert caplog.messages[1:] == ["imagectl: busy; trying again for 57 s"]

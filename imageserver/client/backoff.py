@@ -75,7 +75,7 @@ class Patience:
         left = max(failures.since, self._moved) + self._seconds - now
         if left <= 0:
             raise error
-        if not self._told and now - self._moved >= _TELL_SECONDS:
+        if not self._told and now - self._moved >= _TELL_SECONDS and left >= 1:
             self._told = True
             _log.warning("imagectl: %s; trying again for %.0f s", error, left)
         return min(wait_seconds(failures.count, error.wait, self._chance()), left)

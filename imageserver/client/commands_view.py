@@ -81,6 +81,8 @@ def map_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     options: Options,
 ) -> None:
     """Show where an image's data is."""
+    if svg and options.json:
+        raise click.UsageError("--svg and --json exclude each other.")
     with closing(options.remote(url)) as remote:
         patience = options.patience_seconds
         if not answered(remote.abilities, patience).has("extents"):

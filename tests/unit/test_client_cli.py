@@ -42,9 +42,10 @@ def test_every_help_fits_80_columns_and_is_whole():
         (["download", IMAGE, "-"], "a pipe has no holes: name a FILE (a file called -: ./-)."),
         (["info", IMAGE, "--key", "k"], "--key goes with --cert."),
         (["info", IMAGE, "--timeout", "x"], "'x' is not a valid number of seconds."),
+        (["map", IMAGE, "--svg", "f", "--json"], "--svg and --json exclude each other."),
         (["map", IMAGE, "--quiet"], "No such option '--quiet'."),
     ],
-    ids=["a pipe", "a key alone", "no number", "silence that says nothing"],
+    ids=["a pipe", "a key alone", "no number", "two outputs", "silence that says nothing"],
 )
 def test_arguments_that_make_no_sense_are_told(words, sentence):
     done = CliRunner().invoke(imagectl, words)

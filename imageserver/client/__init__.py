@@ -8,7 +8,8 @@ The layers, from the top (imports only point down; ``pyproject.toml`` holds the 
                   movers, verify              the threads; do both sides hold the same?
     ends          remote, transport, probe    a server: the only user of urllib3
                   localfile, qcow2, resume    a raw file; a qcow2 one; what is done of it
-                  progress, svg, control      a terminal; a drawing; a control socket
+                  progress, terminal          a bar, or lines; what a terminal can show
+                  svg, control                a drawing; a control socket
     values        plan, backoff, picture,     rules; of no image, no clock of their own
                   table, units, errors
 

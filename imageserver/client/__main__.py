@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts ``imagectl``, or says what must be installed first: nothing else is imported before."""
 
+import importlib
+import importlib.util
 import os
 import sys
+
+#: Its series that is needed; the others may be older than pyproject.toml says.
+_URLLIB3 = 2
 
 
 def main() -> int:
@@ -10,19 +15,27 @@ def main() -> int:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr's
         os.set_inheritable(fd, True)  # noqa: FBT003 # closed: no file of ours may get its number
     os.close(fd)
-    try:
-        from imageserver.client import cli  # noqa: PLC0415 - may be missing what it needs
-    except ModuleNotFoundError as exc:
-        if exc.name is None or exc.name.partition(".")[0] not in {"click", "rich", "urllib3"}:
-            raise
+    if lack := _lack():
         print(  # noqa: T201 - its answer
-            f"imagectl: {exc.name} is missing; in imageserver's source, pip install '.[client]' "
+            f"imagectl: {lack}; in imageserver's source, pip install '.[client]' "
             "or scripts/install --with-client brings it.",
             file=sys.stderr,
         )
         return 5
+    from imageserver.client import cli  # noqa: PLC0415 - needs what there is by now
+
     cli.take_outputs()
     return cli.main()
+
+
+def _lack() -> str | None:
+    """Return what must be installed, if anything: a distribution may have some, or old ones."""
+    for name in ("click", "rich", "urllib3"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is missing"
+    version: str = importlib.import_module("urllib3").__version__
+    old = int(version.partition(".")[0]) < _URLLIB3
+    return f"urllib3 {version} is too old" if old else None
 
 
 if __name__ == "__main__":

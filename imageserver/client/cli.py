@@ -146,10 +146,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        try:
-            module = importlib.import_module(COMMANDS[cmd_name])
-        except ModuleNotFoundError:
-            return None
+        module = importlib.import_module(COMMANDS[cmd_name])
         return getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_command", None)
 
     def invoke(self, ctx: click.Context) -> object:

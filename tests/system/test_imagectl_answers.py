@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import repeatable
+from tests.system.harness import ROOT, repeatable
 from tests.system.moving import IMAGECTL, MIB, imagectl
 from tests.system.threads import serving
 
@@ -279,3 +279,10 @@ def test_help_lists_the_exit_statuses():
         "130",
         "141",
     ]
+
+
+def test_a_distributions_old_package_is_told_from_a_defect(tmp_path, monkeypatch):
+    (tmp_path / "urllib3.py").write_text("__version__ = '1.26.12'\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    said = imagectl("info", "http://x/", status=5).stderr
+    assert (said.count("\n"), said[:36]) == (1, "imagectl: urllib3 1.26.12 is too old")

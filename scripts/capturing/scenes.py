@@ -5,11 +5,13 @@ Ports differ from run to run: what is shown has the default ones.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from pathlib import Path
 from rich.text import Text
 from terminal import Program, program
 
-from tests.system.harness import Server, free_port, nbdkit, qemu_img, qemu_io, qemu_nbd
+from tests.system.harness import Server, free_port, nbdkit, qemu_img, qemu_io, qemu_nbd, wait_until
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT, _ADMIN_PORT = 54323, 54324
@@ -30,7 +32,7 @@ _FULL, _QUICK = (600 * _MIB, 6), (24 * _MIB, 1)
 _TOP_SECONDS = 8
 _MIDDLE_PERCENT = 55
 #: Operations that run while ``top`` is looked at.
-_TRANSFERS = 3
+_TRANSFERS, _READS = 3, 2
 #: What the small image holds, and what has changed since its bitmap was made: (offset, bytes).
 _BASE = ((0, 96), (160, 8), (256, 300), (700, 64), (900, 40), (1000, 16))
 _CHANGES = ((4, 6), (264, 2), (300, 40), (720, 1), (950, 3))
@@ -95,11 +97,15 @@ class World:
             file.write(os.urandom(self._data // 2))
         reading = self._started("download", "$url", "disk.raw", "-n", "2", image="slow")
         writing = self._started("upload", "other.raw", "$url", "-n", "1", image="target")
-        with reading as first:
-            first.until(_PERCENT.search)  # the oldest stands first
+        with reading:
+            wait_until(self._both_read)  # the oldest stands first
             with writing, self._started("top", "$admin", "--interval", "0.3") as top:
                 shown = top.until(_shows_all)
         return Shot(((self._typed(("top", "$admin")), shown),), "imagectl top")
+
+    def _both_read(self) -> bool:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._admin}/status") as answer:
+            return len(json.load(answer)["transfers"]) == _READS
 
     def _started(self, *words: str, image: str = "demo") -> AbstractContextManager[Program]:
         places = {

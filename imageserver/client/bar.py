@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from imageserver.client.units import rate_text
+from imageserver.client.units import plain_text, rate_text
 
 #: Columns of a terminal on which amounts leave room for a bar, and do not wrap.
 _WIDE = 72
@@ -64,7 +64,7 @@ class Bar:
 
     def note(self, sentence: str) -> None:
         """Write a line above the bar."""
-        self._progress.console.print(sentence, markup=False, highlight=False)
+        self._progress.console.print(plain_text(sentence), markup=False, highlight=False)
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -26,6 +26,7 @@ from imageserver import __version__
 from imageserver.client.access import Access
 from imageserver.client.errors import ClientError, Interrupted, LocalFailure
 from imageserver.client.remote import Remote
+from imageserver.client.units import plain_text
 
 #: Command -> the module that has it, imported when it is asked for, and one line of help.
 COMMANDS = {
@@ -89,7 +90,7 @@ def common_options(
     return add_to
 
 
-class _Seconds(click.FloatRange):
+class Seconds(click.FloatRange):
     """A number of seconds; ``nan``, which is in no range and outside none, is refused."""
 
     name = "number of seconds"
@@ -97,6 +98,7 @@ class _Seconds(click.FloatRange):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
+        """Return the number; refuse what is none."""
         seconds: float = super().convert(value, param, ctx)  # type: ignore[arg-type]
         if math.isnan(seconds):
             self.fail(f"{value} is no number of seconds.", param, ctx)
@@ -104,7 +106,7 @@ class _Seconds(click.FloatRange):
 
 
 #: The longest that a socket can be told to wait is some 24 days.
-_MAX_TIMEOUT = 1_000_000
+MAX_WAIT = 1_000_000
 _PATH = click.Path(dir_okay=False)
 _COMMON = {
     "cacert": click.option("--cacert", type=_PATH, help="Trust these CA certificates (PEM)."),
@@ -117,7 +119,7 @@ _COMMON = {
         "--timeout",
         "timeout_seconds",
         metavar="SECONDS",
-        type=_Seconds(min=0.1, max=_MAX_TIMEOUT),
+        type=Seconds(min=0.1, max=MAX_WAIT),
         default=60.0,
         show_default=True,
         help="How long the server may be silent.",
@@ -126,7 +128,7 @@ _COMMON = {
         "--patience",
         "patience_seconds",
         metavar="SECONDS",
-        type=_Seconds(min=0),
+        type=Seconds(min=0),
         default=60.0,
         show_default=True,
         help="How long to try again without progress.",
@@ -264,5 +266,5 @@ def _tell(exc: BaseException) -> int:
             return exc.status
     elif not isinstance(exc, ClientError):
         exc = ClientError(f"a defect, which --debug shows: {type(exc).__name__}: {exc}")
-    click.echo(f"imagectl: {exc}", err=True)
+    click.echo(f"imagectl: {plain_text(str(exc))}", err=True)
     return exc.status

@@ -14,6 +14,7 @@ from imageserver.client.checks_write import WRITE_CHECKS
 from imageserver.client.cli import Options, common_options
 from imageserver.client.errors import Different
 from imageserver.client.terminal import speaks_utf8
+from imageserver.client.units import plain_text
 
 #: Sign, in ASCII too, and style.
 _SIGNS = {
@@ -59,12 +60,7 @@ def _told(found: Iterable[Finding]) -> Iterable[Finding]:
     for one in found:
         sign, plain, style = _SIGNS[one.verdict]
         line = Text.assemble((sign if utf8 else plain, style), f" {one.check:24} ")
-        console.print(line.append(f"{one.verdict.value:8}", style).append(_shown(one.detail)))
+        console.print(line.append(f"{one.verdict.value:8}", style).append(plain_text(one.detail)))
         counts[one.verdict] += 1
         yield one
     console.print(", ".join(f"{count} {verdict.value}" for verdict, count in counts.items()))
-
-
-def _shown(text: str) -> str:
-    """Return text of a server that cannot do anything to a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)

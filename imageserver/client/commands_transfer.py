@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from imageserver.client.access import Access
+from imageserver.client.cli import MAX_WAIT, Seconds
 from imageserver.client.control import Directory, Socket
 from imageserver.client.terminal import write
+from imageserver.client.units import plain_text
 from imageserver.transfers import (
     FileImage,
     InvalidTransfer,
@@ -116,7 +118,9 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     fields |= {"read_only": read_only, "idle_timeout_seconds": idle_timeout}
     where = Access(f"{url.rstrip('/')}/images/") if url else None  # a wrong one adds nothing
     try:
-        transfer = transfer_from_fields(_id(transfer_id or str(uuid.uuid4())), fields)
+        transfer = transfer_from_fields(
+            _id(str(uuid.uuid4()) if transfer_id is None else transfer_id), fields
+        )
     except InvalidTransfer as exc:
         raise click.UsageError(f"no server would take this: {exc}.") from exc
     _place(control_socket, config_dir).add(transfer)
@@ -136,7 +140,7 @@ def _id(text: str) -> str:
 @click.argument("transfer_id", metavar="ID")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0, max=MAX_WAIT),
     metavar="SECONDS",
     help="Wait so long for requests under way; default: until they end.",
 )
@@ -183,9 +187,4 @@ def _row(transfer: Transfer) -> tuple[str, str, str, str, str]:
         bitmap = image.bitmap or ""
     expires = "never" if transfer.idle_seconds is None else f"{transfer.idle_seconds} s unused"
     access = "read" if transfer.read_only else "read, write"
-    return _shown(transfer.id), _shown(place), _shown(bitmap), access, expires
-
-
-def _shown(text: str) -> str:
-    """Return text that cannot do anything to a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return plain_text(transfer.id), plain_text(place), plain_text(bitmap), access, expires

@@ -35,7 +35,7 @@ from imageserver.client.picture import (
 from imageserver.client.remote import Remote
 from imageserver.client.svg import drawing
 from imageserver.client.terminal import speaks_utf8, write
-from imageserver.client.units import share_text, size_text
+from imageserver.client.units import plain_text, share_text, size_text
 from imageserver.extents import Extent
 
 _STYLES = {Kind.DATA: "blue", Kind.ZERO: "bright_black", Kind.DIRTY: "bold yellow"} | {
@@ -64,8 +64,8 @@ _PLAIN_KINDS = (Kind.DATA, Kind.ZERO)
     show_default=True,
     help="Tell data from zeros, or also what has changed since the bitmap was made.",
 )
-@click.option("--width", type=click.IntRange(min=20), help="Columns; default: the terminal's.")
-@click.option("--rows", type=click.IntRange(min=1), help="Rows of the picture.")
+@click.option("--width", type=click.IntRange(20, 10_000), help="Columns; default: the terminal's.")
+@click.option("--rows", type=click.IntRange(1, 10_000), help="Rows of the picture.")
 @click.option("--ascii", "plain", is_flag=True, help="Draw with ASCII characters only.")
 @click.option("--svg", type=click.Path(dir_okay=False), help="Draw into this file instead.")
 @click.option("--title", default="disk image", show_default=True, help="What a drawing is called.")
@@ -274,11 +274,11 @@ def _tell(facts: dict[str, Any]) -> None:
     table.add_column(style="bold")
     size, sock = facts["size"], facts["unix_socket"]
     table.add_row("size", f"{size_text(size)} ({size} bytes)")
-    table.add_row("features", Text(", ".join(facts["features"]) or "none"))
-    table.add_row("methods", Text(", ".join(facts["methods"]) or "not told"))
+    table.add_row("features", Text(plain_text(", ".join(facts["features"])) or "none"))
+    table.add_row("methods", Text(plain_text(", ".join(facts["methods"])) or "not told"))
     table.add_row("readers", _limit(facts["max_readers"]))
     table.add_row("writers", _limit(facts["max_writers"]))
-    table.add_row("Unix socket", Text(sock.replace("\0", "@") if sock else "none"))
+    table.add_row("Unix socket", Text(plain_text(sock.replace("\0", "@")) if sock else "none"))
     if found := facts.get("extents"):
         table.add_row("extents", str(found["count"]))
         for name in ("data", "zero"):

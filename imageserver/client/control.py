@@ -29,6 +29,8 @@ from imageserver.transfers import (
 
 #: Longest answer of a server that is read, in bytes: a page of a list, and its last transfer.
 _MAX_ANSWER = 4 << 20
+#: Longest message of it that is shown, in characters.
+_MAX_SHOWN = 300
 #: What may be otherwise when asked again, and what it means.
 _TRANSIENT = {
     "busy": "busy; requests still use the transfer, which new ones cannot",
@@ -43,7 +45,7 @@ class Socket:
     """A server's control socket."""
 
     path: str
-    timeout_seconds: float = 60.0
+    timeout_seconds: float = 10.0
 
     def add(self, transfer: Transfer) -> None:
         """Register a transfer."""
@@ -92,14 +94,16 @@ class Socket:
             raise Unreachable(f"no answer from the control socket {self.path}: {reason}") from exc
         try:
             fields = json.loads(answer)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise Failed(f"{self.path} answered with no JSON: is it a control socket?") from exc
-        if not isinstance(fields, dict) or fields.get("status") != "ok":
-            message = str(fields.get("message") if isinstance(fields, dict) else fields)
-            if message in _TRANSIENT:
-                raise Busy(f"the server said: {_TRANSIENT[message]}")
-            raise Refused(f"the server refused: {message}")
-        return fields
+        if not isinstance(fields, dict) or fields.get("status") not in {"ok", "error"}:
+            raise Failed(f"{self.path} answered with no status: is it a control socket?")
+        if fields["status"] == "ok":
+            return fields
+        message = str(fields.get("message"))[:_MAX_SHOWN]
+        if message in _TRANSIENT:
+            raise Busy(f"the server said: {_TRANSIENT[message]}")
+        raise Refused(f"the server refused: {message}")
 
 
 @dataclass(frozen=True, slots=True)

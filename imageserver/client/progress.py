@@ -10,7 +10,7 @@ import time
 from typing import Protocol, Self
 
 from imageserver.client.terminal import is_dumb
-from imageserver.client.units import rate_text, size_text
+from imageserver.client.units import plain_text, rate_text, size_text
 
 #: How often a plain line is written, in seconds.
 _LINE_SECONDS = 5.0
@@ -70,7 +70,7 @@ class Lines(Silent):
     def note(self, sentence: str) -> None:
         """Write it, if anybody takes it: for want of a reader no operation ends."""
         with contextlib.suppress(OSError):
-            print(sentence, file=sys.stderr, flush=True)  # noqa: T201 - its output
+            print(plain_text(sentence), file=sys.stderr, flush=True)  # noqa: T201 - its output
 
     def _tell(self) -> None:
         self._told = time.monotonic()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from imageserver.client.errors import Failed
+from imageserver.client.units import plain_text
 
 #: How far apart two polls may see the beginning of one transfer, in seconds.
 _SAME_BEGINNING = 0.5
@@ -82,9 +83,9 @@ def parse_status(answer: object, taken: float) -> Status:
 
 def _running(fields: dict[str, object]) -> Running:
     return Running(
-        id=_text(fields["id"]),
-        operation=_text(fields["operation"]),
-        client=_text(fields["client"]),
+        id=plain_text(str(fields["id"])),
+        operation=plain_text(str(fields["operation"])),
+        client=plain_text(str(fields["client"])),
         worker=int(_number(fields["worker"])),
         done=int(_number(fields["done"])),
         expected=int(_number(fields["expected"])),
@@ -95,18 +96,13 @@ def _running(fields: dict[str, object]) -> Running:
 
 def _worker(fields: dict[str, object]) -> Worker:
     pid, busy = _number(fields["worker"]), _number(fields["busy"])
-    return Worker(int(pid), _text(fields["state"]), int(busy))
+    return Worker(int(pid), plain_text(str(fields["state"])), int(busy))
 
 
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
     return value
-
-
-def _text(value: object) -> str:
-    """Return a text that cannot do anything to a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 def with_rates(now: Status, before: Status | None) -> Status:

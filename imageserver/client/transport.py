@@ -29,6 +29,8 @@ from imageserver.client.errors import (
 _TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
 #: Longest message of a server that is shown, in bytes.
 _MAX_MESSAGE = 4096
+#: Longest part of it that is shown, in characters: a sentence.
+_MAX_SHOWN = 300
 #: Longest rest of a body that is read only to use the connection again.
 _MAX_REST = 64 * 1024
 _BELOW_ERRORS = 300
@@ -158,11 +160,12 @@ def _message(response: Response) -> str:
     try:
         fields = json.loads(text)
         if isinstance(fields, dict):
-            return str(fields.get("error") or fields.get("explanation") or fields)
+            said = str(fields.get("error") or fields.get("explanation") or fields)
+            return said[:_MAX_SHOWN]
     except (ValueError, RecursionError):
         pass
     first = text.decode("utf-8", "replace").strip().partition("\n")[0]
-    return "".join(c for c in first if c.isprintable())[:200] or response.reason or "no reason"
+    return first[:_MAX_SHOWN] or response.reason or "no reason"
 
 
 def _reason(exc: BaseException) -> str:

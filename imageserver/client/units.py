@@ -1,10 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them: sizes, shares, rates, times. Exact where they are exact."""
+"""Numbers as people read them: sizes, shares, rates, times. Exact where they are exact.
+
+And what others have written, so that it does nothing to a terminal but stand there.
+"""
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _STEP = 1024
 #: Three digits say enough: decimals by what a value is below.
 _DECIMALS = ((10, 2), (100, 1), (_STEP, 0))
+
+
+def plain_text(text: str) -> str:
+    """Return text of others in one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def size_text(size: float) -> str:

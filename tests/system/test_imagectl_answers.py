@@ -286,3 +286,15 @@ def test_a_distributions_old_package_is_told_from_a_defect(tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     said = imagectl("info", "http://x/", status=5).stderr
     assert (said.count("\n"), said[:36]) == (1, "imagectl: urllib3 1.26.12 is too old")
+
+
+def test_what_a_server_says_does_nothing_to_a_terminal(liar, tmp_path):
+    def refuse(handler: _Handler, _start: int, _stop: int) -> None:
+        evil = "no\x1b[2J\x1b]0;title\x07\nreally\u202e" + "x" * 4000
+        handler.say(403, json.dumps({"error": evil}).encode())
+
+    liar.ranged = refuse
+    said = fetch(liar, tmp_path / "f", status=3)
+    assert re.fullmatch(
+        r"imagectl: \S+ answered GET with 403: no\?\[2J\?\]0;title\?\?really\?x{250,300}\n", said
+    )

@@ -20,13 +20,13 @@ _UNITS = {"KiB", "MiB", "GiB", "min"}
 
 
 def shape(block: str) -> list[list[str]]:
-    """Return the words of each line that has some; equal neighbours once."""
+    """Return the words of each line that has some: each once, for rows move and repeat."""
     found: list[list[str]] = []
     for line in block.splitlines():
         words = [word for word in _WORD.findall(_ID.sub("", line)) if word not in _UNITS]
-        if words and words not in found[-1:]:
+        if words and words not in found:
             found.append(words)
-    return found
+    return sorted(found)
 
 
 def test_the_terminals_in_the_docs_are_todays(tmp_path: Path):

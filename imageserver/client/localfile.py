@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ class Local(Protocol):
     """One image on this side; every method may be called by several threads.
 
     ``read`` returns exactly the bytes asked for, ``zero`` makes a hole where it can, ``sync``
-    returns when all that was written before is on stable storage.
+    returns when all that was written before is on stable storage. None of them keeps Ctrl-C from
+    the thread that it reaches, as far as that can be had.
     """
 
     size: int
@@ -49,14 +51,17 @@ class Local(Protocol):
     def zero(self, start: int, stop: int) -> None:
         """Zero a span."""
 
-    def sync(self) -> None:
-        """Bring it to stable storage."""
+    def sync(self, within: float = math.inf) -> None:
+        """Bring it to stable storage; give up after so many seconds, where that can be had."""
 
     def forget_cached(self) -> None:
         """Have what is read next come from the disk, where that can be had."""
 
     def close(self) -> None:
         """Close it; may be called twice."""
+
+    def abandon(self) -> None:
+        """Close it at once: what was not synced may be lost."""
 
 
 class RawFile:
@@ -138,7 +143,7 @@ class RawFile:
             for offset in range(start, stop, MIB):
                 self.write(offset, _ZERO_MIB[: min(MIB, stop - offset)])
 
-    def sync(self) -> None:
+    def sync(self, within: float = math.inf) -> None:
         """Bring the data to stable storage."""
         with local_errors(self.path):
             os.fdatasync(self.fd)
@@ -153,6 +158,10 @@ class RawFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def abandon(self) -> None:
+        """Close the descriptor."""
+        self.close()
 
 
 @contextlib.contextmanager
@@ -179,6 +188,36 @@ def claimed(path: str, *, is_part: bool) -> Iterator[Callable[[], None]]:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def unchanged(path: str) -> Iterator[Callable[[], bool]]:
+    """Keep downloads into a file out; what is yielded tells whether it is as it was."""
+    with local_errors(path):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with local_errors(path):
+            _lock(fd, path, fcntl.LOCK_SH)
+            before = os.fstat(fd)
+
+        def is_same() -> bool:
+            with local_errors(path):
+                now = os.stat(path)
+            return os.path.samestat(before, now) and (before.st_size, before.st_mtime_ns) == (
+                now.st_size,
+                now.st_mtime_ns,
+            )
+
+        yield is_same
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, path: str, how: int) -> None:
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise LocalFailure(f"{path}: another download of this file is running") from exc
+
+
 def _locked(path: str, *, is_part: bool) -> int:
     """Open and lock what is at ``path`` once the lock is held: it may have been renamed before."""
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_NOFOLLOW if is_part else 0)
@@ -188,12 +227,9 @@ def _locked(path: str, *, is_part: bool) -> int:
         with local_errors(path):
             fd = os.open(path, flags, 0o666)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd, path, fcntl.LOCK_EX)
             if _is_at(fd, path, is_part=is_part):
                 return fd
-        except BlockingIOError as exc:
-            os.close(fd)
-            raise LocalFailure(f"{path}: another download of this file is running") from exc
         except FileNotFoundError:
             pass
         except BaseException:

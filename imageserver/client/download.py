@@ -8,6 +8,7 @@ of its answers goes where.
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from imageserver.client.verify import Digests, check_zeros, compare, compare_sam
 
 #: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
 _CHECKPOINT_SECONDS = 2.0
+#: How long an end may take that is not the one that was wanted, in seconds.
+_END_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +69,15 @@ class _Download:
         if self._wanted.incremental and image.size and image.changed.total == image.size:
             self._watch.note("All of the image counts as changed (there may be no bitmap).")
         target = Target(self._wanted, image, self._remote.url)
-        with target.claimed() as require_it:
+        with target.claimed():
             done, local = target.open(self._connections, self._compare_samples, self._watch.note)
             with contextlib.closing(local):
                 left = image.data.without(done)
                 self._move(image, target, local, left, done)
                 self._prove(abilities, image, target, local, left)
                 local.sync()
-            require_it()
+            with _told_to(target):
+                target.check_base()
             target.finish()
         seconds = time.monotonic() - self._began
         total = image.data.total
@@ -105,10 +109,10 @@ class _Download:
         )
         saved = time.monotonic()
 
-        def save() -> None:
+        def save(within: float = math.inf) -> None:
             nonlocal saved
             done = joined([*before, *movers.done()])
-            local.sync()
+            local.sync(within)
             target.save(done)
             saved = time.monotonic()
 
@@ -121,13 +125,13 @@ class _Download:
             movers.run(self._connections, tick, self._remote.cut)
             save()
         except KeyboardInterrupt as exc:
-            save()
+            _save_unless_hurried(exc, save, local)
             raise Interrupted(
                 f"interrupted: the same command goes on with {target.path} where it stopped."
             ) from exc
         except BaseException:
             with contextlib.suppress(LocalFailure):
-                save()
+                save(_END_SECONDS)
             raise
 
     def _pieces(self, left: Spans) -> Iterator[Piece]:
@@ -178,7 +182,7 @@ class _Download:
     ) -> None:
         """Look whether it is still the image that was asked about, and with --verify at FILE."""
         now = self._survey(abilities)
-        try:
+        with _told_to(target):
             same_length(image.size, now.size)
             if self._digests or self._broke or not target.fits(now):
                 self._compare_samples(local, now.data)
@@ -186,9 +190,6 @@ class _Download:
                 self._check(local, image.data, left)
                 changed_only = self._wanted.incremental
                 check_zeros(local, image.data, image.zeros if changed_only else None)
-        except Different as exc:
-            target.distrust()
-            raise Different(f"{exc}; the next run fetches all again") from exc
 
     def _check(self, local: Local, data: Spans, left: Spans) -> None:
         """Read FILE back: against the hashes, and against the server what came earlier."""
@@ -207,3 +208,26 @@ class _Download:
         # What lies between changes is not asked about: it may have changed since.
         earlier = pieces(data.without(left), GIB, 0 if self._wanted.incremental else MAX_GAP)
         compare(self._remote, local.read, earlier, self._patience, told)
+
+
+@contextlib.contextmanager
+def _told_to(target: Target) -> Iterator[None]:
+    """Have the next run fetch all again if something differs."""
+    try:
+        yield
+    except Different as exc:
+        target.distrust()
+        raise Different(f"{exc}; the next run fetches all again") from exc
+
+
+def _save_unless_hurried(
+    interrupt: KeyboardInterrupt, save: Callable[[float], None], local: Local
+) -> None:
+    """Note what has come; a second Ctrl-C, now or while threads were stopping, is the end."""
+    try:
+        if isinstance(interrupt.__context__, KeyboardInterrupt):
+            raise interrupt
+        save(_END_SECONDS)
+    except KeyboardInterrupt:
+        local.abandon()
+        raise

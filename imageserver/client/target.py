@@ -7,6 +7,7 @@
 
 With ``incremental`` into an image that exists, FILE itself is written. Then a state beside it,
 FILE.incremental.state, means that it is half old, half new: only what completes it removes that.
+It lies beside the file that links lead to, so that whatever name FILE is called by tells.
 
 What was left is gone on with if the state is of this image, the file as long as it was, and
 samples of it agree with the server. If one of them does not, that is said, and all begins anew.
@@ -15,18 +16,20 @@ samples of it agree with the server. If one of them does not, that is said, and 
 import contextlib
 import os
 import urllib.parse
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from imageserver.client import resume
 from imageserver.client.errors import Different, LocalFailure
 from imageserver.client.images import create_image, open_image
-from imageserver.client.localfile import Local, claimed, local_errors, rename_new
+from imageserver.client.localfile import Local, claimed, local_errors, rename_new, unchanged
 from imageserver.client.plan import Range, Spans
 from imageserver.client.survey import Image
 
 #: What qcow2 images are whole multiples of, in bytes.
 _SECTOR = 512
+#: The kind, in a state, of a part that was found to be wrong: no download goes on with it.
+_WRONG = "different"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +53,12 @@ class Wanted:
         return self.incremental and self.base is None
 
     @property
+    def part(self) -> str:
+        """What is written where FILE itself is not."""
+        return f"{self.file}.part"
+
     def kind(self) -> str:
-        """What a state must agree with, beside the image."""
+        """What a state must agree with, beside the image: as of now."""
         if self.base:
             with local_errors(self.base):
                 base = os.stat(self.base)
@@ -69,8 +76,38 @@ def check_file(wanted: Wanted) -> None:
         raise LocalFailure(f"{wanted.file} is no regular file")
     if exists and not wanted.in_place and not wanted.force:
         raise LocalFailure(f"{wanted.file} exists: --force replaces it")
-    if wanted.base and os.path.lexists(_half_state(wanted.base)):
-        raise LocalFailure(f"{wanted.base} is half old, half new: it can be no base")
+    if wanted.in_place:
+        _require_one_name(wanted.file)
+    if wanted.base:
+        _check_base(wanted, wanted.base)
+
+
+def _require_one_name(file: str) -> None:
+    """Refuse to begin what only one of a file's names would tell; to complete it is good."""
+    with local_errors(file):
+        names = os.stat(file).st_nlink
+    if names > 1 and not os.path.lexists(_half_state(file)):
+        raise LocalFailure(
+            f"{file} is a file of {names} names (hard links), and the others would not show "
+            "that it is half old, half new: cp it, and download into the copy"
+        )
+
+
+def _check_base(wanted: Wanted, base: str) -> None:
+    if is_half(base):
+        raise LocalFailure(f"{base} is half old, half new: it can be no base")
+    full = os.path.realpath(base)
+    if full.endswith(".part") and os.path.lexists(f"{full}.state"):
+        raise LocalFailure(f"{base} is the rest of an interrupted download: it can be no base")
+    for written in (wanted.file, wanted.part):
+        if os.path.exists(written):
+            with local_errors(base):
+                if os.path.samefile(base, written):
+                    raise LocalFailure(f"{base} is {written}: an image can be no base of itself")
+            if wanted.base_format == "qcow2":
+                from imageserver.client.qcow2 import refuse_below  # noqa: PLC0415 - see images
+
+                refuse_below(base, written)
 
 
 class Target:
@@ -79,16 +116,28 @@ class Target:
     def __init__(self, wanted: Wanted, image: Image, url: str) -> None:
         self._wanted, self._image = wanted, image
         self._url_path = urllib.parse.urlsplit(url).path
+        self._kind = wanted.kind()
         self._identity = self._identity_of(image)
         #: What is written: the part, or FILE itself.
-        self.path = wanted.file if wanted.in_place else f"{wanted.file}.part"
-        self._half = resume.State(_half_state(wanted.file))
-        part_state = resume.State(f"{wanted.file}.part.state")
-        self._state = self._half if wanted.in_place else part_state
+        self.path = wanted.file if wanted.in_place else wanted.part
+        # Where a link is replaced, what it has led to stays as it is, and so does its state.
+        beside = _half_state(wanted.file) if wanted.in_place else _state_beside(wanted.file)
+        self._half = resume.State(beside)
+        self._state = self._half if wanted.in_place else resume.State(f"{wanted.part}.state")
+        self._require_ours: Callable[[], None] = lambda: None
+        self._is_base_same: Callable[[], bool] = lambda: True
 
-    def claimed(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        """Keep other downloads of FILE out; what is yielded requires it to be still there."""
-        return claimed(self.path, is_part=not self._wanted.in_place)
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other downloads of FILE out, and those that would write the base."""
+        with contextlib.ExitStack() as held:
+            ours = claimed(self.path, is_part=not self._wanted.in_place)
+            self._require_ours = held.enter_context(ours)
+            if self._wanted.in_place:  # again: it may have got another since
+                _require_one_name(self.path)
+            if self._wanted.base:
+                self._is_base_same = held.enter_context(unchanged(self._wanted.base))
+            yield
 
     def open(
         self,
@@ -112,13 +161,16 @@ class Target:
                 note(f"{exc}: starting again.")
         if self._wanted.in_place:  # the state stays until it says what begins now
             return [], self._open_base(connections)
-        self._state.remove()
+        if self._state.exists():
+            self.distrust()
         return [], self._create(connections)
 
     def _fitting(self, saved: resume.Saved | None) -> list[Range]:
         """Return what is done, if it is of this image."""
         if saved is None:
             raise _Unfit(f"{self._state.path} cannot be read")
+        if saved.image.kind == _WRONG:
+            raise _Unfit(f"{self.path} is not to be trusted")
         if saved.image.path != self._identity.path:
             raise _Unfit("The URL is not the one that was being downloaded")
         if saved.image != self._identity:
@@ -150,18 +202,22 @@ class Target:
             local = self._open_part(connections)
         except LocalFailure as exc:
             raise unlike from exc
-        block = 1 if self._wanted.format == "raw" else _SECTOR
-        if local.size != -(-self._image.size // block) * block:
+        if local.size != self._local_size():
             local.close()
             raise unlike
         return local
+
+    def _local_size(self) -> int:
+        """Return how long the image is here: qcow2 has whole sectors only."""
+        block = 1 if self._wanted.format == "raw" else _SECTOR
+        return -(-self._image.size // block) * block
 
     def _open_part(self, connections: int) -> Local:
         return open_image(self.path, self._wanted.format, connections, writable=True)
 
     def _open_base(self, connections: int) -> Local:
         local = self._open_part(connections)
-        if local.size != self._image.size:
+        if local.size != self._local_size():
             local.close()
             raise LocalFailure(
                 f"{self.path} has {local.size} bytes, the image {self._image.size}: "
@@ -175,7 +231,12 @@ class Target:
         return create_image(self.path, wanted.format, self._image.size, connections, base)
 
     def save(self, done: list[Range]) -> None:
-        """Note that these ranges have come, and are on stable storage."""
+        """Note that these ranges have come, and are on stable storage.
+
+        Raises:
+            LocalFailure: what is at FILE is not what was written: that must not be said of it.
+        """
+        self._require_ours()
         undone = self._image.changed.without(done) if self._wanted.in_place else None
         self._state.save(self._identity, done, undone)
 
@@ -183,19 +244,32 @@ class Target:
         """Note that nothing in the file is known to be right: the next run fetches all."""
         if self._wanted.in_place:
             self.save([])
-        else:
-            self._state.remove()
+        else:  # the state stays for those who would take the part for an image
+            self._require_ours()
+            self._state.save(replace(self._identity, kind=_WRONG), [])
 
     def fits(self, image: Image) -> bool:
         """Tell whether the server, asked again, says the same of the image."""
         return self._identity_of(image) == self._identity
 
     def _identity_of(self, image: Image) -> resume.Identity:
-        kind = self._wanted.kind
-        return resume.identity(image.size, kind, self._url_path, image.data, image.zeros)
+        return resume.identity(image.size, self._kind, self._url_path, image.data, image.zeros)
+
+    def check_base(self) -> None:
+        """Require what FILE is to be based on to be what it was.
+
+        Raises:
+            Different: it is not.
+        """
+        base = self._wanted.base
+        if base and (
+            is_half(base) or self._kind != self._wanted.kind() or not self._is_base_same()
+        ):
+            raise Different(f"{base}, the base, was changed meanwhile")
 
     def finish(self) -> None:
         """Put the part in FILE's place, for good."""
+        self._require_ours()
         file = self._wanted.file
         with local_errors(file):
             if not self._wanted.in_place and self._wanted.force:
@@ -211,5 +285,14 @@ class _Unfit(Exception):
     """What an earlier run has left cannot be gone on with; says why."""
 
 
+def is_half(path: str) -> bool:
+    """Tell whether a file is half old, half new."""
+    return os.path.lexists(_half_state(path)) or os.path.lexists(_state_beside(path))
+
+
 def _half_state(path: str) -> str:
+    return _state_beside(os.path.realpath(path))
+
+
+def _state_beside(path: str) -> str:
     return f"{path}.incremental.state"

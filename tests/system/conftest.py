@@ -3,7 +3,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from tests.system.controlling import Control
 from tests.system.disks import BIG, OLD, refill, sparse
 from tests.system.harness import Server, free_port, qemu_nbd
+from tests.system.lying import Liar, liars
 from tests.system.pki import make_pki
 from tests.system.watching import Admin
 
@@ -96,3 +97,10 @@ def big(workplace: Path) -> Iterator[dict[str, str]]:
     """The transfer of an image that no buffers hold."""
     with qemu_nbd(sparse(workplace / "big", BIG)) as sock:
         yield {"socket": str(sock)}
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Liar]]:
+    """What starts a server that does as the test says."""
+    with liars() as start:
+        yield start

@@ -1,111 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """imagectl download where images change, servers lie and others meddle: right bytes, or no 0."""
 
-import contextlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.system.harness import qemu_img, repeatable
+from tests.system.harness import qemu_img
+from tests.system.lying import NEW, OLD, SIZE, Liar, broken_off, extents
 from tests.system.moving import MIB, imagectl
-from tests.system.threads import serving
-
-SIZE = 8 * MIB
-OLD, NEW = (repeatable(name).randbytes(SIZE) for name in ("old", "new"))
-
-
-@dataclass
-class Liar:
-    """A server of ``data`` that breaks connections once ``allowed`` bytes have gone."""
-
-    data: bytes
-    extents: list[dict[str, object]] = field(default_factory=list)
-    allowed: int = 1 << 40
-    #: Called before a range is answered, with its start.
-    hook: Callable[[int], object] = lambda _start: None
-    url: str = ""
-
-    def only(self, count: int) -> None:
-        """Break off after so many bytes."""
-        self.allowed = count
-
-
-def extents(*spans: tuple[int, int], size: int = SIZE, dirty: bool = False, zero: bool = False):
-    """Extents of data in these spans; with ``dirty`` of changes, of zeros if ``zero``."""
-    said, position = [], 0
-    for start, stop in [*spans, (size, size)]:
-        for first, last, hit in ((position, start, False), (start, stop, True)):
-            if first < last:
-                is_zero = zero and hit if dirty else not hit
-                fields = {"zero": is_zero, "dirty": hit and dirty}
-                said.append({"start": first, "length": last - first, **fields})
-        position = stop
-    return said
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., Liar]]:
-    with contextlib.ExitStack() as ending:
-
-        def start(data: bytes, *spans: tuple[int, int], dirty: bool = False) -> Liar:
-            liar = Liar(data, extents(*(spans or [(0, len(data))]), size=len(data), dirty=dirty))
-            listener = ThreadingHTTPServer(("127.0.0.1", 0), handler(liar))
-            ending.enter_context(serving(listener))
-            liar.url = f"http://127.0.0.1:{listener.server_port}/images/x"
-            return liar
-
-        yield start
-
-
-def handler(liar: Liar) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
-        def answer(self, status: int, body: bytes, **headers: str) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: liar.allowed] if status == 206 else body)
-            if status == 206:
-                self.close_connection = liar.allowed < len(body)
-                liar.allowed -= min(len(body), liar.allowed)
-
-        def do_OPTIONS(self) -> None:
-            self.answer(200, b'{"features":["extents"],"max_readers":4}', Allow="GET")
-
-        def do_HEAD(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(liar.data)))
-            self.end_headers()
-
-        def do_GET(self) -> None:
-            if "/extents" in self.path:
-                self.answer(200, json.dumps(liar.extents).encode())
-                return
-            first, last = re.findall("[0-9]+", self.headers["Range"])
-            liar.hook(int(first))
-            body = liar.data[int(first) : int(last) + 1]
-            self.answer(206, body, Content_Range=f"bytes {first}-{last}/{len(liar.data)}")
-
-    return Handler
-
-
-def broken_off(liar: Liar, copy: Path, *options: object, after: int = 4 * MIB) -> None:
-    """Download until the server goes away."""
-    liar.only(after)
-    imagectl("download", liar.url, copy, "-n", 1, "--patience", 0, *options, status=1)
-    liar.only(1 << 40)
 
 
 def half_updated(serve: Callable[..., Liar], home: Path) -> tuple[Liar, Path, bytes]:
@@ -169,7 +74,7 @@ def test_what_differs_once_is_not_gone_on_with(serve, home: Path):
     liar, copy = serve(OLD), home / "copy"
 
     broken_off(liar, copy, after=7 * MIB)
-    part, state = home / "copy.part", home / "copy.part.state"
+    part = home / "copy.part"
 
     def damage(start: int) -> None:
         if start == 7 * MIB:  # after the samples
@@ -180,9 +85,11 @@ def test_what_differs_once_is_not_gone_on_with(serve, home: Path):
     liar.hook = damage
     said = imagectl("download", liar.url, copy, "--verify", status=4).stderr
     assert said.endswith("; the next run fetches all again\n")
-    assert not state.exists()
+    said = imagectl("upload", part, liar.url, status=5).stderr
+    assert said.startswith(f"imagectl: {part} is the rest of an interrupted download")
     liar.hook = lambda _start: None
-    imagectl("download", liar.url, copy)
+    said = imagectl("download", liar.url, copy).stderr
+    assert said == f"{part} is not to be trusted: starting again.\n"
     assert copy.read_bytes() == OLD
 
 
@@ -197,9 +104,10 @@ def test_an_image_that_is_replaced_meanwhile_is_different(serve, home: Path):
     liar.hook = change
     said = imagectl("download", liar.url, copy, "-n", 1, "--verify", status=4).stderr
     assert said.endswith("; the next run fetches all again\n")
-    assert not (home / "copy.part.state").exists()
+    imagectl("upload", home / "copy.part", liar.url, status=5)
     imagectl("download", liar.url, copy)
     assert copy.read_bytes() == NEW
+    assert list(home.glob("copy*")) == [copy]
 
 
 def test_extents_must_cover_the_image(serve, home: Path):

@@ -239,3 +239,25 @@ def test_a_full_disk_ends_a_download_that_goes_on_when_there_is_room(server: Ser
         assert "No space left on device" in ended.stderr
         assert ended.stderr.count("\n") == 1
         assert_same(disk.path, home / "copy.raw")
+
+
+def test_a_second_interrupt_ends_a_download_whose_qemu_nbd_is_stopped(home: Path, serve):
+    """Only the first Ctrl-C waits until what has come is on stable storage."""
+    data = os.urandom(LONG)
+    liar, stopped = serve(data), []
+
+    def stop(start: int) -> None:
+        if start and not stopped:
+            children = Path(f"/proc/{moving.pid}/task/{moving.pid}/children").read_text()
+            stopped.append(int(children))
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    liar.hook = stop
+    with running("download", liar.url, home / "copy", "--format", "qcow2") as moving:
+        wait_until(lambda: stopped, 30)
+        moving.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):  # it hopes for qemu-nbd's answer
+            moving.wait(1)
+        moving.send_signal(signal.SIGINT)
+        assert finish(moving, 130, 10).endswith("imagectl: interrupted.\n")
+    assert not is_running(stopped[0])

@@ -11,10 +11,10 @@ import os
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from imageserver.client.access import Access
 from imageserver.client.errors import Broken, Failed, Refused
+from imageserver.client.listing import MAX_SIZE, parse_extents
 from imageserver.client.transport import Response, Transport
 from imageserver.extents import Extent
 
@@ -30,8 +30,6 @@ _CONNECTIONS = 4
 _CONTENT_RANGE = re.compile(
     r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
 )
-#: Sizes and offsets are signed 64-bit numbers everywhere below.
-_MAX_SIZE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,60 +241,8 @@ def _count(value: object) -> int:
     return value if type(value) is int and value >= 0 else 1
 
 
-def parse_extents(pieces: Iterable[bytes], context: str = "zero") -> Iterator[Extent]:
-    """Parse a JSON list of flat objects as it comes, and check that it has no gaps.
-
-    No object holds another, so the text may be cut behind any ``}``.
-    """
-    rest, position, opened = b"", 0, False
-    for piece in pieces:
-        rest += piece
-        end = rest.rfind(b"}") + 1
-        if not end:
-            if len(rest) > _MAX_JSON:
-                raise Failed("the list of extents is no list of extents")
-            continue
-        batch, rest = _batch(rest[:end], first=not opened), rest[end:]
-        opened = True
-        for fields in batch:
-            extent = _extent(fields, position, is_dirty=context == "dirty")
-            position = extent[0] + extent[1]
-            yield extent
-    if b"".join(rest.split()) != (b"]" if opened else b"[]"):
-        raise Broken("the list of extents was cut")
-
-
-def _batch(text: bytes, *, first: bool) -> list[Any]:
-    text = text.lstrip()
-    if text[:1] != (b"[" if first else b","):
-        raise Failed("the list of extents is no JSON list")
-    try:
-        return json.loads(b"[" + text[1:] + b"]")  # type: ignore[no-any-return]
-    except (ValueError, RecursionError) as exc:
-        raise Failed(f"the list of extents is no JSON: {exc}") from exc
-
-
-def _extent(fields: Any, position: int, *, is_dirty: bool) -> Extent:  # noqa: ANN401 - JSON
-    """Read one extent: a key that is missing is no ``false``, which would mean *unchanged*."""
-    if not isinstance(fields, dict):
-        raise Failed(f"an extent at {position} is no JSON object")
-    start, length = fields.get("start"), fields.get("length")
-    if type(start) is not int or type(length) is not int:
-        raise Failed(f"an extent at {position} has no start or length")
-    if start != position or length <= 0:
-        raise Failed(f"the extents have a gap at {position}")
-    if start + length > _MAX_SIZE:
-        raise Failed(f"an extent at {position} ends beyond any image")
-    zero, dirty = fields.get("zero"), fields.get("dirty")
-    if type(zero) is not bool:
-        raise Failed(f"the extent at {position} does not tell whether it is zero")
-    if is_dirty and type(dirty) is not bool:
-        raise Failed(f"the extent at {position} does not tell whether it is dirty")
-    return start, length, zero, dirty is True
-
-
 def _size(digits: str) -> int:
-    if len(digits) > len(str(_MAX_SIZE)) or int(digits) > _MAX_SIZE:
+    if len(digits) > len(str(MAX_SIZE)) or int(digits) > MAX_SIZE:
         raise Failed("the server tells a size that no image has")
     return int(digits)
 

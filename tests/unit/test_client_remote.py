@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 
 from imageserver.client.access import Access
 from imageserver.client.errors import Broken, Failed
-from imageserver.client.remote import Abilities, Remote, parse_abilities, parse_extents
+from imageserver.client.listing import parse_extents
+from imageserver.client.remote import Abilities, Remote, parse_abilities
 
 LIST = [
     {"start": 0, "length": 65536, "zero": True, "hole": True},
     {"start": 65536, "length": 10, "dirty": True, "zero": False},
 ]
-EXTENTS = [(0, 65536, True, False), (65536, 10, False, True)]
+#: Nobody asked what is dirty.
+EXTENTS = [(0, 65536, True, False), (65536, 10, False, False)]
 
 
 def test_our_answer_to_options_is_understood():
@@ -43,6 +45,13 @@ def test_extents_may_come_in_any_pieces(cuts, indent):
     marks = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     parts = [text[a:b] for a, b in itertools.pairwise(marks)]
     assert list(parse_extents(parts)) == EXTENTS
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_what_is_dirty_is_told_if_it_was_asked_for(dirty):
+    text = b'[{"start":0,"length":1,"zero":false,"dirty":%s}]' % json.dumps(dirty).encode()
+    assert list(parse_extents([text], "dirty")) == [(0, 1, False, dirty)]
+    assert list(parse_extents([text], "zero")) == [(0, 1, False, False)]
 
 
 @pytest.mark.parametrize("text", [b"[]", b" [ ]\n"])

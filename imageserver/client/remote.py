@@ -59,7 +59,9 @@ class Remote:
         self.url = access.url
         self._is_local = access.is_local
         self._transport = Transport(access, connections)
-        self._target = self._transport.target.rstrip("/")
+        path, _, self._query = self._transport.target.partition("?")
+        self._path = path.rstrip("/")
+        self._target = self._at()
 
     def close(self) -> None:
         """Close the connections that are idle."""
@@ -121,7 +123,7 @@ class Remote:
             Broken: the list was cut.
             Failed: it does not cover the image without gaps, or leaves open what is asked.
         """
-        response = self._transport.request("GET", self._with(f"context={context}", "/extents"))
+        response = self._transport.request("GET", self._at("/extents", f"context={context}"))
         finished = False
         try:
             yield from parse_extents(self._pieces(response), context)
@@ -182,13 +184,13 @@ class Remote:
             "Content-Range": f"bytes {start}-{stop - 1}/*",
             "Content-Type": "application/octet-stream",
         }
-        target = self._with("flush=n")  # oVirt's daemon would flush each
+        target = self._at("", "flush=n")  # oVirt's daemon would flush each
         self._body(self._transport.request("PUT", target, headers=headers, body=pieces))
 
     def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> None:
         """Make ``length`` bytes the whole image."""
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
-        target = self._with(f"flush={'ny'[flush]}")
+        target = self._at("", f"flush={'ny'[flush]}")
         self._body(self._transport.request("PUT", target, headers=headers, body=pieces))
 
     def zero(self, start: int, stop: int) -> None:
@@ -201,11 +203,11 @@ class Remote:
 
     def flush_file(self) -> None:
         """The same of an image without PATCH (POST flush, our server's own)."""
-        self._body(self._transport.request("POST", self._target + "/flush", body=b"{}"))
+        self._body(self._transport.request("POST", self._at("/flush"), body=b"{}"))
 
-    def _with(self, parameter: str, route: str = "") -> str:
-        path, mark, query = self._target.partition("?")
-        return f"{path}{route}?{parameter}" + (f"&{query}" if mark else "")
+    def _at(self, route: str = "", parameter: str = "") -> str:
+        query = "&".join(filter(None, (parameter, self._query)))
+        return (self._path + route or "/") + (f"?{query}" if query else "")
 
     def _patch(self, fields: dict[str, object]) -> None:
         body = json.dumps(fields).encode()

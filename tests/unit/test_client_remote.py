@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imageserver.client.access import Access
-from imageserver.client.errors import Broken, Failed
+from imageserver.client.errors import Broken, Failed, Refused
 from imageserver.client.listing import parse_extents
 from imageserver.client.remote import Abilities, Remote, parse_abilities
+from imageserver.client.transport import Transport
 
 LIST = [
     {"start": 0, "length": 65536, "zero": True, "hole": True},
@@ -142,3 +143,36 @@ def test_a_server_on_this_machine_shares_its_cpus(
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: range(cpus))
     assert Remote(Access(url, unix_socket=sock)).connections(asked, most) == many
+
+
+@pytest.mark.parametrize(
+    ("url", "image", "extents", "flush"),
+    [
+        ("/images/x", "/images/x", "/images/x/extents?context=zero", "/images/x/flush"),
+        ("/images/x//", "/images/x", "/images/x/extents?context=zero", "/images/x/flush"),
+        (
+            "/images/x/?a=b/",
+            "/images/x?a=b/",
+            "/images/x/extents?context=zero&a=b/",
+            "/images/x/flush?a=b/",
+        ),
+        ("/?a=b", "/?a=b", "/extents?context=zero&a=b", "/flush?a=b"),
+        ("", "/", "/extents?context=zero", "/flush"),
+    ],
+    ids=lambda target: target or "none",
+)
+def test_what_lies_below_an_image_goes_between_path_and_query(
+    monkeypatch: pytest.MonkeyPatch, url, image, extents, flush
+):
+    asked = []
+
+    def request(_self, _method, target, **_rest):
+        asked.append(target)
+        raise Refused("no")
+
+    monkeypatch.setattr(Transport, "request", request)
+    remote = Remote(Access(f"http://x{url}"))
+    for action in (remote.abilities, lambda: list(remote.extents()), remote.flush_file):
+        with pytest.raises(Refused):
+            action()
+    assert asked == [image, extents, flush]

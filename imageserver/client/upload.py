@@ -7,7 +7,8 @@
                                                    flush
 
 Edges lie on blocks that several writers may share (docs/api.md), so zeros of less than a block
-are sent as bytes. An image with very many zero spans is zeroed as a whole before its data comes.
+are sent as bytes. No request touches a byte that another of the same file would make something
+else, so one that was given up and is done late, even after the end, changes nothing.
 What cannot be written in part (a file of ours) is one PUT.
 """
 
@@ -45,8 +46,6 @@ _LARGEST = 256 * MIB
 _SENT_BYTES = 256 * KIB
 #: Largest range of one zero request, in bytes: some servers write zeros one by one.
 _LARGEST_ZERO = 4 * GIB
-#: From so many zero spans on, the whole image is zeroed instead, in few requests.
-_MANY_ZEROS = 256
 #: What disks are measured in, in bytes: an image is no larger than its file for less.
 _SECTOR = 512
 #: What is said of the image when its parts could not all be written.
@@ -171,16 +170,13 @@ class _Upload:
         can_zero = abilities.has("zero")
         data = self._local.spans().widened(_BLOCK, size) if can_zero else Spans([(0, size)])
         zeros = data.gaps(size)
-        zeroed = zeros.total
-        if len(zeros) > _MANY_ZEROS:
-            zeros = Spans([(0, size)])
         many = self._remote.connections(self._wanted.connections, abilities.max_writers)
         self._watch.begin("zero", zeros.total)
         self._run(self._zero, pieces(zeros, _LARGEST_ZERO, 0), many)
         self._watch.begin("upload", data.total)
         largest = min(piece_bytes(data.total, many), _LARGEST)
         self._run(self._sender(self._write), pieces(data, largest, 0), many)
-        return data.total, zeroed
+        return data.total, zeros.total
 
     def _run(self, move: Move, todo: Iterator[Piece], many: int) -> None:
         movers = Movers(move, todo, self._patience, is_proof=False)

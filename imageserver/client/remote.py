@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from imageserver.client.access import Access
 from imageserver.client.errors import Broken, Failed, Refused
@@ -179,19 +180,39 @@ class Remote:
 
     def write(self, start: int, stop: int, pieces: Iterable[object]) -> None:
         """Write a span (PUT with Content-Range) from pieces that are as long together."""
-        headers = {
-            "Content-Length": str(stop - start),
-            "Content-Range": f"bytes {start}-{stop - 1}/*",
-            "Content-Type": "application/octet-stream",
-        }
-        target = self._at("", "flush=n")  # oVirt's daemon would flush each
-        self._body(self._transport.request("PUT", target, headers=headers, body=pieces))
+        place = {"Content-Range": f"bytes {start}-{stop - 1}/*"}
+        # Without `n` oVirt's daemon would flush each.
+        self._put(stop - start, pieces, "flush=n", place)
 
-    def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> None:
-        """Make ``length`` bytes the whole image."""
+    def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> bool:
+        """Make ``length`` bytes the whole image; return whether it was flushed.
+
+        That is the server's word; of one that says nothing, what it was asked to do.
+        """
+        flushed = self._put(length, pieces, f"flush={'ny'[flush]}", {}).get("flushed")
+        return flushed if isinstance(flushed, bool) else flush
+
+    def _put(
+        self, length: int, pieces: Iterable[object], flush: str, place: dict[str, str]
+    ) -> dict[str, Any]:
+        """Send a body, return what the answer says of it, if that is JSON.
+
+        Raises:
+            Broken: the answer came before all was sent (urllib3 takes it for an answer then, too).
+        """
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
-        target = self._at("", f"flush={'ny'[flush]}")
-        self._body(self._transport.request("PUT", target, headers=headers, body=pieces))
+        body = _Body(pieces)
+        response = self._transport.request(
+            "PUT", self._at("", flush), headers=headers | place, body=body
+        )
+        if not body.is_sent:
+            response.close()
+            raise Broken(f"{self._transport.name} answered PUT before it had taken all bytes")
+        fields = _said(self._body(response))
+        taken = fields.get("bytes_written", length)
+        if type(taken) is not int or taken != length:
+            raise Failed(f"{self._transport.name} was sent {length} bytes and took {taken!s:.20}")
+        return fields
 
     def zero(self, start: int, stop: int) -> None:
         """Zero a span."""
@@ -219,6 +240,27 @@ class Remote:
             body = response.read(_MAX_JSON)
             self._transport.finish(response)
             return body
+
+
+class _Body:
+    """The pieces of a body; ``is_sent`` once more was asked for than the last."""
+
+    def __init__(self, pieces: Iterable[object]) -> None:
+        self._pieces = pieces
+        self.is_sent = False
+
+    def __iter__(self) -> Iterator[object]:
+        yield from self._pieces
+        self.is_sent = True
+
+
+def _said(body: bytes) -> dict[str, Any]:
+    """Return an answer's fields; it need not have any."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def parse_abilities(body: bytes, allow: str) -> Abilities:

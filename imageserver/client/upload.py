@@ -127,8 +127,8 @@ class _Upload:
 
     def _send(self, abilities: Abilities) -> Result:
         if not abilities.writes_ranges:
-            data, zeroed = self._put_whole(), 0
-            size, flushed = self._local.size, self._wanted.flush
+            size, flushed = self._put_whole()
+            data, zeroed = size, 0
         else:
             size = self._fitting()
             flushed = self._wanted.flush and abilities.has("flush")
@@ -217,16 +217,20 @@ class _Upload:
     def _write(self, piece: Piece, body: Iterator[bytes]) -> None:
         self._remote.write(piece.start, piece.stop, body)
 
-    def _put_whole(self) -> int:
-        """Replace the image in one request, from its beginning whenever that fails."""
-        size = self._local.size
+    def _put_whole(self) -> tuple[int, bool]:
+        """Replace the image in one request, from its beginning whenever that fails.
+
+        Return its size, and whether it was flushed.
+        """
+        size, flushed = self._local.size, False
         self._watch.begin("upload", size)
 
         def put(_piece: Piece, body: Iterator[bytes]) -> None:
-            self._remote.put(size, body, flush=self._wanted.flush)
+            nonlocal flushed
+            flushed = self._remote.put(size, body, flush=self._wanted.flush)
 
         self._run(self._sender(put), iter([Piece(0, 0, size)]), 1)
-        return size
+        return size, flushed
 
     def _verify(self, size: int, abilities: Abilities) -> None:
         """Read all that was written back, and what should be zero where that may be data."""

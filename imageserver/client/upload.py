@@ -35,7 +35,7 @@ from imageserver.client.movers import Advance, Move, Movers
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
 from imageserver.client.progress import Watcher
 from imageserver.client.remote import Abilities, Remote
-from imageserver.client.verify import compare
+from imageserver.client.verify import compare, same_length
 
 #: Where ranges begin and end, in bytes: a qcow2 cluster, and a multiple of any block size.
 _BLOCK = 64 * KIB
@@ -223,6 +223,8 @@ class _Upload:
         Return its size, and whether it was flushed.
         """
         size, flushed = self._local.size, False
+        if self._wanted.pad:
+            size = max(size, patiently(self._size_before, self._patience))
         self._watch.begin("upload", size)
 
         def put(_piece: Piece, body: Iterator[bytes]) -> None:
@@ -230,7 +232,31 @@ class _Upload:
             flushed = self._remote.put(size, body, flush=self._wanted.flush)
 
         self._run(self._sender(put), iter([Piece(0, 0, size)]), 1)
+        self._require_size(size)
         return size, flushed
+
+    def _size_before(self) -> int:
+        """Return the image's size: a file that the upload is to make has none.
+
+        Our server answers 500 then, others may say 404. Should it be there all the same, and
+        larger, ``_require_size`` finds out.
+        """
+        try:
+            return self._remote.size()
+        except Transient:
+            raise
+        except (Failed, Refused):
+            return 0
+
+    def _require_size(self, sent: int) -> None:
+        """Find out a device: it is as long as ever, where a file is as long as what was sent."""
+        size = patiently(self._remote.size, self._patience)
+        if size > sent:
+            raise LocalFailure(
+                f"{self._wanted.file} has {self._local.size} bytes, the image {size}: "
+                "what lies behind is as it was, --pad zeroes it"
+            )
+        same_length(sent, size)
 
     def _verify(self, size: int, abilities: Abilities) -> None:
         """Read all that was written back, and what should be zero where that may be data."""

@@ -2,6 +2,8 @@
 """imagectl upload: what the server serves afterwards is what the file was."""
 
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.system.moving import (
     running,
     taken,
 )
+from tests.system.skips import needs
 
 SETTINGS = {"max_writers": 4}
 
@@ -49,6 +52,47 @@ def test_a_file_on_the_server_is_replaced(server: Server, home: Path, size: int)
     image = filled(home / "image.raw", size, (size // 2, size))
     imagectl("upload", image, offer_file(server, home / "there.raw"), "--verify")
     assert_same(image, home / "there.raw", holes=False)
+
+
+@pytest.mark.parametrize("options", [(), ("--pad",)], ids=["as it is", "padded"])
+def test_a_file_becomes_smaller_unless_it_is_to_be_padded(
+    server: Server, home: Path, options: tuple[str, ...]
+):
+    image, there = filled(home / "image.raw", 1000, (0, 1000)), home / "there.raw"
+    filled(there, MIB, (0, MIB))
+    imagectl("upload", image, offer_file(server, there), "--verify", *options)
+    assert there.read_bytes() == image.read_bytes() + bytes(MIB - 1000 if options else 0)
+
+
+def test_a_file_that_is_not_there_yet_needs_no_padding(server: Server, home: Path):
+    image, there = filled(home / "image.raw", 1000, (0, 1000)), home / "there.raw"
+    imagectl("upload", image, offer_file(server, there), "--pad")
+    assert there.read_bytes() == image.read_bytes()
+
+
+@pytest.fixture
+def device(home: Path) -> Iterator[Path]:
+    command = ["losetup", "--find", "--show", str(filled(home / "backing", MIB, (0, MIB)))]
+    path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    yield Path(path)
+    subprocess.run(["losetup", "--detach", path], check=True)
+
+
+@needs("loop devices")
+def test_the_rest_of_a_device_is_zeroed_if_asked(server: Server, home: Path, device: Path):
+    image, before = filled(home / "image.raw", 5000, (0, 5000)), device.read_bytes()
+    url = offer_file(server, device)
+    assert imagectl("upload", image, url, "--verify", "-q", status=5).stderr == (
+        f"imagectl: {image} has 5000 bytes, the image {MIB}: "
+        "what lies behind is as it was, --pad zeroes it\n"
+    )
+    assert server.request("GET", url.partition(str(server.port))[2]).body == (
+        image.read_bytes() + before[5000:]
+    )
+    imagectl("upload", image, url, "--verify", "--pad")
+    assert server.request("GET", url.partition(str(server.port))[2]).body == (
+        image.read_bytes() + bytes(MIB - 5000)
+    )
 
 
 def test_the_disk_in_a_qcow2_image_is_uploaded(server: Server, home: Path):

@@ -9,6 +9,7 @@ it watches (progress, checkpoints) and is the one that Ctrl-C reaches.
 
 import functools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -18,7 +19,7 @@ from imageserver.client.plan import Piece, Range, joined
 
 #: How often the caller's thread looks, in seconds.
 TICK_SECONDS = 0.1
-#: How long threads that were told to stop may take, in seconds: they look after each MiB.
+#: How long threads that were told to stop may take together, in seconds: they look after each MiB.
 _STOP_SECONDS = 5.0
 
 #: Told how many bytes have moved, by whoever moves them; raises ``Stopped`` to end that.
@@ -89,9 +90,10 @@ class Movers:
             self._stop.set()
             if any(thread.is_alive() for thread in threads):
                 cut()
+            deadline = time.monotonic() + _STOP_SECONDS
             for thread in threads:
                 if thread.ident is not None:
-                    thread.join(_STOP_SECONDS)
+                    thread.join(max(0.0, deadline - time.monotonic()))
         if self._error:
             raise self._error
 

@@ -21,7 +21,7 @@ import pytest
 from tests.chaos.world import Nbd
 from tests.system.clients import putting
 from tests.system.disks import sparse
-from tests.system.harness import ROOT, Server, wait_until
+from tests.system.harness import ROOT, Server, listens, wait_until
 from tests.system.killing import kill_worker
 
 SIZE = 8 << 20
@@ -49,7 +49,7 @@ def lagging(nbd: Nbd) -> Iterator[Path]:
     command += [f"--lag={LAG}", f"{front}={nbd.socket}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
         try:
-            wait_until(front.exists)
+            wait_until(lambda: listens(front))
             yield front
         finally:
             proxy.send_signal(signal.SIGTERM)

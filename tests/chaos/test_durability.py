@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos.world import Nbd
 from tests.system.disks import sparse
-from tests.system.harness import Server, process, program, wait_until
+from tests.system.harness import Server, listens, process, program, wait_until
 from tests.system.skips import needs
 
 SIZE = 1 << 20
@@ -99,7 +99,7 @@ def test_flush_of_an_export_makes_the_nbd_server_sync_its_image_before_the_answe
     trace = home / "trace"
     command = [*STRACE, "trace=fsync,fdatasync", "-o", str(trace), program("qemu-nbd")]
     command += ["--persistent", "--format=raw", f"--socket={nbd.socket}", str(image)]
-    with process(command, nbd.socket.exists), Server(home, workers=1) as server:
+    with process(command, lambda: listens(nbd.socket)), Server(home, workers=1) as server:
         url = server.add("disk", socket=str(nbd.socket))
         assert server.request("PUT", url, b"x" * SIZE).status == 200
         began = trace.stat().st_size

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from tests.system.harness import Server, program, wait_until
+from tests.system.harness import Server, listens, program, wait_until
 
 
 class Nbd:
@@ -28,7 +28,7 @@ class Nbd:
         command = [program("qemu-nbd"), "--shared=32", "--persistent", "--format=raw"]
         command += [f"--socket={self.socket}", str(self.image)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-        wait_until(self.socket.exists)
+        wait_until(lambda: listens(self.socket))
 
     def signal(self, number: int) -> None:
         assert self.process is not None

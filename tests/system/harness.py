@@ -312,7 +312,7 @@ def _greets(path: Path) -> bool:
     return False
 
 
-def _listens(path: Path) -> bool:
+def listens(path: Path) -> bool:
     """Tell whether a socket accepts connections, without making one (some servers count)."""
     sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     accepting = 0x10000  # __SO_ACCEPTCON
@@ -330,7 +330,7 @@ def nbdkit(sock: Path, *arguments: str) -> Iterator[Path]:
         *arguments,
     ]
     try:
-        with process(command, lambda: _listens(sock)):
+        with process(command, lambda: listens(sock)):
             yield sock
     finally:
         sock.unlink(missing_ok=True)

@@ -303,7 +303,7 @@ def test_a_client_that_has_gone_keeps_the_image_no_longer(server: Server, workpl
     options = ("--filter=delay", "memory", "size=1T", "delay-extents=100ms")
     with nbdkit(workplace / "slow.sock", *options) as sock:
         path = server.add("slow", socket=str(sock))
-        client = server.raw(f"GET {path}/extents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        wait_until(lambda: server.request("POST", f"{path}/flush").status == 409)
-        client.close()
+        with server.raw(f"GET {path}/extents HTTP/1.1\r\nHost: x\r\n\r\n".encode()) as client:
+            assert client.recv(12) == b"HTTP/1.1 200"
+            assert server.request("POST", f"{path}/flush").status == 409
         wait_until(lambda: server.request("POST", f"{path}/flush").status == 200, 8)

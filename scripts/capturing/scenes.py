@@ -29,7 +29,7 @@ _PERCENT = re.compile(r"([0-9]+)%")
 #: Bytes of data of the large images, and seconds that it takes to move them.
 _FULL, _QUICK = (600 * _MIB, 6), (24 * _MIB, 1)
 #: The same while ``top`` is looked at, however long all of it takes to start.
-_TOP_SECONDS = 8
+_TOP_SECONDS = 20
 _MIDDLE_PERCENT = 55
 #: Operations that run while ``top`` is looked at.
 _TRANSFERS, _READS = 3, 2

@@ -28,7 +28,7 @@ from imageserver.client.errors import ClientError, Interrupted, LocalFailure
 from imageserver.client.remote import Remote
 from imageserver.client.units import plain_text
 
-#: Command -> the module that has it, imported when it is asked for, and one line of help.
+#: Command -> the module that has it, imported when it is asked for.
 COMMANDS = {
     "download": "imageserver.client.commands_move",
     "upload": "imageserver.client.commands_move",

@@ -10,6 +10,8 @@
     ├── RangeOutsideImage        the range holds no byte of the image; carries its size
     ├── ImageBusy                another operation holds the image's lock
     ├── NoSlot                   every slot of this kind is taken
+    ├── StateUnavailable         the server's own files (locks, slots, usage) cannot be used now
+    │   └── StateFull            ... for their file system is full
     ├── BackendError             the NBD server failed or cannot be reached
     │   └── BackendTimeout       ... or said nothing for too long
     ├── FileAccessError          the image file cannot be opened, sized or replaced
@@ -18,7 +20,7 @@
     └── ClientGone               the client vanished or fell silent: nobody is left to answer
 
 ``web/errors.py`` holds the one table from these to answers. ``str(error)`` of the four
-back-end errors is for the log; clients see the table's text only.
+back-end errors and of the server's own state is for the log; clients see the table's text only.
 """
 
 from imageserver.slots import Kind
@@ -74,6 +76,17 @@ class NoSlot(ImageServerError):
     def __init__(self, kind: Kind) -> None:
         super().__init__(f"no free {kind.name.lower()} slot")
         self.kind = kind
+
+
+class StateUnavailable(ImageServerError):
+    """What the server keeps in files of its own cannot be had now; ``str()`` is a sentence.
+
+    The runtime directory, a descriptor or a kernel lock: the host's state, not the image's.
+    """
+
+
+class StateFull(StateUnavailable):
+    """The file system of the runtime directory is full, or a quota there."""
 
 
 class BackendError(ImageServerError):

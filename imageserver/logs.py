@@ -26,6 +26,7 @@ _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _PROBES = frozenset(("options", "head"))
 #: What ends up as one of these is the server's or the host's fault, and for the operator to see.
 _SERIOUS = frozenset((500, 504, 507))
+_SERIOUS_ERRORS = frozenset(("BackendError", "BackendTimeout", "StateUnavailable"))
 
 
 def configure(level: str, style: str = "text") -> None:
@@ -124,7 +125,7 @@ class OperationLog:
     def finished(self, entry: Entry) -> None:
         """Log an entry: probes for those who debug, what an operator must see as a warning."""
         level = logging.DEBUG if entry.operation in _PROBES else logging.INFO
-        if entry.status in _SERIOUS or entry.error in {"BackendError", "BackendTimeout"}:
+        if entry.status in _SERIOUS or entry.error in _SERIOUS_ERRORS:
             level = logging.WARNING
         if log.isEnabledFor(level):
             log.log(level, "finished", extra=fields(**_told(entry)))

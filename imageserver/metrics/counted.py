@@ -37,6 +37,8 @@ REFUSALS: dict[type[errors.ImageServerError], str] = {
     errors.MethodNotAllowed: "method_not_allowed",
     errors.RangeOutsideImage: "range_not_satisfiable",
     errors.ImageBusy: "image_busy",
+    errors.StateUnavailable: "state_unavailable",
+    errors.StateFull: "state_unavailable",
 }
 #: ... and, for ``NoSlot``, by what was asked for.
 NO_SLOT = {

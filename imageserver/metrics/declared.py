@@ -48,6 +48,7 @@ REFUSALS = (
     "no_write_slot",
     "table_full",
     "server_busy",
+    "state_unavailable",
     "bad_head",
     "head_timeout",
     "bad_request",

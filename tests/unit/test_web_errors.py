@@ -38,6 +38,8 @@ ANSWERS = [
     (errors.BackendTimeout(INTERNAL), 504, "backend timeout", {}),
     (errors.FileAccessError(INTERNAL), 500, "failed to access file", {}),
     (errors.NoSpace(INTERNAL), 507, "no space left", {}),
+    (errors.StateUnavailable(INTERNAL), 503, "server state unavailable", RETRY),
+    (errors.StateFull(INTERNAL), 507, "no space left", RETRY),
     (errors.ShortBody(5), 400, "request body ended early at 5 bytes", {}),
 ]
 

@@ -39,6 +39,15 @@ class Reply:
     lengths: Sequence[int]
     flags: Sequence[int]
 
+    def after(self, skipped: int) -> "Reply":
+        """Return the answer from ``skipped`` bytes on; empty where it does not reach so far."""
+        for index, length in enumerate(self.lengths):
+            if length > skipped:
+                rest = [length - skipped, *self.lengths[index + 1 :]]
+                return Reply(rest, self.flags[index:])
+            skipped -= length
+        return Reply((), ())
+
 
 #: A piece of an image: (length in bytes, base:allocation flags, dirty flags).
 #: A plain tuple: millions of them pass through.

@@ -158,6 +158,20 @@ def _refused(exc: Any, handle: Any, name: str) -> ImageServerError:
     return _translated(exc, name)
 
 
+def _size(handle: Any, name: str) -> int:
+    """Return the export's size in bytes; libnbd shows the 64 bits of the wire as a signed number.
+
+    Raises:
+        BackendError: it is 2^63 or more, which no offset reaches (off_t, NBD protocol).
+    """
+    size: int = -1
+    with contextlib.suppress(nbd.Error):  # 2^64 - 1, which looks like a failure
+        size = handle.get_size()
+    if size < 0:
+        raise BackendError(f"{name}: announces a size of 2^63 bytes or more")
+    return size
+
+
 def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1000))
 
@@ -178,7 +192,7 @@ class Link:
         self._stopped = False
         self.timeout = tuning.timeout
         self.depth = tuning.queue_depth
-        self.size: int = handle.get_size()
+        self.size = _size(handle, name)
         #: Requests must start and end at multiples of this.
         self.align: int = max(1, handle.get_block_size(nbd.SIZE_MINIMUM))
         #: The most bytes a read or write request may have.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block status, asked for in the largest steps, as extents."""
+"""Block status, asked for in the largest steps and in whole blocks, as extents."""
 
 from collections.abc import Generator
 
@@ -23,7 +23,7 @@ def list_extents(
     merger = Merger(start)
     while (at := merger.position) < stop:
         limit = stop - at
-        replies = _ask(link, at, limit) if allocation or context else {}
+        replies = _ask(link, at, stop) if allocation or context else {}
         try:
             state = replies[extents.ALLOCATION] if allocation else Reply((limit,), (0,))
             if context:
@@ -38,7 +38,12 @@ def list_extents(
     yield list(merger.finish())
 
 
-def _ask(link: Link, offset: int, limit: int) -> dict[str, Reply]:
+def _ask(link: Link, start: int, stop: int) -> dict[str, Reply]:
+    """Ask for as much of [start, stop) as a request may cover, from and to whole blocks."""
+    first = start // link.align * link.align
+    last = min(-(-stop // link.align) * link.align, link.size)
     replies: dict[str, Reply] = {}
-    link.wait(link.block_status(offset, min(limit, _MAX_LENGTH), replies))
-    return replies
+    link.wait(link.block_status(first, min(last - first, _MAX_LENGTH), replies))
+    if first == start:
+        return replies
+    return {context: reply.after(start - first) for context, reply in replies.items()}

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports of servers that say what no real one does: an error in words, or the right bytes."""
+
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+
+import pytest
+
+from imageserver.backends.nbd.exports import NbdExports
+from imageserver.backends.nbd.link import Tuning
+from imageserver.errors import BackendError
+from imageserver.extents import Extent
+from imageserver.ports import Backend, Intent
+from imageserver.transfers import NbdImage
+from tests.unit.nbd_liar import STATUS, Liar, lying
+
+KIB = 1024
+
+
+@pytest.fixture
+def liar(tmp_path: Path) -> Iterator[Liar]:
+    with lying(Liar(tmp_path / "nbd")) as liar:
+        yield liar
+
+
+def _open(liar: Liar, intent: Intent = Intent.READ) -> Backend:
+    exports = NbdExports(Tuning(chunk_size=64 * KIB, queue_depth=3, timeout=5.0))
+    return exports.open(NbdImage(str(liar.path)), intent)
+
+
+def _extents(liar: Liar, start: int, stop: int) -> list[Extent]:
+    backend = _open(liar, Intent.EXTENTS)
+    try:
+        return list(chain.from_iterable(backend.extents(start, stop, dirty=False)))
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("size", [1 << 63, (1 << 63) + 5, (1 << 64) - 1], ids=hex)
+@pytest.mark.parametrize("intent", [Intent.INSPECT, Intent.READ, Intent.WRITE])
+def test_a_size_that_no_offset_reaches_is_an_error(liar: Liar, size: int, intent: Intent) -> None:
+    liar.size = size
+
+    with pytest.raises(BackendError, match=r"announces a size of 2\^63 bytes or more"):
+        _open(liar, intent)
+
+
+def test_the_largest_size_is_served(liar: Liar) -> None:
+    liar.size = (1 << 63) - 1
+    backend = _open(liar)
+
+    assert b"".join(map(bytes, backend.read(liar.size - 5, 5))) == b"DDDDD"
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pytest.param((0, 4096, 1 << 20), id="minimum-0"),
+        pytest.param((3, 4096, 1 << 20), id="minimum-no-power-of-2"),
+        pytest.param((4096, 4096, 512), id="maximum-below-minimum"),
+        pytest.param((1 << 31, 1 << 31, 1 << 31), id="minimum-2-gib"),
+        pytest.param((512, 4096, 1000), id="maximum-no-multiple"),
+        pytest.param((512, 4096, 0), id="maximum-0"),
+    ],
+)
+def test_block_sizes_without_sense_count_as_none(liar: Liar, blocks: tuple[int, int, int]) -> None:
+    # libnbd drops what the protocol does not allow: no buffer is made as large as that.
+    liar.blocks = blocks
+    backend = _open(liar)
+
+    assert backend.align == 1
+    assert b"".join(map(bytes, backend.read(5, 100))) == b"D" * 100
+    backend.close()
+
+
+@pytest.mark.parametrize("span", [(5, 105), (4091, 4101), (8192, 8193), (4095, 9000)], ids=str)
+def test_block_status_is_asked_for_in_whole_blocks_and_cut(
+    liar: Liar, span: tuple[int, int]
+) -> None:
+    liar.blocks = 4096, 4096, 1 << 20
+    liar.status = lambda offset, length: [
+        (4096, int(at // 4096 % 2)) for at in range(offset, offset + length, 4096)
+    ]
+    start, stop = span
+
+    found = _extents(liar, start, stop)
+
+    cuts = sorted({start, stop, *range(-(-start // 4096) * 4096, stop, 4096)})
+    wanted = [(a, b - a, a // 4096 % 2 == 1, False) for a, b in pairwise(cuts)]
+    assert found == wanted
+    asked = [(offset, length) for _, command, offset, length in liar.got if command == STATUS]
+    assert all(offset % 4096 == length % 4096 == 0 for offset, length in asked)
+
+
+def test_a_status_that_ends_inside_a_block_is_taken_up_from_that_blocks_beginning(
+    liar: Liar,
+) -> None:
+    liar.blocks = 4096, 4096, 1 << 20
+    liar.size = 8192
+    replies = iter([[(5000, 1)], [(1000, 1), (3096, 0)]])
+    liar.status = lambda _offset, _length: next(replies)
+
+    assert _extents(liar, 0, 8192) == [(0, 5096, True, False), (5096, 3096, False, False)]
+    assert [at for _, command, at, _ in liar.got if command == STATUS] == [0, 4096]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [pytest.param([(0, 0)], id="length-0"), pytest.param([(0, 0), (0, 1)], id="lengths-0")],
+)
+def test_a_status_of_no_bytes_is_an_error_not_a_loop(
+    liar: Liar, pairs: list[tuple[int, int]]
+) -> None:
+    liar.status = lambda _offset, _length: pairs
+
+    with pytest.raises(BackendError):
+        _extents(liar, 0, liar.size)
+
+
+def test_a_status_beyond_the_image_is_cut_to_it(liar: Liar) -> None:
+    liar.status = lambda _offset, _length: [(1 << 31, 3), (1 << 31, 0)]
+
+    assert _extents(liar, 0, liar.size) == [(0, liar.size, True, False)]

@@ -59,7 +59,8 @@ class Administration:
             self.registrations.store(transfer)
         except InvalidTransfer as exc:
             return control.failed(f"invalid config: {exc}")
-        return control.succeeded(self.registrations.count())
+        warnings = {"warnings": transfer.ignored} if transfer.ignored else {}
+        return control.succeeded(self.registrations.count(), **warnings)
 
     def _list(self, command: List) -> bytes:
         known = self.registrations.all()

@@ -176,12 +176,16 @@ class Registry:
 
     def _remember(self, transfer_id: str, version: _Version, transfer: Transfer) -> None:
         with self._lock:
-            self._reported.pop(transfer_id, None)
+            if not transfer.ignored:
+                self._reported.pop(transfer_id, None)
             self._cache.pop(transfer_id, None)
             if self._now_ns() - version.mtime_ns > _SETTLED_NS:
                 self._cache[transfer_id] = version, transfer
                 if len(self._cache) > _CACHE_SIZE:
                     self._cache.popitem(last=False)
+        if transfer.ignored:
+            problem = ", ".join(transfer.ignored)
+            self._log_once(transfer_id, version, "transfer file has ignored fields", problem)
 
     def _forget(self, transfer_id: str) -> None:
         with self._lock:
@@ -191,6 +195,11 @@ class Registry:
     def _report(self, name: str, problem: str, version: _Version | None = None) -> None:
         with self._lock:
             self._cache.pop(name, None)
+        self._log_once(name, version, "transfer file ignored", problem)
+
+    def _log_once(self, name: str, version: _Version | None, event: str, problem: str) -> None:
+        """Warn of a file, or of the directory (""), once per change and over all workers."""
+        with self._lock:
             seen = self._reported.get(name) == (version, problem)
             self._reported[name] = version, problem
             self._reported.move_to_end(name)
@@ -198,7 +207,7 @@ class Registry:
                 self._reported.popitem(last=False)
         path = os.path.join(self._directory, name) if name else self._directory
         if not seen and self._is_first(f"{path} {version} {problem}"):
-            log.warning("transfer file ignored: path=%s problem=%s", path, problem)
+            log.warning("%s: path=%s problem=%s", event, path, problem)
 
 
 def _stat_or_none(path: str) -> _Version | None:

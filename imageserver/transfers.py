@@ -5,6 +5,7 @@ A transfer is a JSON object in a file named by the transfer's id. Here live the 
 of the id and of the object, and the images that come out. No file is opened here.
 """
 
+import difflib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ MAX_SOCKET_PATH = 107
 MAX_NAME = 4096
 #: What an idle timeout below one second means (docs/api.md).
 DAY_SECONDS = 86400
+#: So many of the fields that nobody knows are named, each with so many characters.
+_MAX_NAMED = 8
+_MAX_QUOTED = 64
 
 
 class InvalidTransfer(Exception):
@@ -67,6 +71,8 @@ class Transfer:
     """Expires when unused for so long; None: never."""
     changed_ns: int = field(default=0, compare=False)
     """When the file that says so was changed, since the Unix epoch."""
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+    """A sentence on each field that was ignored, for a misspelt one changes what is served."""
 
 
 def is_valid_id(text: str) -> bool:
@@ -107,10 +113,12 @@ def transfer_from_fields(transfer_id: str, fields: Mapping[str, object]) -> Tran
     parse = _BACKENDS.get(backend.lower())
     if parse is None:
         raise UnsupportedBackend(backend)
+    ignored = _ignored(fields, backend.lower())
     read_only = fields.get("read_only")
     if read_only is not None and not isinstance(read_only, bool):
         raise InvalidTransfer('"read_only" must be true or false')
-    return Transfer(transfer_id, parse(fields), bool(read_only), _idle_seconds(fields))
+    idle = _idle_seconds(fields)
+    return Transfer(transfer_id, parse(fields), bool(read_only), idle, ignored=ignored)
 
 
 def to_fields(transfer: Transfer) -> dict[str, object]:
@@ -147,7 +155,7 @@ def _idle_seconds(fields: Mapping[str, object]) -> int | None:
 
 def _quoted(text: str) -> str:
     """Return text for a log line: printable, on one line, not endless."""
-    return "".join(c if c.isprintable() else "?" for c in text[:64])
+    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_QUOTED])
 
 
 def _nbd(fields: Mapping[str, object]) -> NbdImage:
@@ -167,6 +175,29 @@ def _file(fields: Mapping[str, object]) -> FileImage:
 
 
 _BACKENDS: dict[str, Callable[[Mapping[str, object]], Image]] = {"nbd": _nbd, "file": _file}
+#: The fields that a back end has for itself.
+_OWN_FIELDS = {"nbd": ("socket", "export", "export_bitmap"), "file": ("file",)}
+#: The fields of every transfer; the server's own files have their id as well.
+_COMMON_FIELDS = ("backend", "read_only", "idle_timeout_seconds", "transfer_id")
+
+
+def _ignored(fields: Mapping[str, object], backend: str) -> tuple[str, ...]:
+    """Return a sentence on each field that this back end does not know; ``null`` is none."""
+    known = (*_COMMON_FIELDS, *_OWN_FIELDS[backend])
+    unknown = [name for name in fields if name not in known and fields[name] is not None]
+    told = [_told(name, known) for name in unknown[:_MAX_NAMED]]
+    if len(unknown) > _MAX_NAMED:
+        told.append(f"and {len(unknown) - _MAX_NAMED} more")
+    return tuple(told)
+
+
+def _told(name: str, known: tuple[str, ...]) -> str:
+    for backend, own in _OWN_FIELDS.items():
+        if name in own:
+            return f'field "{name}" is of backend "{backend}"'
+    near = difflib.get_close_matches(name[:_MAX_QUOTED].lower(), known, 1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    return f'unknown field "{_quoted(name)}"{hint}'
 
 
 def _text(fields: Mapping[str, object], name: str, default: str | None = None) -> str:

@@ -162,6 +162,8 @@ def _report(command: control.Command, answer: bytes) -> None:
         log.debug("control: list", extra=fields(after=command.after))
         return
     level = logging.DEBUG if isinstance(command, control.Status) else logging.INFO
+    if isinstance(command, control.Register) and command.transfer.ignored:
+        level = logging.WARNING  # the answer has them
     log.log(level, "control: %s", answer.decode().rstrip(), extra=_told(command))
 
 

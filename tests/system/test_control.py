@@ -113,6 +113,16 @@ def test_a_registration_wins_over_a_file_and_leaves_it_alone(server, control, na
     assert (server.config / name).exists()
 
 
+def test_a_registration_is_told_which_fields_are_ignored(server, control, name):
+    told = control.register(name, **file_of(server, "one"), readonly=True)
+    warnings = ['unknown field "readonly"; did you mean "read_only"?']
+    assert (told["status"], told["warnings"]) == ("ok", warnings)
+    warned = [line for line in server.log.splitlines() if "did you mean" in line]
+    assert ["[WARNING]" in line for line in warned] == [True]
+    assert server.request("GET", f"/images/{name}").body == b"one"
+    control.unregister(name)
+
+
 def test_a_read_only_registration_is(server, control, name):
     control.register(name, **file_of(server, "one"), read_only=True)
     assert server.request("PUT", f"/images/{name}", b"x").status == 405

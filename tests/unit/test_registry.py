@@ -157,6 +157,20 @@ def test_a_file_that_does_not_count_is_reported_with_its_path_and_field(
     ]
 
 
+def test_ignored_fields_are_reported_once_per_change_by_one_worker(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (0, 1):
+        place.now = OLD + number  # young, so that it is read each time
+        place.put("t", A[:-1] + ',"readonly":true}', OLD + number)
+        for each in (place.registry, place.registry, place.another()):
+            assert each.get("t").read_only is False
+
+    problem = 'problem=unknown field "readonly"; did you mean "read_only"?'
+    warning = f"transfer file has ignored fields: path={place.path}/t {problem}"
+    assert [record.getMessage() for record in caplog.records] == [warning] * 2
+
+
 def test_each_change_is_reported_once(place: Place) -> None:
     for number, text in enumerate(["{", "[]", "[]"]):
         place.put("t", text, OLD + number)

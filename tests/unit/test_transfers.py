@@ -241,6 +241,39 @@ def test_json_that_is_no_object_is_refused(text: bytes) -> None:
         parse_transfer("t", text)
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        pytest.param({"readonly": True}, ['unknown field "readonly"; did you mean "read_only"?']),
+        pytest.param({"exprt": "a"}, ['unknown field "exprt"; did you mean "export"?']),
+        pytest.param({"READ_ONLY": 1}, ['unknown field "READ_ONLY"; did you mean "read_only"?']),
+        pytest.param({"owner": "me"}, ['unknown field "owner"']),
+        pytest.param({"file": "/a"}, ['field "file" is of backend "file"']),
+        pytest.param({"a\n\ud800": 1}, ['unknown field "a??"']),
+        pytest.param({"x" * 99: 1}, [f'unknown field "{"x" * 64}"']),
+        pytest.param({"exprt": None}, []),
+        pytest.param({"transfer_id": "t", "export": "a", "export_bitmap": "b"}, []),
+        pytest.param(
+            {str(n): n for n in range(10)},
+            [*(f'unknown field "{n}"' for n in range(8)), "and 2 more"],
+        ),
+    ],
+    ids=["readonly", "exprt", "case", "unlike", "other", "bytes", "long", "null", "known", "many"],
+)
+def test_fields_that_are_ignored_are_named_with_the_nearest(
+    fields: dict[str, object], told: list[str]
+) -> None:
+    transfer = transfer_from_fields("t", {"socket": "/a.sock"} | fields)
+
+    assert list(transfer.ignored) == told
+
+
+def test_a_field_of_the_other_backend_is_ignored() -> None:
+    transfer = transfer_from_fields("t", {"backend": "FILE", "file": "/a", "export": "vda"})
+
+    assert transfer.ignored == ('field "export" is of backend "nbd"',)
+
+
 def test_of_a_field_that_comes_twice_the_last_counts() -> None:
     twice = b'{"socket":"/a","socket":"/b","read_only":false,"read_only":true}'
 

@@ -49,7 +49,9 @@ def _descendants(root: type[ImageServerError]) -> set[type[ImageServerError]]:
 
 
 def test_every_error_but_a_vanished_client_has_a_row_and_a_test() -> None:
-    answered = _descendants(ImageServerError) - {ImageServerError, ClientGone}
+    # An adapter's own errors, loaded or not, are answered as what they are kinds of.
+    tree = {cls for cls in _descendants(ImageServerError) if cls.__module__ == errors.__name__}
+    answered = tree - {ImageServerError, ClientGone}
 
     assert answered == TABLE.keys()
     assert answered == {type(error) for error, *_ in ANSWERS}

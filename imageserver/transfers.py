@@ -139,6 +139,11 @@ def has_expired(transfer: Transfer, *unused_ns: int) -> bool:
     return idle is not None and min(unused_ns) >= idle * 1_000_000_000
 
 
+def path_bytes(path: str) -> bytes:
+    """Return a path, or an id as a file's name, for the kernel: UTF-8 whatever the locale."""
+    return path.encode()
+
+
 def id_hash(transfer_id: str) -> str:
     """Return 64 hexadecimal digits that stand for an id in names of the server's own files."""
     return hashlib.sha256(transfer_id.encode()).hexdigest()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files: read as they are, replaced as a whole, synced on flush.
 
-A replacement is written beside its target and renamed over it (``replacement``); receiving
-it and writing it overlap (``ring``).
+A file is found once, as a name in an open directory (``places``). A replacement is written
+beside its target and renamed over it (``replacement``); receiving it and writing it overlap
+(``ring``).
 
 Block devices cannot be replaced and are written in place.
 """
@@ -12,21 +13,24 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import SimpleQueue
 
-from imageserver.backends.replacement import NewFile, copy_attributes, sweep, sync_directory
+from imageserver.backends.places import Place, find, shown
+from imageserver.backends.replacement import NewFile, check_target, copy_attributes, sweep
 from imageserver.backends.ring import Ring, Side, fill
 from imageserver.errors import BadRequest, FileAccessError, NoSpace, ShortBody
 from imageserver.extents import Extent
 from imageserver.ports import ImageInfo, Intent, Source
-from imageserver.transfers import FileImage
+from imageserver.transfers import FileImage, path_bytes
 
 #: Holes are looked for in steps of this size, the default cluster of qcow2 and the usual
 #: extent granularity; a step that is all zeros is skipped, not written.
 _HOLE = 64 * 1024
 _ZEROS = bytes(_HOLE)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+#: What needs the image's directory, too.
+_CHANGING = {Intent.REPLACE, Intent.FLUSH}
 #: Bytes per read: what is read stays in a core's second-level cache until it has been sent.
 #: Measured on loopback: 256 KiB moves 3000 to 4200 MiB/s, 1 MiB 2900 to 3300.
 _READ_SIZE = 256 * 1024
@@ -39,7 +43,7 @@ class ImageFiles:
 
     def __init__(self, chunk_size: int, roots: tuple[str, ...] = ()) -> None:
         self._chunk_size = chunk_size
-        self._roots = tuple(os.path.realpath(root) for root in roots)
+        self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
 
     def open(self, image: FileImage, intent: Intent) -> "ImageFile":
         """Open a regular file or block device.
@@ -48,17 +52,16 @@ class ImageFiles:
             FileAccessError: it cannot be opened or sized, is something else, or lies
                 outside the configured roots.
         """
-        path = os.path.realpath(image.path)
-        if self._roots and not any(_lies_in(path, root) for root in self._roots):
-            raise FileAccessError(f"{path} lies outside IMAGESERVER_FILE_ROOTS")
+        path = path_bytes(image.path)
         try:
-            return ImageFile(path, intent, self._chunk_size)
+            return ImageFile(find(path, self._roots), intent, self._chunk_size)
         except OSError as exc:
-            raise FileAccessError(str(exc)) from exc
+            raise _failure(path, exc) from exc
 
 
-def _lies_in(path: str, root: str) -> bool:
-    return os.path.commonpath((path, root)) == root
+def _failure(path: bytes, exc: OSError) -> FileAccessError | NoSpace:
+    cls = NoSpace if exc.errno in _NO_SPACE else FileAccessError
+    return cls(f"{shown(path)}: {exc.strerror}")
 
 
 class ImageFile:
@@ -66,37 +69,53 @@ class ImageFile:
 
     settled = True
 
-    def __init__(self, path: str, intent: Intent, chunk_size: int) -> None:
-        """Open ``path``, which must be resolved.
+    def __init__(self, place: Place, intent: Intent, chunk_size: int) -> None:
+        """Open what lies at ``place``, which is closed with this.
 
         Raises:
             OSError: open(2), fstat(2) or lseek(2) failed.
             FileAccessError: neither regular file nor block device.
         """
-        self._path = path
+        self._place = place
         self._chunk = chunk_size
         self._fd = -1
         self._is_replaced = False
         self._mode = stat.S_IFREG
         size = 0
-        # O_NONBLOCK: opening a FIFO must not wait for its writer.
-        flags = os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            if intent is not Intent.REPLACE:
-                raise
-        else:
-            self._mode = found.st_mode
-            if not (stat.S_ISREG(self._mode) or stat.S_ISBLK(self._mode)):
-                raise FileAccessError(f"{path} is neither a regular file nor a block device")
-            in_place = intent is Intent.REPLACE and stat.S_ISBLK(self._mode)
-            self._fd = os.open(path, flags | (os.O_RDWR if in_place else os.O_RDONLY))
-            # lseek, for st_size of a block device is 0.
-            size = os.lseek(self._fd, 0, os.SEEK_END)
+            if self._find(intent):
+                # lseek, for st_size of a block device is 0.
+                size = os.lseek(self._fd, 0, os.SEEK_END)
+        except BaseException:
+            self.close()
+            raise
+        if intent not in _CHANGING:
+            place.close()  # descriptors are few
         self.size = size
         self.align = 1
         self.info = ImageInfo(size, read_only=False, can_zero=False, can_flush=True)
+
+    def _find(self, intent: Intent) -> bool:
+        """Open the file; tell whether there is one."""
+        try:
+            # Before it is opened, which is an event for some devices.
+            self._check(self._place.stat())
+        except FileNotFoundError:
+            if intent is not Intent.REPLACE:
+                raise
+            return False
+        in_place = intent is Intent.REPLACE and stat.S_ISBLK(self._mode)
+        self._fd = self._place.open(os.O_RDWR if in_place else os.O_RDONLY)
+        self._check(os.fstat(self._fd))  # it may be another one by now
+        if in_place is not (intent is Intent.REPLACE and stat.S_ISBLK(self._mode)):
+            raise FileAccessError(f"{shown(self._place.path)} has become something else")
+        return True
+
+    def _check(self, found: os.stat_result) -> None:
+        self._mode = found.st_mode
+        if not (stat.S_ISREG(self._mode) or stat.S_ISBLK(self._mode)):
+            path = shown(self._place.path)
+            raise FileAccessError(f"{path} is neither a regular file nor a block device")
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
@@ -106,9 +125,10 @@ class ImageFile:
             try:
                 count = os.preadv(self._fd, [buffer[: stop - at]], at)
             except OSError as exc:
-                raise FileAccessError(str(exc)) from exc
+                raise _failure(self._place.path, exc) from exc
             if count == 0:
-                raise FileAccessError(f"{self._path} has become shorter than {stop} bytes")
+                path = shown(self._place.path)
+                raise FileAccessError(f"{path} has become shorter than {stop} bytes")
             at += count
             yield buffer[:count]
 
@@ -120,9 +140,7 @@ class ImageFile:
             else:
                 yield from self._replace(length, source)
         except OSError as exc:
-            if exc.errno in _NO_SPACE:
-                raise NoSpace(str(exc)) from exc
-            raise FileAccessError(str(exc)) from exc
+            raise _failure(self._place.path, exc) from exc
 
     def _overwrite(self, length: int, source: Source) -> Iterator[int]:
         if length > self.size:
@@ -130,19 +148,37 @@ class ImageFile:
         yield from self._copy(length, source, lambda data, at: _write_all(self._fd, data, at))
 
     def _replace(self, length: int, source: Source) -> Iterator[int]:
-        directory = os.path.dirname(self._path)
-        sweep(directory)
-        with NewFile(directory) as new:
+        with ExitStack() as held:
+            directory = self._place.open_directory()
+            held.callback(os.close, directory)
+            sweep(directory)
+            new = held.enter_context(self._prepare(directory, length))
             yield from self._copy(
                 length, source, lambda data, at: _write_sparsely(new.fd, data, at)
             )
             os.ftruncate(new.fd, length)
             if self._fd >= 0:
-                copy_attributes(self._fd, new.fd)
+                copy_attributes(self._fd, new.fd)  # again, for writing clears set-id bits
             os.fsync(new.fd)
-            new.rename(self._path)
+            new.rename(self._place.name)
+            os.fsync(directory)
         self._is_replaced = True
         yield length
+
+    def _prepare(self, directory: int, length: int) -> NewFile:
+        """Make the new file, and try all that is to be done with it: see ``replacement``."""
+        if self._fd >= 0:
+            check_target(directory, self._place.name, self._fd)
+        new = NewFile(directory)
+        try:
+            os.lseek(new.fd, length, os.SEEK_SET)  # EINVAL: more than the file system's files hold
+            if self._fd >= 0:
+                copy_attributes(self._fd, new.fd)
+                os.fchmod(new.fd, 0o600)  # until it is complete
+        except BaseException:
+            new.close()
+            raise
+        return new
 
     def _copy(
         self, length: int, source: Source, write: Callable[[memoryview, int], None]
@@ -161,7 +197,7 @@ class ImageFile:
             return nullcontext()
 
         with (
-            Ring(_DEPTH, self._chunk, self._path) as ring,
+            Ring(_DEPTH, self._chunk, self._place.path) as ring,
             Side(work, ended=ring.close, stopping=stopping) as side,
         ):
             at = 0
@@ -193,9 +229,13 @@ class ImageFile:
         try:
             os.fsync(self._fd)
             if stat.S_ISREG(self._mode):
-                sync_directory(os.path.dirname(self._path))
+                directory = self._place.open_directory()
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
         except OSError as exc:
-            raise FileAccessError(str(exc)) from exc
+            raise _failure(self._place.path, exc) from exc
 
     def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
         """Extents are not offered for files; the web layer refuses them first."""
@@ -205,7 +245,8 @@ class ImageFile:
         """Nothing waits for a file but the kernel."""
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and its place."""
+        self._place.close()
         fd, self._fd = self._fd, -1
         if fd < 0:
             return

@@ -7,110 +7,219 @@ Readers and disk see the old image or the new one, and whoever dies on the way l
 behind, but for the moment between linkat and rename; the next replacement in that directory
 sweeps such a file, which is told from a live one by its lock. Where the file system has no
 O_TMPFILE, the file has its name from the beginning.
+
+Everything happens in a directory that is open already: ``directory`` is a descriptor that can
+be read (``places``). What can fail is tried before the body is asked for: ``check_target``,
+``NewFile`` and ``copy_attributes``. Behind the rename there is the directory's fsync alone.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
+import time
 from typing import Self
 
-_PREFIX = ".imageserver-"
-_SUFFIX = ".part"
+_PREFIX = b".imageserver-"
+_SUFFIX = b".part"
+#: What could not be locked (NFS without lockd, some FUSE file systems) says so in its name.
+_UNLOCKED = b".unlocked.part"
+#: ... and counts as abandoned when nobody has written to it for so long.
+_UNLOCKED_SECONDS = 86400.0
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+#: A sweep that runs at the same moment may take a file before it is locked; not so often.
+_ATTEMPTS = 10
 
 
 class NewFile:
     """A file that gets its name when it is complete; gone otherwise."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: int) -> None:
+        """Make a file that only its owner may read, whatever the umask.
+
+        Raises:
+            OSError: the directory does not allow it.
+        """
         self._directory = directory
-        self._name: str | None = None
+        self._name: bytes | None = None
+        self._suffix = _SUFFIX
+        self._proc = self.fd = -1
         try:
-            self.fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            self._make()
+            os.fchmod(self.fd, 0o600)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self) -> None:
+        try:
+            flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+            self.fd = os.open(b".", flags, 0o600, dir_fd=self._directory)
         except OSError as exc:
             if exc.errno not in _NO_TMPFILE:
                 raise
-            self._name = self._new_name()
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.fd = os.open(self._name, flags, 0o600)
-        # Tells this file from one whose writer died: see sweep.
-        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _new_name(self) -> str:
-        return os.path.join(self._directory, f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
-
-    def rename(self, target: str) -> None:
-        """Put the file in the target's place, and that on disk."""
-        if self._name is None:
-            name = self._new_name()
+            self._make_named()
+        else:
             # open(2), O_TMPFILE: how a nameless file gets one without CAP_DAC_READ_SEARCH. With a
             # directory descriptor, for without one Python calls link(2), which follows nothing.
-            proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.link(str(self.fd), name, src_dir_fd=proc, follow_symlinks=True)
-            finally:
-                os.close(proc)
+            self._proc = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            if not self._lock():
+                self._suffix = _UNLOCKED
+
+    def _make_named(self) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        for _ in range(_ATTEMPTS):
+            name = self._new_name()
+            self.fd = os.open(name, flags, 0o600, dir_fd=self._directory)
             self._name = name
-        os.rename(self._name, target)
+            try:
+                if not self._lock():
+                    self._suffix = _UNLOCKED
+                    unlocked = self._new_name()
+                    self._rename(name, unlocked)
+                    self._name = unlocked
+                if _is(self.fd, self._name, self._directory):
+                    return
+            except (BlockingIOError, FileNotFoundError):
+                pass
+            fd, self.fd, self._name = self.fd, -1, None
+            os.close(fd)
+        raise OSError(errno.EAGAIN, "new files vanish")
+
+    def _lock(self) -> bool:
+        """Tell this file from one whose writer died (``sweep``); False where there are no locks."""
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            if exc.errno not in _NO_LOCKS:
+                raise
+            return False
+        return True
+
+    def _new_name(self) -> bytes:
+        return _PREFIX + secrets.token_hex(8).encode() + self._suffix
+
+    def rename(self, target: bytes) -> None:
+        """Put the file in the target's place; a name in the same directory."""
+        if self._name is None:
+            name = self._new_name()
+            os.link(
+                *(b"%d" % self.fd, name),
+                src_dir_fd=self._proc,
+                dst_dir_fd=self._directory,
+                follow_symlinks=True,
+            )
+            self._name = name
+        self._rename(self._name, target)
         self._name = None
-        sync_directory(self._directory)
+
+    def _rename(self, old: bytes, new: bytes) -> None:
+        os.rename(old, new, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+
+    def close(self) -> None:
+        """Remove what has not been renamed."""
+        if self._name is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name, dir_fd=self._directory)
+            self._name = None
+        for fd in (self._proc, self.fd):
+            if fd >= 0:
+                os.close(fd)
+        self._proc = self.fd = -1
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if self._name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._name)
-        os.close(self.fd)
+        self.close()
 
 
-def sweep(directory: str) -> None:
+def check_target(directory: int, name: bytes, old: int) -> None:
+    """Prove that ``name``, open as ``old``, can be renamed over, changing nothing.
+
+    Raises:
+        OSError: it is a mount point, immutable, somebody else's in a sticky directory, ...
+    """
+    if _mount_of(old) != _mount_of(directory):
+        raise OSError(errno.EBUSY, "is a mount point")
+    # rmdir(2) asks whether the name may be removed before it asks whether it is a directory.
+    with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+        os.rmdir(name, dir_fd=directory)
+
+
+def _mount_of(fd: int) -> bytes:
+    """Return the mount through which a file was opened (proc_pid_fdinfo(5))."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        found = re.search(rb"^mnt_id:\s*([0-9]+)$", file.read(), re.MULTILINE)
+    return found[1] if found else b""
+
+
+def sweep(directory: int) -> None:
     """Remove what writers that died have left in ``directory``."""
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX):
-                _remove_if_abandoned(entry.path)
+            name = os.fsencode(entry.name)
+            if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+                with contextlib.suppress(OSError):
+                    _remove_if_abandoned(directory, name)
 
 
-def _remove_if_abandoned(path: str) -> None:
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+def _remove_if_abandoned(directory: int, name: bytes) -> None:
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        # NFS: an exclusive lock needs a descriptor that can be written to (flock(2)).
+        fd = os.open(name, flags | os.O_RDWR, dir_fd=directory)
+    except PermissionError:
+        fd = os.open(name, flags | os.O_RDONLY, dir_fd=directory)
+    try:
+        if name.endswith(_UNLOCKED):
+            is_abandoned = time.time() - os.fstat(fd).st_mtime > _UNLOCKED_SECONDS
+        else:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                os.unlink(path)
-        finally:
-            os.close(fd)
+            is_abandoned = True
+        if is_abandoned and _is(fd, name, directory):
+            os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(fd)
+
+
+def _is(fd: int, name: bytes, directory: int) -> bool:
+    """Tell whether ``name`` is the file open as ``fd``."""
+    found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    return os.path.samestat(os.fstat(fd), found)
 
 
 def copy_attributes(old: int, new: int) -> None:
-    """Carry owner, mode and extended attributes (ACLs and labels among them) over."""
+    """Make owner, mode and extended attributes (ACLs and labels among them) those of ``old``.
+
+    What is right already is left alone: a label that comes from the mount, for one, cannot be set.
+
+    Raises:
+        OSError: one of them cannot be kept.
+    """
     found = os.fstat(old)
     mine = os.fstat(new)
     if (found.st_uid, found.st_gid) != (mine.st_uid, mine.st_gid):
         os.fchown(new, found.st_uid, found.st_gid)
-    for name in _attributes(old):
-        os.setxattr(new, name, os.getxattr(old, name))
+    wanted, has = _attributes(old), _attributes(new)
+    for name, value in wanted.items():
+        if has.get(name) != value:
+            os.setxattr(new, name, value)
+    for name in has.keys() - wanted.keys():  # such as an ACL that the directory gives
+        if not name.startswith(b"security."):  # labels cannot be removed
+            os.removexattr(new, name)
     os.fchmod(new, stat.S_IMODE(found.st_mode))  # last: fchown clears set-id bits
 
 
-def _attributes(fd: int) -> list[str]:
+def _attributes(fd: int) -> dict[bytes, bytes]:
     try:
-        return os.listxattr(fd)
+        names = os.listxattr(fd)
     except OSError as exc:
         if exc.errno == errno.EOPNOTSUPP:
-            return []
+            return {}
         raise
-
-
-def sync_directory(path: str) -> None:
-    """Bring the names in a directory to stable storage (fsync(2))."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    return {name: os.getxattr(fd, name) for name in map(os.fsencode, names)}

@@ -25,14 +25,23 @@ MIB = 1 << 20
 
 
 @contextlib.contextmanager
-def server_with_mounts(workplace: Path, name: str, script: str) -> Iterator[tuple[Server, Path]]:
+def server_with_mounts(
+    workplace: Path, name: str, script: str, *prefix: str
+) -> Iterator[tuple[Server, Path]]:
     """Run a server after a script of mounts in ``$1``; yield it and ``$1`` as it sees it."""
     home = workplace / name
     place = home / "place"
     place.mkdir(parents=True)
     server = Server(home, workers=2)
     shell = ["sh", "-ec", f'{script}\nshift; exec "$@"', "sh", str(place)]
-    server.command = ["unshare", "--mount", "--propagation=private", *shell, *server.command]
+    server.command = [
+        "unshare",
+        "--mount",
+        "--propagation=private",
+        *shell,
+        *prefix,
+        *server.command,
+    ]
     with server:
         assert server.process is not None
         yield server, Path(f"/proc/{server.process.pid}/root{place}")
@@ -48,6 +57,26 @@ def sealed(workplace: Path) -> Iterator[tuple[Server, Path]]:
         'test -w "$1/disk"'
     )
     with server_with_mounts(workplace, "sealed", script) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def humble(workplace: Path) -> Iterator[tuple[Server, Path]]:
+    """A server that may do no more than its user owns, and images that it cannot replace."""
+    script = f"""
+        mount -t tmpfs -o mode=755 tmpfs "$1"
+        for name in mounted foreign; do cat {workplace}/disk > "$1/$name"; done
+        mkdir "$1/unlisted" "$1/unwritable" "$1/shared"
+        for d in unlisted unwritable shared; do cat {workplace}/disk > "$1/$d/x"; done
+        mount --bind {workplace}/disk "$1/mounted"
+        chown 12345 "$1/foreign" "$1/shared/x" "$1/shared"
+        chmod 300 "$1/unlisted"; chmod 555 "$1/unwritable"; chmod 1777 "$1/shared"
+    """
+    (workplace / "disk").write_bytes(OLD)
+    lost = "-chown,-fowner,-dac_override,-dac_read_search"
+    with server_with_mounts(
+        workplace, "humble", script, "setpriv", f"--bounding-set={lost}"
+    ) as found:
         yield found
 
 
@@ -117,6 +146,21 @@ def test_where_the_directory_forbids_replacement_put_is_500_and_never_in_place(s
     assert left == {"disk": OLD, "other": OLD}
     if name != "lacking":
         assert server.request("GET", url).body == OLD
+
+
+@needs("mounts")
+@pytest.mark.parametrize(
+    "name", ["mounted", "foreign", "unlisted/x", "unlisted/new", "unwritable/x", "shared/x"]
+)
+def test_a_put_that_cannot_succeed_is_refused_before_its_body_and_changes_nothing(humble, name):
+    server, place = humble
+    url = server.add("x", backend="file", file=str(server.directory / "place" / name))
+    before = {p: p.stat().st_ino for p in place.rglob("*")}
+    head = f"PUT {url} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+    with server.raw(head.encode()) as sock:
+        assert read_answer(sock.makefile("rb")).refusal == NO_ACCESS
+    assert {p: p.stat().st_ino for p in place.rglob("*")} == before
+    assert name == "unlisted/new" or (place / name).read_bytes() == OLD
 
 
 @needs("mounts")

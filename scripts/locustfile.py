@@ -50,20 +50,30 @@ def _choose_users(environment: Any, **_more: object) -> None:  # noqa: ANN401 - 
     environment.user_classes[:] = [user for user in environment.user_classes if present[user]]
     environment.stop_timeout = environment.stop_timeout or _STOP_SECONDS
     environment.load = asked
+    if environment.parsed_options.headless:
+        # Before the time of the run begins: on a busy machine it could be up by then.
+        try:
+            LoadUser.run_of = _run(environment)
+        except NotReady as exc:
+            sys.exit(f"locustfile: {exc}")
 
 
 @events.test_start.add_listener
 def _look(environment: Any, **_more: object) -> None:  # noqa: ANN401 - locust's
     """Look at the server and its images; without them there is no run."""
+    if environment.parsed_options.headless and LoadUser.run_of:
+        return  # there is one run, and its images have been looked at
     LoadUser.run_of = None
     try:
-        LoadUser.run_of = Run(
-            environment.host or "", environment.load, environment.events.request.fire
-        )
+        LoadUser.run_of = _run(environment)
     except NotReady as exc:
         sys.stderr.write(f"locustfile: {exc}\n")
         environment.process_exit_code = 1
         gevent.spawn(environment.runner.quit)
+
+
+def _run(environment: Any) -> Run:  # noqa: ANN401 - locust's
+    return Run(environment.host or "", environment.load, environment.events.request.fire)
 
 
 @events.test_stop.add_listener
@@ -75,15 +85,18 @@ def _judge(**_more: object) -> None:
 
 @events.quitting.add_listener
 def _report(environment: Any, **_more: object) -> None:  # noqa: ANN401 - locust's
-    """Print the table, and fail for anything unexpected."""
+    """Print the table, and fail for anything unexpected, nothing done included."""
     run, stats = LoadUser.run_of, environment.stats
-    if run is None:
+    if run is None:  # nothing was done, so nothing is proved
+        environment.process_exit_code = 1
         return
     run.referee.close()
     seconds = (stats.last_request_timestamp or time.time()) - stats.start_time
     rows = report.rows(stats, seconds)
-    idle = run.present - {row.user for row in rows if row.done} or ({"all"} if not rows else set())
-    found = report.failures(stats, environment.runner.exceptions.values(), idle)
+    started = environment.runner.target_user_classes_count
+    users = {user.kind for user in environment.user_classes if started.get(user.__name__)}
+    found = report.failures(stats, environment.runner.exceptions.values())
+    found += report.idle(rows, users | run.present)
     sys.stdout.write(f"\n{report.table(rows)}\n")
     if found:
         sys.stdout.write("\nunexpected:\n" + "\n".join(found[:20]) + "\n")

@@ -10,10 +10,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from loading.world import locust, world
+from loading.expected import missing
+from loading.world import figures, locust, world
 
 _MOST_SECONDS = 7 * 86400  # no limit of anything: longer is a slip of the finger
 _MOST_USERS = 1000  # one process is all users; each has a connection or two
+_LEAST_USERS = 9  # with fewer, locust starts no control program
 
 
 def main() -> int:
@@ -33,25 +35,26 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             status = 1
             sys.stdout.write("locust did not end\n")
-        remains = made.remains()
-    if remains:
-        sys.stdout.write("\nafterwards:\n" + "\n".join(remains) + "\n")
-    failed = status != 0 or bool(remains)
+        found = made.remains() + missing(figures(Path(scratch)))
+    if found:
+        sys.stdout.write("\nafterwards:\n" + "\n".join(found) + "\n")
+    failed = status != 0 or bool(found)
     sys.stdout.write("\nFAILED\n" if failed else "\nok: nothing unexpected\n")
     return 1 if failed else 0
 
 
 def _seconds(text: str) -> int:
-    return _whole(text, _MOST_SECONDS, "seconds")
+    return _whole(text, 1, _MOST_SECONDS, "seconds")
 
 
 def _users(text: str) -> int:
-    return _whole(text, _MOST_USERS, "users")
+    return _whole(text, _LEAST_USERS, _MOST_USERS, "users")
 
 
-def _whole(text: str, most: int, what: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what} from 1 to {most}")
+def _whole(text: str, least: int, most: int, what: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        message = f"{text!r} is not a number of {what} from {least} to {most}"
+        raise argparse.ArgumentTypeError(message)
     return int(text)
 
 

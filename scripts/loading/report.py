@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of a run: locust's statistics, by user and request, as text."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loading.client import REFUSED
 
 _MIB = 1 << 20
+#: Requests of a kind that must have been done for a run to have shown anything of that kind.
+LEAST_DONE = 3
 _HEAD = ("user", "request", "done", "refused", "failed", "median", "p95", "p99 ms", "MiB/s")
 
 
@@ -71,11 +73,30 @@ def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
     return "  ".join(cells).rstrip()
 
 
-def failures(stats: Any, exceptions: Any, idle: Collection[str]) -> list[str]:  # noqa: ANN401
-    """Return what must not have happened, most frequent first; ``idle``: who got nothing done."""
+def failures(stats: Any, exceptions: Any) -> list[str]:  # noqa: ANN401 - locust's
+    """Return what must not have happened, most frequent first."""
     errors = sorted(stats.errors.values(), key=lambda error: -error.occurrences)
     lines = [
         f"{error.occurrences} x {error.method} {error.name}: {error.error}" for error in errors
     ]
     lines += [f"{found['count']} x {found['msg']}\n{found['traceback']}" for found in exceptions]
-    return lines + [f"{user}: nothing was done" for user in sorted(idle)]
+    return lines
+
+
+def idle(found: Iterable[Row], users: Collection[str]) -> list[str]:
+    """Return which of the kinds of users that a run should have had got too little done."""
+    done = dict.fromkeys(users, 0)
+    for row in found:
+        done[row.user] = done.get(row.user, 0) + row.done
+    if not done:
+        return ["no user was started"]
+    return too_few(done)
+
+
+def too_few(done: Mapping[str, int]) -> list[str]:
+    """Return, by name, what was done less often than shows anything."""
+    return [
+        f"{name}: {count} done, at least {LEAST_DONE} are needed"
+        for name, count in sorted(done.items())
+        if count < LEAST_DONE
+    ]

@@ -8,6 +8,7 @@ Limits are lower than by default, so that the users meet them.
 """
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from soaking.remains import held, signs_of_bugs
 from soaking.wire import pattern
@@ -34,6 +36,7 @@ _WRITTEN_SIZE = 8 * _MIB
 _PREFIX = "IMAGESERVER_"
 #: Beyond the run itself: to start, and to let every user finish.
 _PATIENCE_SECONDS = 150.0
+_FIGURES = "figures"  # locust adds .json
 
 
 @dataclass(slots=True)
@@ -137,7 +140,7 @@ def locust(
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
     command += [f"--users={users}", f"--spawn-rate={users}", f"--run-time={seconds}s"]
     # With a file for its figures, locust leaves the tables to us.
-    command += ["--loglevel=WARNING", f"--json-file={directory / 'figures.json'}", "--only-summary"]
+    command += ["--loglevel=WARNING", f"--json-file={directory / _FIGURES}", "--only-summary"]
     command += [f"--html={html.resolve()}"] if html else []
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("LOCUST_", "LOAD_"))}
     running = subprocess.Popen(  # noqa: S603 - ourselves
@@ -149,3 +152,14 @@ def locust(
         if running.poll() is None:
             running.send_signal(signal.SIGKILL)
             running.wait()
+
+
+def figures(directory: Path) -> list[dict[str, Any]]:
+    """Return what locust has counted, by kind of request; nothing if it did not come so far."""
+    try:
+        found: list[dict[str, Any]] = json.loads(
+            (directory / f"{_FIGURES}.json").read_text("utf-8")
+        )
+    except (OSError, ValueError):
+        return []
+    return found

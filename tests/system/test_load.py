@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from loading.expected import REQUESTS
 
-from tests.system.harness import ROOT, Server, qemu_nbd, repeatable, wait_until
+from tests.system.harness import ROOT, Server, free_port, qemu_nbd, repeatable, wait_until
 
 SIZE = 4 << 20
 WRONG = 3 << 20
@@ -57,10 +58,11 @@ def test_twenty_seconds_of_all_users_bring_nothing_unexpected(temporary: Path):
     rows = [re.split(r"  +", line) for line in done.stdout.splitlines() if "  " in line]
     failed = rows[0].index("failed")
     assert {row[failed] for row in rows[1:-1]} == {"0"}, done.stdout
-    done_by = {row[0]: 0 for row in rows[1:-1]}
+    made = {(user, name) for user, names in REQUESTS.items() for name in names}
+    assert {(row[0], row[1]) for row in rows[1:-1]} == made
+    done_by = dict.fromkeys(REQUESTS, 0)
     for row in rows[1:-1]:
         done_by[row[0]] += int(row[2])
-    assert done_by.keys() == {"backup", "control", "probe", "restore"}
     assert min(done_by.values()) > 10, done.stdout
     assert sum(int(row[3]) for row in rows[1:-1]) > 0, "no limit was ever met"
     assert "<title>Locust" in report.read_text()
@@ -76,7 +78,8 @@ def test_a_server_that_cannot_serve_its_images_fails_the_load_test(temporary: Pa
 
 
 WRONG_ARGUMENTS = {
-    "no user": (["--users", "0"], "--users: '0' is not a number of users from 1 to 1000"),
+    "no user": (["--users", "0"], "--users: '0' is not a number of users from 9 to 1000"),
+    "too few": (["--users", "8"], "--users: '8' is not a number of users from 9 to 1000"),
     "no time": (["0"], "seconds: '0' is not a number of seconds from 1 to 604800"),
     "a part of a second": (["0.5"], "seconds: '0.5' is not a number of seconds from 1 to 604800"),
     "years": (["1e9"], "seconds: '1e9' is not a number of seconds from 1 to 604800"),
@@ -137,7 +140,7 @@ def held(world: World, head: str, what: str) -> Iterator[None]:
 
 
 def test_right_bytes_and_limits_that_the_users_meet_themselves_pass(world: World):
-    status, said = world.locust(f"--read=file={world.content} nbd={world.content}")
+    status, said = world.locust("-t2s", f"--read=file={world.content} nbd={world.content}")
     assert status == 0, said
 
 
@@ -175,3 +178,9 @@ def test_an_image_that_is_not_there_fails_before_anything_is_done(world: World):
     status, said = world.locust("--read=nothing")
     assert status == 1, said
     assert "locustfile: OPTIONS /images/nothing: 404 unknown image_id\n" in said
+
+
+def test_a_server_that_is_not_there_fails(world: World):
+    status, said = world.locust(f"--host=http://127.0.0.1:{free_port()}")
+    assert status == 1, said
+    assert said.startswith("locustfile: OPTIONS /images/*: ConnectionRefusedError: "), said

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from loading.client import Answer, Call, Client, Referee
+from loading.expected import REQUESTS, missing
 from loading.images import Image, check_extents, needed, pieces
 from loading.ledger import Image as Lockable
 from loading.ledger import Kind, Ledger, Limits
 from loading.parameters import Parameters, Readable, parse
+from loading.report import Row, idle
 from soaking.model import WrongBytes
 
 from tests.system.harness import ROOT
@@ -157,6 +159,38 @@ def test_what_is_no_refusal_that_limits_explain_is_a_failure(
     assert client.get(kind) is None
     ((name, problem),) = client.fired
     assert (name, problem[:3]) == ("GET", str(status))
+
+
+# A run that has done too little
+
+
+def row(user: str, done: int) -> Row:
+    return Row(user, "GET", done, 5, 0, (1.0, 1.0, 1.0), 0.0)
+
+
+def test_a_user_who_got_too_little_done_fails_the_run():
+    found = [row("backup", 2), row("backup", 1), row("probe", 2)]
+    assert idle(found, {"backup", "probe", "restore"}) == [
+        "probe: 2 done, at least 3 are needed",
+        "restore: 0 done, at least 3 are needed",
+    ]
+
+
+def test_a_run_without_users_fails():
+    assert idle([], set()) == ["no user was started"]
+
+
+def test_every_kind_of_request_must_have_been_made():
+    figures = [
+        {"method": user, "name": name, "num_requests": 4, "num_failures": 1}
+        for user, names in REQUESTS.items()
+        for name in names
+    ]
+    assert missing(figures) == []
+    figures[0]["num_failures"] = 2
+    first = f"{figures[0]['method']}: {figures[0]['name']}"
+    assert missing(figures) == [f"{first}: 2 done, at least 3 are needed"]
+    assert len(missing([])) == len(figures) > 20
 
 
 # Parameters

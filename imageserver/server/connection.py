@@ -15,6 +15,9 @@ import contextlib
 import socket
 import ssl
 from enum import Enum, auto
+from functools import partial
+
+from imageserver.server.tls import own_error
 
 #: Longest head, in bytes: gunicorn's largest request line and a hundred fields of its default size
 #: would be 800 KiB; clients of an image server need a few hundred bytes.
@@ -79,12 +82,13 @@ class Connection:
     def shake_hands(self) -> None:
         """Go on with the TLS handshake; after it a head is next."""
         if isinstance(self.sock, ssl.SSLSocket):
-            self.sock.do_handshake()
+            own_error(self.sock, self.sock.do_handshake)
         self.state = State.HEAD
 
     def receive(self) -> bool:
         """Read what has arrived of a head; False where the client has closed."""
-        data = self.sock.recv(_SCRATCH)
+        read = partial(self.sock.recv, _SCRATCH)
+        data = own_error(self.sock, read) if self.is_tls else read()
         self.buffer += data
         return bool(data)
 
@@ -121,7 +125,7 @@ class Connection:
         if isinstance(self.sock, ssl.SSLSocket):
             # It then looks for the client's own farewell, which need not have come.
             with contextlib.suppress(OSError, ValueError):
-                self.sock.unwrap()
+                own_error(self.sock, self.sock.unwrap)
 
     def shutdown(self, how: int) -> None:
         """Shut the socket down, below TLS; any thread may."""

@@ -21,6 +21,7 @@ from typing import Any
 from imageserver.journal import fields
 from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
+from imageserver.server.tls import forget_errors, has_ended
 from imageserver.server.wire import BLOCKED, awaited, refused_head
 
 log = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ class Loop:
             try:
                 sock = door.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             except OSError:
+                forget_errors()
                 return  # the client has gone
         if door.spreads:
             self._metrics.accepted()
@@ -205,7 +207,7 @@ class Loop:
             self.close(conn)
 
     def _on_broken(self, conn: Connection, exc: OSError) -> None:
-        if isinstance(exc, ssl.SSLError) and not isinstance(exc, ssl.SSLEOFError):
+        if isinstance(exc, ssl.SSLError) and not has_ended(exc):
             if conn.state is State.HANDSHAKE:
                 self._metrics.tls_failed()
             log.info("TLS failed", extra=fields(client=conn.client, detail=exc.reason))

@@ -5,20 +5,24 @@ The master makes one context, at start and at each reload, and workers inherit i
 fork. So a worker that is replaced in between does not meet a renewal that is half written, a
 renewal that is wrong leaves the server as it was, and sessions resume with any worker.
 
-Three things differ from a plain socket, here and in ``connection.py``:
+Four things differ from a plain socket, here and in ``connection.py``:
 
 - TLS may have to read before it can write, and the other way round: ``wire.BLOCKED``;
 - a record is decrypted as a whole: what nobody has read yet waits where poll(2) does not see
   it (``Connection.receive_decrypted``);
 - ``SSLSocket.shutdown`` drops the encryption and would let a later ``send`` pass as plain
-  text: the socket below is what gets shut down (``Connection.shutdown``).
+  text: the socket below is what gets shut down (``Connection.shutdown``);
+- OpenSSL keeps errors in a queue of the *thread*, and Python leaves some there: one
+  connection's error would be the next one's (``own_error``).
 """
 
+import contextlib
 import select
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeVar
 
 from imageserver.errors import ClientGone
 from imageserver.ports import HasFileno
@@ -28,6 +32,12 @@ from imageserver.settings import Settings
 #: Neighbouring pieces up to this many bytes together are copied into one: each write costs a
 #: record of its own. A head and a small range are; a piece of a large body is not.
 _JOINED_BYTES = 128 * 1024
+#: What poll(2) says of a connection that is broken in both directions.
+_BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL
+#: A context that no connection uses: see ``forget_errors``.
+_NOBODYS = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+
+T = TypeVar("T")
 
 
 class UnusableFiles(Exception):
@@ -51,6 +61,8 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # a client could make us work at will
+    # HTTP knows how long a body is: one that ends early gets its answer, not OpenSSL's alert.
+    context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
     context.set_alpn_protocols(["http/1.1"])
     _load_pair(context, settings.tls_cert, settings.tls_key)
     if settings.tls_client_ca:
@@ -94,6 +106,65 @@ def wire_over(sock: socket.socket, timeout: float) -> Wire:
     return TlsWire(sock, timeout) if isinstance(sock, ssl.SSLSocket) else Wire(sock, timeout)
 
 
+def own_error(sock: socket.socket, action: Callable[[], T]) -> T:
+    """Act on an ``SSLSocket``; raise no error but what is this connection's own.
+
+    SSL_get_error(3) reads "would block" as a failure while the thread's queue holds an error,
+    whosever it is. Python raises a system error (ERR_LIB_SYS) without taking it out of the
+    queue (3.13.5; OpenSSL 3.5 reports a client's reset in this way), and so may other users
+    of OpenSSL. So the queue is emptied after each failure, and where neither TLS nor the kernel
+    sees anything wrong, the action is tried again: a connection's own error comes again.
+
+    Raises:
+        OSError: the action would block, or failed.
+    """
+    try:
+        return action()
+    except BLOCKED:
+        raise
+    except OSError as exc:
+        forget_errors()
+        if _is_of_tls(exc) or _is_broken(sock):
+            raise
+        try:
+            return action()
+        except BLOCKED:
+            raise
+        except OSError:
+            forget_errors()
+        raise  # the first: the second may only say that there was one
+
+
+def forget_errors() -> None:
+    """Empty this thread's queue of OpenSSL errors; about 20 microseconds.
+
+    ``set_ciphers`` does so where it refuses a list, in every Python since 3.4.
+    """
+    with contextlib.suppress(ssl.SSLError):
+        _NOBODYS.set_ciphers("NO-SUCH-CIPHER")
+
+
+def _is_of_tls(exc: OSError) -> bool:
+    """Tell whether the client broke TLS; a read after that would only say that it has ended.
+
+    None such stays in the queue: it is system errors that Python leaves there.
+    """
+    return has_ended(exc) or getattr(exc, "library", None) == "SSL"
+
+
+def has_ended(exc: OSError) -> bool:
+    """Tell whether TLS failed for nothing but the connection's end."""
+    return isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+
+
+def _is_broken(sock: socket.socket) -> bool:
+    if sock.fileno() < 0:
+        return True
+    poller = select.poll()
+    poller.register(sock, 0)
+    return any(events & _BROKEN for _, events in poller.poll(0))
+
+
 class TlsWire(Wire):
     """As ``Wire``, over TLS."""
 
@@ -117,13 +188,16 @@ class TlsWire(Wire):
         count = filled
         while count and filled < len(buffer):
             try:
-                count = self.sock.recv_into(buffer[filled:])
+                count = own_error(self.sock, partial(self.sock.recv_into, buffer[filled:]))
             except BLOCKED:
                 break
             except OSError as exc:
                 raise ClientGone from exc
             filled += count
         return filled
+
+    def _try(self, action: Callable[[], int]) -> int:
+        return own_error(self.sock, action)
 
 
 def _joined(pieces: tuple[bytes | memoryview, ...]) -> Iterator[bytes | memoryview]:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.system.clients import putting, read_answer
-from tests.system.harness import Answer, exchange, free_port, nbdkit, qemu_nbd, repeatable
+from tests.system.harness import (
+    Answer,
+    exchange,
+    free_port,
+    nbdkit,
+    qemu_nbd,
+    repeatable,
+)
 from tests.system.pki import V1_2, V1_3, TlsServer, trusting
 
 SIZE = (5 << 20) + 512  # more than a piece, and no whole number of records
@@ -186,6 +194,22 @@ def test_a_client_that_reads_slowly_gets_every_byte(server, url):
     with server.raw(request(f"GET {url}")) as sock, sock.makefile("rb", buffering=1000) as stream:
         time.sleep(0.5)  # until no buffer has room any more
         assert read_answer(stream).body == IMAGE
+
+
+def test_clients_that_hang_up_leave_nothing_to_those_that_stay(home, pki):
+    """Their errors are the thread's, whose next connection is another client's."""
+    with (home / "image").open("wb") as image:
+        image.truncate(32 << 20)  # more than any socket's buffer
+    with TlsServer(home, pki, workers=1, threads=1) as server:
+        url = server.add("x", backend="file", file=str(home / "image"))
+        for _ in range(5):
+            with server.raw(request(f"GET {url}")) as leaving:
+                assert leaving.recv(100).startswith(b"HTTP/1.1 200 OK")
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # 503: the thread has yet to notice.
+            tries = (server.request("GET", url) for _ in range(1000))
+            answer = next(answer for answer in tries if answer.status != 503)
+            assert answer.body == bytes(32 << 20)
 
 
 # Uploads

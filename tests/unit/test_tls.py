@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """TLS below the server: a wire's pieces and records, what is decrypted early, the scheme."""
 
+import contextlib
+import ctypes
+import errno
 import select
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,7 +19,14 @@ from gunicorn.config import Config
 from imageserver.errors import ClientGone
 from imageserver.server.connection import Connection
 from imageserver.server.exchange import serve
-from imageserver.server.tls import TlsWire, server_context, wire_over
+from imageserver.server.tls import (
+    TlsWire,
+    forget_errors,
+    has_ended,
+    own_error,
+    server_context,
+    wire_over,
+)
 from imageserver.server.wire import Wire
 from imageserver.settings import Settings
 
@@ -38,11 +49,13 @@ def context(pki: Path) -> ssl.SSLContext:
     return made
 
 
-@pytest.fixture
-def ends(pki: Path, context: ssl.SSLContext) -> Iterator[tuple[ssl.SSLSocket, ssl.SSLSocket]]:
+@contextlib.contextmanager
+def greeted(
+    pki: Path, context: ssl.SSLContext, below: socket.socket, above: socket.socket
+) -> Iterator[tuple[ssl.SSLSocket, ssl.SSLSocket]]:
     """A client's end, which blocks, and the server's, which does not."""
-    below, above = socket.socketpair()
     trusting = ssl.create_default_context(cafile=pki / "ca.crt")
+    trusting.options |= ssl.OP_IGNORE_UNEXPECTED_EOF  # an end is an end
     with above:
         ours = context.wrap_socket(above, server_side=True, do_handshake_on_connect=False)
         helper = threading.Thread(target=ours.do_handshake)
@@ -52,6 +65,26 @@ def ends(pki: Path, context: ssl.SSLContext) -> Iterator[tuple[ssl.SSLSocket, ss
             ours.settimeout(0)
             client.settimeout(10)
             yield client, ours
+
+
+@pytest.fixture
+def ends(pki: Path, context: ssl.SSLContext) -> Iterator[tuple[ssl.SSLSocket, ssl.SSLSocket]]:
+    with greeted(pki, context, *socket.socketpair()) as pair:
+        yield pair
+
+
+def over_tcp() -> tuple[socket.socket, socket.socket]:
+    """Return the client's and the server's end of a connection that can be reset."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        return client, listener.accept()[0]
+
+
+def leave_error(library: int = 2, reason: int = errno.ECONNRESET) -> None:
+    """Leave an error in this thread's queue, as Python 3.13.5 does; 2: ERR_LIB_SYS."""
+    crypto = ctypes.CDLL("libcrypto.so.3")  # which Python's ssl has loaded already
+    crypto.ERR_new()
+    crypto.ERR_set_error(library, reason, None)
 
 
 def read_exactly(client: socket.socket, count: int) -> bytes:
@@ -66,6 +99,7 @@ def test_without_a_certificate_there_is_no_context():
 def test_a_context_speaks_what_the_contract_promises(context):
     assert context.minimum_version is ssl.TLSVersion.TLSv1_2
     assert context.options & ssl.OP_NO_RENEGOTIATION
+    assert context.options & ssl.OP_IGNORE_UNEXPECTED_EOF
     assert context.verify_mode is ssl.CERT_NONE
 
 
@@ -127,12 +161,16 @@ def test_one_read_takes_every_record_that_is_there(ends):
     assert buffer[: 4 * RECORD] == b"".join(bytes([number]) * RECORD for number in range(4))
 
 
-def test_the_end_is_told_after_the_last_bytes_and_ever_after(ends):
+@pytest.mark.parametrize("rest", [b"", b"\x17\x03\x03\x40\x00half"], ids=["whole", "half-record"])
+def test_the_end_is_told_after_the_last_bytes_and_ever_after(ends, rest):
     client, ours = ends
     client.sendall(b"last")
+    socket.socket.sendall(client, rest)
     socket.socket.shutdown(client, socket.SHUT_WR)
     wire, buffer = TlsWire(ours, 10), memoryview(bytearray(100))
     assert [wire.recv_into(buffer) for _ in range(3)] == [4, 0, 0]
+    wire.send(b"ended early")
+    assert client.recv(100) == b"ended early"
 
 
 def test_what_is_decrypted_and_on_no_poll_is_found(ends):
@@ -146,6 +184,94 @@ def test_what_is_decrypted_and_on_no_poll_is_found(ends):
     conn.receive_decrypted()
     assert conn.buffer == b"GET / HTTP/1.1\r\n\r\n"
     assert conn.has_head()
+
+
+# Errors of other connections
+
+
+def test_an_error_left_by_others_looks_like_this_connections(ends):
+    """Or the tests below prove nothing."""
+    leave_error()
+    try:
+        with pytest.raises(OSError) as raised:  # noqa: PT011 - which one depends on Python
+            ends[1].recv(1)
+        assert not isinstance(raised.value, ssl.SSLWantReadError)
+    finally:
+        forget_errors()
+
+
+@pytest.mark.parametrize(
+    ("library", "reason"),
+    [
+        pytest.param(2, errno.ECONNRESET, id="system-reset"),
+        pytest.param(2, errno.EPIPE, id="system-pipe"),
+        pytest.param(9, 108, id="pem-no-start-line"),
+    ],
+)
+def test_an_error_left_by_others_is_not_believed(ends, library, reason):
+    client, ours = ends
+    wire, conn = TlsWire(ours, 10), Connection(ours, ("client", 1), ("server", 2))
+    leave_error(library, reason)
+    with pytest.raises(ssl.SSLWantReadError):
+        conn.receive()
+    leave_error(library, reason)
+    with pytest.raises(ssl.SSLWantReadError):
+        own_error(ours, lambda: ours.recv(1))
+    client.sendall(b"body")
+    leave_error(library, reason)
+    assert wire.recv_into(memoryview(bytearray(100))) == 4
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(read_exactly(client, 8 << 20)))
+    reader.start()
+    leave_error(library, reason)
+    wire.send(bytes(8 << 20))  # more than fits: the wire has to wait
+    reader.join()
+    assert received == [bytes(8 << 20)]
+
+
+def test_a_handshake_that_waits_does_not_believe_an_error_of_others(context):
+    below, above = socket.socketpair()
+    with below, context.wrap_socket(above, server_side=True, do_handshake_on_connect=False) as ours:
+        ours.settimeout(0)
+        conn = Connection(ours, ("client", 1), ("server", 2))
+        leave_error()
+        with pytest.raises(ssl.SSLWantReadError):
+            conn.shake_hands()
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_a_handshake_that_ends_early_is_an_end_and_no_failure_of_tls(context, size):
+    below, above = socket.socketpair()
+    with context.wrap_socket(above, server_side=True, do_handshake_on_connect=False) as ours:
+        ours.settimeout(0)
+        below.sendall(b"\x16\x03\x01\x01\x00\x01\x00\x00\xfc\x03\x03"[:size])
+        below.shutdown(socket.SHUT_WR)
+        with below, pytest.raises(OSError) as raised:  # noqa: PT011 - which one depends
+            Connection(ours, ("client", 1), ("server", 2)).shake_hands()
+    assert has_ended(raised.value)
+
+
+def test_many_clients_hang_up_and_the_next_one_of_the_thread_is_served(pki, context):
+    with greeted(pki, context, *socket.socketpair()) as (client, ours):
+        for number in range(20):
+            with greeted(pki, context, *over_tcp()) as (leaving, theirs):
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                leaving.close()
+                with pytest.raises(ClientGone):
+                    TlsWire(theirs, 10).send(bytes(16 << 20))
+                Connection(theirs, ("client", 1), ("server", 2)).farewell()
+            with pytest.raises(ssl.SSLWantReadError):
+                ours.recv(1)
+            TlsWire(ours, 10).send(bytes([number]))
+            assert client.recv(10) == bytes([number])
+
+
+def test_a_connections_own_error_stays_its_own(pki, context):
+    with greeted(pki, context, *socket.socketpair()) as (client, ours):
+        socket.socket.sendall(client, b"no record of TLS at all")
+        with pytest.raises(ssl.SSLError) as raised:
+            Connection(ours, ("client", 1), ("server", 2)).receive()
+        assert raised.value.library == "SSL"
 
 
 def test_shutting_down_lets_nothing_pass_as_plain_text(ends):

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from filelock import FileLock, Timeout
 
 from imageserver.errors import ImageBusy
+from imageserver.private import own_files
 from imageserver.slots import Owner
 from imageserver.transfers import FileImage, Image
 
@@ -109,8 +110,13 @@ class ImageLocks:
 
         Raises:
             ImageBusy: somebody holds it.
+            StateUnavailable: the lock file cannot be made, written or locked.
         """
         path = os.path.join(self._directory, image_key(image) + ".lock")
+        with own_files("the lock files"):
+            return self._acquire(path)
+
+    def _acquire(self, path: str) -> ImageLock:
         deadline = time.monotonic() + _LAST_BREATH_SECONDS
         while True:
             try:
@@ -130,11 +136,13 @@ class ImageLocks:
         connection does on which its last writes are, and that must not look like a living one's.
         """
         owner = _owner_in(lock.predecessor)
-        while owner and self._is_alive(owner) and self._is_leaving(owner):
-            if time.monotonic() > deadline:
-                lock.release(settled=False)
-                raise ImageBusy
-            time.sleep(_BRIEF_STEP_SECONDS)
+        with contextlib.ExitStack() as held:
+            held.callback(lock.release, settled=False)
+            while owner and self._is_alive(owner) and self._is_leaving(owner):
+                if time.monotonic() > deadline:
+                    raise ImageBusy
+                time.sleep(_BRIEF_STEP_SECONDS)
+            held.pop_all()
 
     def _mark(self) -> bytes:
         me = self._me()

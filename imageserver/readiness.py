@@ -9,7 +9,7 @@ import fcntl
 import tempfile
 from collections.abc import Callable, Mapping
 
-from imageserver.errors import NoSlot
+from imageserver.errors import NoSlot, StateUnavailable
 from imageserver.registry import Registry, UntrustedDirectory
 from imageserver.settings import Settings
 from imageserver.shared import SharedTable
@@ -53,7 +53,7 @@ def _slot_table(table: SharedTable) -> str:
         table.prove()
     except NoSlot:
         return "every record is taken"
-    except IncompatibleTable as exc:
+    except (IncompatibleTable, StateUnavailable) as exc:
         return str(exc)
     except OSError as exc:
         return f"cannot be used: {exc.strerror}"

@@ -147,6 +147,7 @@ class Sessions:
         Raises:
             ImageBusy: the image's lock is held.
             NoSlot: all slots of the kind are taken.
+            StateUnavailable: locks or slots cannot be used now.
             BackendError, BackendTimeout, FileAccessError: the image cannot be opened.
         """
         image = self._key(transfer.image) if need.locked else ""
@@ -184,10 +185,12 @@ class Sessions:
         if shared and self._slots.operations_on(key) - _SHARING:
             raise ImageBusy
         lock = self._locks.acquire_briefly(image) if shared else self._locks.acquire(image)
-        others = self._slots.operations_on(key)
-        if others - _SHARING if shared else others:
-            lock.release(settled=False)
-            raise ImageBusy
+        with ExitStack() as held:
+            held.callback(lock.release, settled=False)
+            others = self._slots.operations_on(key)
+            if others - _SHARING if shared else others:
+                raise ImageBusy
+            held.pop_all()
         return lock
 
 

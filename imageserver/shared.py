@@ -2,10 +2,8 @@
 """The slot table between processes: the mapping, the guard, and who is alive.
 
 ``slots.py`` has the rules; here is what they need from the system. Every process maps the
-same small file and claims under a guard that the kernel drops when its holder dies:
-flock(2) on this process's own descriptor, plus a thread lock within the process. A
-descriptor inherited over fork would share its parent's flock, so each process opens the
-file itself, after the fork.
+same small file and claims under a guard (``guard.py``). A descriptor inherited over fork
+would share its parent's flock(2), so each process opens the file itself, after the fork.
 
 A second file, ``slots.use``, is held shared by every process that has the table mapped,
 whatever its version: only who holds it alone may replace a table it cannot read.
@@ -23,10 +21,11 @@ from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
 from imageserver import slots
-from imageserver.errors import NoSlot
+from imageserver.errors import NoSlot, StateUnavailable
+from imageserver.guard import Guard
 from imageserver.journal import fields
 from imageserver.ports import Ticket
-from imageserver.private import open_private
+from imageserver.private import open_private, own_files
 from imageserver.processes import boot_id, is_alive, is_leaving, owner_of
 from imageserver.slots import Holder, IncompatibleTable, Kind, Owner, SlotTable
 
@@ -36,6 +35,9 @@ _TABLE = "slots"
 _USE = "slots.use"
 #: The guard is held for microseconds. Only a process stopped inside it can make us wait.
 _GUARD_SECONDS = 5.0
+#: A line in the log does not wait for a guard that is stuck.
+_NOTE_SECONDS = 0.05
+_WHAT = "the slot table"
 #: Workers look after the header every second.
 _MEND_SECONDS = 3.0
 _MEND_STEP_SECONDS = 0.05
@@ -72,12 +74,12 @@ class _Mapping:
         owner = owner_of(os.getpid())
         assert owner is not None  # noqa: S101 - this process runs
         self.owner = owner
-        self.lock = threading.Lock()
         with contextlib.ExitStack() as opened:
             self._use = open_private(directory, _USE)
             opened.callback(os.close, self._use)
             self.file = open_private(directory, _TABLE)
             opened.callback(os.close, self.file)
+            self._guard = Guard(self.file, _WHAT, _GUARD_SECONDS)
             self._map_table(opened, directory, boot_id())
             self._opened = opened.pop_all()
 
@@ -143,22 +145,10 @@ class _Mapping:
         return os.path.samestat(found, os.fstat(self.file))
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[SlotTable]:
-        """Hold the table against all other threads and processes."""
-        with self.lock:
-            deadline = time.monotonic() + _GUARD_SECONDS
-            while True:
-                try:
-                    fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise
-                    time.sleep(0.0005)
-            try:
-                yield self.table
-            finally:
-                fcntl.flock(self.file, fcntl.LOCK_UN)
+    def guard(self, seconds: float | None = None) -> Iterator[SlotTable]:
+        """Hold the table against all other threads and processes: see ``Guard.hold``."""
+        with self._guard.hold(seconds):
+            yield self.table
 
     def close(self) -> None:
         self._opened.close()
@@ -205,11 +195,13 @@ class SharedTable:
     def _is_ours(mapping: "_Mapping | None") -> TypeGuard["_Mapping"]:
         return mapping is not None and mapping.owner.pid == os.getpid()
 
+    @own_files(_WHAT)
     def claim(self, kind: Kind, ticket: Ticket) -> ClaimedSlot:
         """Take a slot; dead holders are swept first where the table looks full.
 
         Raises:
             NoSlot: as many as the limit allows are held by the living.
+            StateUnavailable: another process keeps the guard, or the system has no descriptor.
         """
         mapping = self._open()
         holder = Holder(
@@ -248,9 +240,13 @@ class SharedTable:
     def is_first(self, text: str) -> bool:
         """Tell whether no process of the server has said this lately; it counts as said now."""
         key = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
-        with self._open().guard() as table:
-            return table.note(key)
+        try:
+            with own_files(_WHAT), self._open().guard(_NOTE_SECONDS) as table:
+                return table.note(key)
+        except StateUnavailable:
+            return True  # better said twice than never, or late
 
+    @own_files(_WHAT)
     def sweep(self) -> int:
         """Free what dead processes held; return how many records."""
         # Asked outside the guard: a process that is dead stays dead.
@@ -273,6 +269,7 @@ class SharedTable:
         """Return who this process is."""
         return self._open().owner
 
+    @own_files(_WHAT)
     def operations_on(self, image: str) -> set[str]:
         """Return the operations of the living that hold an image, by its key."""
         deadline = time.monotonic() + _LAST_BREATH_SECONDS
@@ -300,7 +297,7 @@ class SharedTable:
             IncompatibleTable: the header is damaged, or the file was cut short, or is not the
                 one in the directory.
             NoSlot: the table is full.
-            OSError: another process keeps the guard.
+            StateUnavailable: another process keeps the guard.
         """
         mapping = self._open()
         if not mapping.is_in_place(self._directory):
@@ -311,6 +308,7 @@ class SharedTable:
             raise IncompatibleTable("its header is damaged")
         self.claim(Kind.OTHER, Ticket("", "check", "", "")).release()
 
+    @own_files(_WHAT)
     def living(self, *kinds: Kind) -> list[Holder]:
         """Return what processes that live hold now: see ``ports.Living``."""
         held = self.holders(*kinds)

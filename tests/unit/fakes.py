@@ -87,6 +87,8 @@ class FakeSlots:
 
     def operations_on(self, image: str) -> set[str]:
         assert image == "key"
+        if "holders" in self._world.fail:
+            raise self._world.fail["holders"]
         return self._world.others
 
     def progress(self, done: int, expected: int) -> None:

@@ -16,7 +16,7 @@ LIMITS = {Kind.READ: 3, Kind.WRITE: 1}
 _PRELUDE = """
 import fcntl, os, struct, sys, time
 from imageserver import shared
-from imageserver.errors import NoSlot
+from imageserver.errors import NoSlot, StateUnavailable
 from imageserver.ports import Ticket
 from imageserver.slots import Kind
 TICKET = Ticket("theirs", "read", "key", "192.0.2.1")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from imageserver import locks
+from imageserver.errors import StateFull, StateUnavailable
 from imageserver.locks import ImageLocks
 from imageserver.slots import Owner
 from tests.unit.lockers import DISK, holder, is_busy, locks_in, me
@@ -76,7 +77,7 @@ def test_a_lock_that_cannot_be_marked_is_not_held(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", refuse)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(StateFull, match="No space left"):
             images.acquire(DISK)
 
     assert not is_busy(images)
@@ -91,12 +92,26 @@ def test_a_mark_survives_one_that_cannot_be_written(
     images.acquire(DISK).release(settled=False)
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", refuse)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(StateFull):
             images.acquire(DISK)
     lock = images.acquire(DISK)
     lock.release(settled=True)
 
     assert lock.abandoned
+
+
+def test_a_lock_is_not_held_where_it_cannot_be_told_who_left_the_mark(directory: Path) -> None:
+    def no_descriptor(_owner: Owner) -> bool:
+        raise OSError(24, "Too many open files")
+
+    images = locks_in(directory)
+    images.acquire(DISK).release(settled=False)
+    with pytest.raises(StateUnavailable, match="Too many open files"):
+        ImageLocks(str(directory), no_descriptor, me, no_descriptor).acquire(DISK)
+    lock = images.acquire(DISK)
+
+    assert lock.abandoned
+    lock.release(settled=True)
 
 
 def test_a_dying_holder_is_waited_for_and_leaves_its_mark(directory: Path) -> None:

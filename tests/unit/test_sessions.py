@@ -10,6 +10,7 @@ from imageserver.errors import (
     FileAccessError,
     ImageBusy,
     NoSlot,
+    StateUnavailable,
 )
 from imageserver.ports import Ticket
 from imageserver.ranges import Span
@@ -66,6 +67,7 @@ def test_closing_twice_gives_back_once() -> None:
     [
         pytest.param("lock", ImageBusy(), [], id="lock-busy"),
         pytest.param("slot WRITE", NoSlot(Kind.WRITE), ["unlock"], id="slots-taken"),
+        pytest.param("slot WRITE", StateUnavailable(), ["unlock"], id="guard-stuck"),
         pytest.param("open WRITE", BackendError("refused"), ["free", "unlock"], id="refused"),
         pytest.param("open WRITE", BackendTimeout("silent"), ["free", "unlock"], id="silent"),
         pytest.param("open WRITE", FileAccessError("gone"), ["free", "unlock"], id="no-file"),
@@ -82,6 +84,18 @@ def test_each_failure_gives_back_what_was_taken(
 
     assert raised.value is error
     assert world.journal[world.journal.index(where) + 1 :] == given_back
+
+
+@pytest.mark.parametrize("shares_lock", [False, True])
+def test_the_lock_is_given_back_where_it_cannot_be_told_who_has_the_image(
+    shares_lock: bool,
+) -> None:
+    world = World(fail={"holders": StateUnavailable()})
+
+    with pytest.raises(StateUnavailable):
+        world.sessions(shares_lock=shares_lock).open(TRANSFER, sessions.REPLACE, CLIENT)
+
+    assert world.journal == ["lock", "unlock marked"]
 
 
 @pytest.mark.parametrize("need", [sessions.READ, sessions.ZERO, sessions.EXTENTS])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot table between real processes: exact counts, the dead swept, strangers refused."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from imageserver import shared, slots
-from imageserver.errors import NoSlot
+from imageserver.errors import NoSlot, StateUnavailable
 from imageserver.ports import Ticket
 from imageserver.private import open_private
 from imageserver.shared import SharedTable, is_alive, owner_of
@@ -54,7 +55,7 @@ with table._open().guard():
     if child == 0:
         try:
             table.claim(Kind.READ, TICKET)
-        except BlockingIOError:
+        except StateUnavailable:
             os._exit(7)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -235,10 +236,45 @@ def test_a_guard_that_is_never_let_go_is_an_error_not_a_hang(
     stopped = open_private(str(tmp_path), "slots")
     fcntl.flock(stopped, fcntl.LOCK_EX)
 
-    with pytest.raises(BlockingIOError):
+    with pytest.raises(StateUnavailable, match="another process holds its guard"):
         table.claim(Kind.READ, TICKET)
     os.close(stopped)
     table.claim(Kind.READ, TICKET)
+
+
+def test_a_line_in_the_log_does_not_wait_for_a_guard_that_is_never_let_go(
+    table: SharedTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "_NOTE_SECONDS", 0.01)
+    assert [table.is_first("x"), table.is_first("x")] == [True, False]
+    stopped = open_private(str(tmp_path), "slots")
+    fcntl.flock(stopped, fcntl.LOCK_EX)
+
+    assert table.is_first("x")
+    os.close(stopped)
+
+
+@pytest.mark.parametrize("what", ["claim", "operations_on", "sweep", "living"])
+def test_a_table_that_cannot_be_looked_through_is_an_error_of_ours(
+    table: SharedTable, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The system has no descriptor for /proc/PID/stat, which says who lives."""
+
+    def no_descriptor(_owner: Owner) -> bool:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    table.claim(Kind.WRITE, TICKET)
+    for name in ("is_alive", "is_leaving"):
+        monkeypatch.setattr(shared, name, no_descriptor)
+    asked = {
+        "claim": lambda: table.claim(Kind.WRITE, TICKET),
+        "operations_on": lambda: table.operations_on(TICKET.image),
+        "sweep": table.sweep,
+        "living": lambda: table.living(Kind.WRITE),
+    }
+
+    with pytest.raises(StateUnavailable, match="the slot table cannot be used now: Too many open"):
+        asked[what]()
 
 
 def test_a_slot_can_be_given_back_while_the_guard_is_held(table: SharedTable) -> None:

@@ -6,7 +6,12 @@ the interpreter's, are not words for a client.
 """
 
 import json
+import re
 
+#: Lists and objects in each other. More than any client needs; how many the interpreter takes
+#: differs from one version to the next, from 1,000 to 100,000.
+MAX_DEPTH = 100
+_BRACKET_OR_STRING = re.compile(r'[\[{]|[\]}]|"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 #: Integers longer than this are all "beyond anything": int() of more digits takes its time,
 #: and of more than 4300 is refused by the interpreter.
 _MAX_DIGITS = 40
@@ -24,13 +29,23 @@ def parse_json(text: bytes) -> object:
         InvalidJson: it is none.
     """
     try:
-        return json.loads(text.decode("utf-8"), parse_int=_integer, parse_constant=_refuse_constant)
+        decoded = text.decode("utf-8")
+        _refuse_depth(decoded)
+        return json.loads(decoded, parse_int=_integer, parse_constant=_refuse_constant)
     except UnicodeDecodeError as exc:
         raise InvalidJson(f"not UTF-8 at byte {exc.start}") from exc
     except json.JSONDecodeError as exc:
         raise InvalidJson(f"{exc.msg} at character {exc.pos}") from exc
-    except RecursionError as exc:
-        raise InvalidJson("nested too deeply") from exc
+
+
+def _refuse_depth(text: str) -> None:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return  # as in almost every text
+    depth = 0
+    for found in _BRACKET_OR_STRING.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > MAX_DEPTH:
+            raise InvalidJson("nested too deeply")
 
 
 def _integer(digits: str) -> int:

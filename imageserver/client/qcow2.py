@@ -316,7 +316,8 @@ def _full(path: str) -> str:
 
 
 def _program(name: str) -> str:
-    path = shutil.which(name)
+    # A Debian user's PATH has no /usr/sbin, where some distributions have servers.
+    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if path is None:
         raise LocalFailure(f"{name} is missing: qcow2 needs QEMU's tools (qemu-utils, qemu-img)")
     return path

@@ -37,9 +37,15 @@ def wait_until(what: Callable[[], T], seconds: float = 10.0) -> T:
         time.sleep(0.01)
 
 
+def with_sbin(path: str) -> str:
+    """Return a PATH with the directories that Debian leaves out of a user's: haproxy is there."""
+    found = path.split(os.pathsep)
+    return os.pathsep.join([*found, *(d for d in ("/usr/sbin", "/sbin") if d not in found)])
+
+
 def program(name: str) -> str:
     """Return a program's path; a missing one fails the test."""
-    path = shutil.which(name)
+    path = shutil.which(name, path=with_sbin(os.environ.get("PATH", os.defpath)))
     assert path is not None, f"{name} is missing: run scripts/setup"
     return path
 

@@ -13,10 +13,10 @@ USAGE = "test-on: usage: test-on [--user | --shell] SUITE [ARGUMENTS OF scripts/
 
 
 def refused(home: Path, *arguments: str) -> str:
-    """Run the script with few programs and an empty cache, which must stay so."""
+    """Run the script without git and with an empty cache, which must stay so."""
     programs = home / "programs"
     programs.mkdir()
-    for name in ("bash", "dirname", "git"):
+    for name in ("bash", "dirname"):
         path = shutil.which(name)
         assert path is not None
         (programs / name).symlink_to(path)
@@ -36,7 +36,7 @@ def test_without_a_suite_it_says_how_it_is_used(tmp_path: Path, arguments: list[
 
 def test_what_it_needs_is_named(tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        expected = "debootstrap is missing; install it."
+        expected = "git is missing; install it."
     else:
         only_root = "only root can make and enter a root directory"
         expected = f"{only_root}; run: sudo {SCRIPT} trixie"

@@ -69,6 +69,12 @@ class Trace:
         """Tell whether an image's NBD server was down after ``since``."""
         return any(name == image and end > since - _GRACE for name, _, end in self._outages[-50:])
 
+    def expect(self, *names: str) -> None:
+        """Fail for each of these that has never been counted: it was not tested."""
+        for name in names:
+            if not self.counts[name]:
+                self.fail(f"nothing was tested: {name} never happened")
+
     def text(self) -> str:
         """Return the last lines."""
         return "\n".join(self._lines)

@@ -100,6 +100,7 @@ def _reload(server: Server, images: list[Image], seconds: float, seed: int, trac
         assert server.process is not None  # noqa: S101
         server.process.send_signal(signal.SIGHUP)
         trace.counts["reloads"] += 1
+    trace.expect("reloads", "GET 200", "OPTIONS 200", "PUT 200")
     for caller in callers:
         caller.stop()
     for caller in callers:

@@ -27,6 +27,18 @@ SETTINGS = {
     "backend_timeout": 3,
     "chunk_size": 256 << 10,
 }
+#: What a storm that has been one has seen at least once.
+MUST_HAPPEN = (
+    "GET 200",
+    "GET 206",
+    "OPTIONS 200",
+    "PATCH 200",
+    "PUT 200",
+    "extents 200",
+    "flush 200",
+    "zero 200",
+    "workers killed that held",
+)
 #: Nothing runs any more, and a refused upload lingers for 10 s at most.
 STOP_SECONDS = 20
 
@@ -58,6 +70,7 @@ class Storm:
                 self.trace.fail(failure)
             self._check_images(server, images)
             self._check_server(server)
+            self.trace.expect(*MUST_HAPPEN)
 
     @contextlib.contextmanager
     def _world(self, home: Path) -> Iterator[tuple[Server, list[Image]]]:
@@ -79,6 +92,9 @@ class Storm:
             self.seen = proxy.report()
             for violation in self.seen["violations"]:
                 self.trace.fail(f"as the NBD server sees it: {violation}")
+            for kind, peak in self.seen["peaks"].items():
+                if not peak:  # as if the proxy did not understand what passes
+                    self.trace.fail(f"nothing was tested: the NBD servers saw no {kind}")
 
     def _clients(self, server: Server, images: list[Image]) -> list[Client]:
         fixed = (server.port, self.trace, self._seed)

@@ -77,7 +77,8 @@ def test_the_oldest_comes_first(server, admin):
 
 
 def test_every_worker_is_told_with_its_state(server, admin):
-    wait_until(lambda: all(row["state"] == "accepting" for row in admin.status()["workers"]))
+    states = ["accepting"] * len(server.worker_pids())
+    wait_until(lambda: [row["state"] for row in admin.status()["workers"]] == states)
     assert [row["worker"] for row in admin.status()["workers"]] == sorted(server.worker_pids())
 
 

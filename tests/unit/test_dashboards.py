@@ -130,7 +130,7 @@ def test_every_panel_says_what_it_is() -> None:
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         assert panel["description"].endswith(".")
         assert panel["fieldConfig"]["defaults"]["unit"]
-        assert all(target["legendFormat"] for target in panel["targets"])
+        assert "" not in [target["legendFormat"] for target in panel["targets"]] != []
 
 
 def test_data_source_job_and_host_can_be_chosen() -> None:

@@ -15,9 +15,6 @@ import contextlib
 import socket
 import ssl
 from enum import Enum, auto
-from functools import partial
-
-from imageserver.server.tls import own_error
 
 #: Longest head, in bytes: gunicorn's largest request line and a hundred fields of its default size
 #: would be 800 KiB; clients of an image server need a few hundred bytes.
@@ -82,13 +79,12 @@ class Connection:
     def shake_hands(self) -> None:
         """Go on with the TLS handshake; after it a head is next."""
         if isinstance(self.sock, ssl.SSLSocket):
-            own_error(self.sock, self.sock.do_handshake)
+            self.sock.do_handshake()
         self.state = State.HEAD
 
     def receive(self) -> bool:
         """Read what has arrived of a head; False where the client has closed."""
-        read = partial(self.sock.recv, _SCRATCH)
-        data = own_error(self.sock, read) if self.is_tls else read()
+        data = self.sock.recv(_SCRATCH)
         self.buffer += data
         return bool(data)
 
@@ -125,7 +121,7 @@ class Connection:
         if isinstance(self.sock, ssl.SSLSocket):
             # It then looks for the client's own farewell, which need not have come.
             with contextlib.suppress(OSError, ValueError):
-                own_error(self.sock, self.sock.unwrap)
+                self.sock.unwrap()
 
     def shutdown(self, how: int) -> None:
         """Shut the socket down, below TLS; any thread may."""

@@ -13,7 +13,7 @@ Four things differ from a plain socket, here and in ``connection.py``:
 - ``SSLSocket.shutdown`` drops the encryption and would let a later ``send`` pass as plain
   text: the socket below is what gets shut down (``Connection.shutdown``);
 - OpenSSL keeps errors in a queue of the *thread*, and Python leaves some there: one
-  connection's error would be the next one's (``own_error``).
+  connection's error would be the next one's (``TlsSocket``).
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from imageserver.errors import ClientGone
 from imageserver.ports import HasFileno
@@ -59,6 +59,7 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
                 )
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslsocket_class = TlsSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # a client could make us work at will
     # HTTP knows how long a body is: one that ends early gets its answer, not OpenSSL's alert.
@@ -106,33 +107,59 @@ def wire_over(sock: socket.socket, timeout: float) -> Wire:
     return TlsWire(sock, timeout) if isinstance(sock, ssl.SSLSocket) else Wire(sock, timeout)
 
 
-def own_error(sock: socket.socket, action: Callable[[], T]) -> T:
-    """Act on an ``SSLSocket``; raise no error but what is this connection's own.
+class TlsSocket(ssl.SSLSocket):
+    """A client's connection, which raises no errors but its own.
 
     SSL_get_error(3) reads "would block" as a failure while the thread's queue holds an error,
     whosever it is. Python raises a system error (ERR_LIB_SYS) without taking it out of the
     queue (3.13.5; OpenSSL 3.5 reports a client's reset in this way), and so may other users
     of OpenSSL. So the queue is emptied after each failure, and where neither TLS nor the kernel
     sees anything wrong, the action is tried again: a connection's own error comes again.
-
-    Raises:
-        OSError: the action would block, or failed.
     """
-    try:
-        return action()
-    except BLOCKED:
-        raise
-    except OSError as exc:
-        forget_errors()
-        if _is_of_tls(exc) or _is_broken(sock):
-            raise
+
+    def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 - as inherited
+        """Go on with the handshake."""
+        self._own(partial(super().do_handshake, block))
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Receive."""
+        return self._own(partial(super().recv, buflen, flags))
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        """Receive into a buffer."""
+        return self._own(partial(super().recv_into, buffer, nbytes, flags))
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send."""
+        return self._own(partial(super().send, data, flags))
+
+    def unwrap(self) -> socket.socket:
+        """Say farewell."""
+        return self._own(super().unwrap)
+
+    def _own(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except BLOCKED:
             raise
-        except OSError:
+        except OSError as exc:
             forget_errors()
-        raise  # the first: the second may only say that there was one
+            if _is_of_tls(exc) or self._is_broken():
+                raise
+            try:
+                return action()
+            except BLOCKED:
+                raise
+            except OSError:
+                forget_errors()
+            raise  # the first: the second may only say that there was one
+
+    def _is_broken(self) -> bool:
+        if self.fileno() < 0:
+            return True
+        poller = select.poll()
+        poller.register(self, 0)
+        return any(events & _BROKEN for _, events in poller.poll(0))
 
 
 def forget_errors() -> None:
@@ -155,14 +182,6 @@ def _is_of_tls(exc: OSError) -> bool:
 def has_ended(exc: OSError) -> bool:
     """Tell whether TLS failed for nothing but the connection's end."""
     return isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-
-
-def _is_broken(sock: socket.socket) -> bool:
-    if sock.fileno() < 0:
-        return True
-    poller = select.poll()
-    poller.register(sock, 0)
-    return any(events & _BROKEN for _, events in poller.poll(0))
 
 
 class TlsWire(Wire):
@@ -188,16 +207,13 @@ class TlsWire(Wire):
         count = filled
         while count and filled < len(buffer):
             try:
-                count = own_error(self.sock, partial(self.sock.recv_into, buffer[filled:]))
+                count = self.sock.recv_into(buffer[filled:])
             except BLOCKED:
                 break
             except OSError as exc:
                 raise ClientGone from exc
             filled += count
         return filled
-
-    def _try(self, action: Callable[[], int]) -> int:
-        return own_error(self.sock, action)
 
 
 def _joined(pieces: tuple[bytes | memoryview, ...]) -> Iterator[bytes | memoryview]:

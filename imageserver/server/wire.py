@@ -94,15 +94,12 @@ class Wire:
     def _retry(self, action: Callable[[], int], events: int, until: HasFileno | None = None) -> int:
         while True:
             try:
-                return self._try(action)
+                return action()
             except BLOCKED as exc:
                 if not self._wait(awaited(exc, events), until):
                     return 0
             except OSError as exc:
                 raise ClientGone from exc
-
-    def _try(self, action: Callable[[], int]) -> int:
-        return action()
 
     def _wait(self, events: int, until: HasFileno | None) -> bool:
         """Wait until ``events``, or ``until`` (False).

@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """One client connection, as the worker's loop sees it.
 
-    accepted --> HANDSHAKE --> HEAD --complete--> WORK --keep-alive--> HEAD
+    accepted --> HANDSHAKE --> HEAD --complete--> WORK --answered--> IDLE --a byte--> HEAD
                 (TLS only)      |                   |
-                   |            |                   +---last answer---> LINGER --> closed
+                   |            |                   +--last answer--> LINGER --> closed
                    +------------+--too slow, too long, wrong: refused-> LINGER
 
+    WORK, or a refusal --the client takes no more now--> SENDING --taken--> IDLE or LINGER
+
 In WORK one thread owns the connection and the loop does not touch it; in the other states
-the loop reads, without waiting. So a client that is slow with its handshake or head, or will
-not stop sending a body nobody wants, costs a file descriptor and no thread.
+the loop reads or sends, without waiting. So a client that is slow with its handshake or head,
+takes no answer, or will not stop sending a body nobody wants, costs a file descriptor and no
+thread. In SENDING nothing is read: a client has one answer outstanding at most.
 """
 
 import contextlib
 import socket
 import ssl
 from enum import Enum, auto
+
+from imageserver.server.wire import in_flight
 
 #: Longest head, in bytes: gunicorn's largest request line and a hundred fields of its default size
 #: would be 800 KiB; clients of an image server need a few hundred bytes.
@@ -31,11 +36,13 @@ LINGER_BYTES = 1 << 30
 
 
 class State(Enum):
-    """Who reads from the connection, and what for."""
+    """What the connection waits for, and who reads from it."""
 
     HANDSHAKE = auto()
     HEAD = auto()
+    IDLE = auto()
     WORK = auto()
+    SENDING = auto()
     LINGER = auto()
     CLOSED = auto()
 
@@ -49,12 +56,16 @@ class Connection:
         "bad_head",
         "buffer",
         "deadline",
+        "is_last",
         "is_tls",
         "lingered",
         "listener",
+        "moved",
+        "queued",
         "requests",
         "sock",
         "state",
+        "unsent",
     )
 
     def __init__(self, sock: socket.socket, address: object, listener: object) -> None:
@@ -69,6 +80,13 @@ class Connection:
         #: The last head was refused before any application saw it.
         self.bad_head = False
         self.lingered = 0
+        #: What of an answer the client has not taken; no further request is looked at until then.
+        self.unsent = b""
+        #: The connection ends with that answer.
+        self.is_last = False
+        #: When the client last took a byte, and what the kernel had still to send then.
+        self.moved = 0.0
+        self.queued = b""
         self._scanned = 0
 
     @property
@@ -108,6 +126,31 @@ class Connection:
             self._scanned = 0
             return True
         return False
+
+    def has_begun(self) -> bool:
+        """Tell whether a part of a head has arrived; the beginning of an empty line is none.
+
+        After ``has_head``, which drops empty lines.
+        """
+        return bool(self.buffer) and self.buffer != b"\r"
+
+    def send(self) -> None:
+        """Send of the answer what the socket takes now: all of it, or it raises.
+
+        Raises:
+            BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError: there is more.
+            OSError: the connection broke.
+        """
+        while self.unsent:
+            # TLS wants to be offered the very same bytes again after it has blocked.
+            self.unsent = self.unsent[self.sock.send(self.unsent) :]
+
+    def stalls(self, now: float, seconds: float) -> bool:
+        """Tell whether the client has taken no byte of the answer for so long."""
+        queued = in_flight(self.sock)
+        if queued != self.queued:
+            self.moved, self.queued = now, queued
+        return now - self.moved >= seconds
 
     def drop(self, scratch: memoryview) -> bool:
         """Read and forget what a lingering client sends; False where it has stopped, or must."""

@@ -25,7 +25,7 @@ from gunicorn.http.wsgi import Response, create
 
 from imageserver.errors import ClientGone, ImageServerError
 from imageserver.server.connection import Connection
-from imageserver.server.wire import RequestInput, Wire, refusal, refused_head
+from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ZERO_COPY
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,18 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
 
     def __init__(self, req: Any, sock: Any, cfg: Any, wire: Wire, body: RequestInput) -> None:
         super().__init__(req, sock, cfg)
-        self._wire = wire
+        self._send: Callable[..., None] = wire.send
         #: Whether the connection ends with this answer.
         self.is_last: Callable[[], bool] = lambda: False
         self.version = "imageserver"
         self.headers_sent = False
         self._body = body
+
+    def collect(self) -> list[bytes]:
+        """Return what the answer's bytes are put into from now on, instead of being sent."""
+        collected: list[bytes] = []
+        self._send = lambda *pieces: collected.extend(pieces)
+        return collected
 
     def default_headers(self) -> Any:
         """Decide on keep-alive as late as possible: a body left unread ends the connection."""
@@ -90,15 +96,15 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
         """Send a piece of the body, the head before the first."""
         size = 0 if self._omits_body else len(piece)
         if size == 0:
-            self._wire.send(self.head())
+            self._send(self.head())
             return
         self.sent += size
         if self.response_length is not None and self.sent > self.response_length:
             raise RuntimeError(f"body is longer than its Content-Length {self.response_length}")
         if self.chunked:
-            self._wire.send(self.head(), b"%X\r\n" % size, piece, b"\r\n")
+            self._send(self.head(), b"%X\r\n" % size, piece, b"\r\n")
         else:
-            self._wire.send(self.head(), piece)
+            self._send(self.head(), piece)
 
     def finish(self) -> None:
         """Send what ends the answer."""
@@ -107,13 +113,16 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
             if self.response_length is not None and self.sent != self.response_length:
                 raise RuntimeError(f"body has {self.sent} bytes of {self.response_length}")
             end = b"0\r\n\r\n" if self.chunked else b""
-        self._wire.send(self.head(), end)
+        self._send(self.head(), end)
 
 
 def serve(
     conn: Connection, wire: Wire, app: Application, cfg: Any, is_last: Callable[[], bool]
 ) -> bool:
     """Answer the request whose head is in ``conn.buffer``; return whether another may follow.
+
+    What of the answer the client does not take at once stays in ``conn.unsent``. Only a stream
+    waits for its client.
 
     ``is_last``: whether the connection is to end with this answer; asked when its head goes out.
 
@@ -125,7 +134,7 @@ def serve(
     try:
         req = Request(cfg, reader, conn.address, conn.requests)
     except Exception as exc:  # noqa: BLE001 - gunicorn's parse errors have no common root
-        wire.send(_refused_head(conn, exc))
+        _send(conn, _refused_head(conn, exc))
         return False
     conn.buffer[:] = reader.take_buffered()
     chunked = isinstance(req.body.reader, ChunkedReader)
@@ -146,13 +155,18 @@ def serve(
     if conn.is_tls:
         environ["wsgi.url_scheme"] = "https"  # gunicorn knows of no TLS here
     environ[ZERO_COPY] = True
-    _answer(resp, wire, environ, app)
+    _answer(conn, resp, environ, app)
     return not resp.should_close()
 
 
-def _answer(resp: ImageResponse, wire: Wire, environ: dict[str, Any], app: Application) -> None:
+def _answer(
+    conn: Connection, resp: ImageResponse, environ: dict[str, Any], app: Application
+) -> None:
+    whole: list[bytes] | None = None
     try:
         pieces = app(environ, resp.start_response)
+        if isinstance(pieces, list | tuple):  # Falcon's, of an answer that is complete
+            whole = resp.collect()
         try:
             for piece in pieces:
                 resp.write(piece)
@@ -165,10 +179,23 @@ def _answer(resp: ImageResponse, wire: Wire, environ: dict[str, Any], app: Appli
     except Exception as exc:
         if not isinstance(exc, ImageServerError):  # of those the journals have been told
             log.warning("answer to %s cut off", environ["RAW_URI"], exc_info=exc)
-        if resp.headers_sent:
+        if resp.headers_sent and whole is None:
             raise ClientGone from exc
         resp.force_close()
-        wire.send(refusal(500, "internal error"))
+        whole = [refusal(500, "internal error")]
+    if whole:
+        _send(conn, b"".join(whole))
+
+
+def _send(conn: Connection, answer: bytes) -> None:
+    """Send what the client takes at once; the rest is the loop's."""
+    conn.unsent = answer
+    try:
+        conn.send()
+    except BLOCKED:
+        pass
+    except OSError as exc:
+        raise ClientGone from exc
 
 
 def _refused_head(conn: Connection, exc: Exception) -> bytes:

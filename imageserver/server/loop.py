@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop of a worker: everything that waits for a client and needs no thread.
 
-It accepts, reads heads, keeps idle connections, and lets refused clients finish. It never
+It accepts, reads heads, keeps idle connections, sends what clients have not taken of small
+answers, and lets refused clients finish. It never
 blocks and does no work of its own; a connection whose head is complete goes to ``dispatch``
 and is the loop's again when a thread hands it back. Epoll events are one-shot, so a
 connection is never looked at by two threads.
 """
 
-import contextlib
 import errno
 import logging
 import select
@@ -22,7 +22,7 @@ from imageserver.journal import fields
 from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
 from imageserver.server.tls import forget_errors, has_ended
-from imageserver.server.wire import BLOCKED, awaited, refused_head
+from imageserver.server.wire import BLOCKED, LOOKS, awaited, in_flight, refused_head
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +34,18 @@ _FULL_SECONDS = 0.1
 _MAX_WAITING = 8192
 
 
+#: Where nothing of a request may have arrived.
+_BEFORE_REQUEST = {State.HANDSHAKE, State.HEAD, State.IDLE}
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a connection may wait, in seconds: for a head, and idle between requests."""
+    """How long a connection may wait, in seconds."""
 
     head: float
+    """For a whole head; and for a byte of an answer to be taken."""
     idle: float
+    """Between requests."""
 
 
 def _anybody(_peer: socket.socket) -> bool:
@@ -66,8 +72,10 @@ class Loop:
         dispatch: Callable[[Connection], None],
         hesitate: Callable[[], float],
         metrics: Metrics,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         """``hesitate``: for how long to leave a new connection to the other workers."""
+        self._now = now
         self._patience = patience
         self._dispatch = dispatch
         self._hesitate = hesitate
@@ -104,7 +112,7 @@ class Loop:
 
     def step(self) -> None:
         """Wait for something to happen, at most a tick, and see to it."""
-        now = time.monotonic()
+        now = self._now()
         timeout = min([TICK, *(due - now for due in self._paused.values())])
         for fd, _ in self._epoll.poll(max(0.0, timeout)):
             if fd in self._waiting:
@@ -113,7 +121,7 @@ class Loop:
                 self._on_listener(fd)
             elif fd in self._events:
                 self._events[fd]()
-        now = time.monotonic()
+        now = self._now()
         for fd in [fd for fd, due in self._paused.items() if due <= now]:
             del self._paused[fd]
             self._epoll.modify(fd, select.EPOLLIN)
@@ -127,9 +135,11 @@ class Loop:
         for conn in [conn for conn in list(self._waiting.values()) if conn.deadline <= now]:
             if conn.state is State.HANDSHAKE:
                 self._metrics.tls_failed()
-            if conn.state is State.HEAD and conn.buffer:
+            if conn.state is State.HEAD and conn.has_begun():
                 self._metrics.refused("head_timeout")
                 self.refuse(conn, refused_head(conn.client, 408, "request head took too long"))
+            elif conn.state is State.SENDING and not conn.stalls(now, self._patience.head):
+                conn.deadline = now + self._patience.head / LOOKS
             else:
                 self._close_silent(conn)
 
@@ -144,7 +154,7 @@ class Loop:
 
     def _pause(self, fd: int, seconds: float) -> None:
         self._epoll.modify(fd, 0)
-        self._paused[fd] = time.monotonic() + seconds
+        self._paused[fd] = self._now() + seconds
 
     def _accept(self, listener: Any) -> None:
         try:
@@ -187,15 +197,21 @@ class Loop:
                 more = conn.drop(self._scratch)
             elif conn.state is State.HANDSHAKE:
                 conn.shake_hands()
+            elif conn.state is State.SENDING:
+                events = select.POLLOUT
+                conn.moved = self._now()  # there is room because the client has taken something
+                conn.send()
+                self._on_sent(conn)
+                return
             else:
-                is_idle = not conn.buffer
                 more = conn.receive()
                 if conn.has_head():
-                    del self._waiting[conn.sock.fileno()]
-                    self._dispatch(conn)
+                    self._hand_over(conn)
                     return
-                if is_idle and conn.requests:
-                    conn.deadline = time.monotonic() + self._patience.head
+                # Once a request: empty lines between requests are no progress.
+                if conn.state is State.IDLE and conn.has_begun():
+                    conn.state = State.HEAD
+                    conn.deadline = self._now() + self._patience.head
         except BLOCKED as exc:
             events = awaited(exc, events)
         except OSError as exc:
@@ -206,28 +222,63 @@ class Loop:
         else:
             self.close(conn)
 
+    def _hand_over(self, conn: Connection) -> None:
+        del self._waiting[conn.sock.fileno()]
+        self._dispatch(conn)
+
+    def _on_sent(self, conn: Connection) -> None:
+        if conn.is_last:
+            self.linger(conn)
+            return
+        conn.receive_decrypted()
+        if conn.has_head():
+            self._hand_over(conn)
+        else:
+            self.keep(conn)
+
     def _on_broken(self, conn: Connection, exc: OSError) -> None:
         if isinstance(exc, ssl.SSLError) and not has_ended(exc):
             if conn.state is State.HANDSHAKE:
                 self._metrics.tls_failed()
             log.info("TLS failed", extra=fields(client=conn.client, detail=exc.reason))
+            conn.unsent = b""
             self.linger(conn)  # so that the alert that tells the client why arrives
         else:
             self.close(conn)
 
     def keep(self, conn: Connection) -> None:
-        """Wait for a connection's next request."""
-        seconds = self._patience.head if conn.buffer else self._patience.idle
-        self._wait_for(conn, State.HEAD, seconds)
+        """Wait for a connection's next request, once its client has taken the answer."""
+        if conn.unsent:
+            self._send(conn, is_last=False)
+        elif conn.has_begun():
+            self._wait_for(conn, State.HEAD, self._patience.head)
+        else:
+            self._wait_for(conn, State.IDLE, self._patience.idle)
+
+    def _send(self, conn: Connection, *, is_last: bool) -> None:
+        conn.is_last = is_last
+        conn.moved, conn.queued = self._now(), in_flight(conn.sock)
+        self._wait_for(conn, State.SENDING, self._patience.head / LOOKS, select.EPOLLOUT)
 
     def refuse(self, conn: Connection, answer: bytes) -> None:
-        """Give a last answer without a thread; a client that does not take it misses it."""
-        with contextlib.suppress(OSError):
-            conn.sock.send(answer)  # a few hundred bytes into an empty buffer: never partial
+        """Give a last answer without a thread."""
+        conn.unsent = answer
+        try:
+            conn.send()
+        except BLOCKED:
+            pass
+        except OSError:
+            conn.unsent = b""  # the client has gone
         self.linger(conn)
 
     def linger(self, conn: Connection) -> None:
-        """Half-close, then read and drop, so that the answer reaches a client that still sends."""
+        """Half-close, then read and drop, so that the answer reaches a client that still sends.
+
+        Once the client has taken that answer.
+        """
+        if conn.unsent:
+            self._send(conn, is_last=True)
+            return
         conn.farewell()
         try:
             conn.shutdown(socket.SHUT_WR)
@@ -236,16 +287,18 @@ class Loop:
         else:
             self._wait_for(conn, State.LINGER, LINGER_SECONDS)
 
-    def _wait_for(self, conn: Connection, state: State, seconds: float) -> None:
+    def _wait_for(
+        self, conn: Connection, state: State, seconds: float, events: int = select.EPOLLIN
+    ) -> None:
         conn.state = state
-        conn.deadline = time.monotonic() + seconds
+        conn.deadline = self._now() + seconds
         fd = conn.sock.fileno()
         self._waiting[fd] = conn
         # Last: from here on the loop may act on it.
-        self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        self._epoll.modify(fd, events | select.EPOLLONESHOT)
 
     def _close_silent(self, conn: Connection) -> None:
-        if conn.state is State.HEAD:
+        if conn.state in {State.HEAD, State.IDLE}:
             conn.farewell()
         self.close(conn)
 
@@ -268,7 +321,7 @@ class Loop:
     def close_idle(self) -> None:
         """Close the connections of which no part of a request has arrived."""
         for conn in list(self._waiting.values()):
-            if conn.state in {State.HANDSHAKE, State.HEAD} and not conn.buffer:
+            if conn.state in _BEFORE_REQUEST and not conn.has_begun():
                 self._close_silent(conn)
 
     def close_all(self) -> None:

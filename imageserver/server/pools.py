@@ -60,6 +60,10 @@ class _Pool:
         #: Those of them whose threads wait for a next request, and have time for another's.
         self.staying: set[Connection] = set()
 
+    def is_wanted(self) -> bool:
+        """Tell whether connections wait for a thread."""
+        return len(self.connections) > self.threads
+
     def submit(self, work: Callable[..., None], *arguments: object) -> None:
         self._executor.submit(work, *arguments)
 
@@ -162,9 +166,9 @@ class Pools:
         """Answer as long as requests follow at once; return what is to become of the connection."""
         wire = wire_over(conn.sock, pool.client_timeout)
         while serve(conn, wire, pool.app, self._cfg, lambda: self.last or pool.answers_once):
-            if not self._has_next(pool, conn):
+            if conn.unsent or not self._has_next(pool, conn):
                 return self._loop.keep
-            if pool is self._probes and self._pool_of(conn) is not pool:
+            if pool.is_wanted() or (pool is self._probes and self._pool_of(conn) is not pool):
                 return self.dispatch
         if conn.bad_head:
             self._metrics.refused("bad_head")
@@ -174,8 +178,8 @@ class Pools:
         conn.receive_decrypted()
         if conn.has_head():
             return True
-        if len(pool.connections) > pool.threads or self.last:
-            return False  # others wait for this thread
+        if pool.is_wanted() or self.last:
+            return False
         pool.staying.add(conn)
         arrived = wait(conn.sock, select.POLLIN, _STAY_SECONDS)
         pool.staying.discard(conn)

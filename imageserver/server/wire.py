@@ -11,6 +11,7 @@ import logging
 import select
 import socket
 import ssl
+import sys
 import termios
 import time
 from collections.abc import Callable
@@ -37,8 +38,8 @@ REASONS = {
 #: which need not be what it was asked to do.
 BLOCKED = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
-#: How often, within the client timeout, a waiting thread looks whether bytes have moved.
-_LOOKS = 8
+#: How often, within the client timeout, one who waits looks whether bytes have moved.
+LOOKS = 8
 
 
 def wait(sock: HasFileno, events: int, seconds: float, until: HasFileno | None = None) -> bool:
@@ -65,7 +66,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.sock = sock
-        self._timeout = timeout
+        self.timeout = timeout
 
     def send(self, *pieces: bytes | memoryview) -> None:
         """Send every byte of all pieces, together where they fit.
@@ -92,36 +93,56 @@ class Wire:
         return self._retry(lambda: self.sock.recv_into(buffer), select.POLLIN, until)
 
     def _retry(self, action: Callable[[], int], events: int, until: HasFileno | None = None) -> int:
+        silence: _Silence | None = None
         while True:
             try:
                 return action()
             except BLOCKED as exc:
-                if not self._wait(awaited(exc, events), until):
+                # A socket that is readable need not have brought a byte of the body: a TLS
+                # record may carry none. A writable one has sent some of the answer.
+                if silence is None or events == select.POLLOUT:
+                    silence = _Silence(self.sock)
+                if not self._wait(awaited(exc, events), until, silence):
                     return 0
             except OSError as exc:
                 raise ClientGone from exc
 
-    def _wait(self, events: int, until: HasFileno | None) -> bool:
-        """Wait until ``events``, or ``until`` (False).
+    def _wait(self, events: int, until: HasFileno | None, silence: "_Silence") -> bool:
+        """Wait until ``events``, or ``until`` (False)."""
+        while silence.seconds() < self.timeout:
+            if wait(self.sock, events, self.timeout / LOOKS, until):
+                return until is None or not wait(until, select.POLLIN, 0)
+        raise ClientGone from None
 
-        A byte that the client has taken begins the timeout anew.
 
-        A socket becomes writable only when a third of its buffer, megabytes at times, is
-        free: a slow client would be cut off while it takes what it can.
+class _Silence:
+    """For how long a client has sent and taken nothing.
+
+    A socket becomes writable only when a third of its buffer, megabytes at times, is free: a
+    slow client would be cut off while it takes what it can.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._began = time.monotonic()
+        self._least = _count(in_flight(sock))
+
+    def seconds(self) -> float:
+        """Return it; less in flight than ever before means that the client has taken a byte.
+
+        TLS answers some records by itself, so more and less than that means nothing.
         """
-        moved = time.monotonic()
-        unsent = _unsent(self.sock)
-        while not wait(self.sock, events, self._timeout / _LOOKS, until):
-            now = time.monotonic()
-            still = _unsent(self.sock)
-            if still != unsent:
-                moved, unsent = now, still
-            elif now - moved >= self._timeout:
-                raise ClientGone from None
-        return until is None or not wait(until, select.POLLIN, 0)
+        now, count = time.monotonic(), _count(in_flight(self._sock))
+        if count < self._least:
+            self._began, self._least = now, count
+        return now - self._began
 
 
-def _unsent(sock: socket.socket) -> bytes:
+def _count(number: bytes) -> int:
+    return int.from_bytes(number, sys.byteorder)
+
+
+def in_flight(sock: socket.socket) -> bytes:
     """Return how much the kernel still has to send, or to hear of (SIOCOUTQ, tcp(7))."""
     return fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
 
@@ -185,7 +206,14 @@ class RequestInput:
         return count
 
     def read(self, size: int = -1) -> bytes:
-        """Return up to ``size`` bytes, fewer only at the body's end (PEP 3333)."""
+        """Return up to ``size`` bytes, fewer only at the body's end (PEP 3333).
+
+        For small bodies, which count as a part of the head: the timeout is for all of it.
+
+        Raises:
+            ClientGone: the connection broke, or this takes too long.
+        """
+        deadline = time.monotonic() + self._wire.timeout
         wanted = self.left if size < 0 else min(size, self.left)
         body = memoryview(bytearray(wanted))
         filled = 0
@@ -194,6 +222,8 @@ class RequestInput:
             if count == 0:
                 break
             filled += count
+            if filled < wanted and time.monotonic() > deadline:
+                raise ClientGone
         return bytes(body[:filled])
 
     def discard_early(self) -> None:

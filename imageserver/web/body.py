@@ -54,16 +54,18 @@ def read_all(req: falcon.Request, length: int) -> bytes:
 
     Raises:
         BadRequest: it ends early.
+        ClientGone: the connection broke, or this takes longer than the client timeout.
     """
-    source = RequestSource(req, length)
-    body = memoryview(bytearray(length))
-    filled = 0
-    while filled < length:
-        count = source.readinto(body[filled:])
-        if count == 0:
+    body = b""
+    while len(body) < length:
+        try:
+            data: bytes = req.env["wsgi.input"].read(length - len(body))
+        except OSError as exc:
+            raise ClientGone from exc
+        if not data:
             raise BadRequest("request body truncated")
-        filled += count
-    return bytes(body)
+        body += data
+    return body
 
 
 class StreamedBody(Iterable[bytes]):

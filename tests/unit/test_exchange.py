@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One request and its answer over a socket pair: framing, keep-alive, and every way to break."""
 
+import contextlib
 import json
 import select
 import socket
@@ -123,6 +124,60 @@ def test_an_answer_without_content_has_no_length(line: _Line) -> None:
     first, headers, body = line.answer()
     assert (first, body) == ("HTTP/1.1 204 No Content", b"")
     assert headers.keys().isdisjoint({"Content-Length", "Transfer-Encoding"})
+
+
+# Clients that take nothing
+
+
+def _fill(sock: socket.socket) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sock.send(bytes(4096))
+
+
+@pytest.mark.parametrize("pieces", [(b"abc",), [b"a", b"bc"]], ids=["one piece", "two pieces"])
+def test_an_answer_that_is_complete_never_waits_for_its_client(
+    line: _Line, pieces: Iterable[bytes]
+) -> None:
+    _fill(line.conn.sock)
+
+    assert line.ask(_App(pieces=pieces))
+    head, _, body = line.conn.unsent.partition(b"\r\n\r\n")
+    assert (head[:15], body) == (b"HTTP/1.1 200 OK", b"abc")
+
+
+def test_what_the_client_takes_of_an_answer_is_sent_at_once(line: _Line) -> None:
+    body = bytes(range(256)) * 16384
+    app = _App(headers=[("Content-Length", str(len(body)))], pieces=[body])
+
+    assert line.ask(app)
+    with contextlib.suppress(BlockingIOError):
+        line.client.setblocking(False)
+        taken = b""
+        while piece := line.client.recv(1 << 20):
+            taken += piece
+    assert (taken + line.conn.unsent).endswith(b"\r\n\r\n" + body)
+    assert len(line.conn.unsent) < len(body)
+
+
+@pytest.mark.parametrize(
+    ("head", "app"),
+    [
+        pytest.param("garbage\r\n\r\n", _App(), id="bad-head"),
+        pytest.param("GET /x HTTP/1.1\r\n\r\n", _App(look=lambda _: 1 // 0), id="bug"),
+    ],
+)
+def test_a_refusal_never_waits_for_its_client(line: _Line, head: str, app: _App) -> None:
+    _fill(line.conn.sock)
+
+    assert not line.ask(app, head)
+    assert line.conn.unsent.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 500 "))
+
+
+def test_a_complete_answer_of_the_wrong_length_is_an_error_of_ours(line: _Line) -> None:
+    assert not line.ask(_App(pieces=[b"ab"]))
+
+    assert line.answer()[0] == "HTTP/1.1 500 Internal Server Error"
 
 
 # What the application sees

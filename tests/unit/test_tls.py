@@ -17,6 +17,7 @@ import pytest
 from gunicorn.config import Config
 
 from imageserver.errors import ClientGone
+from imageserver.server import wire as module
 from imageserver.server.connection import Connection
 from imageserver.server.exchange import serve
 from imageserver.server.tls import (
@@ -149,6 +150,24 @@ def test_a_client_that_sends_nothing_is_given_up(ends):
     _, ours = ends
     with pytest.raises(ClientGone):
         TlsWire(ours, 0.2).recv_into(memoryview(bytearray(10)))
+
+
+def test_bytes_that_make_no_whole_record_are_no_progress(ends, monkeypatch):
+    client, ours = ends
+    record = iter(b"\x17\x03\x03\x40\x00" + bytes(RECORD))
+    seconds, real = 0.0, module.wait
+
+    def dribble(sock, events, *_):
+        nonlocal seconds
+        seconds += 1
+        socket.socket.send(client, bytes([next(record)]))  # below TLS
+        return real(sock, events, 1)
+
+    monkeypatch.setattr(module, "wait", dribble)
+    monkeypatch.setattr(module.time, "monotonic", lambda: seconds)
+    with pytest.raises(ClientGone):
+        TlsWire(ours, 5.0).recv_into(memoryview(bytearray(10)))
+    assert seconds == 5
 
 
 def test_one_read_takes_every_record_that_is_there(ends):

@@ -219,6 +219,26 @@ def test_a_body_that_ends_early_reads_as_far_as_it_goes(wire: Wire, client: sock
     assert (body.read(), body.read(), body.left) == (b"ab", b"", 3)
 
 
+def test_a_small_body_byte_by_byte_has_the_client_timeout_in_all(
+    wire: Wire, client: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0.0
+    body, _ = _body(wire, b"", 100)
+    receive = wire.recv_into
+
+    def take_a_second(buffer: memoryview, *until: object) -> int:
+        nonlocal seconds
+        seconds += 1
+        client.sendall(b"a")
+        return receive(buffer)
+
+    monkeypatch.setattr(wire, "recv_into", take_a_second)
+    monkeypatch.setattr(module.time, "monotonic", lambda: seconds)
+    with pytest.raises(ClientGone):
+        body.read(100)
+    assert seconds == 6
+
+
 def test_continue_is_sent_at_the_first_read_and_only_then(
     wire: Wire, client: socket.socket
 ) -> None:

@@ -8,14 +8,12 @@ the interpreter's, are not words for a client.
 import json
 import re
 
+from imageserver.bounds import cut_short
+
 #: Lists and objects in each other. More than any client needs; how many the interpreter takes
 #: differs from one version to the next, from 1,000 to 100,000.
 MAX_DEPTH = 100
 _BRACKET_OR_STRING = re.compile(r'[\[{]|[\]}]|"(?:[^"\\]|\\.)*+"?', re.DOTALL)
-#: Integers longer than this are all "beyond anything": int() of more digits takes its time,
-#: and of more than 4300 is refused by the interpreter.
-_MAX_DIGITS = 40
-_BEYOND: int = 10**_MAX_DIGITS
 
 
 class InvalidJson(Exception):
@@ -49,9 +47,7 @@ def _refuse_depth(text: str) -> None:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) <= _MAX_DIGITS:
-        return int(digits)
-    return -_BEYOND if digits.startswith("-") else _BEYOND
+    return -cut_short(digits[1:]) if digits.startswith("-") else cut_short(digits)
 
 
 def _refuse_constant(name: str) -> object:

@@ -14,17 +14,13 @@ The header is inclusive, everything behind it is half-open. Parsing knows no ima
 import re
 from dataclasses import dataclass
 
+from imageserver.bounds import MAX_SIZE, cut_short
 from imageserver.errors import BadRequest, RangeOutsideImage
 
 # RFC 9110 section 14.1: units are case-insensitive. [0-9], for \d takes other scripts' digits.
 _RANGE = re.compile(
     r"bytes=(?:(?P<first>[0-9]+)-(?P<last>[0-9]+)?|-(?P<suffix>[0-9]+))", re.IGNORECASE | re.ASCII
 )
-
-# No image is larger than 2**63 - 1 bytes (off_t), so numbers this long all mean "beyond the
-# end". Cutting them short keeps int() of a header of digits linear.
-_MAX_DIGITS = 40
-_BEYOND = 10**_MAX_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +72,6 @@ class ByteRange:
         return Span(first, last + 1, size)
 
 
-def _number(digits: str) -> int:
-    digits = digits.lstrip("0")
-    return _BEYOND if len(digits) > _MAX_DIGITS else int(digits or "0")
-
-
 def parse_range(header: str) -> ByteRange:
     """Parse the value of a ``Range`` header.
 
@@ -91,12 +82,12 @@ def parse_range(header: str) -> ByteRange:
     if match is None:
         raise BadRequest("invalid Range header")
     if match["suffix"] is not None:
-        suffix = _number(match["suffix"])
+        suffix = cut_short(match["suffix"])
         if suffix == 0:
             raise BadRequest("invalid Range header")
         return ByteRange(suffix=suffix)
     last = match["last"]
-    return ByteRange(_number(match["first"]), None if last is None else _number(last))
+    return ByteRange(cut_short(match["first"]), None if last is None else cut_short(last))
 
 
 _CONTENT_RANGE = re.compile(
@@ -140,28 +131,37 @@ def parse_content_range(header: str, length: int) -> ContentRange:
         raise BadRequest("invalid Content-Range header")
     if length == 0:
         raise BadRequest("Content-Length must be positive")
-    first = _number(match["first"])
+    first = cut_short(match["first"])
     if match["last"] != "*":
-        wanted = _number(match["last"]) - first + 1
+        wanted = cut_short(match["last"]) - first + 1
         if wanted <= 0:
             raise BadRequest("invalid Content-Range header")
         if wanted != length:
             raise BadRequest(f"Content-Length ({length}) must equal range length ({wanted})")
-    size = None if match["size"] == "*" else _number(match["size"])
+    size = None if match["size"] == "*" else cut_short(match["size"])
     return ContentRange(first, length, size)
 
 
 _DECIMAL = re.compile(r"[0-9]+")
 
 
+def parse_position(text: str) -> int | None:
+    """Parse a place in an image, or a number of its bytes; None where it is no plain decimal.
+
+    It may lie beyond the end of every image.
+    """
+    return cut_short(text) if _DECIMAL.fullmatch(text) else None
+
+
 def parse_length(header: str | None) -> int:
     """Parse a ``Content-Length`` (RFC 9110 section 8.6) into bytes.
 
     Raises:
-        BadRequest: it is missing or not a plain decimal number.
+        BadRequest: it is missing, not a plain decimal number, or more than any image has.
     """
     if header is None or header == "":
         raise BadRequest("Content-Length required")
-    if _DECIMAL.fullmatch(header) is None:
+    length = parse_position(header)
+    if length is None or length > MAX_SIZE:
         raise BadRequest("Invalid Content-Length")
-    return _number(header)
+    return length

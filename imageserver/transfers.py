@@ -24,6 +24,8 @@ MAX_SOCKET_PATH = 107
 MAX_NAME = 4096
 #: What an idle timeout below one second means (docs/api.md).
 DAY_SECONDS = 86400
+#: Longest idle timeout, and what a longer one means: 68 years.
+MAX_IDLE_SECONDS = 2**31 - 1
 #: So many of the fields that nobody knows are named, each with so many characters.
 _MAX_NAMED = 8
 _MAX_QUOTED = 64
@@ -155,7 +157,7 @@ def _idle_seconds(fields: Mapping[str, object]) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidTransfer('"idle_timeout_seconds" must be an integer')
-    return value if value >= 1 else DAY_SECONDS
+    return min(value, MAX_IDLE_SECONDS) if value >= 1 else DAY_SECONDS
 
 
 def _quoted(text: str) -> str:

@@ -5,7 +5,7 @@ import falcon
 
 from imageserver.errors import BadRequest, MethodNotAllowed
 from imageserver.patches import MAX_PATCH_SIZE
-from imageserver.ranges import ByteRange, parse_length, parse_range
+from imageserver.ranges import ByteRange, parse_length, parse_position, parse_range
 
 
 def read_range(req: falcon.Request) -> ByteRange | None:
@@ -35,11 +35,10 @@ def _parameter(req: falcon.Request, name: str) -> int | None:
     values = req.get_param_as_list(name)
     if values is None:
         return None
-    try:
-        (text,) = values
-        return parse_length(text)
-    except (ValueError, BadRequest) as exc:
-        raise BadRequest(f'invalid "{name}": it must be a number of bytes') from exc
+    position = parse_position(values[0]) if len(values) == 1 else None
+    if position is None:
+        raise BadRequest(f'invalid "{name}": it must be a number of bytes')
+    return position
 
 
 def read_flush(req: falcon.Request) -> bool | None:

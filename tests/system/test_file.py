@@ -222,6 +222,7 @@ def test_a_worker_that_dies_in_a_put_leaves_the_old_file_and_nothing_else(
         pytest.param({"Content-Range": "bytes 0-9/*"}, FULL_WRITES_ONLY, id="Content-Range"),
         pytest.param({"Content-Length": "+10"}, "Invalid Content-Length", id="signed length"),
         pytest.param({"Content-Length": "1_0"}, "Invalid Content-Length", id="underscore"),
+        pytest.param({"Content-Length": f"{2**64}"}, "Invalid Content-Length", id="beyond off_t"),
         pytest.param({"Transfer-Encoding": "chunked"}, "Content-Length required", id="chunked"),
         pytest.param({}, "Content-Length required", id="no length"),
     ],

@@ -155,6 +155,7 @@ def refusal(status: int, message: str, *, retry: bool = False) -> bytes:
         "Connection: close\r\n"
         "Accept-Ranges: bytes\r\n"
         "Access-Control-Allow-Methods: GET, PUT, OPTIONS\r\n"
+        "Cache-Control: no-store\r\n"
         + ("Retry-After: 1\r\n" if retry else "")
         + "Content-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}"

@@ -70,6 +70,8 @@ class ImageMiddleware:
     ) -> None:
         """Add the common headers; close a stream that Falcon would drop unclosed."""
         resp.set_header("Accept-Ranges", "bytes")
+        # Nothing here has a validator by which a cache could tell that it is stale.
+        resp.set_header("Cache-Control", "no-store")
         if resp.get_header("Access-Control-Allow-Methods") is None:
             resp.set_header("Access-Control-Allow-Methods", DEFAULT_METHODS)
         stream = resp.stream

@@ -211,6 +211,7 @@ def test_the_server_itself_says_what_it_can(workplace, writers):
             "allow": "GET, HEAD, PUT, PATCH, POST, OPTIONS",
             "access-control-allow-methods": "GET, PUT, PATCH, POST, OPTIONS",
             "accept-ranges": "bytes",
+            "cache-control": "no-store",
             "content-type": "application/json",
             "content-length": str(len(answer.body)),
         }

@@ -7,6 +7,7 @@ from tests.system.harness import Answer
 COMMON = {
     "accept-ranges": "bytes",
     "access-control-allow-methods": "GET, PUT, OPTIONS",
+    "cache-control": "no-store",
     "content-type": "application/json",
 }
 UNKNOWN = (404, "unknown image_id")

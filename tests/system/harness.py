@@ -72,6 +72,7 @@ class Answer:
         common = {
             "Accept-Ranges": "bytes",
             "Access-Control-Allow-Methods": "GET, PUT, OPTIONS",
+            "Cache-Control": "no-store",
             "Content-Type": "application/json",
             "Content-Length": str(len(self.body)),
         }

@@ -16,7 +16,11 @@ from tests.system.harness import Answer, Server, exchange, nbdkit, qemu_img, qem
 #: The smallest that the server takes, so that small images span many pieces.
 CHUNK = 4096
 SETTINGS = {"chunk_size": CHUNK, "backend_timeout": 1}
-COMMON = {"accept-ranges": "bytes", "access-control-allow-methods": "GET, PUT, OPTIONS"}
+COMMON = {
+    "accept-ranges": "bytes",
+    "access-control-allow-methods": "GET, PUT, OPTIONS",
+    "cache-control": "no-store",
+}
 IMAGE_DATA = COMMON | {"content-type": "application/octet-stream"}
 
 

@@ -15,6 +15,7 @@ from tests.unit.web import Call, app_over
 COMMON = {
     "accept-ranges": "bytes",
     "access-control-allow-methods": "GET, PUT, OPTIONS",
+    "cache-control": "no-store",
     "x-request-id": "r1",
 }
 JSON = {"content-type": "application/json"}

@@ -76,6 +76,7 @@ def test_an_error_is_answered_as_the_table_says(
     expected = {
         "accept-ranges": "bytes",
         "access-control-allow-methods": "GET, PUT, OPTIONS",
+        "cache-control": "no-store",
         "content-type": "application/json",
         "content-length": str(len(result.content)),
         "x-request-id": "r1",

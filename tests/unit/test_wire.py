@@ -305,6 +305,7 @@ def test_a_refusal_is_a_whole_answer_with_the_usual_headers(status: int, retry: 
         "Connection": "close",
         "Accept-Ranges": "bytes",
         "Access-Control-Allow-Methods": "GET, PUT, OPTIONS",
+        "Cache-Control": "no-store",
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
     } | ({"Retry-After": "1"} if retry else {})

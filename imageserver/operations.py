@@ -50,19 +50,21 @@ def _check_edges(session: Session, span: Span) -> None:
         )
 
 
-def write(session: Session, span: Span, source: Source) -> None:
-    """Write ``span`` from ``source``."""
+def write(session: Session, span: Span, source: Source, *, flush: bool = False) -> bool:
+    """Write ``span`` from ``source``; tell whether ``flush`` was asked for and done."""
     _check_edges(session, span)
     session.begin(span)
     for done in session.backend.write(span.start, span.length, source):
         session.progress(done)
+    return _flush_own(session, asked=flush)
 
 
-def replace(session: Session, length: int, source: Source) -> None:
-    """Make ``length`` bytes from ``source`` the whole image."""
+def replace(session: Session, length: int, source: Source, *, flush: bool = False) -> bool:
+    """Make ``length`` bytes from ``source`` the whole image; returns what ``write`` does."""
     session.begin(whole(length))
     for done in session.backend.replace(length, source):
         session.progress(done)
+    return _flush_own(session, asked=flush)
 
 
 def zero(session: Session, span: Span, *, flush: bool) -> None:
@@ -71,15 +73,18 @@ def zero(session: Session, span: Span, *, flush: bool) -> None:
     session.begin(span)
     for done in session.backend.zero(span.start, span.length):
         session.progress(done)
-    if flush:
-        flush_if_possible(session)
+    _flush_own(session, asked=flush)
 
 
-def flush_if_possible(session: Session) -> bool:
-    """Flush where the image can; tell whether it was done."""
-    if session.info.can_flush:
+def _flush_own(session: Session, *, asked: bool) -> bool:
+    """Flush what this session has written, where asked for or where no other session's flush would.
+
+    Tells whether it was asked for and done.
+    """
+    info = session.info
+    if info.can_flush and (asked or not info.flushes_image):
         session.backend.flush()
-    return session.info.can_flush
+    return asked and info.can_flush
 
 
 def flush(session: Session) -> None:

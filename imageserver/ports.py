@@ -46,6 +46,10 @@ class ImageInfo:
     read_only: bool
     can_zero: bool
     can_flush: bool
+    multi_conn: bool = False
+    """Several connections may write at once (NBD_FLAG_CAN_MULTI_CONN)."""
+    flushes_image: bool = False
+    """A flush covers what other connections have written; else each has to flush for itself."""
 
 
 class HasFileno(Protocol):

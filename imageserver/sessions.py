@@ -10,6 +10,15 @@ With more than one writer, range writes, zero and flush of one export share its 
 takes it only until its slot, which names the image, is claimed. Whoever wants the image alone
 takes the lock and finds no such slot.
 
+Only an export with multi-conn is shared, and that is known once it is open:
+
+1. The last server at the image's socket lacked it, or nobody may share: the image is taken alone.
+2. Otherwise it is shared and opened. With multi-conn, the operation begins.
+3. Without, everything is given back before a byte is written, and the image taken alone. Of
+   several that meet there, the last to give back finds nobody, so that one of them gets it.
+
+Who has it alone and finds multi-conn (another server has come) lets others in.
+
 A streamed answer outlives the code that began it, so the right belongs to an object. Who
 opens a ``Session`` sees to its ``close()``, which is idempotent and gives all three back.
 """
@@ -58,6 +67,9 @@ FLUSH = Need("flush", Intent.FLUSH, locked=True, kind=Kind.OTHER, shares=True)
 EXTENTS = Need("extents", Intent.EXTENTS, locked=True, kind=Kind.OTHER)
 DIRTY_EXTENTS = Need("extents", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.OTHER)
 
+
+#: More exports without multi-conn than one worker has to do with before it is replaced.
+_MOST_SINGLE = 1024
 
 _SHARING = frozenset(need.operation for need in (WRITE, ZERO, FLUSH))
 
@@ -127,15 +139,22 @@ class Sessions:
         key: Callable[[Image], str],
         *,
         shares_lock: bool = False,
+        stamp: Callable[[Image], object] = lambda _: None,
         meter: Meter | None = None,
     ) -> None:
-        """``shares_lock``: range writes, zero and flush of one export may run side by side."""
+        """``shares_lock``: range writes, zero and flush of one export may run side by side.
+
+        ``stamp`` changes when the server that an image names is another one.
+        """
         self._shares_lock = shares_lock
         self._meter = meter
         self._locks = locks
         self._slots = slots
         self._backends = backends
         self._key = key
+        self._stamp = stamp
+        #: Images whose servers, by their stamps, lack multi-conn.
+        self._single: dict[Image, object] = {}
 
     def open(
         self, transfer: Transfer, need: Need, client: str, visit: Visit = UNTRACKED
@@ -152,26 +171,9 @@ class Sessions:
         """
         image = self._key(transfer.image) if need.locked else ""
         ticket = Ticket(transfer.id, need.operation, image, client)
-        shared = need.shares and self._shares_lock and isinstance(transfer.image, NbdImage)
         with ExitStack() as held:
             held.callback(visit.close)
-            grip = _Grip()
-            if need.locked:
-                grip.lock = self._lock(transfer.image, image, shared=shared)
-                held.callback(grip.release)
-            slot = self._slots.claim(need.kind, ticket)
-            held.callback(slot.release)
-            held.push(_telling(visit))
-            if grip.lock and grip.lock.abandoned:
-                self._backends.settle(transfer.image, visit.is_wanted)
-                grip.lock.abandoned = False
-            if shared:
-                grip.share()
-            backend = grip.backend = self._backends.open(
-                transfer.image, need.intent, visit.is_wanted
-            )
-            held.callback(backend.close)
-            visit.uses(backend)
+            backend, slot, shared = self._take_or_share(held, transfer, need, ticket, visit)
             session = Session(backend, slot, held.pop_all(), visit, need.kind)
             session.shared = shared
             if self._meter:
@@ -180,11 +182,75 @@ class Sessions:
             return session
         raise AssertionError  # an ExitStack swallows nothing
 
-    def _lock(self, image: Image, key: str, *, shared: bool) -> Lock:
-        """Take the image's lock; those who share it have it only until their slot shows them."""
+    def _take_or_share(
+        self, held: ExitStack, transfer: Transfer, need: Need, ticket: Ticket, visit: Visit
+    ) -> tuple[Backend, Slot, bool]:
+        """Take what the session holds; True: others may write to the image at the same time."""
+        image = transfer.image
+        may_share = need.shares and self._shares_lock and isinstance(image, NbdImage)
+        if not may_share:
+            backend, slot, _ = self._take(held, transfer, need, ticket, visit)
+            return backend, slot, False
+        is_new = not self._is_single(image)
+        if is_new:
+            with ExitStack() as tried:
+                backend, slot, _ = self._take(tried, transfer, need, ticket, visit, shared=True)
+                if backend.info.multi_conn:
+                    held.push(tried.pop_all())
+                    return backend, slot, True
+            self._remember_single(image)
+        backend, slot, grip = self._take(held, transfer, need, ticket, visit, brief=is_new)
+        shared = backend.info.multi_conn
+        if shared:
+            self._single.pop(image, None)
+            grip.share()
+        return backend, slot, shared
+
+    def _is_single(self, image: Image) -> bool:
+        return image in self._single and self._single[image] == self._stamp(image)
+
+    def _remember_single(self, image: Image) -> None:
+        if len(self._single) >= _MOST_SINGLE:
+            self._single.clear()
+        self._single[image] = self._stamp(image)
+
+    def _take(  # noqa: PLR0913 - what a session is made of
+        self,
+        held: ExitStack,
+        transfer: Transfer,
+        need: Need,
+        ticket: Ticket,
+        visit: Visit,
+        *,
+        shared: bool = False,
+        brief: bool = False,
+    ) -> "tuple[Backend, Slot, _Grip]":
+        grip = _Grip()
+        if need.locked:
+            grip.lock = self._lock(transfer.image, ticket.image, shared=shared, brief=brief)
+            held.callback(grip.release)
+        slot = self._slots.claim(need.kind, ticket)
+        held.callback(slot.release)
+        held.push(_telling(visit))
+        if grip.lock and grip.lock.abandoned:
+            self._backends.settle(transfer.image, visit.is_wanted)
+            grip.lock.abandoned = False
+        if shared:
+            grip.share()
+        backend = grip.backend = self._backends.open(transfer.image, need.intent, visit.is_wanted)
+        held.callback(backend.close)
+        visit.uses(backend)
+        return backend, slot, grip
+
+    def _lock(self, image: Image, key: str, *, shared: bool, brief: bool) -> Lock:
+        """Take the image's lock; those who share it have it only until their slot shows them.
+
+        ``brief``: also wait for others who have it for as long as that.
+        """
         if shared and self._slots.operations_on(key) - _SHARING:
             raise ImageBusy
-        lock = self._locks.acquire_briefly(image) if shared else self._locks.acquire(image)
+        is_brief = shared or brief
+        lock = self._locks.acquire_briefly(image) if is_brief else self._locks.acquire(image)
         with ExitStack() as held:
             held.callback(lock.release, settled=False)
             others = self._slots.operations_on(key)

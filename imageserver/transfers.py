@@ -50,6 +50,8 @@ class NbdImage:
     socket: str
     export: str = ""
     bitmap: str | None = None
+    flushes_image: bool = False
+    """A flush covers what other connections have written, though the server does not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ def to_fields(transfer: Transfer) -> dict[str, object]:
     else:
         fields = {"backend": "nbd", "socket": image.socket, "export": image.export}
         fields["export_bitmap"] = image.bitmap
+        fields["flush"] = "image" if image.flushes_image else "connection"
     idle = transfer.idle_seconds
     return fields | {"read_only": transfer.read_only, "idle_timeout_seconds": idle}
 
@@ -174,7 +177,10 @@ def _nbd(fields: Mapping[str, object]) -> NbdImage:
     for name, value in (("export", export), ("export_bitmap", dirty_context(bitmap))):
         if len(value.encode()) > MAX_NAME:
             raise InvalidTransfer(f'"{name}" makes a name of over {MAX_NAME} bytes')
-    return NbdImage(socket, export, bitmap or None)
+    flush = _text(fields, "flush", default="connection")
+    if flush not in {"connection", "image"}:
+        raise InvalidTransfer('"flush" must be "connection" or "image"')
+    return NbdImage(socket, export, bitmap or None, flush == "image")
 
 
 def _file(fields: Mapping[str, object]) -> FileImage:
@@ -183,7 +189,7 @@ def _file(fields: Mapping[str, object]) -> FileImage:
 
 _BACKENDS: dict[str, Callable[[Mapping[str, object]], Image]] = {"nbd": _nbd, "file": _file}
 #: The fields that a back end has for itself.
-_OWN_FIELDS = {"nbd": ("socket", "export", "export_bitmap"), "file": ("file",)}
+_OWN_FIELDS = {"nbd": ("socket", "export", "export_bitmap", "flush"), "file": ("file",)}
 #: The fields of every transfer; the server's own files have their id as well.
 _COMMON_FIELDS = ("backend", "read_only", "idle_timeout_seconds", "transfer_id")
 

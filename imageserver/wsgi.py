@@ -45,6 +45,7 @@ def application(settings: Settings, slots: SharedTable) -> App:
         Sessions(
             *(locks, slots, backends, image_key),
             shares_lock=settings.max_writers > 1,
+            stamp=stamp,
             meter=metrics,
         ),
         Inspector(backends, stamp),

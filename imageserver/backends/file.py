@@ -93,7 +93,9 @@ class ImageFile:
             place.close()  # descriptors are few
         self.size = size
         self.align = 1
-        self.info = ImageInfo(size, read_only=False, can_zero=False, can_flush=True)
+        self.info = ImageInfo(
+            size, read_only=False, can_zero=False, can_flush=True, flushes_image=True
+        )
 
     def _find(self, intent: Intent) -> bool:
         """Open the file; tell whether there is one."""

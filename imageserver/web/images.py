@@ -112,8 +112,9 @@ class ImageResource:
             check_writable(session.info)
             if not isinstance(transfer.image, FileImage):
                 _check_size(length, session.size)
-            operations.replace(session, length, RequestSource(req, length))
-            return _written(session, length, flush=flush)
+            source = RequestSource(req, length)
+            done = operations.replace(session, length, source, flush=bool(flush))
+        return _written(length, flush, done)
 
     def _put_range(
         self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
@@ -126,8 +127,9 @@ class ImageResource:
         with self._open(req, transfer, sessions.WRITE) as session:
             check_writable(session.info)
             span = wanted.resolve(session.size)
-            operations.write(session, span, RequestSource(req, span.length))
-            return _written(session, span.length, flush=flush)
+            source = RequestSource(req, span.length)
+            done = operations.write(session, span, source, flush=bool(flush))
+        return _written(span.length, flush, done)
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Write a range, zero one, or flush."""
@@ -203,7 +205,7 @@ def _announcement(transfer: Transfer, info: ImageInfo, writers: int) -> Announce
     if read_only:
         return Announcement(("extents",), 0, "GET, OPTIONS")
     features = ("extents", *["zero"] * info.can_zero, *["flush"] * info.can_flush)
-    return Announcement(features, writers, "GET, PUT, PATCH, OPTIONS")
+    return Announcement(features, writers if info.multi_conn else 1, "GET, PUT, PATCH, OPTIONS")
 
 
 def announce(resp: falcon.Response, what: Announcement, limits: Limits) -> None:
@@ -235,11 +237,9 @@ class ServerResource:
         announce(resp, everything, self._limits)
 
 
-def _written(session: Session, length: int, *, flush: bool | None) -> dict[str, object]:
+def _written(length: int, flush: bool | None, flushed: bool) -> dict[str, object]:  # noqa: FBT001
     answer: dict[str, object] = {"ok": True, "bytes_written": length}
-    if flush is not None:
-        answer["flushed"] = flush and operations.flush_if_possible(session)
-    return answer
+    return answer if flush is None else answer | {"flushed": flushed}
 
 
 def _check_size(length: int, size: int) -> None:

@@ -81,26 +81,29 @@ def test_put_of_a_file_syncs_the_new_file_before_it_is_renamed_and_the_directory
 
 
 @pytest.mark.parametrize(
-    ("method", "tail", "body", "syncs"),
+    ("method", "tail", "body", "covers", "syncs"),
     [
-        ("POST", "/flush", None, True),
-        ("PATCH", "", b'{"op":"flush"}', True),
-        ("PATCH", "", b'{"op":"zero","size":4096,"flush":true}', True),
-        ("PATCH", "", b'{"op":"zero","size":4096}', False),
-        ("PUT", "", bytes(SIZE), False),
+        ("POST", "/flush", None, "image", True),
+        ("PATCH", "", b'{"op":"flush"}', "image", True),
+        ("PATCH", "", b'{"op":"zero","size":4096,"flush":true}', "image", True),
+        ("PATCH", "", b'{"op":"zero","size":4096}', "image", False),
+        ("PATCH", "", b'{"op":"zero","size":4096}', "connection", True),
+        ("PUT", "", bytes(SIZE), "image", False),
+        ("PUT", "", bytes(SIZE), "connection", True),
     ],
-    ids=["POST flush", "PATCH flush", "zero with flush", "zero", "PUT"],
+    ids=["POST flush", "PATCH flush", "zero with flush", "zero", "zero's own", "PUT", "PUT's own"],
 )
 def test_flush_of_an_export_makes_the_nbd_server_sync_its_image_before_the_answer(
-    home, method, tail, body, syncs
+    home, method, tail, body, covers, syncs
 ):
+    """A qemu-nbd for one client has no multi-conn: the transfer says what a flush covers."""
     image = sparse(home / "image", SIZE)
     nbd = Nbd(image)
     trace = home / "trace"
     command = [*STRACE, "trace=fsync,fdatasync", "-o", str(trace), program("qemu-nbd")]
     command += ["--persistent", "--format=raw", f"--socket={nbd.socket}", str(image)]
     with process(command, lambda: listens(nbd.socket)), Server(home, workers=1) as server:
-        url = server.add("disk", socket=str(nbd.socket))
+        url = server.add("disk", socket=str(nbd.socket), flush=covers)
         assert server.request("PUT", url, b"x" * SIZE).status == 200
         began = trace.stat().st_size
         assert server.request(method, url + tail, body, JSON if body else {}).status == 200

@@ -130,25 +130,31 @@ def test_a_file_is_replaced_as_a_whole_only(server, workplace, where):
 WAYS = {"part": ("Content-Range: bytes 0-9/*",), "whole": ()}
 
 
-@pytest.fixture
-def flushes(server: Server, workplace: Path) -> Iterator[Path]:
-    """An image of 10 bytes at /images/flushes; the file tells each write and flush."""
+@pytest.fixture(params=["exit 0", "exit 3"], ids=["multi_conn", "no_multi_conn"])
+def flushes(
+    request: pytest.FixtureRequest, server: Server, workplace: Path
+) -> Iterator[tuple[Path, bool]]:
+    """An image of 10 bytes at /images/flushes; the file tells each write and flush.
+
+    True: each write has to be flushed on its own connection.
+    """
     told = workplace / "told"
     told.write_bytes(b"")
     scripts = (f"pwrite=cat >/dev/null; echo pwrite >>{told}", f"flush=echo flush >>{told}")
-    options = ("get_size=echo 10", "pread=head -c $3 /dev/zero", "can_write=exit 0")
+    options = ["get_size=echo 10", "pread=head -c $3 /dev/zero", "can_write=exit 0"]
+    options += [f"can_multi_conn={request.param}"]
     with nbdkit(workplace / "flushes.sock", "eval", *options, "can_flush=exit 0", *scripts) as sock:
         server.add("flushes", socket=str(sock))
-        yield told
+        yield told, request.param == "exit 3"
 
 
 @pytest.mark.parametrize("fields", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(
     ("query", "answered", "told"),
     [
-        ("", b"", "pwrite\n"),
-        ("?flush=n", b',"flushed":false', "pwrite\n"),
-        ("?flush=y", b',"flushed":true', "pwrite\nflush\n"),
+        ("", b"", ["pwrite"]),
+        ("?flush=n", b',"flushed":false', ["pwrite"]),
+        ("?flush=y", b',"flushed":true', ["pwrite", "flush"]),
     ],
     ids=["absent", "n", "y"],
 )
@@ -157,7 +163,8 @@ def test_flush_is_done_and_told_as_asked(server, flushes, fields, query, answere
     answer = server.bare("PUT", "/images/flushes" + query, *fields, length, body=b"0123456789")
     expected = b'{"ok":true,"bytes_written":10%s}' % answered
     assert (answer.status, answer.body) == (200, expected)
-    assert flushes.read_text() == told
+    log, is_own = flushes
+    assert log.read_text().split() == (["pwrite", "flush"] if is_own else told)
 
 
 def test_flush_of_an_export_that_cannot_is_not_claimed(server, workplace):

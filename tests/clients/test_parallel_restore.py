@@ -60,6 +60,7 @@ def rendezvous(home: Path, parties: int) -> tuple[str, ...]:
         "thread_model=echo parallel",
         f"get_size=echo {SIZE}",
         "can_write=exit 0",
+        "can_multi_conn=exit 0",
         "pread=head -c $3 /dev/zero",
         f"pwrite={store} && {meet}",
     )
@@ -123,13 +124,68 @@ def test_four_writers_never_meet_each_others_lock(parallel, workplace):
 
 @pytest.mark.parametrize(
     ("fields", "writers"),
-    [({}, None), ({"read_only": True}, 0), ({"backend": "file", "file": "/nothing"}, 1)],
-    ids=["nbd", "read_only", "file"],
+    [({}, 1), ({"read_only": True}, 0), ({"backend": "file", "file": "/nothing"}, 1)],
+    ids=["nbd_that_is_away", "read_only", "file"],
 )
 def test_options_says_how_many_may_write(server, fields, writers):
     path = server.add("probed", **{"socket": "/nothing"} | fields)
-    allowed = int(server.env["IMAGESERVER_MAX_WRITERS"]) if writers is None else writers
-    assert server.request("OPTIONS", path).json["max_writers"] == allowed
+    assert server.request("OPTIONS", path).json["max_writers"] == writers
+
+
+@pytest.mark.parametrize("flush", [None, "image"])
+@pytest.mark.parametrize("clients", [1, 32], ids=["for_one_client", "for_many"])
+def test_options_says_that_several_may_write_where_the_export_bears_it(
+    server, workplace, clients, flush
+):
+    (workplace / "probed").write_bytes(bytes(SIZE))
+    with qemu_nbd(workplace / "probed", f"--shared={clients}") as sock:
+        path = server.add("probed", socket=str(sock), flush=flush)
+        allowed = int(server.env["IMAGESERVER_MAX_WRITERS"]) if clients > 1 else 1
+        assert server.request("OPTIONS", path).json["max_writers"] == allowed
+
+
+# Exports without multi-conn
+
+
+def one_at_a_time(home: Path) -> tuple[str, ...]:
+    """Return nbdkit's arguments for a disk that fails writes while another connection writes."""
+    enter = f"mkdir {home}/busy || {{ touch {home}/met; echo EIO two >&2; exit 1; }}"
+    return (
+        *("eval", "thread_model=echo parallel", f"get_size=echo {SIZE}"),
+        *("can_write=exit 0", "can_flush=exit 0", "pread=head -c $3 /dev/zero"),
+        f"pwrite={enter}; cat >/dev/null; sleep 0.02; rmdir {home}/busy",
+        "flush=exit 0",
+    )
+
+
+def test_without_multi_conn_one_writes_at_a_time_and_somebody_always_does(parallel, home):
+    """Every worker meets the export for the first time, with many clients at once."""
+    for round_ in range(4):
+        with nbdkit(home / f"{round_}.sock", *one_at_a_time(home)) as sock:
+            path = parallel.add("single", socket=str(sock))
+            where = {"Content-Range": "bytes 0-9/*"}
+            with ThreadPoolExecutor(16) as clients:
+                asked = [
+                    clients.submit(parallel.request, "PUT", path, bytes(10), where)
+                    for _ in range(16)
+                ]
+                seen = [each.result() for each in asked]
+        refused = {BUSY, (503, "too many parallel writes")}
+        assert {answer.refusal for answer in seen if answer.status != 200} <= refused
+        assert [answer for answer in seen if answer.status == 200]
+    assert not (home / "met").exists()
+    assert parallel.holders() == []
+
+
+def test_a_second_writer_of_an_export_without_multi_conn_is_refused(parallel, home):
+    (home / "disk").write_bytes(bytes(SIZE))
+    with qemu_nbd(home / "disk", "--shared=1") as sock:
+        parallel.add("gated", socket=str(sock))
+        for _ in range(2):
+            with held_by_the_client(parallel, "put part"):
+                others = ("zero", "patch part", "flush", "put", "extents")
+                assert [ask(parallel, other) for other in others] == [BUSY] * 5
+            assert ask(parallel, "flush") == (200, "")
 
 
 # Alone
@@ -147,7 +203,7 @@ def gated(server: Server) -> Iterator[Path]:
             f" {then}"
         )
 
-    abilities = ("write", "zero", "flush", "extents")
+    abilities = ("write", "zero", "flush", "extents", "multi_conn")
     with nbdkit(
         home / "gated.sock",
         "eval",

@@ -300,14 +300,30 @@ def test_a_failing_flush_or_write_is_not_reported_as_done(
         assert_refused(server.request(method, path, body, fields), 500, "backend error")
 
 
+BROKEN_FLUSH = {"flush": "echo EIO as told >&2; exit 1", "zero": "exit 0"}
+
+
+@pytest.mark.parametrize("multi_conn", ["exit 0", "exit 3"], ids=["multi_conn", "own_flush"])
 @pytest.mark.parametrize("flush", [b"true", b"false"], ids=["flush", "no_flush"])
-def test_a_zero_whose_flush_fails_has_failed(server: Server, flush: bytes):
-    broken = {"flush": "echo EIO as told >&2; exit 1", "zero": "exit 0", "pwrite": "exit 1"}
+def test_a_zero_whose_flush_fails_has_failed(server: Server, flush: bytes, multi_conn: str):
     able = dict.fromkeys(("can_write", "can_zero", "can_flush"), "exit 0")
-    with served(server, *scripted(CHUNK, **broken, **able)) as path:
+    able["can_multi_conn"] = multi_conn
+    with served(server, *scripted(CHUNK, **BROKEN_FLUSH, pwrite="exit 1", **able)) as path:
         body = b'{"op":"zero","size":10,"flush":%s}' % flush
         answer = server.request("PATCH", path, body, JSON)
-    if flush == b"true":
+    if flush == b"true" or multi_conn == "exit 3":
         assert_refused(answer, 500, "backend error")
     else:
         assert answer.json == {"ok": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"), [("PUT", {}), ("PATCH", {"Range": "bytes=0-"})], ids=["PUT", "PATCH"]
+)
+def test_a_write_whose_own_flush_fails_has_failed(
+    server: Server, method: str, fields: dict[str, str]
+):
+    able = dict.fromkeys(("can_write", "can_flush"), "exit 0")
+    with served(server, *scripted(CHUNK, **BROKEN_FLUSH, pwrite="cat >/dev/null", **able)) as path:
+        answer = server.request(method, path, bytes(CHUNK), fields)
+    assert_refused(answer, 500, "backend error")

@@ -209,6 +209,44 @@ def test_put_does_not_flush_and_post_flush_does(server: Server, logged: tuple[Pa
     assert log.read_text().count(" Flush ") == 1
 
 
+JSON = {"Content-Type": "application/json"}
+PART = {"Content-Range": "bytes 0-4095/*"}
+CHANGES = [
+    ("PUT", "", NEW, {}),
+    ("PUT", "", NEW[:4096], PART),
+    ("PUT", "?flush=y", NEW[:4096], PART),
+    ("PATCH", "", NEW[:4096], {"Range": "bytes=0-4095"}),
+    ("PATCH", "", b'{"op":"zero","offset":0,"size":4096}', JSON),
+    ("PATCH", "", b'{"op":"zero","offset":5,"size":50,"flush":true}', JSON),
+]
+
+
+@pytest.mark.parametrize(
+    ("multi_conn", "fields", "kept"),
+    [("disable", {}, True), ("plugin", {}, False), ("disable", {"flush": "image"}, False)],
+    ids=["without_multi_conn", "with_multi_conn", "trusted"],
+)
+def test_without_multi_conn_each_write_is_flushed_on_its_own_connection(
+    server: Server, home: Path, multi_conn: str, fields: dict[str, str], kept: bool
+):
+    """NBD_CMD_FLUSH covers other connections only where the server says so."""
+    log = home / "log"
+    filters = ("--filter=log", "--filter=multi-conn", f"multi-conn-mode={multi_conn}")
+    options = ("memory", str(SIZE), f"logfile={log}", "multi-conn-track-dirty=off")
+    with nbdkit(home / "flushed.sock", *filters[:2], *options, filters[2]) as sock:
+        path = server.add("flushed", socket=str(sock), **fields)
+        for method, query, body, headers in CHANGES:
+            before = len(log.read_text()) if log.exists() else 0
+            assert server.request(method, path + query, body, headers).status == 200
+            done = [line.split() for line in log.read_text()[before:].splitlines()]
+            # date time connection=N Write ...; what ends begins with three dots
+            calls = [(words[2], words[3]) for words in done if words[2].startswith("connection=")]
+            changed = [call for call in calls if call[1] in {"Write", "Zero"}]
+            flushed = [call for call in calls if call[1] == "Flush"]
+            is_asked = query == "?flush=y" or b"true" in body[:64]
+            assert flushed == [(changed[-1][0], "Flush")] * (kept or is_asked), (method, query)
+
+
 @pytest.mark.parametrize("target", ["/flush", "/flush/"])
 @pytest.mark.parametrize("body", [None, b"", b"anything", b'{"op":"zero","size":99}'], ids=str)
 def test_flush_does_not_look_at_its_body(

@@ -31,6 +31,8 @@ class World:
     others: set[str] = field(default_factory=set)
     batches: list[list[Extent]] = field(default_factory=list)
     on_piece: Callable[[int], None] = lambda _: None
+    on_open: Callable[[], None] = lambda: None
+    stamp: object = "first"
     journal: list[str] = field(default_factory=list)
     opened: list["FakeBackend"] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
@@ -52,6 +54,7 @@ class World:
             FakeBackends(self),
             lambda _: "key",
             shares_lock=shares_lock,
+            stamp=lambda _: self.stamp,
         )
 
 
@@ -109,6 +112,7 @@ class FakeBackends:
 
     def open(self, _image: Image, intent: Intent, _is_wanted: object = None) -> "FakeBackend":
         self._world.note(f"open {intent.name}")
+        self._world.on_open()
         backend = FakeBackend(self._world)
         self._world.opened.append(backend)
         return backend
@@ -127,7 +131,7 @@ class FakeBackend:
     def info(self) -> ImageInfo:
         assert not self.closed
         return self._world.info or ImageInfo(
-            self.size, read_only=False, can_zero=True, can_flush=True
+            *(self.size, False, True, True), multi_conn=True, flushes_image=True
         )
 
     @property

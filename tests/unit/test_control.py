@@ -197,6 +197,7 @@ def test_a_page_tells_each_transfer_as_it_may_be_registered_again() -> None:
         "socket": "/s",
         "export": "e",
         "export_bitmap": "b",
+        "flush": "connection",
         "read_only": True,
         "idle_timeout_seconds": 5,
     }

@@ -175,7 +175,7 @@ def test_a_client_that_vanishes_ends_a_write(write: Callable[[Session], None]) -
 def test_zeroing_flushes_where_asked_for_and_possible(
     wants: bool, can: bool, journal: list[str]
 ) -> None:
-    info = ImageInfo(10, read_only=False, can_zero=True, can_flush=can)
+    info = ImageInfo(10, read_only=False, can_zero=True, can_flush=can, flushes_image=True)
     world = World(info=info)
 
     operations.zero(_open(world, sessions.ZERO), Span(2, 4, 10), flush=wants)
@@ -184,12 +184,52 @@ def test_zeroing_flushes_where_asked_for_and_possible(
     assert world.progress == [(0, 2), (2, 2)]
 
 
-@pytest.mark.parametrize("can", [False, True])
-def test_a_flush_that_may_be_impossible_tells_whether_it_was_done(can: bool) -> None:
-    world = World(info=ImageInfo(10, read_only=False, can_zero=True, can_flush=can))
+def _write_bytes(session: Session, *, flush: bool) -> bool:
+    return operations.write(session, whole(10), Bytes(b"x" * 10), flush=flush)
 
-    assert operations.flush_if_possible(_open(world, sessions.WRITE)) is can
-    assert world.journal == ["flush"] * can
+
+def _replace_bytes(session: Session, *, flush: bool) -> bool:
+    return operations.replace(session, 10, Bytes(b"x" * 10), flush=flush)
+
+
+@pytest.mark.parametrize("write", [_write_bytes, _replace_bytes])
+@pytest.mark.parametrize(
+    ("asked", "can", "covers", "flushes", "done"),
+    [
+        pytest.param(False, True, True, 0, False, id="not-asked-for"),
+        pytest.param(True, True, True, 1, True, id="asked-for"),
+        pytest.param(False, True, False, 1, False, id="no-other-flush-would-do"),
+        pytest.param(True, True, False, 1, True, id="asked-for-and-no-other-would-do"),
+        pytest.param(True, False, False, 0, False, id="asked-for-but-impossible"),
+        pytest.param(False, False, False, 0, False, id="impossible"),
+    ],
+)
+def test_a_write_is_flushed_where_asked_for_or_where_no_other_flush_covers_it(
+    write: Callable[..., bool], asked: bool, can: bool, covers: bool, flushes: int, done: bool
+) -> None:
+    info = ImageInfo(10, read_only=False, can_zero=True, can_flush=can, flushes_image=covers)
+    world = World(info=info)
+
+    assert write(_open(world, sessions.WRITE), flush=asked) is done
+    assert world.content == b"x" * 10
+    assert world.journal.count("flush") == flushes
+    assert world.journal[-1:] == ["flush"] * flushes or not flushes
+
+
+def test_zeros_that_no_other_flush_covers_are_flushed_unasked() -> None:
+    world = World(info=ImageInfo(10, read_only=False, can_zero=True, can_flush=True))
+
+    operations.zero(_open(world, sessions.ZERO), Span(2, 4, 10), flush=False)
+
+    assert world.journal == ["zero", "flush"]
+
+
+def test_a_write_whose_own_flush_fails_has_failed() -> None:
+    info = ImageInfo(10, read_only=False, can_zero=True, can_flush=True)
+    world = World(info=info, fail={"flush": BackendError("EIO")})
+
+    with pytest.raises(BackendError):
+        _write_bytes(_open(world, sessions.WRITE), flush=False)
 
 
 def test_flushing_flushes() -> None:

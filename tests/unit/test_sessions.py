@@ -12,10 +12,11 @@ from imageserver.errors import (
     NoSlot,
     StateUnavailable,
 )
-from imageserver.ports import Ticket
+from imageserver.ports import ImageInfo, Ticket
 from imageserver.ranges import Span
 from imageserver.sessions import Need
 from imageserver.slots import Kind
+from imageserver.visits import Visit
 from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World
 
 CLIENT = "192.0.2.1"
@@ -237,6 +238,86 @@ def test_who_has_the_image_alone_keeps_the_lock(need: Need) -> None:
     world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT).close()
 
     assert (world.journal[0], world.journal[-1]) == ("lock", "unlock")
+
+
+ONE_WRITER = ImageInfo(10, read_only=False, can_zero=True, can_flush=True)
+
+
+def _alone(need: Need) -> list[str]:
+    """Return what is done for an operation that has the image alone."""
+    opened = [f"slot {need.kind.name}", f"open {need.intent.name}"]
+    return ["lock", *opened, "close", "free", "unlock"]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_an_export_without_multi_conn_is_given_back_unwritten_and_taken_alone(need: Need) -> None:
+    world = World(info=ONE_WRITER)
+    opened = f"open {need.intent.name}"
+
+    session = world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT)
+
+    assert not session.shared
+    assert world.journal == [
+        *("lock briefly", f"slot {need.kind.name}", "unlock marked", opened, "close", "free"),
+        *("lock briefly", f"slot {need.kind.name}", opened),
+    ]
+    session.close()
+    assert world.journal[-3:] == ["close", "free", "unlock"]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_an_export_known_to_lack_multi_conn_is_taken_alone_at_once(need: Need) -> None:
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.journal.clear()
+
+    sessions_.open(TRANSFER, need, CLIENT).close()
+
+    assert world.journal == _alone(need)
+
+
+def test_who_found_no_multi_conn_is_refused_while_another_is_there() -> None:
+    world = World(info=ONE_WRITER)
+    world.on_open = lambda: world.others.add("write")
+
+    with pytest.raises(ImageBusy):
+        world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT)
+    assert world.journal[-3:] == ["free", "lock briefly", "unlock marked"]
+
+
+def test_another_server_at_the_socket_is_asked_anew() -> None:
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.info, world.stamp = None, "another"
+
+    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+
+
+def test_who_has_an_export_alone_and_finds_multi_conn_lets_others_in() -> None:
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.info = None
+    world.journal.clear()
+
+    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+    assert world.journal == ["lock", "slot WRITE", "open WRITE", "unlock marked"]
+    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+
+
+def test_a_visit_to_an_export_without_multi_conn_ends_once() -> None:
+    world = World(info=ONE_WRITER)
+    ends = []
+
+    class _Visit(Visit):
+        def close(self) -> None:
+            ends.append(len(world.journal))
+
+    world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT, _Visit()).close()
+
+    assert ends == [len(world.journal)]
 
 
 @pytest.mark.parametrize("need", SHARING)

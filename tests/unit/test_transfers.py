@@ -14,6 +14,7 @@ from imageserver.transfers import (
     Transfer,
     is_valid_id,
     parse_transfer,
+    to_fields,
     transfer_from_fields,
 )
 
@@ -266,6 +267,24 @@ def test_fields_that_are_ignored_are_named_with_the_nearest(
     transfer = transfer_from_fields("t", {"socket": "/a.sock"} | fields)
 
     assert list(transfer.ignored) == told
+
+
+@pytest.mark.parametrize(
+    ("flush", "trusted"), [("image", True), ("connection", False), (None, False)]
+)
+def test_a_transfer_may_say_that_any_flush_covers_the_image(flush: object, trusted: bool) -> None:
+    transfer = transfer_from_fields("t", {"socket": "/a.sock", "flush": flush})
+
+    assert transfer.image == NbdImage("/a.sock", flushes_image=trusted)
+    assert transfer_from_fields("t", to_fields(transfer)) == transfer
+
+
+@pytest.mark.parametrize("flush", ["", "Image", "all", True, 1, ["image"]], ids=repr)
+def test_any_other_word_on_flushes_is_refused(flush: object) -> None:
+    with pytest.raises(
+        InvalidTransfer, match=r'^"flush" must be "connection" or "image"$|must be a string$'
+    ):
+        transfer_from_fields("t", {"socket": "/a.sock", "flush": flush})
 
 
 def test_a_field_of_the_other_backend_is_ignored() -> None:

@@ -9,6 +9,7 @@ from falcon import testing
 
 from imageserver.errors import BackendError, ImageBusy
 from imageserver.ports import ImageInfo
+from imageserver.web.images import Limits
 from tests.unit.fakes import World
 from tests.unit.web import Call, app_over
 
@@ -245,6 +246,21 @@ def test_options_say_what_an_image_can_do(
         "allow": announced.replace("GET", "GET, HEAD"),
         "access-control-allow-methods": announced,
     }
+
+
+@pytest.mark.parametrize("multi_conn", [False, True])
+def test_options_offer_several_writers_where_the_export_bears_them(
+    world: World, multi_conn: bool
+) -> None:
+    world.info = ImageInfo(
+        10, read_only=False, can_zero=True, can_flush=True, multi_conn=multi_conn
+    )
+    limits = Limits(max_readers=8, max_writers=4, unix_socket=None)
+    client = testing.TestClient(app_over(world, limits=limits))
+
+    answer = client.simulate_options("/images/t1").json
+
+    assert answer["max_writers"] == (4 if multi_conn else 1)
 
 
 def test_options_of_a_server_that_is_away_come_from_the_configuration(

@@ -31,11 +31,11 @@ class Known:
         raise UnknownImage(transfer_id)
 
 
-def app_over(world: World, *journals: Journal) -> App:
+def app_over(world: World, *journals: Journal, limits: Limits = LIMITS) -> App:
     """Return the application over a fake world."""
     inspector = Inspector(FakeBackends(world), lambda _: None)
     visits = Visits(Catalogue(Known(), None, world.activities), lambda: None)
-    return create_app(visits, world.sessions(), inspector, LIMITS, journals)
+    return create_app(visits, world.sessions(), inspector, limits, journals)
 
 
 class Call:

@@ -7,6 +7,7 @@ back: a server with room for one client only must not meet an idle connection of
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 
 from imageserver import extents
 from imageserver.backends.nbd import status, transfer, zeroing
@@ -72,8 +73,9 @@ class NbdExport:
 
     @property
     def info(self) -> ImageInfo:
-        """What the export can do."""
-        return self._link.info
+        """What the export can do, by its server or by its transfer."""
+        info = self._link.info
+        return replace(info, flushes_image=True) if self._image.flushes_image else info
 
     @property
     def settled(self) -> bool:

@@ -209,11 +209,14 @@ class Link:
     @cached_property
     def info(self) -> ImageInfo:
         """What the export can do; asked when first needed, which a plain read never is."""
+        multi_conn = bool(self._handle.can_multi_conn())
         return ImageInfo(
             size=self.size,
             read_only=bool(self._handle.is_read_only()),
             can_zero=bool(self._handle.can_zero()),
             can_flush=bool(self._handle.can_flush()),
+            multi_conn=multi_conn,
+            flushes_image=multi_conn,
         )
 
     def can_fast_zero(self) -> bool:

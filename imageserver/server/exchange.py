@@ -4,7 +4,8 @@
 Every liberty taken with gunicorn's inside stands here, and ``tests/unit/test_gunicorn.py``
 fails when gunicorn changes it:
 
-- ``Request`` parses a head that is in memory; its ``body`` is replaced by our own input;
+- ``Request`` parses a head that is in memory, and ``request.py`` makes it more exact; its
+  ``body`` is replaced by our own input;
 - ``_expected_100_continue`` is taken over, for gunicorn answers before the application runs;
 - ``Response`` is subclassed, to take memoryviews and to put the client timeout on each send;
 - ``create`` makes the environ.
@@ -19,12 +20,12 @@ from typing import Any
 
 from gunicorn.http import errors as http
 from gunicorn.http.body import ChunkedReader
-from gunicorn.http.message import Request
 from gunicorn.http.unreader import Unreader
 from gunicorn.http.wsgi import Response, create
 
 from imageserver.errors import ClientGone, ImageServerError
 from imageserver.server.connection import Connection
+from imageserver.server.request import BadHost, ImageRequest
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ZERO_COPY
 
@@ -132,7 +133,7 @@ def serve(
     conn.requests += 1
     reader = _HeadReader(bytes(conn.buffer))
     try:
-        req = Request(cfg, reader, conn.address, conn.requests)
+        req = ImageRequest(cfg, reader, conn.address, conn.requests)
     except Exception as exc:  # noqa: BLE001 - gunicorn's parse errors have no common root
         _send(conn, _refused_head(conn, exc))
         return False
@@ -203,6 +204,8 @@ def _refused_head(conn: Connection, exc: Exception) -> bytes:
     status, message = next((s, m) for cls, s, m in _HEAD_ERRORS if isinstance(exc, cls))
     if isinstance(exc, http.InvalidHeader) and exc.hdr == "CONTENT-LENGTH":
         message = "Invalid Content-Length"
+    if isinstance(exc, BadHost):
+        message = str(exc)
     return refused_head(conn.client, status, message)
 
 

@@ -102,14 +102,17 @@ NAMES = st.sampled_from(
 )
 FIELDS = st.tuples(NAMES, st.sampled_from([b": ", b":", b" : ", b""]), VALUES).map(b"".join)
 ENDS = st.sampled_from([b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b""])
-VERSIONS = st.sampled_from([b" HTTP/1.1", b" HTTP/1.1", b" HTTP/1.0", b" HTTP/2.0", b""])
+VERSIONS = st.sampled_from(
+    [b" HTTP/1.1", b" HTTP/1.1", b" HTTP/1.0", b" HTTP/1.2", b" HTTP/2.0", b""]
+)
 HEADS = st.builds(
-    lambda method, target, version, fields, end: (
-        method + b" " + target + version + end + b"".join(f + end for f in fields) + end
+    lambda method, target, version, hosts, fields, end: (
+        method + b" " + target + version + end + b"".join(f + end for f in hosts + fields) + end
     ),
     METHODS,
     st.one_of(TARGETS, st.binary(max_size=30)),
     VERSIONS,
+    st.sampled_from([[b"Host: x"], [b"Host: x"], []]),
     st.lists(FIELDS, max_size=6),
     ENDS,
 )

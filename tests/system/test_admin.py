@@ -158,7 +158,7 @@ def test_slow_clients_of_either_port_delay_nobody(home, big):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             sock.connect(("127.0.0.1", admin.place))
             # Half a head, or an answer that nobody reads.
-            sock.sendall(b"GET /metrics HTTP/1.1\r\nX: " + b"x\r\n\r\n" * (index % 2))
+            sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nX: " + b"x\r\n\r\n" * (index % 2))
         for path in PATHS * 3:
             began = time.monotonic()
             assert admin.ask(path).status == 200

@@ -131,6 +131,8 @@ CONNECTIONS = [
     pytest.param("1.1", "Connection: keep-alive\r\n", True, id="HTTP/1.1 keep-alive"),
     pytest.param("1.1", "Connection: close\r\n", False, id="HTTP/1.1 close"),
     pytest.param("1.1", "Connection: Close\r\n", False, id="HTTP/1.1 Close"),
+    pytest.param("1.1", "Connection: TE, close\r\n", False, id="HTTP/1.1 close in a list"),
+    pytest.param("1.2", "", True, id="HTTP/1.2"),
     pytest.param("1.0", "", False, id="HTTP/1.0"),
     pytest.param("1.0", "Connection: close\r\n", False, id="HTTP/1.0 close"),
 ]

@@ -50,7 +50,9 @@ class _Line:
         self.cfg = Config()
         self.cfg.set("http_parser", "python")
 
-    def ask(self, app: _App, head: str | bytes = "GET /x HTTP/1.1\r\n\r\n", **flags: bool) -> bool:
+    def ask(
+        self, app: _App, head: str | bytes = "GET /x HTTP/1.1\r\nHost: x\r\n\r\n", **flags: bool
+    ) -> bool:
         self.conn.buffer += head if isinstance(head, bytes) else head.encode()
         wire = Wire(self.conn.sock, 5.0)
         return serve(self.conn, wire, app, self.cfg, lambda: flags.get("last", False))
@@ -73,7 +75,7 @@ def line() -> Iterator[_Line]:
 
 
 def _put(length: int, extra: str = "") -> str:
-    return f"PUT /x HTTP/1.1\r\nContent-Length: {length}\r\n{extra}\r\n"
+    return f"PUT /x HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{extra}\r\n"
 
 
 # Framing
@@ -106,7 +108,7 @@ def test_an_answer_of_unknown_length_ends_an_http_1_0_connection(line: _Line) ->
 
 @pytest.mark.parametrize("pieces", [(), (b"abc",), (b"",)])
 def test_an_answer_to_head_has_headers_only(line: _Line, pieces: tuple[bytes, ...]) -> None:
-    assert line.ask(_App(pieces=pieces), "HEAD /x HTTP/1.1\r\n\r\n")
+    assert line.ask(_App(pieces=pieces), "HEAD /x HTTP/1.1\r\nHost: x\r\n\r\n")
 
     _, headers, body = line.answer()
     assert (headers["Content-Length"], body) == ("3", b"")
@@ -164,7 +166,7 @@ def test_what_the_client_takes_of_an_answer_is_sent_at_once(line: _Line) -> None
     ("head", "app"),
     [
         pytest.param("garbage\r\n\r\n", _App(), id="bad-head"),
-        pytest.param("GET /x HTTP/1.1\r\n\r\n", _App(look=lambda _: 1 // 0), id="bug"),
+        pytest.param("GET /x HTTP/1.1\r\nHost: x\r\n\r\n", _App(look=lambda _: 1 // 0), id="bug"),
     ],
 )
 def test_a_refusal_never_waits_for_its_client(line: _Line, head: str, app: _App) -> None:
@@ -180,12 +182,40 @@ def test_a_complete_answer_of_the_wrong_length_is_an_error_of_ours(line: _Line) 
     assert line.answer()[0] == "HTTP/1.1 500 Internal Server Error"
 
 
+# Versions and hosts
+
+
+@pytest.mark.parametrize(
+    ("version", "spoken"), [("1.0", "1.0"), ("1.1", "1.1"), ("1.2", "1.1"), ("1.9", "1.1")]
+)
+def test_no_version_is_spoken_but_our_own(line: _Line, version: str, spoken: str) -> None:
+    line.ask(_App(), f"GET /x HTTP/{version}\r\nHost: x\r\n\r\n")
+
+    assert line.answer()[0] == f"HTTP/{spoken} 200 OK"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("", "Host header required"),
+        ("Host: a\r\nHost: a\r\n", "invalid request head"),
+        ("Host: a/b\r\n", "invalid Host header"),
+    ],
+)
+def test_a_host_that_will_not_do_is_400(line: _Line, fields: str, message: str) -> None:
+    assert not line.ask(_App(), f"GET /x HTTP/1.1\r\n{fields}\r\n")
+
+    first, headers, body = line.answer()
+    assert (first, headers["Connection"]) == ("HTTP/1.1 400 Bad Request", "close")
+    assert json.loads(body) == {"error": message}
+
+
 # What the application sees
 
 
 def test_the_environ_has_what_the_application_counts_on(line: _Line) -> None:
     app = _App()
-    line.ask(app, "GET /images/a%20b?context=zero HTTP/1.1\r\nRange: bytes=0-1\r\n\r\n")
+    line.ask(app, "GET /images/a%20b?context=zero HTTP/1.1\r\nHost: x\r\nRange: bytes=0-1\r\n\r\n")
 
     expected = {
         "REQUEST_METHOD": "GET",
@@ -211,7 +241,7 @@ def test_the_body_is_what_came_with_the_head_and_after(line: _Line) -> None:
 
 def test_a_pipelined_request_is_left_for_next_time(line: _Line) -> None:
     app = _App(look=lambda environ: environ["wsgi.input"].read())
-    following = "GET /y HTTP/1.1\r\n\r\n"
+    following = "GET /y HTTP/1.1\r\nHost: x\r\n\r\n"
 
     assert line.ask(app, _put(2) + "ab" + following)
     assert (app.seen, line.conn.buffer) == (b"ab", following.encode())
@@ -249,9 +279,10 @@ def test_a_connection_is_kept_if_its_unread_body_is_there_whole(line: _Line) -> 
     [
         pytest.param(_put(3) + "ab", id="unread-body"),
         pytest.param(
-            "PUT /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", id="chunked"
+            "PUT /x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            id="chunked",
         ),
-        pytest.param("GET /x HTTP/1.1\r\nConnection: close\r\n\r\n", id="close"),
+        pytest.param("GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", id="close"),
         pytest.param("GET /x HTTP/1.0\r\n\r\n", id="http-1.0"),
     ],
 )

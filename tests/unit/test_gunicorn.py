@@ -260,7 +260,7 @@ def test_no_header_changes_the_path(
         return []
 
     conn = Connection(pair[0], peer, ("127.0.0.1", 80))
-    conn.buffer += f"GET /images/t HTTP/1.1\r\nSCRIPT_NAME: {name}\r\n\r\n".encode()
+    conn.buffer += f"GET /images/t HTTP/1.1\r\nHost: h\r\nSCRIPT_NAME: {name}\r\n\r\n".encode()
     serve(conn, Wire(pair[0], 5.0), app, configured, lambda: False)
 
     assert paths == ["/images/t"]

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request's head as gunicorn parses it, held to what RFC 9110 and 9112 ask where it asks less.
+
+Three things: that ``Host`` is there and well formed (gunicorn sees to it that it is not there
+twice), that ``Connection`` is a list, and which
+version is spoken with a client of a later HTTP/1.
+"""
+
+import re
+
+from gunicorn.config import Config
+from gunicorn.http.errors import ParseException
+from gunicorn.http.message import Request
+from gunicorn.http.unreader import Unreader
+
+#: RFC 9112 section 3.2, RFC 3986 section 3.2.2: an address in brackets, or a name, perhaps empty;
+#: then perhaps a port. Zones of addresses (RFC 6874) come with and without their percent encoding.
+_HOST = re.compile(r"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(:[0-9]*)?")
+_HTTP_1_1 = (1, 1)
+
+
+class BadHost(ParseException):  # type: ignore[misc]  # gunicorn has no types
+    """``Host`` is missing or malformed; ``str()`` is what the client is told."""
+
+
+class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
+    """gunicorn's request, more exact.
+
+    Raises:
+        BadHost: see there; and whatever gunicorn raises.
+    """
+
+    version: tuple[int, int]
+
+    def __init__(self, cfg: Config, unreader: Unreader, address: object, number: int) -> None:
+        super().__init__(cfg, unreader, address, number)
+        # RFC 9110 section 2.5: a client of a later minor version understands this one.
+        self.version = min(self.version, _HTTP_1_1)
+        _check_host(self._values("HOST"), required=self.version == _HTTP_1_1)
+
+    def should_close(self) -> bool:
+        """Tell whether the connection ends with this request (RFC 9112 section 9.3)."""
+        # RFC 9110 section 7.6.1: a list, over all lines of the field, in any case.
+        options = {
+            option.strip(" \t").lower()
+            for value in self._values("CONNECTION")
+            for option in value.split(",")
+        }
+        if self.must_close or self.method == "CONNECT" or "close" in options:
+            return True
+        return self.version < _HTTP_1_1 and "keep-alive" not in options
+
+    def _values(self, field: str) -> list[str]:
+        return [value for name, value in self.headers if name == field]
+
+
+def _check_host(values: list[str], *, required: bool) -> None:
+    if not values and required:
+        raise BadHost("Host header required")
+    if values and not _HOST.fullmatch(values[0]):
+        raise BadHost("invalid Host header")

@@ -5,6 +5,7 @@ The last prints ``conf/imageserver.env`` from the settings' declarations.
 """
 
 import argparse
+import io
 import sys
 from dataclasses import MISSING, Field, fields
 from typing import Any
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(sample(), end="")
         return 0
     settings = load_settings()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not fit the locale
+        sys.stdout.reconfigure(errors="surrogateescape")
     return _show(settings) if asked.show_config else _check(settings)
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from imageserver.errors import ImageBusy
 from imageserver.private import own_files
 from imageserver.slots import Owner
-from imageserver.transfers import FileImage, Image
+from imageserver.transfers import FileImage, Image, path_bytes
 
 #: How long a lock may outlive its holder: a thread in the middle of a write(2) ends with that.
 _LAST_BREATH_SECONDS = 5.0
@@ -38,10 +38,10 @@ _BRIEF_STEP_SECONDS = 0.001
 def image_key(image: Image) -> str:
     """Return the identity of an image, 32 hexadecimal digits: ids of one image share it."""
     if isinstance(image, FileImage):
-        parts = ["file", os.path.realpath(image.path)]
+        parts = [b"file", os.path.realpath(path_bytes(image.path))]
     else:
-        parts = ["nbd", os.path.realpath(image.socket), image.export]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+        parts = [b"nbd", os.path.realpath(path_bytes(image.socket)), image.export.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
 
 
 class ImageLock:

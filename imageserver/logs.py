@@ -8,6 +8,7 @@ Under systemd lines have no time, which journald adds, but begin with their prio
 (sd-daemon(3)), every line of a traceback too: ``journalctl -p warning`` finds them.
 """
 
+import io
 import json
 import logging
 import os
@@ -35,6 +36,8 @@ def configure(level: str, style: str = "text") -> None:
     logger.setLevel(level.upper())
     logger.propagate = False
     if not logger.handlers:
+        if isinstance(sys.stderr, io.TextIOWrapper):  # what reads logs does not know our locale
+            sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
         logger.addHandler(logging.StreamHandler(sys.stderr))
     logger.handlers[0].setFormatter(formatter(style))
 

@@ -5,7 +5,6 @@ Every process has its own, over the same files: the application to look ids up, 
 socket to change what is registered, the master to tidy up at start.
 """
 
-import os
 from dataclasses import dataclass
 
 from imageserver.activity import ActivityFiles
@@ -47,11 +46,8 @@ class Records:
 
     def prune(self) -> None:
         """Remove what is left of transfers that are known no more."""
-        self.registrations.prune(self._has_file)
-        self.activities.prune(Owned.FILE, self._has_file)
-
-    def _has_file(self, transfer_id: str) -> bool:
-        return os.path.lexists(os.path.join(self.settings.config_dir, transfer_id))
+        self.registrations.prune(self.files.has)
+        self.activities.prune(Owned.FILE, self.files.has)
 
 
 def records(settings: Settings, files: Registry) -> Records:

@@ -25,6 +25,8 @@ from imageserver.transfers import (
     Transfer,
     is_valid_id,
     parse_transfer,
+    path_bytes,
+    path_text,
 )
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,13 @@ class Registry:
         """
         os.close(self._open_directory())
 
+    def has(self, transfer_id: str) -> bool:
+        """Tell whether there is anything of this name, whether it counts or not."""
+        return os.path.lexists(self._path(transfer_id))
+
+    def _path(self, transfer_id: str) -> bytes:
+        return os.path.join(os.fsencode(self._directory), path_bytes(transfer_id))
+
     def _open_directory(self) -> int:
         fd = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         problem = self._distrust(os.fstat(fd))
@@ -124,7 +133,7 @@ class Registry:
             return None
         try:
             directory = os.stat(self._directory)
-            found = os.lstat(os.path.join(self._directory, transfer_id))
+            found = os.lstat(self._path(transfer_id))
         except OSError:
             return None
         if self._distrust(directory) or _version(found) != cached[0]:
@@ -137,7 +146,9 @@ class Registry:
     def _get(self, directory: int, transfer_id: str) -> Transfer:
         version = None
         try:
-            version = _version(os.stat(transfer_id, dir_fd=directory, follow_symlinks=False))
+            version = _version(
+                os.stat(path_bytes(transfer_id), dir_fd=directory, follow_symlinks=False)
+            )
             version, transfer = self._read(directory, transfer_id)
         except FileNotFoundError as exc:
             self._forget(transfer_id)
@@ -155,7 +166,7 @@ class Registry:
     def _read(self, directory: int, transfer_id: str) -> tuple[_Version, Transfer]:
         # O_NONBLOCK: a FIFO must not stop us before fstat has seen what it is.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        fd = os.open(transfer_id, flags, dir_fd=directory)
+        fd = os.open(path_bytes(transfer_id), flags, dir_fd=directory)
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
@@ -205,7 +216,7 @@ class Registry:
             self._reported.move_to_end(name)
             if len(self._reported) > _CACHE_SIZE:
                 self._reported.popitem(last=False)
-        path = os.path.join(self._directory, name) if name else self._directory
+        path = path_text(self._path(name) if name else os.fsencode(self._directory))
         if not seen and self._is_first(f"{path} {version} {problem}"):
             log.warning("%s: path=%s problem=%s", event, path, problem)
 

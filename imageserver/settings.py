@@ -297,7 +297,8 @@ class Settings:
         for address in self.bind:
             if address.startswith("unix:"):
                 path = address.removeprefix("unix:")
-                return "\0" + path[1:] if path.startswith("@") else path
+                path = "\0" + path[1:] if path.startswith("@") else path
+                return os.fsencode(path).decode(errors="surrogateescape")
         return None
 
     @classmethod

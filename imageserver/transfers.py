@@ -149,6 +149,11 @@ def path_bytes(path: str) -> bytes:
     return path.encode()
 
 
+def path_text(path: bytes) -> str:
+    """Return a path for a message, whatever its bytes."""
+    return path.decode(errors="backslashreplace")
+
+
 def id_hash(transfer_id: str) -> str:
     """Return 64 hexadecimal digits that stand for an id in names of the server's own files."""
     return hashlib.sha256(transfer_id.encode()).hexdigest()

@@ -16,13 +16,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import SimpleQueue
 
-from imageserver.backends.places import Place, find, shown
+from imageserver.backends.places import Place, find
 from imageserver.backends.replacement import NewFile, check_target, copy_attributes, sweep
 from imageserver.backends.ring import Ring, Side, fill
 from imageserver.errors import BadRequest, FileAccessError, NoSpace, ShortBody
 from imageserver.extents import Extent
 from imageserver.ports import ImageInfo, Intent, Source
-from imageserver.transfers import FileImage, path_bytes
+from imageserver.transfers import FileImage, path_bytes, path_text
 
 #: Holes are looked for in steps of this size, the default cluster of qcow2 and the usual
 #: extent granularity; a step that is all zeros is skipped, not written.
@@ -54,14 +54,16 @@ class ImageFiles:
         """
         path = path_bytes(image.path)
         try:
-            return ImageFile(find(path, self._roots), intent, self._chunk_size)
+            place = find(path, self._roots)
+            path = place.path
+            return ImageFile(place, intent, self._chunk_size)
         except OSError as exc:
             raise _failure(path, exc) from exc
 
 
 def _failure(path: bytes, exc: OSError) -> FileAccessError | NoSpace:
     cls = NoSpace if exc.errno in _NO_SPACE else FileAccessError
-    return cls(f"{shown(path)}: {exc.strerror}")
+    return cls(f"{path_text(path)}: {exc.strerror}")
 
 
 class ImageFile:
@@ -110,13 +112,13 @@ class ImageFile:
         self._fd = self._place.open(os.O_RDWR if in_place else os.O_RDONLY)
         self._check(os.fstat(self._fd))  # it may be another one by now
         if in_place is not (intent is Intent.REPLACE and stat.S_ISBLK(self._mode)):
-            raise FileAccessError(f"{shown(self._place.path)} has become something else")
+            raise FileAccessError(f"{path_text(self._place.path)} has become something else")
         return True
 
     def _check(self, found: os.stat_result) -> None:
         self._mode = found.st_mode
         if not (stat.S_ISREG(self._mode) or stat.S_ISBLK(self._mode)):
-            path = shown(self._place.path)
+            path = path_text(self._place.path)
             raise FileAccessError(f"{path} is neither a regular file nor a block device")
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
@@ -129,7 +131,7 @@ class ImageFile:
             except OSError as exc:
                 raise _failure(self._place.path, exc) from exc
             if count == 0:
-                path = shown(self._place.path)
+                path = path_text(self._place.path)
                 raise FileAccessError(f"{path} has become shorter than {stop} bytes")
             at += count
             yield buffer[:count]

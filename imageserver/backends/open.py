@@ -7,7 +7,7 @@ from collections.abc import Callable
 from imageserver.backends.file import ImageFiles
 from imageserver.backends.nbd.exports import NbdExports
 from imageserver.ports import Backend, Intent, always
-from imageserver.transfers import FileImage, Image, NbdImage
+from imageserver.transfers import FileImage, Image, NbdImage, path_bytes
 
 
 class AnyBackend:
@@ -34,7 +34,7 @@ def stamp(image: Image) -> object:
     if isinstance(image, FileImage):
         return None
     try:
-        found = os.stat(image.socket)
+        found = os.stat(path_bytes(image.socket))
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_ctime_ns

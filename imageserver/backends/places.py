@@ -16,6 +16,7 @@ import os
 from typing import Self
 
 from imageserver.errors import FileAccessError
+from imageserver.transfers import path_text
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -68,12 +69,12 @@ def find(path: bytes, roots: tuple[bytes, ...]) -> Place:
     real = os.path.realpath(path)
     directory, name = os.path.split(real)
     if not name:
-        raise FileAccessError(f"{shown(path)} is a directory")
+        raise FileAccessError(f"{path_text(path)} is a directory")
     start = directory
     if roots:
         root = next((root for root in roots if os.path.commonpath((real, root)) == root), None)
         if root is None:
-            raise FileAccessError(f"{shown(real)} lies outside IMAGESERVER_FILE_ROOTS")
+            raise FileAccessError(f"{path_text(real)} lies outside IMAGESERVER_FILE_ROOTS")
         start = directory if real == root else root
     return Place(real, _walk(start, os.path.relpath(directory, start)), name)
 
@@ -90,8 +91,3 @@ def _walk(start: bytes, rest: bytes) -> int:
             os.close(fd)
         fd = below
     return fd
-
-
-def shown(path: bytes) -> str:
-    """Return a path for a message, whatever its bytes."""
-    return path.decode(errors="backslashreplace")

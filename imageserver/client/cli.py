@@ -224,7 +224,7 @@ def take_outputs() -> None:
         text = io.TextIOWrapper(
             io.BufferedWriter(kind(fd, "w", closefd=False)),
             encoding=stream.encoding if stream else "utf-8",
-            errors=stream.errors if stream else "backslashreplace",
+            errors="backslashreplace",  # an id that the locale has no characters for
             line_buffering=bool(stream and stream.line_buffering),
         )
         setattr(sys, name, text)

@@ -23,6 +23,7 @@ from imageserver.transfers import (
     Transfer,
     is_valid_id,
     parse_transfer,
+    path_bytes,
     to_fields,
     transfer_from_fields,
 )
@@ -124,13 +125,13 @@ class Directory:
             raise LocalFailure(f"the transfer takes more than {MAX_TRANSFER_SIZE} bytes")
         with self._local_errors("write"):
             inherits = os.stat(self.path).st_mode & stat.S_ISGID
-            new = os.path.join(self.path, _NEW + secrets.token_hex(16))
+            new = self._path(_NEW + secrets.token_hex(16))
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 with open(fd, "wb") as file:
                     file.write(text)
                     os.fchmod(fd, 0o640 if inherits else 0o600)
-                os.rename(new, os.path.join(self.path, transfer.id))
+                os.rename(new, self._path(transfer.id))
             except BaseException:
                 os.unlink(new)
                 raise
@@ -140,17 +141,21 @@ class Directory:
         if timeout is not None or force:
             raise Refused("only a control socket can wait for requests or cut them")
         with self._local_errors("remove from"), contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.path, transfer_id))
+            os.unlink(self._path(transfer_id))
 
     def list(self) -> list[Transfer]:
         """Return the transfers whose files can be read and count, in the order of ids."""
         with self._local_errors("read"):
-            names = sorted(name for name in os.listdir(self.path) if _is_id(name))
+            listed = os.listdir(os.fsencode(self.path))
+        names = sorted(filter(_is_id, (name.decode(errors="replace") for name in listed)))
         found = []
         for name in names:
             with contextlib.suppress(OSError, InvalidTransfer):
-                found.append(parse_transfer(name, _contents(os.path.join(self.path, name))))
+                found.append(parse_transfer(name, _contents(self._path(name))))
         return found
+
+    def _path(self, name: str) -> bytes:
+        return os.path.join(os.fsencode(self.path), path_bytes(name))
 
     @contextlib.contextmanager
     def _local_errors(self, what: str) -> Iterator[None]:
@@ -164,7 +169,7 @@ def _is_id(name: str) -> bool:
     return is_valid_id(name) and not name.startswith(_NEW)
 
 
-def _contents(path: str) -> bytes:
+def _contents(path: bytes) -> bytes:
     """Read what is a transfer file, as the server does: a regular one, not through a link."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:

@@ -51,7 +51,7 @@ def bindable(address: str) -> str:
 def _names(bound: object) -> list[object]:
     if not isinstance(bound, tuple):
         path = str(bound)
-        return [path.encode() if path.startswith("\0") else path]
+        return [os.fsencode(path) if path.startswith("\0") else path]
     host, port = bound
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with contextlib.suppress(OSError):

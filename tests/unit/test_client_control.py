@@ -66,6 +66,7 @@ def test_a_list_has_what_counts_in_order(tmp_path: Path) -> None:
     (tmp_path / "large").write_text(" " * (1 << 20))
     (tmp_path / "link").symlink_to("one")
     os.mkfifo(tmp_path / "fifo")
+    (tmp_path / os.fsdecode(b"\xff")).write_bytes((tmp_path / "one").read_bytes())
     (tmp_path / ".imagectl-0").write_bytes((tmp_path / "one").read_bytes())
     assert place.list() == [ONE, TWO]
 

@@ -42,6 +42,16 @@ def test_ids_of_one_image_share_its_key(tmp_path: Path) -> None:
     assert image_key(NbdImage(real, "x")) == image_key(NbdImage(link, "x", "bitmap"))
 
 
+def test_a_real_path_that_is_not_utf_8_has_a_key_of_its_own(tmp_path: Path) -> None:
+    keys = set()
+    for number, name in enumerate((b"\xff", b"\xfe", "\ufffd".encode())):
+        os.close(os.open(os.path.join(os.fsencode(tmp_path), name), os.O_CREAT))
+        (tmp_path / f"link{number}").symlink_to(os.fsdecode(name))
+        keys.add(image_key(FileImage(str(tmp_path / f"link{number}"))))
+        keys.add(image_key(NbdImage(str(tmp_path / f"link{number}"))))
+    assert len(keys) == 6
+
+
 def test_a_link_in_the_middle_of_a_path_makes_no_other_image(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

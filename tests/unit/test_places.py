@@ -10,6 +10,7 @@ import pytest
 from imageserver.backends import places
 from imageserver.backends.places import find
 from imageserver.errors import FileAccessError
+from imageserver.transfers import path_text
 
 
 @pytest.fixture(autouse=True)
@@ -130,4 +131,4 @@ def test_a_path_need_not_be_utf_8(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(os.fsdecode(name))
 
     assert _read(tmp_path / "link", tmp_path) == "bytes"
-    assert places.shown(name) == f"{tmp_path}/\\xff\\xe4"
+    assert path_text(name) == f"{tmp_path}/\\xff\\xe4"

@@ -23,7 +23,7 @@ import nbd
 from imageserver.errors import BackendError, BackendTimeout, ImageServerError, NoSpace
 from imageserver.extents import Reply
 from imageserver.ports import ImageInfo, always
-from imageserver.transfers import NbdImage
+from imageserver.transfers import NbdImage, path_bytes
 
 #: How long an orderly good-bye may take. A server that does not answer one is hanging.
 DISCONNECT_SECONDS = 1.0
@@ -106,7 +106,7 @@ def connect(
 def _bound(path: str) -> tuple[int, ...]:
     """Return which socket that is: another server at the same path has another one."""
     try:
-        found = os.stat(path)
+        found = os.stat(path_bytes(path))
     except OSError:
         return ()
     return found.st_dev, found.st_ino, found.st_ctime_ns
@@ -127,7 +127,7 @@ def _handshake(
         handle.set_pread_initialize(False)
         for context in contexts:
             handle.add_meta_context(context)
-        handle.aio_connect_unix(image.socket)
+        handle.aio_connect_unix(path_bytes(image.socket))
         # Few calls: each gives the interpreter to another thread and has to win it back.
         while handle.aio_is_connecting():
             left = deadline - time.monotonic()

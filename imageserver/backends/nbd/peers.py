@@ -12,6 +12,8 @@ import socket
 import struct
 from collections.abc import Iterator
 
+from imageserver.transfers import path_bytes
+
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
@@ -35,13 +37,13 @@ def has_orphans(path: str) -> bool:
     Raises:
         OSError: the kernel does not answer.
     """
+    name = path_bytes(path)
     try:
-        found = os.stat(path)
+        found = os.stat(name)
     except OSError:
         return False  # nobody listens there any more
     device = os.major(found.st_dev) << _MINOR_BITS | os.minor(found.st_dev)
     file = struct.pack("=II", found.st_ino & 0xFFFFFFFF, device)
-    name = os.fsencode(path)
     return any(
         attributes.get(_PEER) == bytes(4)
         and (attributes.get(_VFS) == file or attributes.get(_NAME, b"").rstrip(b"\0") == name)

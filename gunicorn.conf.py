@@ -2,9 +2,8 @@
 """From imageserver's settings to gunicorn's names; no logic here."""
 
 import math
-import os
 
-from imageserver.server import admin, hooks
+from imageserver.server import admin, hooks, preconditions
 
 _settings = hooks.load_settings()
 
@@ -21,8 +20,7 @@ keepalive = int(_settings.keepalive)
 graceful_timeout = math.ceil(_settings.drain_timeout) + 5
 # The worker's loop never blocks: one that is silent for this long is stuck.
 timeout = 60
-# Heartbeats are file times; they must not wait for a disk.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+worker_tmp_dir = preconditions.heartbeat_directory()
 limit_request_line = 8190
 limit_request_fields = 100
 limit_request_field_size = 8190

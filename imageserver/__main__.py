@@ -11,7 +11,8 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from imageserver import __version__
-from imageserver.server.hooks import CannotStart, check, load_settings
+from imageserver.server.hooks import load_settings
+from imageserver.server.preconditions import CannotStart, check
 from imageserver.settings import Settings, as_text, variable_of
 
 _SAMPLE_HEAD = """\

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image locks: one lock file per image in the runtime directory, held through filelock.
+"""Image locks: one lock file per image, held through filelock, in a directory opened once.
 
 The kernel drops a lock with its holder, however that dies. What the kernel cannot tell is
 whether the holder was done: so a holder writes its name into the file as a mark, and takes it
@@ -7,7 +7,7 @@ away when it gives the image back with nothing left in flight. Who finds a mark 
 holder's last writes may still be on their way (``Lock.abandoned``).
 
 The file's name is a hash, for sockets, exports and paths exceed file names. Idle files are
-pruned by ``prune``, under their own lock; filelock notices an unlinked file and starts over.
+pruned by ``prune``, under their own lock; who takes an unlinked file starts over.
 """
 
 import contextlib
@@ -17,10 +17,11 @@ import re
 import time
 from collections.abc import Callable
 
-from filelock import FileLock, Timeout
+from filelock import lock_descriptor, unlock_descriptor
 
 from imageserver.errors import ImageBusy
 from imageserver.private import own_files
+from imageserver.runtime import KeptDirectory
 from imageserver.slots import Owner
 from imageserver.transfers import FileImage, Image, path_bytes
 
@@ -47,41 +48,50 @@ def image_key(image: Image) -> str:
 class ImageLock:
     """An image held by this request; made by ``ImageLocks.acquire``."""
 
-    def __init__(self, path: str, mark: bytes) -> None:
-        """Take the lock, leaving ``mark`` in its file.
+    def __init__(self, directory: int, name: str, mark: bytes) -> None:
+        """Take the lock, leaving ``mark`` in its file, which is made where it is missing.
 
         Raises:
-            Timeout: somebody has it.
+            ImageBusy: somebody has it.
+            FileNotFoundError: the directory was removed.
         """
-        self._mark = mark
-        # A fresh instance each time: an instance is re-entrant, which is no lock between
-        # threads. thread_local off: a stream may be closed by another thread.
-        self._lock = FileLock(
-            path,
-            mode=0o600,
-            thread_local=False,
-            fallback_to_soft=False,
-            on_acquired=self._leave_mark,
-        )
-        self._fd = -1
-        self.abandoned = False
-        self.predecessor = b""
-        self._lock.acquire(blocking=False)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._fd = os.open(name, flags, 0o600, dir_fd=directory)
+        try:
+            while not self._is_taken():
+                os.close(self._fd)  # pruned between the two calls
+                self._fd = -1
+                self._fd = os.open(name, flags, 0o600, dir_fd=directory)
+            self.predecessor = os.pread(self._fd, _MARK_SIZE, 0)
+            self.abandoned = self.predecessor != b""
+            # In one go and over the old one, so that at no moment there is none.
+            os.pwrite(self._fd, mark.ljust(_MARK_SIZE), 0)
+        except BaseException:
+            self._close()
+            raise
 
-    def _leave_mark(self, fd: int) -> None:
-        self.predecessor = os.pread(fd, _MARK_SIZE, 0)
-        self.abandoned = self.predecessor != b""
-        # In one go and over the old one, so that at no moment there is none.
-        os.pwrite(fd, self._mark.ljust(_MARK_SIZE), 0)
-        self._fd = fd
+    def _is_taken(self) -> bool:
+        if not lock_descriptor(self._fd, blocking=False):
+            raise ImageBusy
+        return self.is_in_place()
+
+    def is_in_place(self) -> bool:
+        """Tell whether who comes next meets this lock; False: its file was removed."""
+        return os.fstat(self._fd).st_nlink > 0
 
     def release(self, *, settled: bool) -> None:
         """Let the image go. Never fails, may be called twice."""
-        if self._lock.is_locked:
-            if settled:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, 0)
-            self._lock.release()
+        if settled and self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+        self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                unlock_descriptor(fd)
+            os.close(fd)
 
 
 def _owner_in(mark: bytes) -> Owner | None:
@@ -94,7 +104,7 @@ class ImageLocks:
 
     def __init__(
         self,
-        directory: str,
+        directory: KeptDirectory,
         is_leaving: Callable[[Owner], bool],
         me: Callable[[], Owner],
         is_alive: Callable[[Owner], bool] = lambda _: False,
@@ -110,24 +120,28 @@ class ImageLocks:
 
         Raises:
             ImageBusy: somebody holds it.
-            StateUnavailable: the lock file cannot be made, written or locked.
+            StateUnavailable: the directory was removed or replaced, or the lock file cannot be
+                made, written or locked.
         """
-        path = os.path.join(self._directory, image_key(image) + ".lock")
         with own_files("the lock files"):
-            return self._acquire(path)
+            return self._acquire(image_key(image) + ".lock")
 
-    def _acquire(self, path: str) -> ImageLock:
+    def _acquire(self, name: str) -> ImageLock:
         deadline = time.monotonic() + _LAST_BREATH_SECONDS
         while True:
             try:
-                lock = ImageLock(path, self._mark())
-            except Timeout as exc:
-                if self._is_held_by_the_living(path) or time.monotonic() > deadline:
-                    raise ImageBusy from exc
+                lock = self._take(name)
+            except ImageBusy:
+                if self._is_held_by_the_living(name) or time.monotonic() > deadline:
+                    raise
                 time.sleep(_BRIEF_STEP_SECONDS)
             else:
                 self._await_end(lock, deadline)
                 return lock
+
+    def _take(self, name: str) -> ImageLock:
+        self._directory.require()
+        return ImageLock(self._directory.fileno(), name, self._mark())
 
     def _await_end(self, lock: ImageLock, deadline: float) -> None:
         """Wait until whoever left a mark is quite gone.
@@ -148,10 +162,11 @@ class ImageLocks:
         me = self._me()
         return f"{me.pid} {me.start}".encode()
 
-    def _is_held_by_the_living(self, path: str) -> bool:
+    def _is_held_by_the_living(self, name: str) -> bool:
         """Tell whether the holder is to be believed; the kernel drops a dead one's lock soon."""
         try:
-            with open(path, "rb") as file:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(name, flags, dir_fd=self._directory.fileno()), "rb") as file:
                 owner = _owner_in(file.read(_MARK_SIZE))
         except OSError:
             owner = None
@@ -176,15 +191,16 @@ class ImageLocks:
     def prune(self) -> int:
         """Remove lock files that are idle and unmarked; return how many."""
         pruned = 0
-        for entry in os.scandir(self._directory):
-            with contextlib.suppress(FileNotFoundError, Timeout):
-                found = entry.stat(follow_symlinks=False)
+        directory = self._directory.fileno()
+        for name in os.listdir(directory):
+            with contextlib.suppress(FileNotFoundError, ImageBusy):
+                found = os.stat(name, dir_fd=directory, follow_symlinks=False)
                 if time.time() - found.st_mtime < _IDLE_SECONDS or found.st_size:
                     continue
-                lock = ImageLock(entry.path, self._mark())
+                lock = ImageLock(directory, name, self._mark())
                 try:
                     if not lock.abandoned:  # nor has it been marked since it was listed
-                        os.unlink(entry.path)
+                        os.unlink(name, dir_fd=directory)
                         pruned += 1
                 finally:
                     lock.release(settled=not lock.abandoned)

@@ -155,6 +155,10 @@ class Lock(Protocol):
     #: The last holder died, or gave up, with writes that its back end may still carry out.
     abandoned: bool
 
+    def is_in_place(self) -> bool:
+        """Tell whether who comes next meets this lock; False: others have removed it."""
+        ...
+
     def release(self, *, settled: bool) -> None:
         """Let the image go; ``settled`` False leaves it marked as abandoned. Never fails."""
         ...
@@ -164,7 +168,7 @@ class Locks(Protocol):
     """Who may change an image: one holder per image over all processes of the server."""
 
     def acquire(self, image: Image) -> Lock:
-        """Take the image's lock, or raise ``ImageBusy`` at once."""
+        """Take the image's lock, or raise ``ImageBusy`` or ``StateUnavailable`` at once."""
         ...
 
     def acquire_briefly(self, image: Image) -> Lock:

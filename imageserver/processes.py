@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which processes live: told from /proc, by pid and start time, for pids are reused (proc(5))."""
 
+import contextlib
+import os
 from pathlib import Path
 
 from imageserver.slots import Owner
@@ -13,6 +15,23 @@ def boot_id() -> bytes:
     """Return 16 bytes that differ between boots: start times count from the boot (proc(5))."""
     text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return bytes.fromhex(text.strip().replace("-", ""))
+
+
+def namespace() -> int:
+    """Return 64 bits that differ between namespaces in which pids or start times mean another."""
+    inodes = [0, 0]
+    for index, name in enumerate(("pid", "time")):  # namespaces(7); the latter since Linux 5.6
+        with contextlib.suppress(FileNotFoundError):
+            inodes[index] = os.stat(f"/proc/self/ns/{name}").st_ino & 0xFFFFFFFF
+    return inodes[0] | inodes[1] << 32
+
+
+def is_proc_ours() -> bool:
+    """Tell whether /proc speaks of this process's PID namespace: else no pid in it is right."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def _status(pid: int) -> list[bytes] | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from imageserver.errors import NoSlot, StateUnavailable
 from imageserver.registry import Registry, UntrustedDirectory
+from imageserver.runtime import RuntimeDirectory
 from imageserver.settings import Settings
 from imageserver.shared import SharedTable
 from imageserver.slots import IncompatibleTable
@@ -18,11 +19,13 @@ from imageserver.slots import IncompatibleTable
 Checks = Mapping[str, Callable[[], str]]
 
 
-def checks(settings: Settings, files: Registry, table: SharedTable) -> Checks:
+def checks(
+    settings: Settings, files: Registry, table: SharedTable, runtime: RuntimeDirectory
+) -> Checks:
     """Return the checks, in the order in which they are told."""
     return {
         "config_dir": lambda: _config_directory(files, settings.config_dir),
-        "runtime_dir": lambda: _runtime_directory(settings.runtime_dir),
+        "runtime_dir": lambda: _runtime_directory(runtime),
         "slot_table": lambda: _slot_table(table),
     }
 
@@ -37,15 +40,15 @@ def _config_directory(files: Registry, path: str) -> str:
     return ""
 
 
-def _runtime_directory(path: str) -> str:
+def _runtime_directory(runtime: RuntimeDirectory) -> str:
     try:
-        with tempfile.TemporaryFile(dir=path, prefix="ready-") as file:
+        with tempfile.TemporaryFile(dir=runtime.path, prefix="ready-") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(b"\n")  # a full disk makes files, but has no room in them
             file.flush()
     except OSError as exc:
-        return f"no file can be made and locked in {path}: {exc.strerror}"
-    return ""
+        return f"no file can be made and locked in {runtime.path}: {exc.strerror}"
+    return runtime.problem()
 
 
 def _slot_table(table: SharedTable) -> str:

@@ -12,6 +12,7 @@ from imageserver.administration import Administration
 from imageserver.ports import Owned
 from imageserver.registrations import RegistrationFiles
 from imageserver.registry import Registry
+from imageserver.runtime import runtime_in
 from imageserver.settings import Settings
 from imageserver.visits import Catalogue, Visits
 
@@ -37,7 +38,8 @@ class Records:
     def _catalogue(self) -> Catalogue:
         # What was registered once stays unknown as long as nobody can unregister it.
         registered = self.registrations if self.settings.control_socket else None
-        return Catalogue(self.files, registered, self.activities)
+        runtime = runtime_in(self.settings.runtime_dir)
+        return Catalogue(self.files, registered, self.activities, require=runtime.require_records)
 
     def recover(self) -> None:
         """Put in order what earlier servers have left; before any process serves."""
@@ -46,13 +48,17 @@ class Records:
 
     def prune(self) -> None:
         """Remove what is left of transfers that are known no more."""
+        if runtime_in(self.settings.runtime_dir).problem():
+            return
         self.registrations.prune(self.files.has)
         self.activities.prune(Owned.FILE, self.files.has)
 
 
 def records(settings: Settings, files: Registry) -> Records:
     """Name all files; none is opened yet."""
+    runtime = runtime_in(settings.runtime_dir)
     activities = ActivityFiles(settings.activity_dir)
-    return Records(
-        settings, files, activities, RegistrationFiles(settings.registered_dir, activities)
+    registrations = RegistrationFiles(
+        settings.registered_dir, activities, runtime.registered.require
     )
+    return Records(settings, files, activities, registrations)

@@ -39,7 +39,14 @@ _NEW = "new-"
 class RegistrationFiles:
     """All registrations, in ``directory``: ``ports.Registrations``; one for each process."""
 
-    def __init__(self, directory: str, activities: ActivityFiles) -> None:
+    def __init__(
+        self,
+        directory: str,
+        activities: ActivityFiles,
+        require: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``require`` raises ``StateUnavailable`` where the directory is not everybody's."""
+        self._require = require
         self._directory = directory
         self._activities = activities
         self._registry = Registry(directory, (os.geteuid(),))
@@ -47,6 +54,7 @@ class RegistrationFiles:
 
     def get(self, transfer_id: str) -> Transfer:
         """Look an id up: see ``ports.Transfers``."""
+        self._require()
         return self._registry.get(id_hash(transfer_id))
 
     def store(self, transfer: Transfer) -> None:
@@ -54,8 +62,10 @@ class RegistrationFiles:
 
         Raises:
             InvalidTransfer: its file would be too large.
+            StateUnavailable: the directory was removed or replaced.
             OSError: it cannot be written.
         """
+        self._require()
         fields = {"transfer_id": transfer.id} | to_fields(transfer)
         text = json.dumps(fields, ensure_ascii=False).encode()
         if len(text) > MAX_TRANSFER_SIZE:
@@ -80,6 +90,7 @@ class RegistrationFiles:
 
     def remove(self, transfer_id: str) -> None:
         """Make a transfer unknown: see ``ports.Registrations``."""
+        self._require()
         with self._lock():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(id_hash(transfer_id)))
@@ -99,6 +110,7 @@ class RegistrationFiles:
 
     def count(self) -> int:
         """Return how many there are that have not expired: see ``ports.Registrations``."""
+        self._require()
         now_ns = time.monotonic_ns()
         fresh = {}
         with os.scandir(self._directory) as entries:
@@ -115,6 +127,7 @@ class RegistrationFiles:
 
     def all(self) -> list[Transfer]:
         """Return those that have not expired: see ``ports.Registrations``."""
+        self._require()
         found = []
         for name in os.listdir(self._directory):
             # One that is unregistered meanwhile is not there.

@@ -231,6 +231,9 @@ class Sessions:
             held.callback(grip.release)
         slot = self._slots.claim(need.kind, ticket)
         held.callback(slot.release)
+        if grip.lock and not grip.lock.is_in_place():
+            # Who comes from now on sees the slot; who came before that may have a new lock.
+            raise ImageBusy
         held.push(_telling(visit))
         if grip.lock and grip.lock.abandoned:
             self._backends.settle(transfer.image, visit.is_wanted)

@@ -94,8 +94,12 @@ def _addresses(text: str) -> tuple[str, ...]:
     pattern = r"unix:(/[^,\0]+|@[^,\0]+)|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})"
     for address in addresses:
         match = re.fullmatch(pattern, address)
-        if match is None or int(match[3] or 0) > _MAX_PORT or len(match[1] or "") > _MAX_SUN_PATH:
-            raise _Wrong("HOST:PORT, unix:/PATH or unix:@NAME, several separated by commas")
+        path = os.fsencode(match[1] or "") if match else b""
+        if match is None or int(match[3] or 0) > _MAX_PORT or len(path) > _MAX_SUN_PATH:
+            raise _Wrong(
+                "HOST:PORT, unix:/PATH or unix:@NAME (of at most "
+                f"{_MAX_SUN_PATH} bytes), several separated by commas"
+            )
     if not addresses:
         raise _Wrong("at least one address, such as 127.0.0.1:54323")
     return addresses
@@ -257,11 +261,6 @@ class Settings:
         return {Kind.READ: self.max_readers, Kind.WRITE: self.max_writers, Kind.OTHER: others}
 
     @property
-    def locks_dir(self) -> str:
-        """Where the image locks live."""
-        return os.path.join(self.runtime_dir, "locks")
-
-    @property
     def registered_dir(self) -> str:
         """Where registered transfers live."""
         return os.path.join(self.runtime_dir, "registered")
@@ -270,11 +269,6 @@ class Settings:
     def activity_dir(self) -> str:
         """Where the use of transfers that can expire is noted."""
         return os.path.join(self.runtime_dir, "activity")
-
-    @property
-    def runtime_subdirs(self) -> tuple[str, ...]:
-        """The directories in the runtime directory."""
-        return (self.locks_dir, self.registered_dir, self.activity_dir, self.metrics_dir)
 
     @property
     def metrics_dir(self) -> str:

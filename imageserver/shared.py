@@ -1,46 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot table between processes: the mapping, the guard, and who is alive.
+"""The slot table between processes: the guard, and who is alive.
 
 ``slots.py`` has the rules; here is what they need from the system. Every process maps the
-same small file and claims under a guard (``guard.py``). A descriptor inherited over fork
-would share its parent's flock(2), so each process opens the file itself, after the fork.
-
-A second file, ``slots.use``, is held shared by every process that has the table mapped,
-whatever its version: only who holds it alone may replace a table it cannot read.
+same small file (``tablefile.py``) and claims under a guard (``guard.py``). A descriptor inherited
+over fork would share its parent's flock(2), so each process opens the file itself, after the fork.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import logging
-import mmap
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeGuard
 
-from imageserver import slots
+from imageserver import slots, tablefile
 from imageserver.errors import NoSlot, StateUnavailable
 from imageserver.guard import Guard
 from imageserver.journal import fields
 from imageserver.ports import Ticket
-from imageserver.private import open_private, own_files
-from imageserver.processes import boot_id, is_alive, is_leaving, owner_of
+from imageserver.private import own_files
+from imageserver.processes import is_alive, is_leaving, owner_of
+from imageserver.runtime import RuntimeDirectory
 from imageserver.slots import Holder, IncompatibleTable, Kind, Owner, SlotTable
 
 log = logging.getLogger(__name__)
 
-_TABLE = "slots"
-_USE = "slots.use"
 #: The guard is held for microseconds. Only a process stopped inside it can make us wait.
 _GUARD_SECONDS = 5.0
 #: A line in the log does not wait for a guard that is stuck.
 _NOTE_SECONDS = 0.05
 _WHAT = "the slot table"
-#: Workers look after the header every second.
-_MEND_SECONDS = 3.0
-_MEND_STEP_SECONDS = 0.05
 #: How long what a killed process holds may outlive it: its last thread may be in a write(2).
 _LAST_BREATH_SECONDS = 5.0
 _LAST_BREATH_STEP_SECONDS = 0.001
@@ -70,79 +61,30 @@ class ClaimedSlot:
 class _Mapping:
     """The table as one process has it open."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, runtime: RuntimeDirectory) -> None:
         owner = owner_of(os.getpid())
         assert owner is not None  # noqa: S101 - this process runs
         self.owner = owner
+        self._path = os.path.join(runtime.path, tablefile.TABLE)
         with contextlib.ExitStack() as opened:
-            self._use = open_private(directory, _USE)
-            opened.callback(os.close, self._use)
-            self.file = open_private(directory, _TABLE)
+            use, self.file = tablefile.reopen(runtime)
+            opened.callback(os.close, use)
             opened.callback(os.close, self.file)
             self._guard = Guard(self.file, _WHAT, _GUARD_SECONDS)
-            self._map_table(opened, directory, boot_id())
+            found = os.fstat(self.file)
+            self._identity = (found.st_dev, found.st_ino)
+            self._map, self.table = tablefile.map_kept(self.file)
+            opened.callback(self._map.close)
+            opened.callback(self.table.close)
             self._opened = opened.pop_all()
 
-    def _map_table(self, opened: contextlib.ExitStack, directory: str, boot: bytes) -> None:
-        """Map the table; wait a while for the others to mend it, or to end."""
-        deadline = time.monotonic() + _MEND_SECONDS
-        while True:
-            self._format_if_alone(boot)
-            try:
-                self._map, self.table = self._read_table(boot)
-            except (IncompatibleTable, ValueError) as exc:
-                if time.monotonic() > deadline:
-                    raise IncompatibleTable(
-                        f"the slot table in {directory} belongs to another version of this "
-                        "server that still runs; stop it first, or choose another directory"
-                    ) from exc
-                fcntl.flock(self._use, fcntl.LOCK_UN)  # who waits does not use it
-                time.sleep(_MEND_STEP_SECONDS)
-            else:
-                opened.callback(self._map.close)
-                opened.callback(self.table.close)
-                return
-
-    def _read_table(self, boot: bytes) -> tuple[mmap.mmap, SlotTable]:
-        mapped = mmap.mmap(self.file, slots.SIZE)
-        view = memoryview(mapped)
+    def is_in_place(self) -> bool:
+        """Tell whether the table's path still leads to this very file: one stat(2)."""
         try:
-            return mapped, SlotTable(view, boot)
-        except IncompatibleTable:
-            view.release()  # which the mapping demands before it can be closed
-            mapped.close()
-            raise
-
-    def _format_if_alone(self, boot: bytes) -> None:
-        try:
-            fcntl.flock(self._use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
-        else:
-            if not self._is_readable(boot):
-                os.ftruncate(self.file, 0)
-                os.ftruncate(self.file, slots.SIZE)
-                with mmap.mmap(self.file, slots.SIZE) as fresh, memoryview(fresh) as view:
-                    slots.format_table(view, boot)
-        fcntl.flock(self._use, fcntl.LOCK_SH)
-
-    def _is_readable(self, boot: bytes) -> bool:
-        if os.fstat(self.file).st_size != slots.SIZE:
-            return False
-        with mmap.mmap(self.file, slots.SIZE) as found, memoryview(found) as view:
-            try:
-                SlotTable(view[:], boot).close()
-            except IncompatibleTable:
-                return False
-        return True
-
-    def is_in_place(self, directory: str) -> bool:
-        """Tell whether who opens the table in ``directory`` now gets this very file."""
-        try:
-            found = os.stat(os.path.join(directory, _TABLE), follow_symlinks=False)
+            found = os.stat(self._path, follow_symlinks=False)
         except OSError:
             return False
-        return os.path.samestat(found, os.fstat(self.file))
+        return (found.st_dev, found.st_ino) == self._identity
 
     @contextlib.contextmanager
     def guard(self, seconds: float | None = None) -> Iterator[SlotTable]:
@@ -159,16 +101,20 @@ class SharedTable:
 
     def __init__(
         self,
-        directory: str,
+        directory: RuntimeDirectory | str,
         limits: dict[Kind, int],
         freed: Callable[[Holder | None], None] = lambda _: None,
     ) -> None:
         """Name the table; it is mapped at first use, in whichever process that is.
 
+        In a child that is the table its parent has found. A path is for who only looks on.
         ``freed`` is told what a sweep of this process has freed; None: a damaged record.
         """
         self._freed = freed
-        self._directory = directory
+        self._is_lent = isinstance(directory, RuntimeDirectory)
+        self._runtime = (
+            directory if isinstance(directory, RuntimeDirectory) else RuntimeDirectory(directory)
+        )
         self._limits = limits
         self._mapping: _Mapping | None = None
         self._opening = threading.Lock()
@@ -188,7 +134,7 @@ class SharedTable:
             return self._mapping
         with self._opening:
             if not self._is_ours(self._mapping):
-                self._mapping = _Mapping(self._directory)
+                self._mapping = _Mapping(self._runtime)
             return self._mapping
 
     @staticmethod
@@ -201,9 +147,15 @@ class SharedTable:
 
         Raises:
             NoSlot: as many as the limit allows are held by the living.
-            StateUnavailable: another process keeps the guard, or the system has no descriptor.
+            StateUnavailable: the table is not the one that the next server would find, another
+                process keeps the guard, or the system has no descriptor.
         """
         mapping = self._open()
+        # A worker's own row is no right to anything; one that replaces a dead one must start.
+        if kind is not Kind.WORKER and not mapping.is_in_place():
+            raise StateUnavailable(
+                f"the slot table in {self._runtime.path} was removed or replaced"
+            )
         holder = Holder(
             kind,
             mapping.owner,
@@ -300,10 +252,11 @@ class SharedTable:
             StateUnavailable: another process keeps the guard.
         """
         mapping = self._open()
-        if not mapping.is_in_place(self._directory):
-            raise IncompatibleTable(f"the file {_TABLE} in {self._directory} is another, or gone")
+        where = f"the file {tablefile.TABLE} in {self._runtime.path}"
+        if not mapping.is_in_place():
+            raise IncompatibleTable(f"{where} is another, or gone")
         if os.fstat(mapping.file).st_size < slots.SIZE:
-            raise IncompatibleTable(f"the file {_TABLE} in {self._directory} was cut short")
+            raise IncompatibleTable(f"{where} was cut short")
         if mapping.table.is_damaged():
             raise IncompatibleTable("its header is damaged")
         self.claim(Kind.OTHER, Ticket("", "check", "", "")).release()
@@ -328,3 +281,5 @@ class SharedTable:
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
             mapping.close()
+        if not self._is_lent:
+            self._runtime.close()

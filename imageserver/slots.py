@@ -28,9 +28,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-VERSION = 1
+VERSION = 2
 CAPACITY = 1024
-_HEADER = struct.Struct("=8sIIII16s")
+_HEADER = struct.Struct("=8sIIII16sQ")
 _MAGIC = b"imgslots"
 _STATES = 64
 _RECORD = struct.Struct("=QQII QQQ 16s32s64s256s")
@@ -103,25 +103,41 @@ class IncompatibleTable(Exception):
     """The buffer holds something else, or a table of another version or boot."""
 
 
-def format_table(buffer: memoryview, boot: bytes) -> None:
-    """Make ``buffer``, SIZE bytes, an empty table of the boot that ``boot`` (16 bytes) names."""
+class ForeignTable(IncompatibleTable):
+    """A table of another PID namespace: its pids name other processes here."""
+
+
+def format_table(buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
+    """Make ``buffer``, SIZE bytes, an empty table.
+
+    ``boot`` (16 bytes) and ``namespace`` (64 bits) say where its pids and start times count.
+    """
     buffer[:SIZE] = bytes(SIZE)
-    _HEADER.pack_into(buffer, 0, _MAGIC, VERSION, CAPACITY, RECORD, 0, boot)
+    write_header(buffer, boot, namespace)
+
+
+def write_header(buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
+    """Write the header of a table that was damaged; see ``format_table``."""
+    _HEADER.pack_into(buffer, 0, _MAGIC, VERSION, CAPACITY, RECORD, 0, boot, namespace)
 
 
 class SlotTable:
     """The rules over one buffer. Callers serialize ``claim``, ``sweep`` and ``note``."""
 
-    def __init__(self, buffer: memoryview, boot: bytes) -> None:
+    def __init__(self, buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
         """Take a formatted buffer.
 
         Raises:
+            ForeignTable: it was formatted in another namespace.
             IncompatibleTable: it was formatted otherwise.
         """
         if len(buffer) < SIZE:
             raise IncompatibleTable("too small")
         found = _HEADER.unpack_from(buffer, 0)
-        if found != (_MAGIC, VERSION, CAPACITY, RECORD, 0, boot):
+        expected = (_MAGIC, VERSION, CAPACITY, RECORD, 0, boot, namespace)
+        if found[:-1] == expected[:-1] and found != expected:
+            raise ForeignTable(f"made in namespace {found[-1]:#x}, not {namespace:#x}")
+        if found != expected:
             raise IncompatibleTable(f"header is {found}")
         self._buffer = buffer
         self._header = bytes(buffer[: _HEADER.size])

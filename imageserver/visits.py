@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from imageserver.errors import UnknownImage
+from imageserver.errors import StateUnavailable, UnknownImage
 from imageserver.ports import Account, Activities, Activity, Backend, Owned, Transfers
 from imageserver.slots import Kind
 from imageserver.transfers import Transfer, has_expired, is_valid_id
@@ -47,26 +47,43 @@ class Catalogue:
         registered: Transfers | None,
         activities: Activities,
         now_ns: Callable[[], int] = time.time_ns,
+        require: Callable[[], None] = lambda: None,
     ) -> None:
-        """``registered`` is None where nothing can be registered."""
+        """``registered`` is None where nothing can be registered.
+
+        ``require`` raises ``StateUnavailable`` where what is registered, and what is in use, are
+        not what other processes see.
+        """
+        self._require = require
         self._files = files
         self._registered = registered
         self._activities = activities
         self._now_ns = now_ns
 
-    def find(self, transfer_id: str, *, visit: bool = True) -> Found:
+    def find(self, transfer_id: str, *, visit: bool = True, probes: bool = False) -> Found:
         """Look an id up; ``visit``: as one who uses it, and closes the activity afterwards.
+
+        ``probes``: as one who touches no image, and for whom a control program's file will do
+        where it cannot be told what is registered.
 
         Raises:
             UnknownImage: nothing, or nothing that has not expired, has this id.
+            StateUnavailable: that cannot be told.
         """
         if not is_valid_id(transfer_id):
             raise UnknownImage(transfer_id)
-        return self._find_registered(transfer_id, visit) or self._find_file(transfer_id, visit)
+        try:
+            return self._find_registered(transfer_id, visit) or self._find_file(transfer_id, visit)
+        except StateUnavailable:
+            if probes:
+                with contextlib.suppress(UnknownImage):
+                    return Found(self._files.get(transfer_id), None)
+            raise
 
     def _find_registered(self, transfer_id: str, visit: bool) -> Found | None:  # noqa: FBT001
         if self._registered is None:
             return None
+        self._require()
         # In this order: see registrations.py.
         activity = self._activities.find(Owned.REGISTERED, transfer_id, visit=visit)
         if activity is None:
@@ -85,6 +102,7 @@ class Catalogue:
         transfer = self._files.get(transfer_id)
         if transfer.idle_seconds is None:
             return Found(transfer, None)
+        self._require()
         activity = self._activities.find(Owned.FILE, transfer_id, visit=visit)
         with contextlib.ExitStack() as held:
             if activity:
@@ -226,14 +244,19 @@ class Visits:
         self._visits: set[TrackedVisit] = set()
         self._beating: threading.Thread | None = None
 
-    def begin(self, transfer_id: str, disconnect: Callable[[], None]) -> tuple[Transfer, Visit]:
+    def begin(
+        self, transfer_id: str, disconnect: Callable[[], None], *, probes: bool = False
+    ) -> tuple[Transfer, Visit]:
         """Look an id up, and begin a visit there; ``disconnect`` must cut the client off.
+
+        ``probes``: see ``Catalogue.find``.
 
         Raises:
             UnknownImage: nothing has this id.
+            StateUnavailable: that cannot be told.
         """
         began_ns = self._now_ns()  # before the look: see Activity.is_cut
-        found = self._catalogue.find(transfer_id)
+        found = self._catalogue.find(transfer_id, probes=probes)
         if found.activity is None:
             return found.transfer, UNTRACKED
         visit = TrackedVisit(found.activity, began_ns, disconnect, self._discard)

@@ -14,6 +14,7 @@ from imageserver.metrics.counted import LateMetrics
 from imageserver.processes import is_alive, is_leaving
 from imageserver.records import records
 from imageserver.registry import Registry
+from imageserver.runtime import runtime_in
 from imageserver.sessions import Sessions
 from imageserver.settings import Settings
 from imageserver.shared import SharedTable
@@ -28,7 +29,8 @@ def create() -> App:
     """
     settings = Settings.from_environ(os.environ)
     freed = LateMetrics(settings.metrics_dir).freed
-    return application(settings, SharedTable(settings.runtime_dir, settings.slot_limits, freed))
+    runtime = runtime_in(settings.runtime_dir)
+    return application(settings, SharedTable(runtime, settings.slot_limits, freed))
 
 
 def application(settings: Settings, slots: SharedTable) -> App:
@@ -39,7 +41,8 @@ def application(settings: Settings, slots: SharedTable) -> App:
         file=ImageFiles(settings.chunk_size, settings.file_roots),
     )
     files = Registry(settings.config_dir, settings.config_owners, slots.is_first)
-    locks = ImageLocks(settings.locks_dir, is_leaving, slots.owner, is_alive)
+    directory = runtime_in(settings.runtime_dir).locks
+    locks = ImageLocks(directory, is_leaving, slots.owner, is_alive)
     return create_app(
         records(settings, files).visits(),
         Sessions(

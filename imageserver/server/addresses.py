@@ -8,6 +8,7 @@ server without a word.
 import contextlib
 import os
 import socket
+import stat
 from itertools import combinations
 
 from imageserver.server.admin import bindable
@@ -33,7 +34,8 @@ def check(settings: Settings) -> None:
         UnusableAddress: it is, or they cannot.
     """
     for variable, path in _sockets(settings):
-        if variable != _IMAGES:  # of which systemd may have made one where we cannot
+        # Of those for images systemd may have made one where we cannot.
+        if variable != _IMAGES or not _is_socket(path):
             _check_socket(variable, path)
     for (other, first), (variable, second) in combinations(_named(settings), 2):
         if _overlap(_names(first), _names(second)):
@@ -79,6 +81,13 @@ def _sockets(settings: Settings) -> list[tuple[str, str]]:
     ]
 
 
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except (OSError, ValueError):  # none, or an abstract one
+        return False
+
+
 def _check_socket(variable: str, path: str) -> None:
     try:
         if not path.startswith("\0"):
@@ -97,7 +106,9 @@ def _names(address: str) -> set[tuple[str, str]]:
     family, host, port = _parsed(address)
     if port == 0:
         return set()  # another one each time
-    with contextlib.suppress(OSError):  # a name nobody knows is refused when it is bound
+    with contextlib.suppress(
+        OSError, UnicodeError
+    ):  # a name nobody knows is refused when it is bound
         found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
         return {(str(name[0]), str(port)) for *_, name in found}
     return set()
@@ -129,8 +140,9 @@ def _bind(bound: contextlib.ExitStack, variable: str, address: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
         probe.listen()
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:  # the latter of a label over 63 letters
+        why = exc.strerror if isinstance(exc, OSError) else "no name of a host"
         raise UnusableAddress(
             f"{variable}: {address} cannot be used "
-            f"({exc.strerror}); stop what listens there or choose another address"
+            f"({why}); stop what listens there or choose another address"
         ) from exc

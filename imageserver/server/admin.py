@@ -17,6 +17,7 @@ from gunicorn.util import parse_address
 from imageserver.metrics.shown import Sources, exposition
 from imageserver.readiness import checks
 from imageserver.registry import Registry
+from imageserver.runtime import runtime_in
 from imageserver.settings import Settings
 from imageserver.shared import SharedTable
 from imageserver.web.admin import Sights, create_admin_app
@@ -77,7 +78,7 @@ def admit(peer: socket.socket) -> bool:
 def admin_application(settings: Settings, slots: SharedTable, *, full_ids: bool) -> App:
     """Build the application of an admin listener."""
     files = Registry(settings.config_dir, settings.config_owners)
-    proofs = checks(settings, files, slots)
+    proofs = checks(settings, files, slots, runtime_in(settings.runtime_dir))
     sources = Sources(settings.metrics_dir, slots, settings.slot_limits, settings.threads, proofs)
     sights = Sights(slots, proofs, lambda: exposition(sources))
     return create_admin_app(sights, full_ids=full_ids)

@@ -24,6 +24,7 @@ from typing import Any
 from imageserver import control
 from imageserver.administration import Administration
 from imageserver.control import MAX_REQUEST, InvalidCommand, Peer
+from imageserver.errors import StateUnavailable
 from imageserver.journal import fields
 from imageserver.server.loop import Loop
 
@@ -129,7 +130,11 @@ class ControlServer:
         except InvalidCommand as exc:
             answer = control.failed(str(exc))
         else:
-            answer = self._administration.run(command, lambda: not _has_gone(sock))
+            try:
+                answer = self._administration.run(command, lambda: not _has_gone(sock))
+            except StateUnavailable as exc:
+                log.warning("control: refused: %s", exc)
+                answer = control.failed("server state unavailable")
             _report(command, answer)
         self._send_all(sock, answer)
         return patience

@@ -1,43 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gunicorn's hooks as plain functions, and the checks that let a server start or stop it.
+"""gunicorn's hooks as plain functions; ``gunicorn.conf.py`` names them and has no logic.
 
-``gunicorn.conf.py`` names them; nothing there has logic of its own.
+The master ends, and its workers with it, at the first exception that a hook lets pass: none does
+once it serves.
 """
 
 import logging
 import os
-import signal
-import ssl
-import time
 from dataclasses import fields, replace
 from typing import Any
 
 from imageserver import journal, logs
+from imageserver.errors import StateUnavailable
 from imageserver.locks import ImageLocks
 from imageserver.metrics.counted import LateMetrics, metrics_in
 from imageserver.metrics.numbers import clear_if_alone
-from imageserver.private import UnusableDirectory, prepare_directory
 from imageserver.processes import is_leaving
 from imageserver.records import records
-from imageserver.registry import Registry, UntrustedDirectory
-from imageserver.server import activation, addresses
+from imageserver.registry import Registry
+from imageserver.runtime import runtime_in
+from imageserver.server import activation, addresses, master
 from imageserver.server.addresses import UnusableAddress
-from imageserver.server.admin import admin_name, bindable, close_to_others
+from imageserver.server.admin import admin_name, bindable
+from imageserver.server.admin import close_to_others as close_admin_to_others
 from imageserver.server.control import open_to_group
-from imageserver.server.tls import UnusableFiles, server_context
+from imageserver.server.preconditions import (
+    CannotStart,
+    check,
+    prepare,
+    tls_context,
+)
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import InvalidSetting, Settings, variable_of
 from imageserver.shared import SharedTable
-from imageserver.slots import IncompatibleTable
 
 log = logging.getLogger(__name__)
-
-#: Between two new workers, so that those which die at once do not keep the machine busy.
-_SPAWN_SECONDS = 0.05
-
-
-class CannotStart(Exception):
-    """The server must not start; ``str()`` is one sentence that says what to do."""
 
 
 def load_settings() -> Settings:
@@ -48,68 +45,14 @@ def load_settings() -> Settings:
         raise SystemExit(f"imageserver: {exc}") from exc
 
 
-def check(settings: Settings) -> list[str]:
-    """Prove that the server can work with these settings; return warnings.
-
-    Raises:
-        CannotStart: it cannot.
-    """
-    try:
-        import nbd  # noqa: F401, PLC0415 - proves that it is there
-    except ImportError as exc:
-        raise CannotStart(
-            "libnbd's Python binding is missing: install the package python3-libnbd "
-            "(apt install python3-libnbd, dnf install python3-libnbd) for the Python that "
-            "runs this server, in a virtual environment made with --system-site-packages."
-        ) from exc
-    _tls(settings)
-    warnings = _check_config_directory(settings)
-    try:
-        prepare_directory(settings.runtime_dir)
-        for path in settings.runtime_subdirs:
-            prepare_directory(path)
-        table = SharedTable(settings.runtime_dir, settings.slot_limits)
-        table.open()
-        table.close()
-    except (UnusableDirectory, IncompatibleTable, OSError) as exc:
-        raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
-    try:
-        addresses.check(settings)
-    except UnusableAddress as exc:
-        raise CannotStart(f"{exc}.") from exc
-    return warnings
-
-
-def _tls(settings: Settings) -> ssl.SSLContext | None:
-    try:
-        return server_context(settings)
-    except UnusableFiles as exc:
-        raise CannotStart(f"{exc}.") from exc
-
-
-def _check_config_directory(settings: Settings) -> list[str]:
-    try:
-        Registry(settings.config_dir, settings.config_owners).check()
-    except FileNotFoundError:
-        return [f"config directory {settings.config_dir} does not exist yet: no transfer is known"]
-    except UntrustedDirectory as exc:
-        raise CannotStart(
-            f"IMAGESERVER_CONFIG_DIR: {exc}; chown it to a trusted owner and chmod 0755 it."
-        ) from exc
-    except OSError as exc:
-        raise CannotStart(
-            f"IMAGESERVER_CONFIG_DIR={settings.config_dir} cannot be used: {exc.strerror}."
-        ) from exc
-    return []
-
-
 def on_starting(arbiter: Any) -> None:
     """Before anything is bound: check, clean up after predecessors, or end the process."""
     settings = load_settings()
     logs.configure(settings.log_level, settings.log_format)
+    close_to_others()
     try:
         warnings = check(settings)
-        arbiter.tls = _tls(settings)
+        arbiter.tls = tls_context(settings)
         settings = _heeded(arbiter, settings)
         if activation.is_activated():
             activation.check(arbiter.cfg.address)
@@ -120,14 +63,33 @@ def on_starting(arbiter: Any) -> None:
     for warning in warnings:
         log.warning("%s", warning)
     _check_addresses(settings)
-    clear_if_alone(settings.metrics_dir)
-    metrics_in(settings.metrics_dir).begin()
-    records(settings, Registry(settings.config_dir, settings.config_owners)).recover()
-    _sweep(settings, prune=True)
-    _reload_without_waiting(arbiter)
-    _replace_before_the_drained_end(arbiter)
-    _stop_with_abstract_sockets(arbiter)
+    _take_over(settings)
+    master.adapt(arbiter, settings, lambda: child_exit(arbiter, None))
     log.info("settings in force", extra=journal.fields(**_in_force(settings)))
+
+
+def close_to_others() -> None:
+    """Have files made for this user alone: another umask may make some that nobody can open."""
+    os.umask(0o077)
+
+
+def _take_over(settings: Settings) -> None:
+    """Put in order what predecessors have left in the runtime directory, or end the process."""
+    try:
+        prepare(settings)
+        clear_if_alone(settings.metrics_dir)
+        metrics_in(settings.metrics_dir).begin()
+        records(settings, Registry(settings.config_dir, settings.config_owners)).recover()
+        _sweep(settings, prune=True)
+    except CannotStart as exc:
+        raise SystemExit(f"imageserver: {exc}") from exc
+    except StateUnavailable as exc:
+        raise SystemExit(f"imageserver: IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
+    except OSError as exc:
+        where = exc.filename or settings.runtime_dir
+        raise SystemExit(
+            f"imageserver: IMAGESERVER_RUNTIME_DIR: {where} cannot be used: {exc.strerror}."
+        ) from exc
 
 
 def _in_force(settings: Settings) -> dict[str, str]:
@@ -178,6 +140,13 @@ def _check_addresses(settings: Settings) -> None:
 def when_ready(arbiter: Any) -> None:
     """With all addresses bound, before the first worker."""
     settings = load_settings()
+    try:
+        _set_modes(arbiter, settings)
+    except OSError as exc:
+        raise SystemExit(f"imageserver: {exc.filename}: {exc.strerror}.") from exc
+
+
+def _set_modes(arbiter: Any, settings: Settings) -> None:
     if settings.control_socket and not arbiter.systemd:  # else imageserver.socket has its mode
         open_to_group(settings.control_socket)
     for address in settings.admin_bind:
@@ -185,7 +154,7 @@ def when_ready(arbiter: Any) -> None:
             # Sockets came from a server without this address, or the worker class is another.
             log.warning("nothing listens at IMAGESERVER_ADMIN_BIND=%s", address)
         elif not arbiter.systemd:
-            close_to_others(address)
+            close_admin_to_others(address)
 
 
 def pre_exec(arbiter: Any) -> None:
@@ -217,83 +186,23 @@ def child_exit(_arbiter: Any, _worker: Any) -> None:
 
 
 def _sweep(settings: Settings, *, prune: bool = False) -> None:
-    # Opened for this one sweep: a table kept open here would be inherited by every worker.
+    # Mapped for this one sweep: a file that others cut short would end the master.
     metrics = LateMetrics(settings.metrics_dir)
     metrics.flush()  # else a master, which counts deaths only, would never make up for losses
-    table = SharedTable(settings.runtime_dir, settings.slot_limits, metrics.freed)
+    runtime = runtime_in(settings.runtime_dir)
+    table = SharedTable(runtime, settings.slot_limits, metrics.freed)
     try:
         table.sweep()
         if prune:
-            ImageLocks(settings.locks_dir, is_leaving, table.owner).prune()
+            ImageLocks(runtime.locks, is_leaving, table.owner).prune()
     finally:
         table.close()
-
-
-def _reload_without_waiting(arbiter: Any) -> None:
-    """Keep the master responsive during a reload.
-
-    gunicorn's ``reload`` waits for the old workers up to the graceful timeout, deaf to
-    signals and to dying new workers. Ours drain for as long as a transfer takes and do not
-    mind a second SIGTERM, which is what that wait is there to prevent.
-    """
-    reload = arbiter.reload
-
-    def prompt_reload() -> None:
-        graceful_timeout = arbiter.cfg.graceful_timeout
-        try:
-            reload()
-        finally:
-            arbiter.cfg.set("graceful_timeout", graceful_timeout)
-
-    arbiter.reload = prompt_reload
-
-
-def _replace_before_the_drained_end(arbiter: Any) -> None:
-    """Keep as many workers as the settings say, apart from those that were told to stop.
-
-    gunicorn counts them until they end. While old ones drain, which may take an hour, it
-    would replace none of those that die, and leave the port to nobody. They stay among
-    ``WORKERS``: gunicorn goes on watching, reaping and, on stop, awaiting them.
-    """
-    kill_worker = arbiter.kill_worker
-
-    def note_and_kill(pid: int, number: int) -> None:
-        if number == signal.SIGTERM and pid in arbiter.WORKERS:
-            arbiter.WORKERS[pid].is_told_to_stop = True
-        kill_worker(pid, number)
-
-    def manage_workers() -> None:
-        workers = arbiter.WORKERS.values()
-        staying = [worker for worker in workers if not hasattr(worker, "is_told_to_stop")]
-        staying.sort(key=lambda worker: worker.age)
-        for worker in staying[: max(0, len(staying) - arbiter.num_workers)]:
-            arbiter.kill_worker(worker.pid, signal.SIGTERM)
-        for _ in range(arbiter.num_workers - len(staying)):
-            arbiter.spawn_worker()
-            time.sleep(_SPAWN_SECONDS)
-
-    arbiter.kill_worker = note_and_kill
-    arbiter.manage_workers = manage_workers
-
-
-def _stop_with_abstract_sockets(arbiter: Any) -> None:
-    """Close abstract sockets (unix(7)) first: gunicorn would unlink them as files, and fail."""
-    stop = arbiter.stop
-
-    def stop_abstract_first(graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - gunicorn's
-        for listener in list(arbiter.LISTENERS):
-            if isinstance(listener.getsockname(), bytes):
-                arbiter.LISTENERS.remove(listener)
-                listener.close()
-        stop(graceful)
-
-    arbiter.stop = stop_abstract_first
 
 
 def on_reload(arbiter: Any) -> None:
     """During a reload, after the configuration was read again and before workers start."""
     arbiter.cfg.set("graceful_timeout", 0)  # see above
     try:
-        arbiter.tls = server_context(Settings.from_environ(os.environ))
-    except (UnusableFiles, InvalidSetting) as exc:
-        log.error("%s; new connections get the certificate as it was", exc)  # noqa: TRY400
+        arbiter.tls = tls_context(Settings.from_environ(os.environ))
+    except (CannotStart, InvalidSetting) as exc:
+        log.error("%s New connections get the certificate as it was", exc)  # noqa: TRY400

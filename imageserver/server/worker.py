@@ -30,6 +30,7 @@ from imageserver.metrics.counted import metrics_in
 from imageserver.ports import Ticket
 from imageserver.records import records
 from imageserver.registry import Registry
+from imageserver.runtime import runtime_in
 from imageserver.server.admin import admin_application, admin_name, admit
 from imageserver.server.control import ControlServer
 from imageserver.server.loop import Door, Loop, Patience
@@ -68,7 +69,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._is_quitting = False
         self._metrics = metrics = metrics_in(settings.metrics_dir)
         metrics.begin()
-        self._table = SharedTable(settings.runtime_dir, settings.slot_limits, metrics.freed)
+        self._runtime = runtime_in(settings.runtime_dir)
+        self._table = SharedTable(self._runtime, settings.slot_limits, metrics.freed)
         self._row = self._table.claim(Kind.WORKER, Ticket("", "worker", "", ""))
         self._pools = Pools(settings.threads, settings.client_timeout, self._publish, metrics)
         patience = Patience(settings.client_timeout, settings.keepalive)
@@ -145,6 +147,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self._notified = now
             self.notify()
             self._table.mend()
+            self._runtime.watch()
         self._loop.step()
         self._metrics.flush_if_due()
 

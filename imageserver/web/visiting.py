@@ -18,7 +18,8 @@ def begin_visit(visits: Visits, req: falcon.Request, transfer_id: str) -> Transf
     """Look an id up, on behalf of a request that ``end_visit`` will be called for."""
     trace_of(req).asks_for(transfer_id)
     disconnect = _disconnector(req.env.get("gunicorn.socket"))
-    transfer, req.context.visit = visits.begin(transfer_id, disconnect)
+    probes = req.method == "OPTIONS"
+    transfer, req.context.visit = visits.begin(transfer_id, disconnect, probes=probes)
     trace_of(req).found(transfer)
     return transfer
 

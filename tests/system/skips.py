@@ -37,6 +37,10 @@ def _mounts() -> bool:
     return _succeeds("unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt")
 
 
+def _pid_namespaces() -> bool:
+    return _succeeds("unshare", "--pid", "--fork", "--mount-proc", "true")
+
+
 def _boots() -> bool:
     mounts = """
     mount -t tmpfs tmpfs /mnt && mkdir /mnt/upper /mnt/work /mnt/root &&
@@ -70,6 +74,7 @@ def _prometheus() -> bool:
 ABILITIES: tuple[Ability, ...] = (
     Ability("loop devices", "needs root and /dev/loop*", _loop_devices),
     Ability("mounts", "needs root and mount namespaces", _mounts),
+    Ability("PID namespaces", "needs root and PID namespaces", _pid_namespaces),
     Ability("booting", "needs root, namespaces, overlays and cgroup2 to write to", _boots),
     Ability("owners", "only root can give files away", lambda: os.geteuid() == 0),
     Ability("xattrs", "the temporary directory has no user attributes", _xattrs),

@@ -27,6 +27,7 @@ class World:
     info: ImageInfo | None = None
     abandoned: bool = False
     settled: bool = True
+    lock_removed: bool = False
     fail: dict[str, BaseException] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
     batches: list[list[Extent]] = field(default_factory=list)
@@ -72,6 +73,9 @@ class FakeLocks:
     def acquire_briefly(self, _image: Image) -> "FakeLocks":
         self._world.note("lock briefly")
         return FakeLocks(self._world)
+
+    def is_in_place(self) -> bool:
+        return not self._world.lock_removed
 
     def release(self, *, settled: bool) -> None:
         self._world.note("unlock" if settled else "unlock marked")

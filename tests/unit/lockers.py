@@ -10,7 +10,8 @@ from pathlib import Path
 
 from imageserver.errors import ImageBusy
 from imageserver.locks import ImageLocks
-from imageserver.shared import is_leaving, owner_of
+from imageserver.processes import is_leaving, owner_of
+from imageserver.runtime import KeptDirectory
 from imageserver.slots import Owner
 from imageserver.transfers import NbdImage
 from tests.unit.processes import holding
@@ -21,9 +22,10 @@ OTHER = NbdImage("/run/disk.sock", "vdb")
 _HOLD = """
 import os, sys
 from imageserver.locks import ImageLocks
-from imageserver.shared import is_leaving, owner_of
+from imageserver.processes import is_leaving, owner_of
+from imageserver.runtime import KeptDirectory
 from imageserver.transfers import NbdImage
-locks = ImageLocks(sys.argv[1], is_leaving, lambda: owner_of(os.getpid()))
+locks = ImageLocks(KeptDirectory(sys.argv[1]), is_leaving, lambda: owner_of(os.getpid()))
 lock = locks.acquire(NbdImage("/run/disk.sock", "vda"))
 print("held", flush=True)
 sys.stdin.readline()
@@ -43,7 +45,7 @@ def me() -> Owner:
 
 
 def locks_in(directory: Path, is_leaving: Callable[[Owner], bool] = is_leaving) -> ImageLocks:
-    return ImageLocks(str(directory), is_leaving, me)
+    return ImageLocks(KeptDirectory(str(directory)), is_leaving, me)
 
 
 def is_busy(images: ImageLocks) -> bool:

@@ -35,6 +35,7 @@ def settle(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IMAGESERVER_BIND", f"unix:{place}/socket")
     monkeypatch.setenv("IMAGESERVER_ADMIN_BIND", "none")
     monkeypatch.setattr(hooks.logs, "configure", lambda *_: None)
+    monkeypatch.setattr(hooks, "close_to_others", lambda: None)
     return place
 
 
@@ -45,6 +46,10 @@ def new_arbiter() -> SimpleNamespace:
         stop=lambda _graceful: None,
         kill_worker=lambda _pid, _number: None,
         WORKERS={},
+        spawn_worker=lambda: None,
+        reexec=lambda: None,
+        reap_workers=lambda: None,
+        app=SimpleNamespace(cfg=None),
         worker_class=ImageWorker,
         SIG_QUEUE=queue.SimpleQueue(),
         systemd=False,

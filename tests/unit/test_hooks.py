@@ -3,15 +3,21 @@
 
 import logging
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from gunicorn.config import Config
+from gunicorn.errors import HaltServer
 
-from imageserver.server import hooks
+from imageserver.ports import Ticket
+from imageserver.server import hooks, preconditions
 from imageserver.server.worker import ImageWorker
+from imageserver.shared import SharedTable
+from imageserver.slots import Kind, WorkerState
 from tests.unit.masters import die_holding_a_slot, new_arbiter, settle, writers
 
 
@@ -56,7 +62,7 @@ def test_an_upgrade_elsewhere_runs_what_it_ran(arbiter: SimpleNamespace) -> None
 
 
 def test_what_a_dead_worker_held_is_free_at_once(place: Path) -> None:
-    hooks.check(hooks.load_settings())
+    preconditions.prepare(hooks.load_settings())
     die_holding_a_slot(place)
 
     hooks.child_exit(None, None)
@@ -64,8 +70,8 @@ def test_what_a_dead_worker_held_is_free_at_once(place: Path) -> None:
     assert writers(place) == 0
 
 
-def test_the_master_keeps_no_descriptor_of_the_table() -> None:
-    hooks.check(hooks.load_settings())
+def test_a_sweep_in_the_master_leaves_no_descriptor_behind() -> None:
+    preconditions.prepare(hooks.load_settings())
     hooks.child_exit(None, None)  # opens the files of counts
     before = os.listdir("/proc/self/fd")
 
@@ -118,12 +124,160 @@ def test_a_reload_does_not_wait_and_leaves_the_timeout_as_it_was(
     arbiter.reload = reload
     arbiter.cfg.set("graceful_timeout", 605)
     hooks.on_starting(arbiter)
-    try:
-        arbiter.reload()
-    except RuntimeError:
-        assert fails
+    arbiter.reload()
 
     assert (waits, arbiter.cfg.graceful_timeout) == ([0], 605)
+
+
+def _reload(arbiter: SimpleNamespace, reload: Callable[[], None]) -> None:
+    arbiter.reload = reload
+    hooks.on_starting(arbiter)
+    arbiter.reload()
+
+
+def _remove_runtime(place: Path, _patch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(place / "run")
+
+
+def _replace_runtime(place: Path, _patch: pytest.MonkeyPatch) -> None:
+    (place / "run").rename(place / "away")
+    (place / "run").mkdir(0o700)
+
+
+def _open_config(place: Path, _patch: pytest.MonkeyPatch) -> None:
+    (place / "transfers").chmod(0o777)
+
+
+def _lose_owner(_place: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("IMAGESERVER_CONFIG_OWNERS", "somebody-whom-ldap-has-just-lost")
+
+
+@pytest.mark.parametrize("spoil", [_remove_runtime, _replace_runtime, _open_config, _lose_owner])
+def test_a_reload_that_could_not_start_workers_stops_none(
+    place: Path,
+    arbiter: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path, pytest.MonkeyPatch], None],
+) -> None:
+    reloads: list[str] = []
+    arbiter.reload = lambda: reloads.append("reload")
+    hooks.on_starting(arbiter)
+    arbiter.reload()
+    caplog.clear()
+    spoil(place, monkeypatch)
+
+    arbiter.reload()
+
+    assert reloads == ["reload"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("reload refused, the workers go on: IMAGESERVER_")
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("bug"), OSError(12, "no memory")])
+def test_a_reload_that_fails_half_way_leaves_the_master_as_it_was(
+    arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    before = arbiter.cfg
+
+    def fail() -> None:
+        arbiter.app.cfg = Config()  # what gunicorn does first
+        raise error
+
+    _reload(arbiter, fail)
+
+    assert (arbiter.app.cfg, arbiter.cfg) == (before, before)
+    assert caplog.records[-1].getMessage() == "reload failed, the workers go on"
+
+
+def test_a_certificate_that_does_not_fit_leaves_the_old_one_and_the_reload_goes_on(
+    arbiter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks.on_starting(arbiter)
+    arbiter.tls = old = object()
+    monkeypatch.setenv("IMAGESERVER_TLS_CERT", "/nowhere")
+
+    hooks.on_reload(arbiter)
+
+    assert arbiter.tls is old
+
+
+# What cannot begin
+
+
+def test_a_worker_that_cannot_be_forked_is_waited_for(
+    arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_process() -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    arbiter.spawn_worker = no_process
+    hooks.on_starting(arbiter)
+    arbiter.num_workers = 1
+    arbiter.manage_workers()
+
+    assert caplog.records[-1].getMessage().startswith("no worker could be started, trying again")
+
+
+@pytest.mark.parametrize("others_accept", [True, False])
+def test_a_worker_that_cannot_boot_ends_a_server_only_where_no_other_serves(
+    place: Path, arbiter: SimpleNamespace, others_accept: bool
+) -> None:
+    failures: list[BaseException] = [HaltServer("Worker failed to boot.", 3)]
+
+    def reap() -> None:
+        if failures:
+            raise failures.pop()
+
+    arbiter.reap_workers = reap
+    hooks.on_starting(arbiter)
+    table = SharedTable(str(place / "run"), {})
+    row = table.claim(Kind.WORKER, Ticket("", "worker", "", ""))
+    state = WorkerState.ACCEPTING if others_accept else WorkerState.BOOTING
+    row.progress(0, state.value)
+    arbiter.WORKERS = {os.getpid(): None}
+    try:
+        arbiter.reap_workers()
+        assert others_accept
+    except HaltServer:
+        assert not others_accept
+    finally:
+        table.close()
+
+
+def test_an_upgrade_without_its_runtime_directory_does_not_begin(
+    place: Path, arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    upgrades: list[str] = []
+    arbiter.reexec = lambda: upgrades.append("upgrade")
+    hooks.on_starting(arbiter)
+    arbiter.reexec()
+    shutil.rmtree(place / "run")
+    arbiter.reexec()
+
+    assert upgrades == ["upgrade"]
+    assert caplog.records[-1].getMessage() == (
+        f"upgrade refused: IMAGESERVER_RUNTIME_DIR: {place}/run was removed or replaced; "
+        "restart the server"
+    )
+
+
+def test_an_upgrade_that_cannot_begin_ends_its_own_process_only(
+    arbiter: SimpleNamespace,
+) -> None:
+    children: list[int] = []
+
+    def fail_in_a_copy() -> None:
+        child = os.fork()
+        if child == 0:
+            raise FileNotFoundError(2, "the working directory was removed")
+        children.append(child)
+
+    arbiter.reexec = fail_in_a_copy
+    hooks.on_starting(arbiter)
+    arbiter.reexec()
+
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
 
 
 def test_workers_told_to_stop_do_not_count(arbiter: SimpleNamespace) -> None:

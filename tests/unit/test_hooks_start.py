@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold before gunicorn's master binds: else it ends with a sentence."""
 
+import fcntl
 import logging
 import os
 import socket
@@ -11,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from imageserver import shared, slots
+from imageserver import slots
 from imageserver.private import open_private
-from imageserver.server import hooks
-from imageserver.server.hooks import CannotStart
+from imageserver.server import hooks, preconditions
+from imageserver.server.preconditions import CannotStart, check
 from imageserver.settings import Settings
 from tests.unit.masters import die_holding_a_slot, new_arbiter, settle, writers
 
@@ -33,14 +34,16 @@ def arbiter() -> SimpleNamespace:
 
 
 def test_directories_that_can_be_used_pass_without_a_word(place: Path) -> None:
-    assert hooks.check(hooks.load_settings()) == []
+    assert check(hooks.load_settings()) == []
+    preconditions.prepare(hooks.load_settings())
     assert {path.name for path in (place / "run").iterdir()} >= {"locks", "slots"}
+    assert check(hooks.load_settings()) == []
 
 
 def test_a_missing_config_directory_is_a_warning(place: Path) -> None:
     (place / "transfers").rmdir()
 
-    (warning,) = hooks.check(hooks.load_settings())
+    (warning,) = check(hooks.load_settings())
     assert warning == (
         f"config directory {place}/transfers does not exist yet: no transfer is known"
     )
@@ -79,21 +82,20 @@ def test_a_directory_that_cannot_be_used_is_a_sentence(
     spoil(place)
 
     with pytest.raises(CannotStart, match=f"^{sentence}"):
-        hooks.check(hooks.load_settings())
+        check(hooks.load_settings())
 
 
 def test_another_version_that_still_runs_is_a_sentence(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path,
 ) -> None:
-    monkeypatch.setattr(shared, "_MEND_SECONDS", 0)
     (place / "run").mkdir(0o700)
     (place / "run" / "slots").write_bytes(bytes(slots.SIZE))
     user = open_private(str(place / "run"), "slots.use")
-    shared.fcntl.flock(user, shared.fcntl.LOCK_SH)
+    fcntl.flock(user, fcntl.LOCK_SH)
 
     try:
         with pytest.raises(CannotStart, match=r"another version of this server that still runs"):
-            hooks.check(hooks.load_settings())
+            check(hooks.load_settings())
     finally:
         os.close(user)
 
@@ -102,7 +104,7 @@ def test_a_missing_libnbd_names_the_package(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "nbd", None)
 
     with pytest.raises(CannotStart, match="install the package python3-libnbd"):
-        hooks.check(hooks.load_settings())
+        check(hooks.load_settings())
 
 
 def test_a_wrong_setting_ends_the_process_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +120,7 @@ def test_a_wrong_setting_ends_the_process_with_a_sentence(monkeypatch: pytest.Mo
 def test_starting_frees_what_the_dead_held_and_prunes_idle_locks(
     place: Path, arbiter: SimpleNamespace
 ) -> None:
-    hooks.check(hooks.load_settings())
+    preconditions.prepare(hooks.load_settings())
     die_holding_a_slot(place)
     (place / "run" / "locks" / "idle.lock").touch()
     os.utime(place / "run" / "locks" / "idle.lock", (0, 0))

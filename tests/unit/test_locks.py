@@ -3,6 +3,7 @@
 
 import os
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,15 +11,17 @@ from pathlib import Path
 import pytest
 
 from imageserver import locks
-from imageserver.errors import ImageBusy
+from imageserver.errors import ImageBusy, StateUnavailable
 from imageserver.locks import ImageLocks, image_key
+from imageserver.runtime import KeptDirectory
 from imageserver.transfers import FileImage, NbdImage
 from tests.unit.lockers import DISK, OTHER, age, holder, is_busy, locks_in
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    return tmp_path
+    (tmp_path / "locks").mkdir()
+    return tmp_path / "locks"
 
 
 @pytest.fixture
@@ -233,9 +236,9 @@ def test_a_lock_file_that_is_marked_while_it_is_pruned_is_kept(
     age(directory, 3601)
     real = locks.ImageLock
 
-    def after_another(path: str, mark: bytes) -> locks.ImageLock:
-        real(path, mark).release(settled=False)
-        return real(path, mark)
+    def after_another(directory: int, name: str, mark: bytes) -> locks.ImageLock:
+        real(directory, name, mark).release(settled=False)
+        return real(directory, name, mark)
 
     with monkeypatch.context() as patch:
         patch.setattr(locks, "ImageLock", after_another)
@@ -255,4 +258,40 @@ def test_an_image_is_exclusive_again_after_its_file_was_pruned(
     held = images.acquire(DISK)
 
     assert is_busy(images)
+    held.release(settled=True)
+
+
+# A directory that others have removed
+
+
+def test_locks_of_a_removed_directory_are_refused_and_no_other_is_made(
+    directory: Path, images: ImageLocks
+) -> None:
+    held = images.acquire(DISK)
+    shutil.rmtree(directory)
+
+    with pytest.raises(StateUnavailable, match=f"^{directory} was removed or replaced$"):
+        images.acquire(OTHER)
+    assert not directory.exists()
+    held.release(settled=True)
+
+
+def test_a_directory_removed_at_the_last_moment_is_not_made_either(
+    directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images.acquire(DISK).release(settled=True)
+    monkeypatch.setattr(KeptDirectory, "require", lambda _: shutil.rmtree(directory))
+
+    with pytest.raises(StateUnavailable):
+        images.acquire(OTHER)
+    assert not directory.exists()
+
+
+def test_a_lock_whose_file_was_removed_knows_it(directory: Path, images: ImageLocks) -> None:
+    held = images.acquire(DISK)
+    before = held.is_in_place()
+    for file in directory.iterdir():
+        file.unlink()
+
+    assert (before, held.is_in_place()) == (True, False)
     held.release(settled=True)

@@ -11,6 +11,7 @@ import pytest
 from imageserver import locks
 from imageserver.errors import StateFull, StateUnavailable
 from imageserver.locks import ImageLocks
+from imageserver.runtime import KeptDirectory
 from imageserver.slots import Owner
 from tests.unit.lockers import DISK, holder, is_busy, locks_in, me
 
@@ -107,7 +108,7 @@ def test_a_lock_is_not_held_where_it_cannot_be_told_who_left_the_mark(directory:
     images = locks_in(directory)
     images.acquire(DISK).release(settled=False)
     with pytest.raises(StateUnavailable, match="Too many open files"):
-        ImageLocks(str(directory), no_descriptor, me, no_descriptor).acquire(DISK)
+        ImageLocks(KeptDirectory(str(directory)), no_descriptor, me, no_descriptor).acquire(DISK)
     lock = images.acquire(DISK)
 
     assert lock.abandoned

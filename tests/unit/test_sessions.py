@@ -337,3 +337,13 @@ def test_what_a_dead_sharer_left_is_settled_before_the_next_is_let_in() -> None:
     assert world.journal == [
         *("lock briefly", "slot WRITE", "settle", "unlock marked", "open WRITE")
     ]
+
+
+def test_a_lock_that_others_have_removed_is_no_right_to_an_image() -> None:
+    """Another may have come before our slot showed, and hold a new lock of the same name."""
+    world = World(lock_removed=True)
+
+    with pytest.raises(ImageBusy):
+        world.sessions().open(TRANSFER, sessions.REPLACE, "client")
+
+    assert world.journal == ["lock", "slot WRITE", "free", "unlock"]

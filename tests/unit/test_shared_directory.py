@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runtime directory: ours alone, or not used; and a table that is found in it."""
 
+import errno
 import fcntl
 import os
 import sys
@@ -9,10 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from imageserver import shared, slots
-from imageserver.errors import NoSlot
-from imageserver.private import UnusableDirectory, open_private, prepare_directory
-from imageserver.shared import SharedTable, boot_id, owner_of
+from imageserver import shared, slots, tablefile
+from imageserver.errors import NoSlot, StateUnavailable
+from imageserver.private import (
+    UnusableDirectory,
+    examine_runtime,
+    open_private,
+    prepare_directory,
+)
+from imageserver.processes import boot_id, namespace, owner_of
+from imageserver.shared import SharedTable
 from imageserver.slots import IncompatibleTable, Kind
 from tests.unit.processes import LIMITS, TICKET, holder, python
 
@@ -40,14 +47,67 @@ def test_a_missing_directory_is_made_for_us_alone(tmp_path: Path) -> None:
     assert _mode(tmp_path / "run") == 0o700
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o777, 0o000])
-def test_a_directory_of_ours_is_closed_to_others(tmp_path: Path, mode: int) -> None:
+@pytest.mark.parametrize("mode", [0o755, 0o1777, 0o000], ids=["open", "like-tmp", "none"])
+def test_a_directory_that_is_not_private_is_refused_and_left_as_it_is(
+    tmp_path: Path, mode: int
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run").chmod(mode)
 
-    prepare_directory(str(tmp_path / "run"))
+    for use in (prepare_directory, lambda path: examine_runtime(path, 1)):
+        with pytest.raises(UnusableDirectory, match=f"has mode {mode:04o}, not 0700, and is left"):
+            use(str(tmp_path / "run"))
+
+    assert _mode(tmp_path / "run") == mode
+
+
+def test_a_directory_made_under_a_strange_umask_can_be_used(tmp_path: Path) -> None:
+    umask = os.umask(0o277)
+    try:
+        prepare_directory(str(tmp_path / "run"))
+    finally:
+        os.umask(umask)
 
     assert _mode(tmp_path / "run") == 0o700
+
+
+def test_a_directory_with_files_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(0o700)
+    (tmp_path / "run" / "thesis.tex").touch()
+    (tmp_path / "run" / "locks").mkdir(0o700)
+
+    with pytest.raises(UnusableDirectory, match=r"none of this server's \(thesis.tex\)"):
+        examine_runtime(str(tmp_path / "run"), 1)
+    (tmp_path / "run" / "slots.use").touch()  # it has been a runtime directory before
+    examine_runtime(str(tmp_path / "run"), 1)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_to_examine_changes_nothing(tmp_path: Path, is_there: bool) -> None:
+    if is_there:
+        (tmp_path / "run").mkdir(0o700)
+    before = os.stat(tmp_path), os.listdir(tmp_path)
+
+    examine_runtime(str(tmp_path / "run"), slots.SIZE)
+
+    assert (os.stat(tmp_path), os.listdir(tmp_path)) == before
+    assert not is_there or os.listdir(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_full_file_system_is_found_before_a_table_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
+    if is_there:
+        (tmp_path / "run").mkdir(0o700)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+    with pytest.raises(UnusableDirectory, match=r"run cannot be made or used \(No space left"):
+        examine_runtime(str(tmp_path / "run"), slots.SIZE)
 
 
 def test_a_link_to_a_directory_is_refused(tmp_path: Path) -> None:
@@ -112,6 +172,23 @@ def test_a_private_file_is_not_passed_on_to_other_programs(tmp_path: Path) -> No
     os.close(fd)
 
 
+def test_a_table_without_room_is_not_made(
+    tmp_path: Path, table: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match="No space left"):
+            table.open()
+
+    assert os.listdir(tmp_path) == ["slots.use"]
+    table.open()
+    size, blocks = (tmp_path / "slots").stat().st_size, (tmp_path / "slots").stat().st_blocks
+    assert (size, blocks * 512 >= size) == (slots.SIZE, True)
+
+
 # What is found
 
 
@@ -123,13 +200,13 @@ def test_what_was_held_is_still_held_after_reopening(tmp_path: Path, table: Shar
         SharedTable(str(tmp_path), LIMITS).claim(Kind.WRITE, TICKET)
 
 
-def _strangers(boot: bytes, version: int) -> bytes:
-    """Return a whole table of another boot or version, with a reader."""
+def _strangers(boot: bytes, version: int, where: int = namespace()) -> bytes:
+    """Return a whole table of another boot, version or namespace, with a reader."""
     buffer = bytearray(slots.SIZE)
-    slots.format_table(memoryview(buffer), boot)
+    slots.format_table(memoryview(buffer), boot, where)
     owner = owner_of(os.getpid())
     assert owner is not None
-    slots.SlotTable(memoryview(buffer), boot).claim(slots.Holder(Kind.READ, owner), 1)
+    slots.SlotTable(memoryview(buffer), boot, where).claim(slots.Holder(Kind.READ, owner), 1)
     buffer[8:12] = version.to_bytes(4, sys.byteorder)
     return bytes(buffer)
 
@@ -137,6 +214,7 @@ def _strangers(boot: bytes, version: int) -> bytes:
 FOUND = [
     pytest.param(lambda: _strangers(boot_id(), slots.VERSION + 1), id="other-version"),
     pytest.param(lambda: _strangers(bytes(16), slots.VERSION), id="other-boot"),
+    pytest.param(lambda: _strangers(boot_id(), slots.VERSION, 7), id="other-namespace"),
     pytest.param(lambda: b"#!/bin/sh\n", id="something-else"),
     pytest.param(lambda: bytes(slots.SIZE), id="zeros"),
     pytest.param(lambda: bytes(slots.SIZE * 2), id="too-long"),
@@ -155,24 +233,99 @@ def test_a_table_nobody_uses_and_nobody_can_read_is_replaced(
     assert (tmp_path / "slots").stat().st_size == slots.SIZE
 
 
-@pytest.mark.parametrize("found", FOUND[:2])
+_USED = r"(still runs|in another PID namespace .*); stop it first, or choose another"
+
+
+@pytest.mark.parametrize("found", FOUND[:3])
 def test_a_strangers_table_in_use_is_refused_and_left_alone(
     tmp_path: Path, table: SharedTable, monkeypatch: pytest.MonkeyPatch, found: object
 ) -> None:
-    monkeypatch.setattr(shared, "_MEND_SECONDS", 0)
+    monkeypatch.setattr(tablefile, "_MEND_SECONDS", 0)
     text = found()  # type: ignore[operator]
     (tmp_path / "slots").write_bytes(text)
     user = open_private(str(tmp_path), "slots.use")
     fcntl.flock(user, fcntl.LOCK_SH)
     before = os.listdir("/proc/self/fd")
 
-    with pytest.raises(IncompatibleTable, match="still runs; stop it first, or choose another"):
+    with pytest.raises(IncompatibleTable, match=_USED):
+        tablefile.examine(str(tmp_path))
+    with pytest.raises(IncompatibleTable, match=_USED):
         table.open()
 
     assert (tmp_path / "slots").read_bytes() == text
+    table.close()
     assert os.listdir("/proc/self/fd") == before
     os.close(user)
     table.open()
+
+
+@pytest.mark.parametrize("removed", [["slots"], ["slots", "slots.use"]], ids=["table", "all"])
+def test_a_table_removed_under_a_server_is_neither_used_nor_made_again(
+    tmp_path: Path, table: SharedTable, monkeypatch: pytest.MonkeyPatch, removed: list[str]
+) -> None:
+    monkeypatch.setattr(tablefile, "_MEND_SECONDS", 0)
+    worker = table.claim(Kind.WORKER, TICKET)
+    for name in removed:
+        (tmp_path / name).unlink()
+    newcomer = SharedTable(str(tmp_path), LIMITS)
+
+    with pytest.raises(StateUnavailable, match=r"slot table in .* was removed or replaced"):
+        table.claim(Kind.READ, TICKET)
+    with pytest.raises(IncompatibleTable, match="removed under a server that still runs"):
+        newcomer.open()
+    with pytest.raises(IncompatibleTable, match="removed under a server that still runs"):
+        tablefile.examine(str(tmp_path))
+
+    assert not (tmp_path / "slots").exists()
+    worker.release()  # what is held is given back as ever
+    assert table.claim(Kind.WORKER, TICKET)
+    newcomer.close()
+    table.close()
+    newcomer.open()
+
+
+def test_a_table_put_back_in_its_place_is_used_again(tmp_path: Path, table: SharedTable) -> None:
+    table.open()
+    (tmp_path / "slots").rename(tmp_path / "away")
+    (tmp_path / "slots").write_bytes((tmp_path / "away").read_bytes())
+    with pytest.raises(StateUnavailable):
+        table.claim(Kind.READ, TICKET)
+    (tmp_path / "away").rename(tmp_path / "slots")
+
+    table.claim(Kind.READ, TICKET).release()
+
+
+def test_a_child_has_its_parents_table_whatever_has_become_of_its_name(tmp_path: Path) -> None:
+    script = """
+table.open()
+for name in ("slots", "slots.use"):
+    os.unlink(os.path.join(sys.argv[1], name))
+child = os.fork()
+if child == 0:
+    slot = table.claim(Kind.WORKER, TICKET)
+    os._exit(0)
+os.waitpid(child, 0)
+print([row.owner.pid == child for row in table.holders(Kind.WORKER)], os.listdir(sys.argv[1]))
+"""
+    out, _ = python(script, tmp_path).communicate(timeout=30)
+
+    assert out == "[True] []\n"
+
+
+def test_a_child_mends_the_header_of_its_parents_table(tmp_path: Path) -> None:
+    script = """
+table.open()
+with open(os.path.join(sys.argv[1], "slots"), "r+b") as file:
+    file.write(bytes(64))
+child = os.fork()
+if child == 0:
+    table.claim(Kind.WORKER, TICKET)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    out, _ = python(script, tmp_path).communicate(timeout=30)
+
+    assert out == "0\n"
 
 
 def test_a_table_in_use_by_our_like_is_shared(tmp_path: Path, table: SharedTable) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot table's bytes: what is ours, what fits, version 1 to the letter, and any damage."""
+"""The slot table's bytes: what is ours, what fits, version 2 to the letter, and any damage."""
 
 import struct
 import zlib
@@ -12,6 +12,7 @@ from imageserver.slots import (
     CAPACITY,
     RECORD,
     SIZE,
+    ForeignTable,
     Holder,
     IncompatibleTable,
     Kind,
@@ -36,11 +37,12 @@ def test_formatting_wipes_what_was_there() -> None:
     "change",
     [
         pytest.param((0, b"X"), id="magic"),
-        pytest.param((8, struct.pack("=I", 2)), id="version"),
+        pytest.param((8, struct.pack("=I", 1)), id="version"),
         pytest.param((12, struct.pack("=I", CAPACITY * 2)), id="capacity"),
         pytest.param((16, struct.pack("=I", RECORD + 8)), id="record-size"),
         pytest.param((20, b"\1"), id="padding"),
         pytest.param((24, b"x"), id="boot"),
+        pytest.param((40, b"x"), id="namespace"),
         pytest.param((0, bytes(64)), id="all-zeros"),
     ],
 )
@@ -58,6 +60,11 @@ def test_a_table_of_another_boot_is_not_our_table() -> None:
         SlotTable(memoryview(formatted()), BOOT[::-1])
 
 
+def test_a_table_of_another_namespace_is_told_from_other_strangers() -> None:
+    with pytest.raises(ForeignTable, match="made in namespace 0x0, not 0x7"):
+        SlotTable(memoryview(formatted()), BOOT, 7)
+
+
 @pytest.mark.parametrize("size", [0, 63, SIZE - 1])
 def test_a_buffer_too_small_is_not_our_table(size: int) -> None:
     with pytest.raises(IncompatibleTable):
@@ -72,18 +79,20 @@ def test_a_closed_table_lets_go_of_its_buffer() -> None:
     buffer.clear()  # BufferError while any view is left
 
 
-def test_the_layout_is_that_of_version_1() -> None:
+def test_the_layout_is_that_of_version_2() -> None:
     """Servers of other versions read this file: where this fails, raise VERSION."""
-    buffer = formatted()
-    opened(buffer).claim(FULL, 1)
+    buffer = bytearray(SIZE)
+    format_table(memoryview(buffer), BOOT, 0xF0000001F0000002)
+    SlotTable(memoryview(buffer), BOOT, 0xF0000001F0000002).claim(FULL, 1)
     static = struct.pack(
         "=QQQ16s32s64s256s", 100, 7, FULL.started_ns, b"put", b"0" * 32, b"[2001:db8::1]:54321",
         FULL.transfer.encode(),
     )  # fmt: skip
     crc = zlib.crc32(static, 2)
 
-    assert buffer[:40] == struct.pack("=8sIIII16s", b"imgslots", 1, 1024, 448, 0, BOOT)
-    assert buffer[40:RECORDS] == bytes(24) + b"\2" + bytes(CAPACITY - 1)
+    header = struct.pack("=8sIIII16sQ", b"imgslots", 2, 1024, 448, 0, BOOT, 0xF0000001F0000002)
+    assert buffer[:48] == header
+    assert buffer[48:RECORDS] == bytes(16) + b"\2" + bytes(CAPACITY - 1)
     assert buffer[RECORDS : RECORDS + 24] == struct.pack("=QQII", 5, 100 << 40, crc, 0)
     assert buffer[RECORDS + 24 :] == static + bytes(SIZE - RECORDS - 24 - len(static))
 

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be so before a server starts: one list, for ``--check``, a start and a reload.
+
+To check changes nothing at all, on the disk or elsewhere; ``prepare`` is the start's next step.
+"""
+
+import os
+import ssl
+import tempfile
+
+from imageserver import tablefile
+from imageserver.private import UnusableDirectory, examine_runtime
+from imageserver.processes import is_proc_ours
+from imageserver.registry import Registry, UntrustedDirectory
+from imageserver.runtime import runtime_in
+from imageserver.server import addresses
+from imageserver.server.addresses import UnusableAddress
+from imageserver.server.tls import UnusableFiles, server_context
+from imageserver.settings import Settings
+from imageserver.shared import SharedTable
+from imageserver.slots import SIZE, IncompatibleTable
+
+#: In memory: a heartbeat, which is a file's time, must not wait for a disk.
+_HEARTBEATS = "/dev/shm"  # noqa: S108 - the files in it have no name for longer than a moment
+
+
+class CannotStart(Exception):
+    """The server must not start; ``str()`` is one sentence that says what to do."""
+
+
+def check(settings: Settings) -> list[str]:
+    """Prove that a server can start with these settings; return warnings. Changes nothing.
+
+    Raises:
+        CannotStart: it cannot.
+    """
+    _check_libnbd()
+    tls_context(settings)
+    _check_heartbeats()
+    warnings = _check_directories(settings)
+    try:
+        addresses.check(settings)
+    except UnusableAddress as exc:
+        raise CannotStart(f"{exc}.") from exc
+    return warnings
+
+
+def check_reload(settings: Settings) -> None:
+    """Prove that workers can start in place of those that serve. Changes nothing.
+
+    The addresses are bound by now, and a certificate that does not fit leaves the old one.
+
+    Raises:
+        CannotStart: they cannot.
+    """
+    _check_heartbeats()
+    problem = runtime_in(settings.runtime_dir).problem()
+    if problem:
+        raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {problem}; restart the server.")
+    _check_directories(settings)
+
+
+def prepare(settings: Settings) -> None:
+    """Make what is missing in the runtime directory, and keep it open for all workers.
+
+    Raises:
+        CannotStart: that does not work.
+    """
+    runtime = runtime_in(settings.runtime_dir)
+    try:
+        runtime.prepare()
+        table = SharedTable(runtime, settings.slot_limits)
+        table.open()
+        table.close()
+    except (UnusableDirectory, IncompatibleTable) as exc:
+        raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
+    except OSError as exc:
+        raise CannotStart(
+            f"IMAGESERVER_RUNTIME_DIR: {runtime.path} cannot be used: {exc.strerror}."
+        ) from exc
+
+
+def heartbeat_directory() -> str | None:
+    """Return where workers show that they live; None: in the directory for temporary files."""
+    return _HEARTBEATS if _takes_files(_HEARTBEATS) is None else None
+
+
+def _takes_files(directory: str) -> OSError | None:
+    """Return what keeps files from being made in a directory; None: nothing."""
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as exc:
+        return exc
+    return None
+
+
+def _check_heartbeats() -> None:
+    try:
+        directory = heartbeat_directory() or tempfile.gettempdir()
+        problem = _takes_files(directory)
+    except FileNotFoundError as exc:  # of gettempdir: none can be written
+        directory, problem = "any directory for temporary files", exc
+    if problem is not None:
+        raise CannotStart(
+            f"no file can be made in {_HEARTBEATS} nor in {directory} ({problem.strerror}): "
+            "workers show there that they live; make one of them writable, or set TMPDIR."
+        ) from problem
+
+
+def _check_libnbd() -> None:
+    try:
+        import nbd  # noqa: F401, PLC0415 - proves that it is there
+    except ImportError as exc:
+        raise CannotStart(
+            "libnbd's Python binding is missing: install the package python3-libnbd "
+            "(apt install python3-libnbd, dnf install python3-libnbd) for the Python that "
+            "runs this server, in a virtual environment made with --system-site-packages."
+        ) from exc
+
+
+def _check_directories(settings: Settings) -> list[str]:
+    warnings = _check_config_directory(settings)
+    if not is_proc_ours():
+        raise CannotStart(
+            "/proc is missing, or that of another PID namespace, so the living cannot be told from "
+            "the dead: mount it in this one (unshare --mount-proc does)."
+        )
+    path = settings.runtime_dir
+    try:
+        examine_runtime(path, SIZE)
+        if os.path.isdir(path):
+            tablefile.examine(path)
+    except (UnusableDirectory, IncompatibleTable) as exc:
+        raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
+    except OSError as exc:
+        raise CannotStart(
+            f"IMAGESERVER_RUNTIME_DIR: {path} cannot be used: {exc.strerror}."
+        ) from exc
+    return warnings
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """Return the context of the settings' files, if there are such.
+
+    Raises:
+        CannotStart: they do not fit.
+    """
+    try:
+        return server_context(settings)
+    except UnusableFiles as exc:
+        raise CannotStart(f"{exc}.") from exc
+
+
+def _check_config_directory(settings: Settings) -> list[str]:
+    try:
+        Registry(settings.config_dir, settings.config_owners).check()
+    except FileNotFoundError:
+        return [f"config directory {settings.config_dir} does not exist yet: no transfer is known"]
+    except UntrustedDirectory as exc:
+        raise CannotStart(
+            f"IMAGESERVER_CONFIG_DIR: {exc}; chown it to a trusted owner and chmod 0755 it."
+        ) from exc
+    except OSError as exc:
+        raise CannotStart(
+            f"IMAGESERVER_CONFIG_DIR={settings.config_dir} cannot be used: {exc.strerror}."
+        ) from exc
+    return []

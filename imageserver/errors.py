@@ -11,7 +11,8 @@
     ├── ImageBusy                another operation holds the image's lock
     ├── NoSlot                   every slot of this kind is taken
     ├── StateUnavailable         the server's own files (locks, slots, usage) cannot be used now
-    │   └── StateFull            ... for their file system is full
+    │   ├── StateFull            ... for their file system is full
+    │   └── Exhausted            ... nor images: no descriptor or thread is to be had
     ├── BackendError             the NBD server failed or cannot be reached
     │   └── BackendTimeout       ... or said nothing for too long
     ├── FileAccessError          the image file cannot be opened, sized or replaced
@@ -23,7 +24,12 @@
 back-end errors and of the server's own state is for the log; clients see the table's text only.
 """
 
+import errno
+
 from imageserver.slots import Kind
+
+#: What the system says where there are no more file descriptors.
+NO_DESCRIPTOR = frozenset((errno.EMFILE, errno.ENFILE))
 
 
 class ImageServerError(Exception):
@@ -87,6 +93,10 @@ class StateUnavailable(ImageServerError):
 
 class StateFull(StateUnavailable):
     """The file system of the runtime directory is full, or a quota there."""
+
+
+class Exhausted(StateUnavailable):
+    """This process has no descriptor left (``NO_DESCRIPTOR``), or may have no other thread."""
 
 
 class BackendError(ImageServerError):

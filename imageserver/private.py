@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-from imageserver.errors import StateFull, StateUnavailable
+from imageserver.errors import NO_DESCRIPTOR, Exhausted, StateFull, StateUnavailable
 
 _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 SUBDIRECTORIES = ("locks", "registered", "activity", "metrics")
@@ -131,10 +131,15 @@ def own_files(what: str) -> Iterator[None]:
 
     Raises:
         StateFull: there is no room for them.
+        Exhausted: no descriptor is free.
         StateUnavailable: they cannot be opened, read, written or locked for another reason.
     """
     try:
         yield
     except OSError as exc:
-        error = StateFull if exc.errno in _FULL else StateUnavailable
+        error: type[StateUnavailable] = StateUnavailable
+        if exc.errno in _FULL:
+            error = StateFull
+        elif exc.errno in NO_DESCRIPTOR:
+            error = Exhausted
         raise error(f"{what} cannot be used now: {exc.strerror or exc}") from exc

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from imageserver.errors import UnknownImage
+from imageserver.errors import NO_DESCRIPTOR, Exhausted, UnknownImage
 from imageserver.transfers import (
     MAX_TRANSFER_SIZE,
     InvalidTransfer,
@@ -76,6 +76,7 @@ class Registry:
 
         Raises:
             UnknownImage: there is none, or its file does not count.
+            Exhausted: no descriptor is free.
         """
         if not is_valid_id(transfer_id):
             raise UnknownImage(transfer_id)
@@ -87,6 +88,7 @@ class Registry:
         except FileNotFoundError as exc:
             raise UnknownImage(transfer_id) from exc
         except (OSError, UntrustedDirectory) as exc:
+            _raise_if_exhausted(exc)
             self._report("", f"config directory: {exc}", _stat_or_none(self._directory))
             raise UnknownImage(transfer_id) from exc
         self._reported.pop("", None)
@@ -154,6 +156,7 @@ class Registry:
             self._forget(transfer_id)
             raise UnknownImage(transfer_id) from exc
         except OSError as exc:
+            _raise_if_exhausted(exc)
             problem = "is a symbolic link" if exc.errno == errno.ELOOP else str(exc.strerror)
             self._report(transfer_id, f"cannot be read: {problem}", version)
             raise UnknownImage(transfer_id) from exc
@@ -219,6 +222,12 @@ class Registry:
         path = path_text(self._path(name) if name else os.fsencode(self._directory))
         if not seen and self._is_first(f"{path} {version} {problem}"):
             log.warning("%s: path=%s problem=%s", event, path, problem)
+
+
+def _raise_if_exhausted(exc: Exception) -> None:
+    """Say nothing of a transfer whose file only found no descriptor."""
+    if isinstance(exc, OSError) and exc.errno in NO_DESCRIPTOR:
+        raise Exhausted(str(exc)) from exc
 
 
 def _stat_or_none(path: str) -> _Version | None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from imageserver.errors import StateUnavailable, UnknownImage
+from imageserver.errors import Exhausted, StateUnavailable, UnknownImage
 from imageserver.ports import Account, Activities, Activity, Backend, Owned, Transfers
 from imageserver.slots import Kind
 from imageserver.transfers import Transfer, has_expired, is_valid_id
@@ -254,6 +254,7 @@ class Visits:
         Raises:
             UnknownImage: nothing has this id.
             StateUnavailable: that cannot be told.
+            Exhausted: there is no thread to keep the transfer alive.
         """
         began_ns = self._now_ns()  # before the look: see Activity.is_cut
         found = self._catalogue.find(transfer_id, probes=probes)
@@ -262,10 +263,20 @@ class Visits:
         visit = TrackedVisit(found.activity, began_ns, disconnect, self._discard)
         with self._lock:
             self._visits.add(visit)
-            if self._beating is None:
-                self._beating = threading.Thread(target=self._beat, name="visits", daemon=True)
-                self._beating.start()
+        try:
+            self._start()
+        except RuntimeError as exc:
+            if not probes:  # which are too short to need it
+                visit.close()
+                raise Exhausted(str(exc)) from exc
         return found.transfer, visit
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._beating is None:
+                beating = threading.Thread(target=self._beat, name="visits", daemon=True)
+                beating.start()
+                self._beating = beating
 
     def _discard(self, visit: TrackedVisit) -> None:
         with self._lock:

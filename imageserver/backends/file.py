@@ -19,7 +19,15 @@ from queue import SimpleQueue
 from imageserver.backends.places import Place, find
 from imageserver.backends.replacement import NewFile, check_target, copy_attributes, sweep
 from imageserver.backends.ring import Ring, Side, fill
-from imageserver.errors import BadRequest, FileAccessError, NoSpace, ShortBody
+from imageserver.errors import (
+    NO_DESCRIPTOR,
+    BadRequest,
+    Exhausted,
+    FileAccessError,
+    ImageServerError,
+    NoSpace,
+    ShortBody,
+)
 from imageserver.extents import Extent
 from imageserver.ports import ImageInfo, Intent, Source
 from imageserver.transfers import FileImage, path_bytes, path_text
@@ -61,8 +69,10 @@ class ImageFiles:
             raise _failure(path, exc) from exc
 
 
-def _failure(path: bytes, exc: OSError) -> FileAccessError | NoSpace:
-    cls = NoSpace if exc.errno in _NO_SPACE else FileAccessError
+def _failure(path: bytes, exc: OSError) -> ImageServerError:
+    cls: type[ImageServerError] = NoSpace if exc.errno in _NO_SPACE else FileAccessError
+    if exc.errno in NO_DESCRIPTOR:
+        cls = Exhausted
     return cls(f"{path_text(path)}: {exc.strerror}")
 
 
@@ -259,7 +269,11 @@ class ImageFile:
         else:
             # The last reference to a file that was replaced: freeing it may take a while
             # (0.1 s a GiB on tmpfs), for which nobody needs to wait.
-            threading.Thread(target=os.close, args=(fd,), name="close", daemon=True).start()
+            closing = threading.Thread(target=os.close, args=(fd,), name="close", daemon=True)
+            try:
+                closing.start()
+            except RuntimeError:  # there is no thread
+                os.close(fd)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
 from typing import Self
 
+from imageserver.errors import Exhausted
 from imageserver.ports import Source
 
 #: Most bytes that a worker keeps for its next transfers.
@@ -78,9 +79,16 @@ class Ring:
             os.eventfd_write(self._closed, 1)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable once the ring is closed; for ``Source.readinto``."""
+        """Return a descriptor that is readable once the ring is closed; for ``Source.readinto``.
+
+        Raises:
+            Exhausted: there is none.
+        """
         if self._closed is None:
-            self._closed = os.eventfd(0, os.EFD_CLOEXEC)
+            try:
+                self._closed = os.eventfd(0, os.EFD_CLOEXEC)
+            except OSError as exc:
+                raise Exhausted(f"eventfd: {exc.strerror}") from exc
             if self._is_closed:
                 os.eventfd_write(self._closed, 1)
         return self._closed
@@ -139,7 +147,15 @@ class Side(threading.Thread):
             raise self._failure
 
     def __enter__(self) -> Self:
-        self.start()
+        """Start the thread.
+
+        Raises:
+            Exhausted: the system has none.
+        """
+        try:
+            self.start()
+        except RuntimeError as exc:
+            raise Exhausted(str(exc)) from exc
         return self
 
     def __exit__(self, *_exc: object) -> None:

@@ -39,6 +39,7 @@ REFUSALS: dict[type[errors.ImageServerError], str] = {
     errors.ImageBusy: "image_busy",
     errors.StateUnavailable: "state_unavailable",
     errors.StateFull: "state_unavailable",
+    errors.Exhausted: "server_busy",
 }
 #: ... and, for ``NoSlot``, by what was asked for.
 NO_SLOT = {

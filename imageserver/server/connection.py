@@ -47,6 +47,10 @@ class State(Enum):
     CLOSED = auto()
 
 
+#: Where nothing of a request may have arrived.
+_BEFORE_REQUEST = {State.HANDSHAKE, State.HEAD, State.IDLE}
+
+
 class Connection:
     """A client's socket, what has been read ahead from it, and until when its state may last."""
 
@@ -93,6 +97,10 @@ class Connection:
     def client(self) -> str:
         """The client's IP address; of a Unix socket, ``unix``."""
         return str(self.address[0]) if isinstance(self.address, tuple) else "unix"
+
+    def is_idle(self) -> bool:
+        """Tell whether no part of a request has arrived."""
+        return self.state in _BEFORE_REQUEST and not self.has_begun()
 
     def shake_hands(self) -> None:
         """Go on with the TLS handshake; after it a head is next."""

@@ -18,15 +18,16 @@ import stat
 import struct
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from imageserver import control
 from imageserver.administration import Administration
 from imageserver.control import MAX_REQUEST, InvalidCommand, Peer
-from imageserver.errors import StateUnavailable
+from imageserver.errors import NO_DESCRIPTOR, StateUnavailable
 from imageserver.journal import fields
 from imageserver.server.loop import Loop
+from imageserver.server.threads import NoThread, Threads
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class ControlServer:
     def __init__(self, administration: Administration, timeout: float) -> None:
         self._administration = administration
         self._timeout = timeout
-        self._executor = ThreadPoolExecutor(_PEERS, "control")
+        self._threads = Threads("control", _PEERS)
         self._listener: Any = None
         self._loop: Loop
         self._peers: set[socket.socket] = set()
@@ -87,16 +88,22 @@ class ControlServer:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
-            return  # another worker was quicker, or the peer has gone
+        except OSError as exc:
+            if exc.errno in NO_DESCRIPTOR:
+                self._loop.make_room(self._listener.fileno())
+            return  # else another worker was quicker, or the peer has gone
         sock.settimeout(0)
         if len(self._peers) >= _PEERS:
-            _send(sock, control.failed("server busy"))
-            sock.close()
+            _refuse(sock)
             return
         self._peers.add(sock)
         self._silent.add(sock)
-        self._executor.submit(self._serve, sock)
+        try:
+            self._threads.submit(partial(self._serve, sock), may_wait=False)
+        except NoThread:
+            self._silent.discard(sock)
+            self._peers.discard(sock)
+            _refuse(sock)
 
     # On a thread
 
@@ -207,6 +214,11 @@ def _has_gone(sock: socket.socket) -> bool:
 def _send(sock: socket.socket, answer: bytes) -> None:
     with contextlib.suppress(OSError):  # a peer that is gone gets none
         sock.send(answer)  # below any socket buffer, into an empty one: never partial
+
+
+def _refuse(sock: socket.socket) -> None:
+    _send(sock, control.failed("server busy"))
+    sock.close()
 
 
 def _hang_up(sock: socket.socket, patience: float) -> None:

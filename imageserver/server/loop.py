@@ -8,19 +8,21 @@ and is the loop's again when a thread hands it back. Epoll events are one-shot, 
 connection is never looked at by two threads.
 """
 
-import errno
 import logging
 import select
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from imageserver.errors import NO_DESCRIPTOR
 from imageserver.journal import fields
 from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
+from imageserver.server.shortage import Reserve, Seldom
 from imageserver.server.tls import forget_errors, has_ended
 from imageserver.server.wire import BLOCKED, LOOKS, awaited, in_flight, refused_head
 
@@ -28,14 +30,10 @@ log = logging.getLogger(__name__)
 
 #: How late a timeout may be noticed, in seconds.
 TICK = 0.25
-#: How long accepting rests when no file descriptor is free.
+#: How long accepting rests when no file descriptor is free, and none can be freed.
 _FULL_SECONDS = 0.1
-#: Connections that wait at most; beyond, the one with the least time left goes.
-_MAX_WAITING = 8192
-
-
-#: Where nothing of a request may have arrived.
-_BEFORE_REQUEST = {State.HANDSHAKE, State.HEAD, State.IDLE}
+#: Connections that wait at most, whatever the limit on descriptors.
+MOST_WAITING = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,12 @@ class Loop:
         self._paused: dict[int, float] = {}
         self._events: dict[int, Callable[[], None]] = {}
         self._waiting: dict[int, Connection] = {}
+        self._arming = threading.Lock()
         self._expired = 0.0
+        self._warnings = Seldom(log)
+        self._reserve = Reserve()
+        #: Connections that wait at most; beyond, the one with the least time left goes.
+        self.most_waiting = MOST_WAITING
         self._scratch = memoryview(bytearray(256 * 1024))
 
     def listen(self, listener: Any, door: Door) -> None:
@@ -104,6 +107,7 @@ class Loop:
     def forget(self, fd: int) -> None:
         """Stop watching ``fd``."""
         del self._events[fd]
+        self._paused.pop(fd, None)
         self._epoll.unregister(fd)
 
     def is_empty(self) -> bool:
@@ -125,10 +129,12 @@ class Loop:
         for fd in [fd for fd, due in self._paused.items() if due <= now]:
             del self._paused[fd]
             self._epoll.modify(fd, select.EPOLLIN)
-            self._accept(self._listeners[fd])
+            if fd in self._listeners:
+                self._accept(self._listeners[fd])
         if now - self._expired >= TICK:
             self._expired = now
             self._expire(now)
+            self._reserve.fill(self._epoll.fileno())
 
     def _expire(self, now: float) -> None:
         # A copy, made at once: threads hand connections back while we look.
@@ -160,10 +166,8 @@ class Loop:
         try:
             sock, address = listener.accept()
         except OSError as exc:
-            if exc.errno in {errno.EMFILE, errno.ENFILE}:
-                log.warning("no file descriptor is free for another connection")
-                self._metrics.turned_away("no_descriptor")
-                self._pause(listener.fileno(), _FULL_SECONDS)
+            if exc.errno in NO_DESCRIPTOR:
+                self.make_room(listener.fileno())
             return  # else another worker was quicker, or the client has gone
         door = self._doors[listener.fileno()]
         if not door.admits(sock):
@@ -181,12 +185,27 @@ class Loop:
                 return  # the client has gone
         if door.spreads:
             self._metrics.accepted()
-        if len(self._waiting) >= _MAX_WAITING:
+        if len(self._waiting) >= self.most_waiting:
             self._metrics.turned_away("too_many")
-            self.close(min(list(self._waiting.values()), key=lambda conn: conn.deadline))
+            self._close_least()
         conn = Connection(sock, address or "unix", listener.getsockname())
         self._epoll.register(sock.fileno(), 0)
         self._wait_for(conn, State.HANDSHAKE if door.tls else State.HEAD, self._patience.head)
+
+    def make_room(self, fd: int) -> None:
+        """Free a descriptor for who waits at the listening socket ``fd``, or let it rest."""
+        self._metrics.turned_away("no_descriptor")
+        self._warnings.warn("no file descriptor is free for another connection")
+        if not (self._close_least() or self._reserve.spend()):
+            self._pause(fd, _FULL_SECONDS)
+
+    def _close_least(self) -> bool:
+        """Close the connection with the least time left, one without a request if any."""
+        with self._arming:
+            waiting = list(self._waiting.values())
+            if waiting:
+                self.close(min(waiting, key=lambda conn: (not conn.is_idle(), conn.deadline)))
+        return bool(waiting)
 
     # Connections that wait
 
@@ -293,9 +312,10 @@ class Loop:
         conn.state = state
         conn.deadline = self._now() + seconds
         fd = conn.sock.fileno()
-        self._waiting[fd] = conn
-        # Last: from here on the loop may act on it.
-        self._epoll.modify(fd, events | select.EPOLLONESHOT)
+        with self._arming:  # before both are done, nobody may close it for its descriptor
+            self._waiting[fd] = conn
+            # Last: from here on the loop may act on it.
+            self._epoll.modify(fd, events | select.EPOLLONESHOT)
 
     def _close_silent(self, conn: Connection) -> None:
         if conn.state in {State.HEAD, State.IDLE}:
@@ -321,7 +341,7 @@ class Loop:
     def close_idle(self) -> None:
         """Close the connections of which no part of a request has arrived."""
         for conn in list(self._waiting.values()):
-            if conn.state in _BEFORE_REQUEST and not conn.has_begun():
+            if conn.is_idle():
                 self._close_silent(conn)
 
     def close_all(self) -> None:

@@ -16,7 +16,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from imageserver.errors import ClientGone
@@ -24,6 +24,7 @@ from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import Connection, State
 from imageserver.server.exchange import Application, cut, serve
 from imageserver.server.loop import Loop
+from imageserver.server.threads import NoThread, Threads
 from imageserver.server.tls import wire_over
 from imageserver.server.wire import BLOCKED, refused_head, wait
 
@@ -51,7 +52,7 @@ class _Pool:
 
     def __init__(self, name: str, threads: int, room: int, client_timeout: float) -> None:
         self.client_timeout = client_timeout
-        self._executor = ThreadPoolExecutor(threads, name)
+        self._threads = Threads(name, threads)
         self.threads = threads
         self.room = room
         #: Each answer is the last on its connection.
@@ -64,8 +65,13 @@ class _Pool:
         """Tell whether connections wait for a thread."""
         return len(self.connections) > self.threads
 
+    def start(self) -> None:
+        self._threads.start()
+
     def submit(self, work: Callable[..., None], *arguments: object) -> None:
-        self._executor.submit(work, *arguments)
+        # More room than threads, or one that only stays with its connection: it soon is free.
+        may_wait = self.room > self.threads or bool(self.staying)
+        self._threads.submit(partial(work, *arguments), may_wait=may_wait)
 
 
 class Pools:
@@ -94,6 +100,7 @@ class Pools:
     def start(self, app: Application, cfg: Any, loop: Loop) -> None:
         """Say what is served, and where connections go afterwards."""
         self._transfers.app = self._probes.app = app
+        self._probes.start()  # there may be no threads to be had when they are needed most
         self._cfg, self._loop = cfg, loop
 
     def reserve(self, listener: object, app: Application) -> None:
@@ -103,6 +110,7 @@ class Pools:
         pool.app = app
         # Else a client that asks much in advance and takes no answer would keep a thread.
         pool.answers_once = True
+        pool.start()
 
     def busy(self) -> int:
         """Return how many connections are with transfer threads."""
@@ -116,8 +124,7 @@ class Pools:
         """Give a connection with a complete head to a thread."""
         pool = self._pool_of(conn)
         if len(pool.connections) - len(pool.staying) >= pool.room:
-            self._metrics.refused("server_busy")
-            self._loop.refuse(conn, refused_head(conn.client, 503, "server busy", retry=True))
+            self._refuse(conn)
             return
         conn.state = State.WORK
         pool.connections.add(conn)
@@ -125,7 +132,17 @@ class Pools:
         in_hand = object()
         self._in_hand.add(in_hand)
         self._changed()
-        pool.submit(self._work, pool, conn, in_hand)
+        try:
+            pool.submit(self._work, pool, conn, in_hand)
+        except NoThread:
+            pool.connections.discard(conn)
+            self._changed()
+            self._refuse(conn)
+            self._in_hand.discard(in_hand)
+
+    def _refuse(self, conn: Connection) -> None:
+        self._metrics.refused("server_busy")
+        self._loop.refuse(conn, refused_head(conn.client, 503, "server busy", retry=True))
 
     def _pool_of(self, conn: Connection) -> _Pool:
         admin = self._admin.get(conn.listener)

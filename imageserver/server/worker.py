@@ -33,7 +33,7 @@ from imageserver.registry import Registry
 from imageserver.runtime import runtime_in
 from imageserver.server.admin import admin_application, admin_name, admit
 from imageserver.server.control import ControlServer
-from imageserver.server.loop import Door, Loop, Patience
+from imageserver.server.loop import MOST_WAITING, Door, Loop, Patience
 from imageserver.server.pools import Pools
 from imageserver.server.tls import server_context
 from imageserver.settings import Settings
@@ -52,6 +52,13 @@ _ABORT_SECONDS = 3.0
 #: How often the master is shown a sign of life; its patience is a minute (gunicorn.conf.py).
 _NOTIFY_SECONDS = 1.0
 
+#: Descriptors for all but transfers: listeners, pipes, the table, probes, control peers.
+_OWN_DESCRIPTORS = 128
+#: ... for a transfer: its connection, directory, file, temporary file, lock, usage, event, socket.
+_TRANSFER_DESCRIPTORS = 8
+#: Connections that may wait however few descriptors there are.
+_LEAST_WAITING = 16
+
 
 class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """A gunicorn worker for long transfers and frequent probes."""
@@ -63,7 +70,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """Set up what must belong to this process alone, then run the loop."""
         self.settings = settings = Settings.from_environ(os.environ)
         logs.configure(settings.log_level, settings.log_format)
-        _raise_file_limit()
+        descriptors = _raise_file_limit()
         self.tls = self.tls or server_context(settings)  # never plain for want of a hook
         self._notified = 0.0
         self._is_quitting = False
@@ -75,6 +82,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._pools = Pools(settings.threads, settings.client_timeout, self._publish, metrics)
         patience = Patience(settings.client_timeout, settings.keepalive)
         self._loop = Loop(patience, self._pools.dispatch, self._hesitate, metrics)
+        self._loop.most_waiting = most_waiting(descriptors, settings.threads)
         files = Registry(settings.config_dir, settings.config_owners, self._table.is_first)
         administration = records(settings, files).administration()
         self._control = ControlServer(administration, settings.client_timeout)
@@ -208,6 +216,16 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         os._exit(0)  # not through atexit, which would wait for the threads
 
 
-def _raise_file_limit() -> None:
+def _raise_file_limit() -> int:
+    """Raise the limit on descriptors as far as it goes; return it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def most_waiting(descriptors: int, threads: int) -> int:
+    """Return how many connections may wait, so that transfers find descriptors."""
+    if descriptors == resource.RLIM_INFINITY:
+        return MOST_WAITING
+    left = descriptors - _OWN_DESCRIPTORS - threads * _TRANSFER_DESCRIPTORS
+    return max(_LEAST_WAITING, min(MOST_WAITING, left))

@@ -55,6 +55,7 @@ TABLE: dict[type[errors.ImageServerError], Callable[[Any], Answer]] = {
     errors.ImageBusy: lambda _: Answer(409, "image busy", _RETRY_AFTER),
     errors.NoSlot: lambda e: Answer(503, _NO_SLOT[e.kind], _RETRY_AFTER),
     errors.StateUnavailable: lambda _: Answer(503, "server state unavailable", _RETRY_AFTER),
+    errors.Exhausted: lambda _: Answer(503, "server busy", _RETRY_AFTER),
     errors.StateFull: lambda _: Answer(507, "no space left", _RETRY_AFTER),
     errors.ShortBody: lambda e: Answer(400, f"request body ended early at {e.received} bytes"),
     errors.NoSpace: lambda _: Answer(507, "no space left"),
@@ -95,7 +96,13 @@ def cut_off(
 def handle_unexpected(
     req: falcon.Request, resp: falcon.Response, error: Exception, _params: object
 ) -> None:
-    """Answer a bug: the traceback goes to the log, nothing of it to the client."""
+    """Answer a bug: the traceback goes to the log, nothing of it to the client.
+
+    No bug is a call that finds no descriptor.
+    """
+    if isinstance(error, OSError) and error.errno in errors.NO_DESCRIPTOR:
+        handle(req, resp, errors.Exhausted(str(error)), _params)
+        return
     log.error("%s %s failed", req.method, req.path, exc_info=error)
     trace_of(req).failed(error)
     _send(resp, Answer(500, "internal error"))

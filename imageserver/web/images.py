@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import falcon
 
 from imageserver import operations, patches, sessions
-from imageserver.errors import BackendError, BadRequest, UnsupportedMediaType
+from imageserver.errors import BackendError, BadRequest, Exhausted, UnsupportedMediaType
 from imageserver.inspection import MEMORY_SECONDS, Inspector
 from imageserver.journal import fields
 from imageserver.operations import READ_ONLY_METHODS, check_writable
@@ -181,7 +181,7 @@ class ImageResource:
             return _ASSUMED
         try:
             return self._inspector.inspect(transfer.image, max_age=MEMORY_SECONDS)
-        except BackendError as exc:
+        except (BackendError, Exhausted) as exc:
             told = fields(transfer=transfer.id, detail=exc)
             log.warning("options answered from configuration", extra=told)
             return _ASSUMED

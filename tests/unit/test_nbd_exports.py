@@ -9,11 +9,12 @@ import pytest
 
 from imageserver.backends.nbd.exports import NbdExports
 from imageserver.backends.nbd.link import Tuning
-from imageserver.errors import BackendError
+from imageserver.errors import BackendError, Exhausted
 from imageserver.extents import Extent
 from imageserver.ports import Backend, Intent
 from imageserver.transfers import NbdImage
 from tests.unit.nbd_liar import STATUS, Liar, lying
+from tests.unit.shortages import no_descriptors
 
 KIB = 1024
 
@@ -44,6 +45,12 @@ def test_a_size_that_no_offset_reaches_is_an_error(liar: Liar, size: int, intent
 
     with pytest.raises(BackendError, match=r"announces a size of 2\^63 bytes or more"):
         _open(liar, intent)
+
+
+def test_a_connection_that_finds_no_descriptor_is_no_failure_of_the_server(liar: Liar) -> None:
+    with no_descriptors(), pytest.raises(Exhausted):
+        _open(liar)
+    _open(liar).close()
 
 
 def test_the_largest_size_is_served(liar: Liar) -> None:

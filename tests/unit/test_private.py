@@ -6,10 +6,15 @@ import os
 
 import pytest
 
-from imageserver.errors import StateFull, StateUnavailable
+from imageserver.errors import Exhausted, StateFull, StateUnavailable
 from imageserver.private import own_files
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
+KINDS = {
+    errno.ENOSPC: StateFull,
+    errno.EDQUOT: StateFull,
+    errno.EMFILE: Exhausted,
+    errno.ENFILE: Exhausted,
+}
 
 
 @pytest.mark.parametrize(
@@ -22,7 +27,7 @@ def test_an_error_of_the_systems_becomes_a_sentence_with_its_cause(number: str) 
     with pytest.raises(StateUnavailable) as raised, own_files("registrations"):
         raise OSError(code, os.strerror(code), "/run/secret")
 
-    assert type(raised.value) is (StateFull if code in FULL else StateUnavailable)
+    assert type(raised.value) is KINDS.get(code, StateUnavailable)
     assert str(raised.value) == f"registrations cannot be used now: {os.strerror(code)}"
     assert isinstance(raised.value.__cause__, OSError)
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from imageserver import registry
+from imageserver.errors import Exhausted
 from imageserver.transfers import FileImage, Transfer
 from tests.unit.places import NOW, OLD, SECOND, A, B, Place
+from tests.unit.shortages import no_descriptors
 
 
 @pytest.fixture
@@ -41,6 +43,18 @@ def test_a_file_is_a_transfer_named_by_its_name(place: Place) -> None:
     assert place.registry.get("t") == Transfer(
         "t", FileImage("/images/a"), read_only=True, changed_ns=changed_ns
     )
+
+
+@pytest.mark.parametrize("free", [0, 1], ids=["directory", "file"])
+def test_a_transfer_whose_file_finds_no_descriptor_is_not_called_unknown(
+    place: Place, caplog: pytest.LogCaptureFixture, free: int
+) -> None:
+    place.put("t", A)
+
+    with no_descriptors(free), pytest.raises(Exhausted):
+        place.registry.get("t")
+    assert place.image() is not None
+    assert caplog.messages == []
 
 
 def test_files_come_change_and_go_between_requests(place: Place) -> None:

@@ -3,11 +3,14 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 
 from imageserver.backends import ring as rings
-from imageserver.backends.ring import Ring
+from imageserver.backends.ring import Ring, Side
+from imageserver.errors import Exhausted
+from tests.unit.shortages import no_descriptors, no_threads
 
 SIZE = 4096
 
@@ -85,3 +88,18 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch):
             assert buffer is not None
             ring.give(buffer)
     assert len(rings._spare) == 3
+
+
+def test_an_images_side_that_finds_no_thread_says_so_and_does_nothing():
+    done: list[str] = []
+    side = Side(lambda: done.append("work"), lambda: done.append("ended"), nullcontext)
+    with no_threads(), pytest.raises(Exhausted), side:
+        done.append("body")
+    assert done == []
+
+
+def test_a_ring_that_finds_no_descriptor_says_so_and_ends_as_ever():
+    with Ring(1, SIZE, "image") as ring, no_descriptors():
+        with pytest.raises(Exhausted):
+            ring.fileno()
+        ring.close()

@@ -2,6 +2,7 @@
 """From every leaf of the tree of errors to its answer; nothing internal ever gets out."""
 
 import logging
+import os
 
 import pytest
 from falcon import testing
@@ -11,6 +12,7 @@ from imageserver.errors import ClientGone, ImageServerError
 from imageserver.slots import Kind
 from imageserver.web.errors import TABLE, answer_for
 from tests.unit.fakes import World
+from tests.unit.shortages import no_threads
 from tests.unit.web import Call, app_over
 
 RETRY = {"Retry-After": "1"}
@@ -39,6 +41,7 @@ ANSWERS = [
     (errors.FileAccessError(INTERNAL), 500, "failed to access file", {}),
     (errors.NoSpace(INTERNAL), 507, "no space left", {}),
     (errors.StateUnavailable(INTERNAL), 503, "server state unavailable", RETRY),
+    (errors.Exhausted(INTERNAL), 503, "server busy", RETRY),
     (errors.StateFull(INTERNAL), 507, "no space left", RETRY),
     (errors.ShortBody(5), 400, "request body ended early at 5 bytes", {}),
 ]
@@ -106,6 +109,40 @@ def test_a_bug_is_answered_in_general_terms_and_logged_with_its_traceback(
     assert record.exc_info is not None
     assert (record.getMessage(), record.exc_info[1]) == ("POST /images/t1/flush failed", bug)
     assert world.journal[-2:] == ["free", "unlock"]
+
+
+@pytest.mark.parametrize("number", sorted(errors.NO_DESCRIPTOR))
+def test_a_call_that_finds_no_descriptor_is_no_bug(
+    caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    caplog.set_level(logging.ERROR, "imageserver.web.errors")
+    world = World(fail={"open FLUSH": OSError(number, os.strerror(number))})
+
+    result = testing.TestClient(app_over(world)).simulate_post("/images/t1/flush")
+
+    assert (result.status_code, result.json) == (503, {"error": "server busy"})
+    assert result.headers["retry-after"] == "1"
+    assert caplog.records == []
+
+
+def test_options_of_an_image_that_finds_no_descriptor_are_those_of_its_configuration() -> None:
+    world = World(fail={"open INSPECT": errors.Exhausted(INTERNAL)})
+
+    result = testing.TestClient(app_over(world)).simulate_options("/images/t1")
+
+    assert (result.status_code, result.json["features"]) == (200, ["extents", "zero", "flush"])
+
+
+def test_without_a_thread_to_keep_it_alive_a_transfer_is_not_begun() -> None:
+    world = World()
+    client = testing.TestClient(app_over(world))
+    with no_threads():
+        refused = client.simulate_post("/images/ex/flush")
+    served = client.simulate_post("/images/ex/flush")
+
+    assert (refused.status_code, refused.json) == (503, {"error": "server busy"})
+    assert world.journal[:2] == ["visit", "leave"]
+    assert served.status_code == 200
 
 
 def test_a_vanished_client_is_the_servers_to_cut_off() -> None:

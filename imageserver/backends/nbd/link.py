@@ -20,7 +20,14 @@ from typing import Any
 
 import nbd
 
-from imageserver.errors import BackendError, BackendTimeout, ImageServerError, NoSpace
+from imageserver.errors import (
+    NO_DESCRIPTOR,
+    BackendError,
+    BackendTimeout,
+    Exhausted,
+    ImageServerError,
+    NoSpace,
+)
 from imageserver.extents import Reply
 from imageserver.ports import ImageInfo, always
 from imageserver.transfers import NbdImage, path_bytes
@@ -71,6 +78,7 @@ _ERRORS: dict[int, type[ImageServerError]] = {
     errno.EOPNOTSUPP: NotSupported,
     errno.ETIMEDOUT: BackendTimeout,
     errno.EAGAIN: TryAgain,
+    **dict.fromkeys(NO_DESCRIPTOR, Exhausted),
 }
 
 
@@ -86,6 +94,7 @@ def connect(
     Raises:
         BackendError: the server refuses, or cannot be reached.
         BackendTimeout: the connection or its handshake takes too long.
+        Exhausted: no descriptor is free.
     """
     deadline = time.monotonic() + seconds
     name = f"{image.socket} export {image.export!r}"

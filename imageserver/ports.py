@@ -46,10 +46,8 @@ class ImageInfo:
     read_only: bool
     can_zero: bool
     can_flush: bool
-    multi_conn: bool = False
-    """Several connections may write at once (NBD_FLAG_CAN_MULTI_CONN)."""
-    flushes_image: bool = False
-    """A flush covers what other connections have written; else each has to flush for itself."""
+    multi_conn: bool = False  # several connections may write at once
+    flushes_image: bool = False  # a flush covers what other connections have written
 
 
 class HasFileno(Protocol):
@@ -78,8 +76,8 @@ class Source(Protocol):
 class Backend(Protocol):
     """One open image.
 
-    Every method may raise ``BackendError`` or ``BackendTimeout`` (NBD), ``FileAccessError``
-    or ``NoSpace`` (files). After a failure only ``close`` may be called.
+    Every method may raise ``BackendError``, ``BackendTimeout`` (NBD), ``FileAccessError``
+    (files), ``NoSpace`` or ``ClientGone``. After a failure only ``close`` may be called.
     """
 
     size: int
@@ -200,15 +198,18 @@ class Slots(Protocol):
         ...
 
 
-def always() -> bool:
-    """Say that a back end is wanted, whatever happens."""
-    return True
+#: Raises ``ClientGone`` where nobody waits for the answer any more; called from any thread.
+Check = Callable[[], None]
+
+
+def no_client() -> None:
+    """Check nothing: whoever asks waits for the answer, whatever happens."""
 
 
 class Backends(Protocol):
-    """Opens images."""
+    """Opens images, which call ``check`` whenever they wait long, but not to settle writes."""
 
-    def settle(self, image: Image, is_wanted: Callable[[], bool] = always) -> None:
+    def settle(self, image: Image, check: Check = no_client) -> None:
         """Wait, within the back-end timeout, until no write of a dead holder can land any more.
 
         Raises:
@@ -216,8 +217,8 @@ class Backends(Protocol):
         """
         ...
 
-    def open(self, image: Image, intent: Intent, is_wanted: Callable[[], bool] = always) -> Backend:
-        """Open an image; bounded by the connect timeout, and given up once it is not wanted.
+    def open(self, image: Image, intent: Intent, check: Check = no_client) -> Backend:
+        """Open an image; bounded by the connect timeout.
 
         Raises:
             BackendError, BackendTimeout: the NBD server refuses, or is silent.

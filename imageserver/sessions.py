@@ -28,10 +28,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
-from imageserver.errors import ImageBusy
+from imageserver.errors import ClientGone, ImageBusy
 from imageserver.ports import (
     Backend,
     Backends,
+    Check,
     ImageInfo,
     Intent,
     Lock,
@@ -70,6 +71,8 @@ DIRTY_EXTENTS = Need("extents", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.OTH
 
 #: More exports without multi-conn than one worker has to do with before it is replaced.
 _MOST_SINGLE = 1024
+
+_UNSEEN = object()
 
 _SHARING = frozenset(need.operation for need in (WRITE, ZERO, FLUSH))
 
@@ -157,23 +160,35 @@ class Sessions:
         self._single: dict[Image, object] = {}
 
     def open(
-        self, transfer: Transfer, need: Need, client: str, visit: Visit = UNTRACKED
+        self,
+        transfer: Transfer,
+        need: Need,
+        client: str,
+        visit: Visit = UNTRACKED,
+        is_gone: Callable[[], bool] = lambda: False,
     ) -> Session:
         """Take what ``need`` says, in order, without waiting for a request that lives.
 
-        The visit ends with the session.
+        The visit ends with the session. ``is_gone`` tells whether the client has.
 
         Raises:
             ImageBusy: the image's lock is held.
             NoSlot: all slots of the kind are taken.
             StateUnavailable: locks or slots cannot be used now.
             BackendError, BackendTimeout, FileAccessError: the image cannot be opened.
+            ClientGone: nobody waits for it any more.
         """
         image = self._key(transfer.image) if need.locked else ""
         ticket = Ticket(transfer.id, need.operation, image, client)
+
+        def check() -> None:
+            if is_gone() or not visit.is_wanted():
+                raise ClientGone
+
+        request = _Request(transfer.image, need, ticket, visit, check)
         with ExitStack() as held:
             held.callback(visit.close)
-            backend, slot, shared = self._take_or_share(held, transfer, need, ticket, visit)
+            backend, slot, shared = self._take_or_share(held, request)
             session = Session(backend, slot, held.pop_all(), visit, need.kind)
             session.shared = shared
             if self._meter:
@@ -182,24 +197,21 @@ class Sessions:
             return session
         raise AssertionError  # an ExitStack swallows nothing
 
-    def _take_or_share(
-        self, held: ExitStack, transfer: Transfer, need: Need, ticket: Ticket, visit: Visit
-    ) -> tuple[Backend, Slot, bool]:
+    def _take_or_share(self, held: ExitStack, request: "_Request") -> tuple[Backend, Slot, bool]:
         """Take what the session holds; True: others may write to the image at the same time."""
-        image = transfer.image
-        may_share = need.shares and self._shares_lock and isinstance(image, NbdImage)
-        if not may_share:
-            backend, slot, _ = self._take(held, transfer, need, ticket, visit)
+        image = request.image
+        if not (request.need.shares and self._shares_lock and isinstance(image, NbdImage)):
+            backend, slot, _ = self._take(held, request)
             return backend, slot, False
         is_new = not self._is_single(image)
         if is_new:
             with ExitStack() as tried:
-                backend, slot, _ = self._take(tried, transfer, need, ticket, visit, shared=True)
+                backend, slot, _ = self._take(tried, request, shared=True)
                 if backend.info.multi_conn:
                     held.push(tried.pop_all())
                     return backend, slot, True
             self._remember_single(image)
-        backend, slot, grip = self._take(held, transfer, need, ticket, visit, brief=is_new)
+        backend, slot, grip = self._take(held, request, brief=is_new)
         shared = backend.info.multi_conn
         if shared:
             self._single.pop(image, None)
@@ -207,42 +219,35 @@ class Sessions:
         return backend, slot, shared
 
     def _is_single(self, image: Image) -> bool:
-        return image in self._single and self._single[image] == self._stamp(image)
+        return self._single.get(image, _UNSEEN) == self._stamp(image)
 
     def _remember_single(self, image: Image) -> None:
         if len(self._single) >= _MOST_SINGLE:
             self._single.clear()
         self._single[image] = self._stamp(image)
 
-    def _take(  # noqa: PLR0913 - what a session is made of
-        self,
-        held: ExitStack,
-        transfer: Transfer,
-        need: Need,
-        ticket: Ticket,
-        visit: Visit,
-        *,
-        shared: bool = False,
-        brief: bool = False,
+    def _take(
+        self, held: ExitStack, request: "_Request", *, shared: bool = False, brief: bool = False
     ) -> "tuple[Backend, Slot, _Grip]":
+        image, need = request.image, request.need
         grip = _Grip()
         if need.locked:
-            grip.lock = self._lock(transfer.image, ticket.image, shared=shared, brief=brief)
+            grip.lock = self._lock(image, request.ticket.image, shared=shared, brief=brief)
             held.callback(grip.release)
-        slot = self._slots.claim(need.kind, ticket)
+        slot = self._slots.claim(need.kind, request.ticket)
         held.callback(slot.release)
         if grip.lock and not grip.lock.is_in_place():
             # Who comes from now on sees the slot; who came before that may have a new lock.
             raise ImageBusy
-        held.push(_telling(visit))
+        held.push(_telling(request.visit))
         if grip.lock and grip.lock.abandoned:
-            self._backends.settle(transfer.image, visit.is_wanted)
+            self._backends.settle(image, request.check)
             grip.lock.abandoned = False
         if shared:
             grip.share()
-        backend = grip.backend = self._backends.open(transfer.image, need.intent, visit.is_wanted)
+        backend = grip.backend = self._backends.open(image, need.intent, request.check)
         held.callback(backend.close)
-        visit.uses(backend)
+        request.visit.uses(backend)
         return backend, slot, grip
 
     def _lock(self, image: Image, key: str, *, shared: bool, brief: bool) -> Lock:
@@ -261,6 +266,17 @@ class Sessions:
                 raise ImageBusy
             held.pop_all()
         return lock
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a session is opened for, and who looks whether that is still wanted."""
+
+    image: Image
+    need: Need
+    ticket: Ticket
+    visit: Visit
+    check: Check
 
 
 def _telling(visit: Visit) -> Callable[[object, BaseException | None, object], None]:

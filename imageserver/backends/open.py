@@ -2,11 +2,10 @@
 """From an image to its back end: the one place that knows them all."""
 
 import os
-from collections.abc import Callable
 
 from imageserver.backends.file import ImageFiles
 from imageserver.backends.nbd.exports import NbdExports
-from imageserver.ports import Backend, Intent, always
+from imageserver.ports import Backend, Check, Intent, no_client
 from imageserver.transfers import FileImage, Image, NbdImage, path_bytes
 
 
@@ -17,16 +16,16 @@ class AnyBackend:
         self._nbd = nbd
         self._file = file
 
-    def open(self, image: Image, intent: Intent, is_wanted: Callable[[], bool] = always) -> Backend:
+    def open(self, image: Image, intent: Intent, check: Check = no_client) -> Backend:
         """Open an image: see ``ports.Backends``."""
         if isinstance(image, FileImage):
             return self._file.open(image, intent)
-        return self._nbd.open(image, intent, is_wanted)
+        return self._nbd.open(image, intent, check)
 
-    def settle(self, image: Image, is_wanted: Callable[[], bool] = always) -> None:
+    def settle(self, image: Image, check: Check = no_client) -> None:
         """Wait for what a dead holder left under way: see ``ports.Backends``."""
         if isinstance(image, NbdImage):
-            self._nbd.settle(image, is_wanted)
+            self._nbd.settle(image, check)
 
 
 def stamp(image: Image) -> object:

@@ -25,9 +25,11 @@ from gunicorn.http.wsgi import Response, create
 
 from imageserver.errors import ClientGone, ImageServerError
 from imageserver.server.connection import Connection
+from imageserver.server.presence import Presence
 from imageserver.server.request import BadHost, ImageRequest
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ZERO_COPY
+from imageserver.web.visiting import IS_GONE
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
         self._send: Callable[..., None] = wire.send
         #: Whether the connection ends with this answer.
         self.is_last: Callable[[], bool] = lambda: False
+        #: Told when the head is about to go out.
+        self.begins: Callable[[], None] = lambda: None
         self.version = "imageserver"
         self.headers_sent = False
         self._body = body
@@ -89,6 +93,7 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
         if self.headers_sent:
             return b""
         self.headers_sent = True
+        self.begins()
         lines = self.default_headers()
         lines.extend([f"{name}: {value}\r\n" for name, value in self.headers])
         return ("".join(lines) + "\r\n").encode("latin-1")
@@ -156,6 +161,9 @@ def serve(
     if conn.is_tls:
         environ["wsgi.url_scheme"] = "https"  # gunicorn knows of no TLS here
     environ[ZERO_COPY] = True
+    presence = Presence(conn.sock, body, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
+    resp.begins = presence.answering
+    environ[IS_GONE] = presence.is_gone
     _answer(conn, resp, environ, app)
     return not resp.should_close()
 

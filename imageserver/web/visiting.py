@@ -13,6 +13,9 @@ from imageserver.transfers import Transfer
 from imageserver.visits import UNTRACKED, Visit, Visits
 from imageserver.web.journaling import trace_of
 
+#: Under this key of the environ the server tells whether the client has gone; from any thread.
+IS_GONE = "imageserver.is_gone"
+
 
 def begin_visit(visits: Visits, req: falcon.Request, transfer_id: str) -> Transfer:
     """Look an id up, on behalf of a request that ``end_visit`` will be called for."""
@@ -29,7 +32,8 @@ def open_session(
 ) -> Session:
     """Open the session that a request needs: see ``Sessions.open``."""
     trace_of(req).needs(need)
-    session = sessions.open(transfer, need, req.remote_addr, _visit_of(req))
+    is_gone = req.env.get(IS_GONE, lambda: False)
+    session = sessions.open(transfer, need, req.remote_addr, _visit_of(req), is_gone)
     trace_of(req).has(session)
     return session
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 from imageserver.extents import Extent
-from imageserver.ports import Account, ImageInfo, Intent, Owned, Source, Ticket
+from imageserver.ports import Account, Check, ImageInfo, Intent, Owned, Source, Ticket, no_client
 from imageserver.sessions import Sessions
 from imageserver.slots import Kind
 from imageserver.transfers import FileImage, Image, NbdImage, Transfer
@@ -34,6 +34,7 @@ class World:
     on_piece: Callable[[int], None] = lambda _: None
     on_open: Callable[[], None] = lambda: None
     stamp: object = "first"
+    checks: list[Check] = field(default_factory=list)
     journal: list[str] = field(default_factory=list)
     opened: list["FakeBackend"] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
@@ -111,11 +112,12 @@ class FakeBackends:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def settle(self, _image: Image, _is_wanted: object = None) -> None:
+    def settle(self, _image: Image, _check: object = None) -> None:
         self._world.note("settle")
 
-    def open(self, _image: Image, intent: Intent, _is_wanted: object = None) -> "FakeBackend":
+    def open(self, _image: Image, intent: Intent, check: Check = no_client) -> "FakeBackend":
         self._world.note(f"open {intent.name}")
+        self._world.checks.append(check)
         self._world.on_open()
         backend = FakeBackend(self._world)
         self._world.opened.append(backend)

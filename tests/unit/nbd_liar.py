@@ -36,7 +36,7 @@ class Liar:
     contexts: list[bytes] = field(default_factory=list)
 
     def serve(self, client: socket.socket, number: int) -> None:
-        with client, client.makefile("rwb") as stream, contextlib.suppress(OSError, struct.error):
+        with contextlib.suppress(OSError, struct.error), client, client.makefile("rwb") as stream:
             self._serve(Peer(stream), number)  # type: ignore[arg-type]
 
     def _serve(self, peer: "Peer", number: int) -> None:

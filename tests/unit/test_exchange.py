@@ -17,6 +17,7 @@ from imageserver.server.connection import Connection
 from imageserver.server.exchange import cut, serve
 from imageserver.server.wire import Wire
 from imageserver.web.body import ZERO_COPY
+from imageserver.web.visiting import IS_GONE
 
 OK = "200 OK"
 
@@ -392,3 +393,31 @@ def test_cutting_a_closed_connection_is_harmless() -> None:
     theirs.close()
 
     cut(ours)
+
+
+# Whether the client is still there
+
+
+def test_the_application_may_look_for_the_client_until_its_answer_begins(line: _Line) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield b"a"
+        assert not app.environ[IS_GONE]()
+        yield b"bc"
+
+    app = _App(look=lambda environ: environ[IS_GONE](), pieces=pieces())
+    line.client.shutdown(socket.SHUT_WR)
+    line.ask(app)
+
+    assert app.seen is False
+    asked, _, answer = line.client.recv(1 << 20).partition(b"\r\n\r\n")
+    assert asked == b"HTTP/1.1 100 Continue"
+    assert (answer.count(b"HTTP/1.1"), answer[-3:]) == (1, b"abc")
+
+
+def test_the_application_hears_that_the_client_has_gone(line: _Line) -> None:
+    app = _App(look=lambda environ: environ[IS_GONE]())
+    line.client.close()
+
+    with contextlib.suppress(ClientGone):
+        line.ask(app)
+    assert app.seen is True

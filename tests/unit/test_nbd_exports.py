@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports of servers that say what no real one does: an error in words, or the right bytes."""
 
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import pytest
 
 from imageserver.backends.nbd.exports import NbdExports
 from imageserver.backends.nbd.link import Tuning
-from imageserver.errors import BackendError, Exhausted
+from imageserver.errors import BackendError, ClientGone, Exhausted
 from imageserver.extents import Extent
-from imageserver.ports import Backend, Intent
+from imageserver.ports import Backend, Check, Intent, no_client
 from imageserver.transfers import NbdImage
-from tests.unit.nbd_liar import STATUS, Liar, lying
+from tests.unit.fakes import Bytes
+from tests.unit.nbd_liar import CAN_FLUSH, DISCONNECT, HAS_FLAGS, STATUS, ZERO, Liar, lying
 from tests.unit.shortages import no_descriptors
 
 KIB = 1024
@@ -25,9 +28,9 @@ def liar(tmp_path: Path) -> Iterator[Liar]:
         yield liar
 
 
-def _open(liar: Liar, intent: Intent = Intent.READ) -> Backend:
+def _open(liar: Liar, intent: Intent = Intent.READ, check: Check = no_client) -> Backend:
     exports = NbdExports(Tuning(chunk_size=64 * KIB, queue_depth=3, timeout=5.0))
-    return exports.open(NbdImage(str(liar.path)), intent)
+    return exports.open(NbdImage(str(liar.path)), intent, check)
 
 
 def _extents(liar: Liar, start: int, stop: int) -> list[Extent]:
@@ -131,3 +134,76 @@ def test_a_status_beyond_the_image_is_cut_to_it(liar: Liar) -> None:
     liar.status = lambda _offset, _length: [(1 << 31, 3), (1 << 31, 0)]
 
     assert _extents(liar, 0, liar.size) == [(0, liar.size, True, False)]
+
+
+# Clients that go away while the server takes its time
+
+WHOLE = 1 << 20
+SLOW: dict[str, Callable[[Backend], object]] = {
+    "read": lambda backend: list(backend.read(0, 10)),
+    "long read": lambda backend: list(backend.read(0, WHOLE)),
+    "write": lambda backend: list(backend.write(0, 10, Bytes(b"x" * 10))),
+    "long write": lambda backend: list(backend.write(0, WHOLE, Bytes(bytes(WHOLE), WHOLE))),
+    "replace": lambda backend: list(backend.replace(WHOLE, Bytes(bytes(WHOLE), WHOLE))),
+    "zero": lambda backend: list(backend.zero(0, WHOLE)),
+    "flush": lambda backend: backend.flush(),
+    "extents": lambda backend: list(backend.extents(0, WHOLE, dirty=False)),
+}
+
+
+@pytest.mark.parametrize("can_zero", [True, False], ids=["write-zeroes", "no-write-zeroes"])
+@pytest.mark.parametrize("work", SLOW.values(), ids=SLOW)
+def test_a_client_that_has_gone_ends_what_waits_and_leaves_no_write_in_flight(
+    liar: Liar, work: Callable[[Backend], object], can_zero: bool
+) -> None:
+    goes_on = threading.Event()
+
+    def check() -> None:
+        goes_on.set()  # so that what is in flight can be settled
+        raise ClientGone
+
+    liar.before = lambda command: command == DISCONNECT or goes_on.wait(10)
+    liar.flags = liar.flags if can_zero else HAS_FLAGS | CAN_FLUSH
+    backend = _open(liar, Intent.EXTENTS, check)
+
+    with pytest.raises(ClientGone):
+        work(backend)
+    backend.close()
+    assert backend.settled
+    # What is in flight at most, of 16 chunks; and the good-bye.
+    assert 1 <= sum(command != DISCONNECT for _, command, *_ in liar.got) <= 4
+
+
+def test_a_quick_request_is_over_before_its_client_is_looked_at(liar: Liar) -> None:
+    def check() -> None:
+        raise AssertionError
+
+    backend = _open(liar, check=check)
+    assert len(list(backend.read(0, 10))) == 1
+    backend.close()
+
+
+def test_a_client_that_has_gone_ends_the_handshake(tmp_path: Path) -> None:
+    def check() -> None:
+        raise ClientGone
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "silent"))
+        listener.listen()
+        with pytest.raises(ClientGone):
+            _open(Liar(tmp_path / "silent"), check=check)
+
+
+def test_zeros_of_a_slow_server_go_in_ever_smaller_steps(
+    liar: Liar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imageserver.backends.nbd.zeroing._QUICK_SECONDS", -1.0)
+    monkeypatch.setattr("imageserver.backends.nbd.zeroing._LONG_SECONDS", -1.0)
+    liar.size = 512 << 20
+    backend = _open(liar, Intent.WRITE)
+
+    assert list(backend.zero(0, liar.size))[-1] == liar.size
+    backend.close()
+    steps = [length >> 20 for _, command, _, length in liar.got if command == ZERO]
+    assert steps[:9] == [64, 64, 64, 32, 16, 8, 4, 2, 1]
+    assert (set(steps[9:]), sum(steps)) == ({1}, 512)

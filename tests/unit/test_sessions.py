@@ -7,6 +7,7 @@ from imageserver import sessions
 from imageserver.errors import (
     BackendError,
     BackendTimeout,
+    ClientGone,
     FileAccessError,
     ImageBusy,
     NoSlot,
@@ -180,6 +181,24 @@ def test_whether_writes_have_settled_is_asked_after_the_back_end_was_closed() ->
     session.close()
 
     assert world.journal[-1] == "unlock"
+
+
+@pytest.mark.parametrize("leaves", ["client", "visit"])
+def test_a_back_end_is_told_when_nobody_waits_any_more(leaves: str) -> None:
+    world = World()
+    away = {"client": False, "visit": False}
+
+    class _Visit(Visit):
+        def is_wanted(self) -> bool:
+            return not away["visit"]
+
+    opened = world.sessions()
+    opened.open(TRANSFER, sessions.WRITE, CLIENT, _Visit(), lambda: away["client"])
+    world.checks[-1]()  # it is there
+    away[leaves] = True
+
+    with pytest.raises(ClientGone):
+        world.checks[-1]()
 
 
 # Several writers of one export (docs/api.md)

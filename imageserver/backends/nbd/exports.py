@@ -6,17 +6,17 @@ back: a server with room for one client only must not meet an idle connection of
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from imageserver import extents
 from imageserver.backends.nbd import status, transfer, zeroing
-from imageserver.backends.nbd.link import Link, Stopped, Tuning, connect
+from imageserver.backends.nbd.link import Link, Tuning, connect
 from imageserver.backends.nbd.opening import Openings
 from imageserver.backends.nbd.peers import has_orphans
 from imageserver.errors import BackendTimeout
 from imageserver.extents import Extent
-from imageserver.ports import ImageInfo, Intent, Source, always
+from imageserver.ports import Check, ImageInfo, Intent, Source, no_client
 from imageserver.transfers import NbdImage
 
 CONNECT_SECONDS = 10.0
@@ -33,9 +33,7 @@ class NbdExports:
         self._tuning = tuning
         self._openings = Openings()
 
-    def open(
-        self, image: NbdImage, intent: Intent, is_wanted: Callable[[], bool] = always
-    ) -> "NbdExport":
+    def open(self, image: NbdImage, intent: Intent, check: Check = no_client) -> "NbdExport":
         """Connect to an export: see ``ports.Backends``."""
         contexts = []
         if intent in {Intent.EXTENTS, Intent.DIRTY_EXTENTS}:
@@ -43,10 +41,10 @@ class NbdExports:
         if intent is Intent.DIRTY_EXTENTS and image.bitmap:
             contexts.append(extents.dirty_context(image.bitmap))
         seconds = INSPECT_SECONDS if intent is Intent.INSPECT else CONNECT_SECONDS
-        link = connect(image, contexts, seconds, self._tuning, is_wanted)
+        link = connect(image, contexts, seconds, self._tuning, check)
         return NbdExport(link, image, self._openings)
 
-    def settle(self, image: NbdImage, is_wanted: Callable[[], bool] = always) -> None:
+    def settle(self, image: NbdImage, check: Check = no_client) -> None:
         """Wait until the server has done with every connection whose client is dead.
 
         Raises:
@@ -54,8 +52,7 @@ class NbdExports:
         """
         deadline = time.monotonic() + self._tuning.timeout
         while has_orphans(image.socket):
-            if not is_wanted():
-                raise Stopped(image.socket)
+            check()
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{image.socket} still holds the connection of a dead client")
             time.sleep(_SETTLE_SECONDS)

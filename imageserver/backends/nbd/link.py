@@ -20,16 +20,10 @@ from typing import Any
 
 import nbd
 
-from imageserver.errors import (
-    NO_DESCRIPTOR,
-    BackendError,
-    BackendTimeout,
-    Exhausted,
-    ImageServerError,
-    NoSpace,
-)
+from imageserver.backends.nbd.failures import Stopped, TryAgain, TurnedAway, translated
+from imageserver.errors import BackendError, BackendTimeout, ImageServerError
 from imageserver.extents import Reply
-from imageserver.ports import ImageInfo, always
+from imageserver.ports import Check, ImageInfo, no_client
 from imageserver.transfers import NbdImage, path_bytes
 
 #: How long an orderly good-bye may take. A server that does not answer one is hanging.
@@ -40,7 +34,7 @@ _RETRY_SECONDS = 0.02
 _TURNED_AWAY_SECONDS = 0.25
 #: What libnbd says of a peer that closes or resets the connection.
 _HUNG_UP = {0, errno.ECONNRESET, errno.EPIPE}
-#: How soon ``stop`` is noticed while the server is silent.
+#: How soon ``stop``, or that the client has gone, is noticed while the server is silent.
 _STOP_SECONDS = 0.1
 
 #: NBD protocol, "Block size constraints": what a client may send to a server that says nothing.
@@ -56,38 +50,12 @@ class Tuning:
     timeout: float
 
 
-class NotSupported(BackendError):
-    """The server declines this request, as NBD_CMD_FLAG_FAST_ZERO lets it (NBD_ENOTSUP)."""
-
-
-class Stopped(BackendError):
-    """Nobody wants the answer any more: see ``Link.stopped``."""
-
-
-class TryAgain(BackendError):
-    """The server's backlog is full (EAGAIN); connect(2) on a Unix socket does not wait."""
-
-
-class TurnedAway(BackendError):
-    """The server hung up before it had greeted us: it may have no room for another client."""
-
-
-_ERRORS: dict[int, type[ImageServerError]] = {
-    errno.ENOSPC: NoSpace,
-    errno.EDQUOT: NoSpace,
-    errno.EOPNOTSUPP: NotSupported,
-    errno.ETIMEDOUT: BackendTimeout,
-    errno.EAGAIN: TryAgain,
-    **dict.fromkeys(NO_DESCRIPTOR, Exhausted),
-}
-
-
 def connect(
     image: NbdImage,
     contexts: Sequence[str],
     seconds: float,
     tuning: Tuning,
-    is_wanted: Callable[[], bool] = always,
+    check: Check = no_client,
 ) -> "Link":
     """Connect to an export and negotiate, within ``seconds``.
 
@@ -101,8 +69,8 @@ def connect(
     while True:
         server = _bound(image.socket)
         try:
-            handle = _handshake(image, name, contexts, deadline, is_wanted)
-            return Link(handle, name, server, tuning)
+            handle = _handshake(image, name, contexts, deadline, check)
+            return Link(handle, name, server, tuning, check)
         except TryAgain as exc:
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{name}: the backlog of its socket is full") from exc
@@ -110,6 +78,7 @@ def connect(
             if time.monotonic() > deadline - seconds + _TURNED_AWAY_SECONDS:
                 raise
         time.sleep(_RETRY_SECONDS)
+        check()
 
 
 def _bound(path: str) -> tuple[int, ...]:
@@ -126,7 +95,7 @@ def _handshake(
     name: str,
     contexts: Sequence[str],
     deadline: float,
-    is_wanted: Callable[[], bool],
+    check: Check,
 ) -> Any:
     handle = nbd.NBD()
     try:
@@ -142,9 +111,8 @@ def _handshake(
             left = deadline - time.monotonic()
             if left <= 0:
                 raise BackendTimeout(f"{name}: the handshake took too long")
-            if not is_wanted():
-                raise Stopped(name)
-            handle.poll(_milliseconds(min(left, _STOP_SECONDS)))
+            if handle.poll(_milliseconds(min(left, _STOP_SECONDS))) == 0:
+                check()  # while the server is silent
         if not handle.aio_is_ready():
             raise BackendError(f"{name}: closed the connection during the handshake")
     except nbd.Error as exc:
@@ -164,7 +132,7 @@ def _refused(exc: Any, handle: Any, name: str) -> ImageServerError:
         return TryAgain(f"{name}: {exc}")
     if exc.errnum in _HUNG_UP:
         return TurnedAway(f"{name}: {exc}")
-    return _translated(exc, name)
+    return translated(exc, name)
 
 
 def _size(handle: Any, name: str) -> int:
@@ -185,20 +153,20 @@ def _milliseconds(seconds: float) -> int:
     return max(1, int(seconds * 1000))
 
 
-def _translated(exc: Any, name: str) -> ImageServerError:
-    cls = _ERRORS.get(exc.errnum, BackendError)
-    return cls(f"{name}: {exc}")
-
-
 class Link:
     """A connected export."""
 
-    def __init__(self, handle: Any, name: str, server: tuple[int, ...], tuning: Tuning) -> None:
+    def __init__(
+        self, handle: Any, name: str, server: tuple[int, ...], tuning: Tuning, check: Check
+    ) -> None:
         self._handle = handle
         self.name = name
         #: Which server it is: the same socket, as it was bound.
         self.server = server
         self._stopped = False
+        self._check = check
+        #: A request that is quick is answered before its client is looked at.
+        self._check_at = time.monotonic() + _STOP_SECONDS
         self.timeout = tuning.timeout
         self.depth = tuning.queue_depth
         self.size = _size(handle, name)
@@ -271,7 +239,7 @@ class Link:
         try:
             return command(*args, **kwargs)
         except nbd.Error as exc:
-            raise _translated(exc, self.name) from exc.with_traceback(None)
+            raise translated(exc, self.name) from exc.with_traceback(None)
 
     # Waiting
 
@@ -281,17 +249,23 @@ class Link:
         Raises:
             BackendTimeout: the server completed nothing for the timeout.
             BackendError, NoSpace: it failed the request, or the connection broke.
+            ClientGone: nobody waits for the answer any more.
         """
-        deadline = time.monotonic() + self.timeout
+        now = time.monotonic()
+        deadline = now + self.timeout
         while not self.is_complete(cookie):
+            if now >= self._check_at:
+                self._check_at = now + _STOP_SECONDS
+                self._check()
             self._poll(deadline)
+            now = time.monotonic()
 
     def is_complete(self, cookie: int) -> bool:
         """Tell whether a request is complete; raises what it failed with."""
         try:
             return bool(self._handle.aio_command_completed(cookie))
         except nbd.Error as exc:
-            raise _translated(exc, self.name) from exc.with_traceback(None)
+            raise translated(exc, self.name) from exc.with_traceback(None)
 
     def settle(self) -> None:
         """Wait for every write in flight, so that none lands after the image is given back."""
@@ -328,7 +302,7 @@ class Link:
         try:
             self._handle.poll(_milliseconds(min(left, _STOP_SECONDS)))
         except nbd.Error as exc:
-            raise _translated(exc, self.name) from exc.with_traceback(None)
+            raise translated(exc, self.name) from exc.with_traceback(None)
 
     def close(self) -> None:
         """Say good-bye and wait, within bounds, until the server has let go of the connection.

@@ -7,8 +7,9 @@ block is freed (mallopt(3), M_MMAP_THRESHOLD). So one request that is larger tha
 lets those come from the heap: of a GET of 1 MiB, qemu-nbd needs 0.4 ms of CPU then, not 0.9.
 """
 
-from imageserver.backends.nbd.link import Link, Stopped
-from imageserver.errors import BackendTimeout, ImageServerError
+from imageserver.backends.nbd.failures import Stopped
+from imageserver.backends.nbd.link import Link
+from imageserver.errors import BackendTimeout, ClientGone, ImageServerError
 
 #: How much larger than the others, in requests: what slow storage hardly notices.
 _CHUNKS = 2
@@ -31,7 +32,7 @@ class Openings:
 
         Raises:
             BackendTimeout: the server completed nothing for the timeout.
-            Stopped: nobody waits for the answer any more.
+            ClientGone, Stopped: nobody waits for the answer any more.
         """
         size = min(_CHUNKS * link.chunk, link.maximum, link.size) // link.align * link.align
         if length <= _SMALL or size <= link.chunk or link.server in self._seen:
@@ -42,7 +43,7 @@ class Openings:
         first = min(start, link.size - size) // link.align * link.align
         try:
             link.wait(link.pread(memoryview(bytearray(size)), first))
-        except (BackendTimeout, Stopped):
+        except (BackendTimeout, ClientGone, Stopped):
             raise
         except ImageServerError:
             pass

@@ -4,14 +4,15 @@
 A server that can punch holes zeroes 2 GiB in no time; one that has to write the zeros itself
 takes seconds for them, and must not run into the back-end timeout. NBD_CMD_FLAG_FAST_ZERO
 asks which it is: such a request is quick, or refused at once. Where that is not offered,
-steps start small and grow while they are quick.
+steps start small, grow while they are quick and shrink while they are not.
 """
 
 import time
 from collections import deque
 from collections.abc import Iterator
 
-from imageserver.backends.nbd.link import Link, NotSupported
+from imageserver.backends.nbd.failures import NotSupported
+from imageserver.backends.nbd.link import Link
 from imageserver.backends.nbd.transfer import write
 from imageserver.ports import HasFileno
 
@@ -20,6 +21,9 @@ _MAX_STEP = 1 << 31
 #: A server that writes 64 MiB of zeros a second is done with this step in a second.
 _SLOW_STEP = 64 << 20
 _QUICK_SECONDS = 0.25
+#: One that is slower gets smaller steps: those in flight are waited for when the client has gone.
+_LONG_SECONDS = 1.0
+_LEAST_STEP = 1 << 20
 
 
 def zero(link: Link, start: int, length: int) -> Iterator[int]:
@@ -64,8 +68,11 @@ def _steps(link: Link, start: int, stop: int, step: int, *, fast: bool) -> Itera
             cookie, end, began = pending.popleft()
             link.wait(cookie)
             yield end
-            if time.monotonic() - began < _QUICK_SECONDS:
+            took = time.monotonic() - began
+            if took < _QUICK_SECONDS:
                 step = min(step * 2, _MAX_STEP)
+            elif took > _LONG_SECONDS:
+                step = max(step // 2, _LEAST_STEP)
         link.settled = True
     finally:
         link.settle()

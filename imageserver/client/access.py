@@ -27,9 +27,20 @@ class Access:
     timeout_seconds: float = 60.0
 
     @property
+    def host(self) -> str:
+        """The host's name or address; an IPv6 zone as the system calls it (RFC 6874)."""
+        address, percent, zone = str(urlsplit(self.url).hostname).partition("%")
+        return address + percent + zone.removeprefix("25")
+
+    @property
+    def host_field(self) -> str:
+        """What stands in ``Host``: a zone means something on this machine only."""
+        return re.sub(r"%[^\]]*(?=\])", "", urlsplit(self.url).netloc)
+
+    @property
     def is_local(self) -> bool:
         """Whether the server runs on this machine, as far as the URL tells."""
-        return bool(self.unix_socket) or _is_loopback(str(urlsplit(self.url).hostname))
+        return bool(self.unix_socket) or _is_loopback(self.host)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked; forget a password, which is sent and shown nowhere.

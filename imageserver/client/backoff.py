@@ -2,8 +2,10 @@
 """How long to wait before asking again: doubling from a tenth of a second, jittered, bounded.
 
 Patience counts from the last progress of any connection, or from a connection's own first
-failure since, whichever is later: a busy server that still moves bytes is not given up. The
-jitter spreads many clients of one server out. Who waits is told why, once until something moves.
+failure since, whichever is later: a busy server that still moves bytes is not given up. A byte
+now and then is no progress: ``pace.LEAST_RATE`` must have come on average since the last one.
+The jitter spreads many clients of one server out. Who waits is told why, once until something
+moves.
 """
 
 import logging
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from imageserver.client.errors import Transient
+from imageserver.client.pace import LEAST_RATE
 
 _FIRST_SECONDS = 0.1
 #: Longest wait between two tries, in seconds: a server that came back is noticed soon.
@@ -55,12 +58,22 @@ class Patience:
     ) -> None:
         self._seconds, self._clock, self._chance = seconds, clock, chance
         self._moved = clock()
+        self._bytes = 0
         self._told = False
+        #: How often there was progress.
+        self.steps = 0
 
     def progress(self) -> None:
-        """Note that something moved."""
-        self._moved = self._clock()
+        """Note that something is done."""
+        self._moved, self._bytes = self._clock(), 0
         self._told = False
+        self.steps += 1
+
+    def moved(self, count: int) -> None:
+        """Note that bytes moved: progress, if there have been enough since the last."""
+        self._bytes += count
+        if self._bytes >= LEAST_RATE * (self._clock() - self._moved):
+            self.progress()
 
     def after(self, failures: Failures, error: Transient) -> float:
         """Count a failure; return how long to wait, in seconds.

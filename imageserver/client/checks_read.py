@@ -295,6 +295,8 @@ def _flush(subject: Subject) -> str:
         reply = subject.ask(Request("PATCH", headers=headers, body=b'{"op":"flush"}'))
     if reply.status != _OK:
         raise Wrong(f"status {reply.status}: {reply.error}")
+    if reply.body and not reply.says_done:
+        raise Wrong(f"status {reply.status}, without saying that it is done")
     return "done"
 
 

@@ -2,13 +2,15 @@
 """What urllib3's pools are made of here.
 
 Connections over TCP, TLS or a Unix socket whose sockets others can shut down, and answers that
-can be read into a buffer that is used again.
+can be read into a buffer that is used again, and that come at a least rate.
 """
 
 import contextlib
 import http.client
 import socket
+import ssl
 import weakref
+from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
@@ -17,13 +19,24 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from imageserver.client.access import Access, BadUrl, tls_context
+from imageserver.client.pace import Pace, paced
+
+
+class NoTls(exceptions.HTTPError):
+    """There is a connection, but no handshake; the cause tells why."""
 
 
 class Sockets:
-    """The sockets of a pool's connections: a thread that waits for one is woken by its end."""
+    """The sockets of a pool's connections: a thread that waits for one is woken by its end.
+
+    Also which answer of ours is inside of which one of urllib3's.
+    """
 
     def __init__(self) -> None:
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._replies: weakref.WeakKeyDictionary[urllib3.BaseHTTPResponse, Reply] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def cut(self) -> None:
         """End all connections, whoever is using them."""
@@ -36,6 +49,14 @@ class Sockets:
         if sock is not None:
             self._sockets.add(sock)
 
+    def answered(self, response: urllib3.BaseHTTPResponse, reply: "Reply") -> None:
+        """Note a new answer."""
+        self._replies[response] = reply
+
+    def reply(self, response: urllib3.BaseHTTPResponse) -> "Reply":
+        """Return our part of an answer."""
+        return self._replies[response]
+
 
 class Reply(http.client.HTTPResponse):
     """An answer whose body can be read into a buffer as it comes.
@@ -43,6 +64,11 @@ class Reply(http.client.HTTPResponse):
     http.client has ``read1`` for that, which makes an object of its own for each read, and
     ``readinto``, of which nobody knows how far it came when it fails.
     """
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:  # noqa: ANN401
+        super().__init__(sock, *arguments, **named)
+        self.pace = Pace(sock.gettimeout())
+        self.fp = paced(self.fp, self.pace)
 
     def read_into(self, view: memoryview) -> int:
         """Fill some of ``view`` by at most one read; return how much, 0 at the body's end."""
@@ -56,21 +82,45 @@ class Reply(http.client.HTTPResponse):
         return count
 
 
-class _Connection(HTTPConnection):
-    """A plain connection that says which socket it has."""
+class _Noted(HTTPConnection):
+    """A connection that says which socket it has, and which answers it got."""
 
-    response_class = Reply
     sockets: Sockets
+
+    def connect(self) -> None:
+        """Connect."""
+        super().connect()
+        self.sockets.made(self.sock)
+
+    def response_class(  # type: ignore[override]
+        self,
+        *arguments: Any,  # noqa: ANN401
+        **named: Any,  # noqa: ANN401
+    ) -> Reply:
+        """Make an answer, and remember it: http.client calls this like a class."""
+        self._reply = Reply(*arguments, **named)
+        return self._reply
+
+    def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
+        """Return the answer to the last request."""
+        response = super().getresponse()
+        self.sockets.answered(response, self._reply)
+        return response
+
+
+class _PlainConnection(_Noted):
+    """A connection over TCP, or to a Unix socket."""
+
     #: The Unix socket to connect to, if any.
     path: str | None = None
 
     def connect(self) -> None:
-        """Connect over TCP, or to the Unix socket."""
+        """Connect."""
         if self.path is None:
             super().connect()
         else:
             self.sock = self._connected(self.path)
-        self.sockets.made(self.sock)
+            self.sockets.made(self.sock)
 
     def _connected(self, path: str) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
@@ -83,16 +133,25 @@ class _Connection(HTTPConnection):
         return sock
 
 
-class _TlsConnection(HTTPSConnection):
-    """The same with TLS."""
-
-    response_class = Reply
-    sockets: Sockets
+class _TlsConnection(_Noted, HTTPSConnection):
+    """A connection with TLS."""
 
     def connect(self) -> None:
-        """Connect and shake hands."""
-        super().connect()
-        self.sockets.made(self.sock)
+        """Connect and shake hands.
+
+        Raises:
+            NoTls: that failed once the other side was there.
+        """
+        try:
+            super().connect()
+        except (exceptions.SSLError, OSError) as exc:  # of which ssl.SSLError is one
+            raise NoTls("no handshake") from exc
+
+
+def is_protocol_error(exc: BaseException | None) -> bool:
+    """Tell whether a handshake failed for what the other side is or wants, not for its absence."""
+    gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
+    return isinstance(exc, ssl.SSLError) and not isinstance(exc, gone)
 
 
 def make_pool(access: Access, connections: int, sockets: Sockets) -> HTTPConnectionPool:
@@ -100,7 +159,7 @@ def make_pool(access: Access, connections: int, sockets: Sockets) -> HTTPConnect
     parts = urlsplit(access.url)
     seconds = access.timeout_seconds
     timeout = urllib3.Timeout(connect=seconds, read=seconds)
-    host, port = str(parts.hostname), parts.port
+    host, port = f"[{access.host}]" if ":" in access.host else access.host, parts.port
     members: dict[str, object] = {"sockets": sockets}
     if parts.scheme == "https":
         if access.unix_socket:
@@ -113,5 +172,5 @@ def make_pool(access: Access, connections: int, sockets: Sockets) -> HTTPConnect
     if path := access.unix_socket:
         members["path"] = "\0" + path[1:] if path.startswith("@") else path
     pool = HTTPConnectionPool(host, port, timeout=timeout, maxsize=connections)
-    pool.ConnectionCls = type("Plain", (_Connection,), members)
+    pool.ConnectionCls = type("Plain", (_PlainConnection,), members)
     return pool

@@ -111,14 +111,14 @@ class Movers:
 
     def _try(self, number: int, piece: Piece, failures: Failures) -> Failures:
         """Move a piece; on failure give it back and wait. Return the failures in a row."""
-        before = piece.position
+        before, steps = piece.position, self._patience.steps
         try:
             self._move(piece, functools.partial(self._advance, number))
         except Transient as exc:
             if self._stop.is_set():
                 raise Stopped from exc
             self._give(number, piece, finished=False)
-            if piece.position > before:
+            if piece.position > before and self._patience.steps > steps:
                 failures = Failures()
             self._stop.wait(self._patience.after(failures, exc))
             return failures
@@ -129,7 +129,7 @@ class Movers:
     def _advance(self, number: int, count: int) -> None:
         self._moved[number] = self._moved.get(number, 0) + count
         if self._is_proof:
-            self._patience.progress()
+            self._patience.moved(count)
         if self._stop.is_set():
             raise Stopped
 

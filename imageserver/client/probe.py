@@ -16,7 +16,9 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from imageserver.client.access import Access, tls_context
+from imageserver.client.connections import Reply as Paced
 from imageserver.client.errors import Broken, Unreachable
+from imageserver.client.pace import Pace
 
 #: Longer bodies are not read: a whole image in place of one byte is seen by its head.
 _MAX_BODY = 8 << 20
@@ -50,9 +52,17 @@ class Reply:
         """The message of an error in JSON."""
         try:
             message = json.loads(self.body or b"")["error"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
         return message if isinstance(message, str) else None
+
+    @property
+    def says_done(self) -> bool:
+        """Whether the body is JSON that says so."""
+        try:
+            return json.loads(self.body or b"")["ok"] is True
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
 
 
 class Line:
@@ -62,14 +72,15 @@ class Line:
         self._access = access
         parts = urlsplit(access.url)
         self.target = parts.path.rstrip("/")
-        host, seconds = parts.netloc, access.timeout_seconds
+        host, seconds = access.host_field, access.timeout_seconds
         self._connection = http.client.HTTPConnection(host, timeout=seconds)
         self._connection.auto_open = 0
+        self._connection.response_class = Paced
 
     def __enter__(self) -> Self:
         parts = urlsplit(self._access.url)
         try:
-            self._connection.sock = self._connect(str(parts.hostname), parts.port, parts.scheme)
+            self._connection.sock = self._connect(self._access.host, parts.port, parts.scheme)
         except OSError as exc:
             raise Unreachable(f"cannot connect to {parts.netloc}: {exc.strerror or exc}") from exc
         return self
@@ -86,7 +97,9 @@ class Line:
             return sock
         sock = socket.create_connection((host, port or (443 if scheme == "https" else 80)), seconds)
         if scheme == "https":
-            return tls_context(self._access).wrap_socket(sock, server_hostname=host)
+            return tls_context(self._access).wrap_socket(
+                sock, server_hostname=host.partition("%")[0]
+            )
         return sock
 
     def ask(self, request: Request) -> Reply:
@@ -108,7 +121,11 @@ class Line:
             if length is not None and length > _MAX_BODY:
                 self._connection.close()
                 return Reply(response.status, response.headers, None)
-            return Reply(response.status, response.headers, response.read())
+            body = response.read(_MAX_BODY + 1)
+            if len(body) > _MAX_BODY:
+                self._connection.close()
+                return Reply(response.status, response.headers, None)
+            return Reply(response.status, response.headers, body)
 
     def ask_expecting(self, method: str, headers: Mapping[str, str], body: bytes) -> Reply:
         """Make a request whose body is sent once the server has asked for it."""
@@ -132,11 +149,12 @@ class Line:
         sock = self._connection.sock
         if not select.select([sock], [], [], _CONTINUE_SECONDS)[0]:
             return 0
-        head = b""
+        head, pace = b"", Pace(self._access.timeout_seconds)
         while not head.endswith(b"\r\n\r\n"):
             byte = sock.recv(1)  # no more: what follows is for http.client
             if not byte:
                 raise http.client.RemoteDisconnected("no answer")
+            pace.came(byte)
             head += byte
         return int(head.split(maxsplit=2)[1])
 

@@ -25,6 +25,9 @@ _EXTENTS_PIECE = 256 * 1024
 #: Bytes of one read from a socket and one write to a file.
 READ_BYTES = 1024 * 1024
 _MAX_JSON = 64 * 1024
+_NO_CONTENT = 204
+#: How oVirt's daemon calls itself in ``Server``.
+_SAYS_NOTHING = "imageio/"
 #: Connections that are used unless something else is asked for.
 _CONNECTIONS = 4
 #: No more digits than a size can have: longer ones are no numbers of bytes.
@@ -95,7 +98,10 @@ class Remote:
         allow = response.headers.get("Allow") or response.headers.get(
             "Access-Control-Allow-Methods", ""
         )
-        return parse_abilities(self._body(response), allow)
+        body = self._body(response)
+        if not body and response.status != _NO_CONTENT:
+            raise Failed("OPTIONS was answered with nothing: this is no image server")
+        return parse_abilities(body, allow)
 
     def size(self) -> int:
         """Ask for the image's size in bytes (HEAD, or a range where there is no HEAD)."""
@@ -125,6 +131,7 @@ class Remote:
             Failed: it does not cover the image without gaps, or leaves open what is asked.
         """
         response = self._transport.request("GET", self._at("/extents", f"context={context}"))
+        self._transport.allow_blanks(response)
         finished = False
         try:
             yield from parse_extents(self._pieces(response), context)
@@ -195,7 +202,7 @@ class Remote:
     def _put(
         self, length: int, pieces: Iterable[object], flush: str, place: dict[str, str]
     ) -> dict[str, Any]:
-        """Send a body, return what the answer says of it, if that is JSON.
+        """Send a body, return what the answer says of it.
 
         Raises:
             Broken: the answer came before all was sent (urllib3 takes it for an answer then, too).
@@ -208,7 +215,7 @@ class Remote:
         if not body.is_sent:
             response.close()
             raise Broken(f"{self._transport.name} answered PUT before it had taken all bytes")
-        fields = _said(self._body(response))
+        fields = self._done("PUT", response)
         taken = fields.get("bytes_written", length)
         if type(taken) is not int or taken != length:
             raise Failed(f"{self._transport.name} was sent {length} bytes and took {taken!s:.20}")
@@ -224,7 +231,7 @@ class Remote:
 
     def flush_file(self) -> None:
         """The same of an image without PATCH (POST flush, our server's own)."""
-        self._body(self._transport.request("POST", self._at("/flush"), body=b"{}"))
+        self._done("POST", self._transport.request("POST", self._at("/flush"), body=b"{}"))
 
     def _at(self, route: str = "", parameter: str = "") -> str:
         query = "&".join(filter(None, (parameter, self._query)))
@@ -233,7 +240,25 @@ class Remote:
     def _patch(self, fields: dict[str, object]) -> None:
         body = json.dumps(fields).encode()
         headers = {"Content-Type": "application/json"}
-        self._body(self._transport.request("PATCH", self._target, headers=headers, body=body))
+        response = self._transport.request("PATCH", self._target, headers=headers, body=body)
+        self._done("PATCH", response)
+
+    def _done(self, method: str, response: Response) -> dict[str, Any]:
+        """Return what an answer says, which must be that it is done.
+
+        oVirt's daemon says so with nothing at all.
+        """
+        body = self._body(response)
+        if not body and response.headers.get("Server", "").startswith(_SAYS_NOTHING):
+            return {}
+        fields = _said(body)
+        if fields.get("ok") is not True:
+            why = f": {fields['error']!s:.300}" if "error" in fields else ""
+            raise Failed(
+                f"{self._transport.name} answered {method} with {response.status}, "
+                f"but does not say that it is done{why}"
+            )
+        return fields
 
     def _body(self, response: Response) -> bytes:
         with self._transport.translated():

@@ -6,6 +6,7 @@ in ``translated``, and its answers leave only with a status that was asked for.
 """
 
 import contextlib
+import http.client
 import json
 import re
 import ssl
@@ -16,7 +17,7 @@ import urllib3
 from urllib3 import exceptions
 
 from imageserver.client.access import Access, tls_reason
-from imageserver.client.connections import Reply, Sockets, make_pool
+from imageserver.client.connections import NoTls, Sockets, is_protocol_error, make_pool
 from imageserver.client.errors import (
     Broken,
     Busy,
@@ -34,6 +35,8 @@ _MAX_SHOWN = 300
 #: Longest rest of a body that is read only to use the connection again.
 _MAX_REST = 64 * 1024
 _BELOW_ERRORS = 300
+#: What came is no answer at all.
+_NO_HTTP = (http.client.UnknownProtocol, http.client.LineTooLong, http.client.BadStatusLine)
 _SECONDS = re.compile(r"[0-9]{1,6}")
 
 Response = urllib3.BaseHTTPResponse
@@ -47,6 +50,7 @@ class Transport:
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         #: How the server is called in messages.
         self.name = access.unix_socket or parts.netloc
+        self._host_field = access.host_field
         self._sockets = Sockets()
         self._pool = make_pool(access, connections, self._sockets)
 
@@ -70,8 +74,7 @@ class Transport:
                 method,
                 target,
                 body=body,  # type: ignore[arg-type] # pieces for `send`, which takes any buffer
-                headers={"User-Agent": "imagectl", "Accept-Encoding": "identity"}
-                | dict(headers or {}),
+                headers=self._headers() | dict(headers or {}),
                 retries=False,
                 redirect=False,
                 assert_same_host=False,
@@ -81,6 +84,13 @@ class Transport:
                 return response
             raise self._refusal(method, response)
 
+    def _headers(self) -> dict[str, str]:
+        return {
+            "Host": self._host_field,
+            "User-Agent": "imagectl",
+            "Accept-Encoding": "identity",
+        }
+
     def read_into(self, response: Response, view: memoryview) -> int:
         """Fill some of ``view`` with what has come of a body that is longer.
 
@@ -88,11 +98,14 @@ class Transport:
             Broken: it has ended.
         """
         with self.translated():
-            reply: Reply = response._fp  # type: ignore[attr-defined] # noqa: SLF001
-            count = reply.read_into(view)
+            count = self._sockets.reply(response).read_into(view)
         if not count:
             raise Broken(f"the answer of {self.name} was cut")
         return count
+
+    def allow_blanks(self, response: Response) -> None:
+        """Have blanks in an answer say that the server is at work, little as they are."""
+        self._sockets.reply(response).pace.has_blanks = True
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
@@ -101,16 +114,27 @@ class Transport:
             yield
         except (exceptions.NewConnectionError, exceptions.ConnectTimeoutError) as exc:
             raise Unreachable(f"cannot connect to {self.name}: {_reason(exc)}") from exc
+        except NoTls as exc:
+            raise self._without_tls(exc) from exc
         except (exceptions.SSLError, ssl.SSLError) as exc:
-            if "CERTIFICATE" in str(exc).upper() or "WRONG_VERSION" in str(exc).upper():
+            if "ALERT" in str(exc).upper():  # with TLS 1.3, it may come after the handshake
                 raise Failed(f"no TLS with {self.name}: {_reason(exc)}") from exc
             raise Broken(f"the TLS connection to {self.name} broke: {_reason(exc)}") from exc
         except (exceptions.ReadTimeoutError, TimeoutError) as exc:
-            if "handshake" in str(exc.__cause__):
-                raise Broken(f"{self.name} does not answer in TLS") from exc
             raise Broken(f"{self.name} was silent for too long") from exc
         except (exceptions.HTTPError, OSError) as exc:
+            if _is_no_http(_innermost(exc)):
+                raise Failed(f"{self.name} does not speak HTTP: {_reason(exc)}") from exc
             raise Broken(f"the connection to {self.name} broke: {_reason(exc)}") from exc
+
+    def _without_tls(self, exc: NoTls) -> Exception:
+        """Return what a failed handshake is: asked again, one that was cut may be none."""
+        inner = _innermost(exc)
+        if isinstance(inner, TimeoutError):
+            return Broken(f"{self.name} does not answer in TLS")
+        if is_protocol_error(inner):
+            return Failed(f"no TLS with {self.name}: {_reason(exc)}")
+        return Unreachable(f"no TLS with {self.name}: {_reason(exc)}")
 
     def _refusal(self, method: str, response: Response) -> Exception:
         if response.status < _BELOW_ERRORS:  # its body may be the image: none of it is told
@@ -168,13 +192,23 @@ def _message(response: Response) -> str:
     return first[:_MAX_SHOWN] or response.reason or "no reason"
 
 
-def _reason(exc: BaseException) -> str:
-    """Return the innermost error's words, without urllib3's wrappings."""
+def _is_no_http(exc: BaseException) -> bool:
+    return isinstance(exc, _NO_HTTP) and not isinstance(exc, http.client.RemoteDisconnected)
+
+
+def _innermost(exc: BaseException) -> BaseException:
+    """Return an error without urllib3's wrappings."""
     while True:
         inner = next((a for a in exc.args if isinstance(a, BaseException)), None) or exc.__cause__
         if inner is None:
-            break
+            return exc
         exc = inner
+
+
+def _reason(exc: BaseException) -> str:
+    """Return the innermost error's words."""
+    exc = _innermost(exc)
     if isinstance(exc, OSError) and exc.strerror:
         return tls_reason(exc)
-    return str(exc).rpartition("Failed to establish a new connection: ")[2] or type(exc).__name__
+    words = str(exc).rpartition("Failed to establish a new connection: ")[2]
+    return words[:_MAX_SHOWN] or type(exc).__name__

@@ -76,7 +76,7 @@ def compare(
                     raise Different(f"both sides differ between {position} and {stop}")
                 told(sum(last - first for first, last in piece.wanted(position, stop)))
                 piece.position = stop
-                patience.progress()
+                patience.moved(stop - position)
 
         patiently(some, patience)
 

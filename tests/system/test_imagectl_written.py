@@ -120,11 +120,10 @@ def test_a_server_that_took_less_has_failed(taker: Taker, image: Path, taken: ob
 @pytest.mark.parametrize(
     ("answer", "options", "flushed"),
     [
-        ({"flushed": False}, (), False),
-        ({"flushed": True}, ("--no-flush",), True),
-        ({"flushed": "yes"}, (), True),
-        ({}, ("--no-flush",), False),
-        ([], (), True),
+        ({"ok": True, "flushed": False}, (), False),
+        ({"ok": True, "flushed": True}, ("--no-flush",), True),
+        ({"ok": True, "flushed": "yes"}, (), True),
+        ({"ok": True}, ("--no-flush",), False),
     ],
     ids=str,
 )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The least rate at which an answer must come: one byte now and then is no progress.
+
+A socket's timeout bounds silence alone. Here what came is looked at over times as long as that:
+where it was less than ``LEAST_RATE`` on average, the answer counts as broken.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+#: Bytes per second, heads included: nobody waits for what comes more slowly.
+LEAST_RATE = 1024
+#: What a server says that is at work: blanks, maybe each in a chunk with its length in hex.
+_AT_WORK = b" \t\r\n0123456789abcdefABCDEF"
+#: How long in all it may say that, in seconds.
+_LONGEST_WORK = 3600.0
+
+
+class Slow(OSError):
+    """An answer comes too slowly."""
+
+
+class Pace:
+    """How fast an answer comes, counted from its first byte."""
+
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        """``seconds``: how long it may be slow; None: for ever."""
+        self._seconds = math.inf if seconds is None else seconds
+        self._clock = clock
+        self._began: float | None = None
+        self._since, self._count = 0.0, 0
+        #: Whether blanks say that the server is at work.
+        self.has_blanks = False
+
+    def came(self, data: "bytes | memoryview") -> None:
+        """Count what came.
+
+        Raises:
+            Slow: they and those before were too few.
+        """
+        now = self._clock()
+        if self._began is None:
+            self._began = self._since = now
+        if self._is_at_work(data, now - self._began):
+            self._since, self._count = now, 0
+            return
+        self._count += len(data)
+        passed = now - self._since
+        if passed < self._seconds:
+            return
+        if self._count < LEAST_RATE * passed:
+            raise Slow(f"less than {LEAST_RATE} bytes per second came for {passed:.0f} s")
+        self._since, self._count = now, 0
+
+    def _is_at_work(self, data: bytes | memoryview, since_first: float) -> bool:
+        return (
+            self.has_blanks and since_first < _LONGEST_WORK and not bytes(data[:64]).strip(_AT_WORK)
+        )
+
+
+class _Paced(io.RawIOBase):
+    """A socket's stream whose reads are counted."""
+
+    def __init__(self, raw: Any, pace: Pace) -> None:  # noqa: ANN401 - a SocketIO
+        self._raw, self._pace = raw, pace
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - any buffer
+        count: int | None = self._raw.readinto(buffer)
+        if count:
+            self._pace.came(memoryview(buffer)[:count])
+        return count
+
+    def fileno(self) -> int:
+        number: int = self._raw.fileno()
+        return number
+
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
+def paced(stream: IO[bytes], pace: Pace) -> io.BufferedReader:
+    """Return a reader of the same stream, from which nothing was read yet."""
+    assert isinstance(stream, io.BufferedReader)  # noqa: S101 - what socket.makefile returns
+    return io.BufferedReader(_Paced(stream.detach(), pace))

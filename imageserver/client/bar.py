@@ -4,7 +4,7 @@
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,6 +22,8 @@ from imageserver.client.units import plain_text, rate_text
 
 #: Columns of a terminal on which amounts leave room for a bar, and do not wrap.
 _WIDE = 72
+#: Columns of what a terminal writes for Ctrl-C.
+_ECHOED = 2
 
 
 class _RateColumn(ProgressColumn):
@@ -32,13 +34,34 @@ class _RateColumn(ProgressColumn):
         return Text(rate_text(speed) if speed else "", style="progress.data.speed")
 
 
+class _Progress(Progress):
+    """A progress that leaves room at the right for the ^C of a terminal.
+
+    Without, that would wrap, and the last bar be drawn a line below the one before.
+    """
+
+    def get_renderable(self) -> RenderableType:
+        return _Narrowed(super().get_renderable())
+
+
+class _Narrowed:
+    """What is drawn in some columns less, and not filled up to the last."""
+
+    def __init__(self, inner: RenderableType) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(1, options.max_width - _ECHOED)
+        yield from console.render(self._inner, options.update(width=width))
+
+
 class Bar:
     """A bar with rate and remaining time."""
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
         amounts = [DownloadColumn(binary_units=True), _RateColumn()]
-        self._progress = Progress(
+        self._progress = _Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),

@@ -11,9 +11,9 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from urllib.parse import urlsplit
 
@@ -37,7 +37,8 @@ _SILENCE = 5.0
 _WIDE = 110
 #: Most of an id that is shown: over TCP ids have as much.
 _ID_WIDTH = 12
-_BAR, _WIDE_BAR = 12, 24
+#: Columns of a bar: as many as are left, but not fewer than tell something.
+_BAR, _WIDE_BAR, _LEAST_BAR = 12, 24, 4
 _MAX_STATUS = 64 << 20
 
 
@@ -95,7 +96,7 @@ class _Admin:
             response.release_conn()
         try:
             answer = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         return parse_status(answer, time.monotonic())
 
@@ -223,32 +224,84 @@ class _Shown:
         return Group(*lines)
 
     def _table(self, status: Status) -> Table:
+        """Return what fits: of a narrow terminal the bar gets what is left, if that is some."""
         wide = self.console.width >= _WIDE
+        rows = [_texts(transfer, wide=wide) for transfer in status.transfers]
+        columns = _fitting(_WIDE_COLUMNS if wide else _COLUMNS, rows, self.console.width)
+        left = self.console.width - sum(width + 1 for _, width in columns)
+        bar_width = min(_WIDE_BAR if wide else _BAR, left)
         table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-        table.add_column("id", no_wrap=True, max_width=None if wide else _ID_WIDTH)
-        for name in ("operation", "client"):
-            table.add_column(name, no_wrap=True)
-        table.add_column("worker", justify="right", no_wrap=True)
-        table.add_column("done", no_wrap=True, min_width=_WIDE_BAR if wide else _BAR)
-        columns = [("", 5), ("rate", 10), ("age", 8)] + [("moved", 20), ("left", 8)] * wide
-        for name, width in columns:  # wide enough that nothing moves from look to look
-            table.add_column(name, justify="right", no_wrap=True, min_width=width)
-        for transfer in status.transfers:
-            table.add_row(*self._row(transfer, wide=wide))
+        for column, width in columns:
+            has_bar = column.name == "done" and bar_width >= _LEAST_BAR
+            if has_bar:
+                table.add_column("done", no_wrap=True, min_width=bar_width)
+            table.add_column(
+                "" if has_bar else column.name,
+                justify="left" if column.name in _LEFT else "right",
+                no_wrap=True,
+                min_width=width,
+            )
+        for transfer, texts in zip(status.transfers, rows, strict=True):
+            cells = []
+            for column, _width in columns:
+                if column.name == "done" and bar_width >= _LEAST_BAR:
+                    cells.append(Text(bar(transfer.share, bar_width, plain=self._plain), "blue"))
+                cells.append(Text(texts[column.name], column.style))
+            table.add_row(*cells)
         return table
 
-    def _row(self, transfer: Running, *, wide: bool) -> Iterator[Text]:
-        share = transfer.share
-        yield Text(transfer.id)
-        yield Text(transfer.operation, "cyan")
-        yield Text(transfer.client)
-        yield Text(str(transfer.worker), "bright_black")
-        yield Text(bar(share, _WIDE_BAR if wide else _BAR, plain=self._plain), "blue")
-        yield Text("" if share is None else f"{int(share * 100)} %")
-        yield Text(rate_text(transfer.rate))
-        yield Text(time_text(transfer.age))
-        if wide:
-            left = transfer.seconds_left
-            whole = f" of {size_text(transfer.expected)}" if transfer.expected else ""
-            yield Text(size_text(transfer.done) + whole)
-            yield Text("" if left is None else time_text(left))
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column; ``least``: so wide that nothing moves from look to look."""
+
+    name: str
+    least: int = 0
+    style: str = ""
+
+
+_COLUMNS = (
+    _Column("id"),
+    _Column("operation", style="cyan"),
+    _Column("client"),
+    _Column("worker", style="bright_black"),
+    _Column("done", 5),
+    _Column("rate", 10),
+    _Column("age", 8),
+)
+_WIDE_COLUMNS = (*_COLUMNS, _Column("moved", 20), _Column("left", 8))
+_LEFT = {"id", "operation", "client"}
+#: What is left out where there is no room, the first first: rate and worker are what one is for.
+_DISPENSABLE = ("left", "moved", "age", "client", "operation", "id")
+
+
+def _fitting(
+    columns: Iterable[_Column], rows: Sequence[dict[str, str]], room: int
+) -> list[tuple[_Column, int]]:
+    """Return the columns that fit into so many characters, with their widths."""
+    found = [
+        (each, max(each.least, len(each.name), *(len(row[each.name]) for row in rows)))
+        for each in columns
+    ]
+    for name in _DISPENSABLE:
+        if sum(width + 1 for _, width in found) - 1 <= room:
+            break
+        found = [(each, width) for each, width in found if each.name != name]
+    return found
+
+
+def _texts(transfer: Running, *, wide: bool) -> dict[str, str]:
+    """Return what stands in the columns."""
+    share, left = transfer.share, transfer.seconds_left
+    whole = f" of {size_text(transfer.expected)}" if transfer.expected else ""
+    return {
+        "id": transfer.id if wide else transfer.id[:_ID_WIDTH],
+        "operation": transfer.operation,
+        "client": transfer.client,
+        "worker": str(transfer.worker),
+        "done": "" if share is None else f"{int(share * 100)} %",
+        "rate": rate_text(transfer.rate),
+        "age": time_text(transfer.age),
+        "moved": size_text(transfer.done) + whole,
+        "left": "" if left is None else time_text(left),
+    }

@@ -46,9 +46,9 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process of the server."""
+    """One process of the server, by its process id."""
 
-    pid: int
+    worker: int
     state: str
     busy: int
 
@@ -95,8 +95,8 @@ def _running(fields: dict[str, object]) -> Running:
 
 
 def _worker(fields: dict[str, object]) -> Worker:
-    pid, busy = _number(fields["worker"]), _number(fields["busy"])
-    return Worker(int(pid), plain_text(str(fields["state"])), int(busy))
+    worker, busy = _number(fields["worker"]), _number(fields["busy"])
+    return Worker(int(worker), plain_text(str(fields["state"])), int(busy))
 
 
 def _number(value: object) -> float:
@@ -167,5 +167,5 @@ def workers_line(workers: Sequence[Worker]) -> str:
     for worker in workers:
         states[worker.state] = states.get(worker.state, 0) + 1
     said = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    each = " ".join(f"{worker.pid}:{worker.busy}" for worker in workers)
+    each = " ".join(f"{worker.worker}:{worker.busy}" for worker in workers)
     return f"workers: {said}; busy threads: {busy} ({each})"

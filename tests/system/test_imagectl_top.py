@@ -38,7 +38,7 @@ def test_top_shows_what_runs_over_all_workers(server, tcp, unix, url, big, name)
         same = ("id", "operation", "client", "worker", "expected")
         told = tcp.transfers()[0]
         assert {key: transfer[key] for key in same} == {key: told[key] for key in same}
-        assert {worker["pid"] for worker in found["workers"]} == set(server.worker_pids())
+        assert {worker["worker"] for worker in found["workers"]} == set(server.worker_pids())
         shown = imagectl("top", "--once", unix.bind).stdout
         assert re.search(rf"^{name[:11]}. +read +127.0.0.1 ", shown, re.MULTILINE)
         assert short(name) in imagectl("top", "--once", url).stdout

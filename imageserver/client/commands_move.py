@@ -32,7 +32,7 @@ _MOST = "Connections to use; default: 4, fewer to this machine."
     help="Make FILE a qcow2 overlay of this image instead.",
 )
 @click.option("--base-format", type=_FORMAT, help="Format of that image; default: raw.")
-@click.option("--verify", is_flag=True, help="Read FILE back: is it what came?")
+@click.option("--verify", is_flag=True, help="Read FILE back, and compare it with what came.")
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--restart", is_flag=True, help="Begin anew what was interrupted.")
 @common_options()
@@ -70,6 +70,7 @@ def download(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 
 @click.option("--backing", is_flag=True, help="Upload what a qcow2 FILE is based on, too.")
 @click.option("--pad", is_flag=True, help="FILE may be smaller: the rest becomes zeros.")
 @click.option("--verify", is_flag=True, help="Read the image back and compare.")
+@click.option("--force", is_flag=True, help="Also upload a qcow2 FILE that is damaged.")
 @click.option(
     "--no-flush", "flush", flag_value=False, default=True, help="Do not wait for stable storage."
 )

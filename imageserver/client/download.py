@@ -76,8 +76,9 @@ class _Download:
                 self._move(image, target, local, left, done)
                 self._prove(abilities, image, target, local, left)
                 local.sync()
-            with _told_to(target):
-                target.check_base()
+                with _told_to(target):
+                    target.check_base()
+                    _require_unchanged(local)
             target.finish()
         seconds = time.monotonic() - self._began
         total = image.data.total
@@ -218,6 +219,18 @@ def _told_to(target: Target) -> Iterator[None]:
     except Different as exc:
         target.distrust()
         raise Different(f"{exc}; the next run fetches all again") from exc
+
+
+def _require_unchanged(local: Local) -> None:
+    """Require all that FILE is based on to be as it was.
+
+    Raises:
+        Different: it is not.
+    """
+    try:
+        local.require_unchanged()
+    except LocalFailure as exc:
+        raise Different(str(exc)) from exc
 
 
 def _save_unless_hurried(

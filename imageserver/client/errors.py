@@ -10,6 +10,7 @@
     ├── Refused                the server will not do this, however often asked   3
     ├── Different              the bytes are not what they should be              4
     ├── LocalFailure           a file or a program on this side                   5
+    │   └── Damaged            ... a qcow2 image that is not whole
     └── Interrupted            by Ctrl-C or SIGTERM                               130
 
 2 is click's, for arguments that are wrong.
@@ -68,6 +69,10 @@ class LocalFailure(ClientError):
     """A local file or program failed or is missing."""
 
     status = 5
+
+
+class Damaged(LocalFailure):
+    """An image is not whole, or not known to be."""
 
 
 class Interrupted(ClientError):

@@ -5,14 +5,12 @@ Reading and writing are by position, so threads share one descriptor. A target b
 hole; only data is written to it, so what was a hole on the server is one here.
 """
 
-import contextlib
 import ctypes
 import errno
-import fcntl
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, Self
 
 from imageserver.client.errors import LocalFailure
@@ -20,8 +18,6 @@ from imageserver.client.plan import MIB, Range, Spans
 
 #: Zeros are found in steps of a page, what a file system can leave out; bytes.
 BLOCK = 4096
-#: What a qcow2 file begins with.
-QCOW2_MAGIC = b"QFI\xfb"
 #: What can be written.
 Buffer = bytes | bytearray | memoryview
 _ZERO_BLOCK, _ZERO_MIB = bytes(BLOCK), bytes(MIB)
@@ -57,6 +53,9 @@ class Local(Protocol):
     def forget_cached(self) -> None:
         """Have what is read next come from the disk, where that can be had."""
 
+    def require_unchanged(self) -> None:
+        """Require what is only read not to have been cut, or if it is qcow2 changed, meanwhile."""
+
     def close(self) -> None:
         """Close it; may be called twice."""
 
@@ -70,32 +69,33 @@ class RawFile:
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
-        mode = os.fstat(fd).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
-            os.close(fd)
-            raise LocalFailure(f"{path} is neither a file nor a block device")
-        self._is_file = stat.S_ISREG(mode)
+        self._is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         self.size = os.lseek(fd, 0, os.SEEK_END)
 
     @classmethod
-    def open(cls, path: str, *, writable: bool = False) -> Self:
-        """Open a file that exists."""
-        with local_errors(path):
-            return cls(path, os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC))
+    def open(cls, path: str, *, writable: bool = False, ours: os.stat_result | None = None) -> Self:
+        """Open a file that exists (``opened``)."""
+        return cls(path, opened(path, os.O_RDWR if writable else os.O_RDONLY, ours))
 
     @classmethod
-    def create(cls, path: str, size: int) -> Self:
+    def create(cls, path: str, size: int, ours: os.stat_result | None = None) -> Self:
         """Make a file of one hole, in place of any other; a symbolic link is not followed."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        with local_errors(path):
-            fd = os.open(path, flags, 0o666)
-            os.ftruncate(fd, size)
-            return cls(path, fd)
+        fd = opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, ours)
+        try:
+            with local_errors(path):
+                os.ftruncate(fd, 0)
+                os.ftruncate(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(path, fd)
 
     def spans(self) -> Spans:
         """Return where data may be: outside of holes, on a device of zeros."""
         with local_errors(self.path):
-            return Spans(self._holes_left_out() if self._is_file else self._zeros_left_out())
+            found = Spans(self._holes_left_out() if self._is_file else self._zeros_left_out())
+        self.require_unchanged()  # behind the end of a file that was cut, all looks like a hole
+        return found
 
     def _holes_left_out(self) -> Iterator[Range]:
         position = 0
@@ -124,7 +124,7 @@ class RawFile:
             while len(data) < length:
                 more = os.pread(self.fd, length - len(data), start + len(data))
                 if not more:
-                    raise LocalFailure(f"{self.path} has become shorter than {self.size} bytes")
+                    raise self._shorter()
                 data += more
         return data
 
@@ -153,6 +153,18 @@ class RawFile:
         with local_errors(self.path):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    def require_unchanged(self) -> None:
+        """Require a file to be as long as it was.
+
+        Raises:
+            LocalFailure: it is shorter.
+        """
+        if self._is_file and os.fstat(self.fd).st_size < self.size:
+            raise self._shorter()
+
+    def _shorter(self) -> LocalFailure:
+        return LocalFailure(f"{self.path} has become shorter than {self.size} bytes")
+
     def close(self) -> None:
         """Close the descriptor; may be called twice."""
         if self.fd >= 0:
@@ -164,82 +176,22 @@ class RawFile:
         self.close()
 
 
-@contextlib.contextmanager
-def claimed(path: str, *, is_part: bool) -> Iterator[Callable[[], None]]:
-    """Keep a second download of the same file out; what is yielded requires it to be still there.
+def opened(path: str, flags: int, ours: os.stat_result | None = None) -> int:
+    """Open a file or block device; return its descriptor.
 
-    A part is made if there is none, and is gone again if nothing came into it.
+    Raises:
+        LocalFailure: that failed, it is anything else, or not the file that is ``ours``.
     """
-    fd = _locked(path, is_part=is_part)
-
-    def check() -> None:
-        with local_errors(path):
-            if not _is_at(fd, path, is_part=is_part):
-                raise LocalFailure(f"{path} was replaced by another file meanwhile")
-
-    try:
-        yield check
-    except BaseException:
-        if is_part and not os.fstat(fd).st_size:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        raise
-    finally:
+    with local_errors(path):  # not to wait for whoever may write into a FIFO
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+    found = os.fstat(fd)
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
         os.close(fd)
-
-
-@contextlib.contextmanager
-def unchanged(path: str) -> Iterator[Callable[[], bool]]:
-    """Keep downloads into a file out; what is yielded tells whether it is as it was."""
-    with local_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with local_errors(path):
-            _lock(fd, path, fcntl.LOCK_SH)
-            before = os.fstat(fd)
-
-        def is_same() -> bool:
-            with local_errors(path):
-                now = os.stat(path)
-            return os.path.samestat(before, now) and (before.st_size, before.st_mtime_ns) == (
-                now.st_size,
-                now.st_mtime_ns,
-            )
-
-        yield is_same
-    finally:
+        raise LocalFailure(f"{path} is neither a file nor a block device")
+    if ours and not os.path.samestat(found, ours):
         os.close(fd)
-
-
-def _lock(fd: int, path: str, how: int) -> None:
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        raise LocalFailure(f"{path}: another download of this file is running") from exc
-
-
-def _locked(path: str, *, is_part: bool) -> int:
-    """Open and lock what is at ``path`` once the lock is held: it may have been renamed before."""
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_NOFOLLOW if is_part else 0)
-    while True:
-        if is_part and os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-            raise LocalFailure(f"{path} is no regular file: remove it first")
-        with local_errors(path):
-            fd = os.open(path, flags, 0o666)
-        try:
-            _lock(fd, path, fcntl.LOCK_EX)
-            if _is_at(fd, path, is_part=is_part):
-                return fd
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-
-
-def _is_at(fd: int, path: str, *, is_part: bool) -> bool:
-    return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=not is_part))
+        raise LocalFailure(f"{path} was replaced by another file meanwhile")
+    return fd
 
 
 def rename_new(old: str, new: str) -> None:

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A local qcow2 image as one end of a transfer: a private qemu-nbd, spoken to through libnbd.
 
-    imagectl --libnbd, one connection a thread--> qemu-nbd --> image
+    imagectl --libnbd, one connection a thread--> qemu-nbd --> the descriptors of ``chain``
 
 qemu-nbd is not persistent: it writes what it holds and ends when the last connection closes,
-so also when imagectl is killed. Its socket is removed as soon as all connections are made.
+so also when imagectl is killed. Its socket is removed as soon as all connections are made; it
+is called by the descriptor of its directory, for a socket's path has room for 107 bytes.
 
 Nothing here waits inside of libnbd for longer than a turn: Ctrl-C reaches Python in between. At
 the end qemu-nbd has some time to end by itself; a second Ctrl-C kills it.
-
-An image may name other files or servers (``chain``), and what is written inside a raw image, by
-a guest too, may look like one: formats are always said, never guessed. Paths are given in full:
-``a:b`` would be read as protocol and name.
 """
 
 import contextlib
-import json
 import math
 import os
 import queue
 import shutil
-import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -32,89 +28,37 @@ try:
 except ModuleNotFoundError:  # all but qcow2 works without
     nbd = None
 
-from imageserver.client.chain import require_formats
+from imageserver.client.chain import Chain, Member, OpenFile
 from imageserver.client.errors import LocalFailure
-from imageserver.client.localfile import QCOW2_MAGIC, Buffer, RawFile, local_errors
+from imageserver.client.localfile import Buffer, local_errors
 from imageserver.client.plan import GIB, Spans
+from imageserver.client.programs import END_SECONDS, as_filename, end, qemu_img, reason, start_nbd
 from imageserver.extents import ALLOCATION, STATE_HOLE, STATE_ZERO
 
-_START_SECONDS, _END_SECONDS = 30.0, 120.0
+_START_SECONDS = 30.0
 #: How long one wait in libnbd may take: signals' handlers run after it, and threads stop.
 _TURN_MS = 500
-#: For threads that wait to give up, and for a process that was killed to be gone.
+#: For threads that wait to give up.
 _STOP_SECONDS = 5.0
 #: Requests' limits in the protocol are 32 bits: block status is asked in steps below that.
 _STEP = 2 * GIB
-#: What an image is a whole multiple of, in bytes.
-_SECTOR = 512
-
-
-def qemu_img(*arguments: str) -> str:
-    """Run qemu-img; return what it prints."""
-    done = subprocess.run(  # noqa: S603 - a list, no shell
-        [_program("qemu-img"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-    )
-    if done.returncode:
-        raise LocalFailure(_last_line(done.stderr) or "qemu-img failed")
-    return done.stdout
-
-
-def checked_base(path: str, kind: str | None, size: int) -> tuple[str, str]:
-    """Return an overlay's base, absolute, and its format: raw, unless qcow2 was said."""
-    if kind is None:
-        with local_errors(path), open(path, "rb") as file:
-            if file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC:
-                raise LocalFailure(
-                    f"{path} looks like qcow2: say --base-format qcow2 if the disk in it is "
-                    "the base, --base-format raw if the file is"
-                )
-    elif kind == "qcow2":
-        require_formats(path)
-    full, kind = _full(path), kind or "raw"
-    if kind == "raw":  # of which qemu-img tells whole sectors
-        with contextlib.closing(RawFile.open(path)) as file:
-            has, wanted = file.size, size
-    else:
-        info = json.loads(qemu_img("info", "-U", "--output=json", "-f", kind, full))
-        has, wanted = info["virtual-size"], -(-size // _SECTOR) * _SECTOR
-    if has != wanted:
-        raise LocalFailure(
-            f"{path} has {has} bytes, the image {size}: it is no earlier state of it"
-        )
-    return full, kind
-
-
-def refuse_below(base: str, file: str) -> None:
-    """Refuse a qcow2 base that is itself based on the file to be written."""
-    require_formats(base)
-    chain = qemu_img("info", "-U", "--output=json", "--backing-chain", "-f", "qcow2", _full(base))
-    for image in json.loads(chain):
-        name = image["filename"]
-        if os.path.exists(name) and os.path.samefile(name, file):
-            raise LocalFailure(f"{base} is based on {file}: it can be no base of that")
 
 
 class Qcow2:
     """An open image; its connections are shared by at most as many threads."""
 
-    def __init__(self, path: str, connections: int, *, writable: bool) -> None:
-        if nbd is None:
-            raise LocalFailure(
-                "qcow2 needs libnbd's module (python3-libnbd), which this Python has not"
-            )
-        self.path = path
-        self._writable = writable
-        with contextlib.ExitStack() as undo:
-            directory = tempfile.mkdtemp(prefix="imagectl-")
-            undo.callback(shutil.rmtree, directory, ignore_errors=True)
-            self._server = _start(path, f"{directory}/nbd", connections + 1, writable=writable)
-            failed = undo.enter_context(contextlib.ExitStack())
-            failed.callback(_end, self._server, kill=True)
-            self._all = [self._connect(f"{directory}/nbd") for _ in range(connections + 1)]
+    def __init__(self, chain: Chain, connections: int, *, writable: bool) -> None:
+        """Serve ``chain``, which is this image's from now on, whatever comes."""
+        self._chain = chain
+        self._names = {file.fd: file.path for file in chain.files()}
+        self.path = chain.members[0].file.path
+        #: The first of the images that nobody writes.
+        self._first_read = int(writable)
+        with contextlib.ExitStack() as failed:
+            failed.callback(chain.close)
+            _require_libnbd()
+            self._serve(connections + 1, failed)
+            chain.require_as_read(self._first_read)
             failed.pop_all()
         self._idle: queue.SimpleQueue[nbd.NBD] = queue.SimpleQueue()
         for handle in self._all:
@@ -126,12 +70,59 @@ class Qcow2:
 
     @classmethod
     def create(
-        cls, path: str, size: int, connections: int, base: tuple[str, str] | None = None
+        cls,
+        path: str,
+        size: int,
+        connections: int,
+        base: Chain | None = None,
+        ours: os.stat_result | None = None,
     ) -> Self:
-        """Make an image, an overlay of ``base`` (its path and format) if there is one."""
-        backing = ["-b", base[0], "-F", base[1]] if base else []
-        qemu_img("create", "-q", "-f", "qcow2", *backing, _full(path), str(size))
-        return cls(path, connections, writable=True)
+        """Make an image, an overlay of ``base`` if there is one.
+
+        It is made in the file at ``path``, which must be ``ours`` if that is said; a symbolic
+        link is not followed.
+        """
+        with contextlib.ExitStack() as failed:
+            if base:
+                failed.callback(base.close)
+            file = OpenFile.create(path, ours)
+            failed.callback(file.close)
+            qemu_img(*_create(base), f"/proc/self/fd/{file.fd}", str(size), names={file.fd: path})
+            chain = Chain([Member(file, file.header())])
+            if base:  # its files are the new image's now
+                chain.members += base.members
+                chain.beyond = base.beyond
+            failed.pop_all()
+        return cls(chain, connections, writable=True)
+
+    def _serve(self, connections: int, failed: contextlib.ExitStack) -> None:
+        """Start qemu-nbd, and connect; ``failed`` ends it."""
+        with contextlib.ExitStack() as undo, local_errors("a directory for a socket"):
+            directory = tempfile.mkdtemp(prefix="imagectl-")
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            undo.callback(os.close, fd)
+            filename = as_filename(self._chain.node(self._linked(directory)))
+            sock, fds = f"/proc/self/fd/{fd}/nbd", [*self._names, fd]
+            self._server = start_nbd(
+                filename, sock, connections, fds, writable=bool(self._first_read)
+            )
+            failed.callback(end, self._server, kill=True)
+            self._all = [self._connect(sock) for _ in range(connections)]
+
+    def _linked(self, directory: str) -> dict[str, object] | None:
+        """Return an image of ours, if any, that names what the chain names through a protocol.
+
+        QEMU tells what such a name means only where an image has it, and in the chain's own
+        it could be another by now.
+        """
+        if self._chain.beyond is None:
+            return None
+        name, kind = self._chain.beyond
+        header, path = self._chain.members[-1].header, f"{directory}/link"
+        backing = ("create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", kind)
+        qemu_img(*backing, path, str(header.size if header else 0), names={})
+        return {"driver": "qcow2", "file": {"driver": "file", "filename": path}}
 
     def _connect(self, sock: str) -> "nbd.NBD":
         deadline = time.monotonic() + _START_SECONDS
@@ -146,7 +137,7 @@ class Qcow2:
                     return handle
             if self._server.poll() is not None:
                 said = self._server.stderr.read() if self._server.stderr else ""
-                raise LocalFailure(_last_line(said) or f"{self.path}: no qemu-nbd")
+                raise LocalFailure(f"{self.path}: {reason(said, self._names) or 'no qemu-nbd'}")
             if time.monotonic() >= deadline:
                 raise LocalFailure(f"{self.path}: qemu-nbd does not answer")
             time.sleep(0.01)
@@ -232,9 +223,17 @@ class Qcow2:
     def forget_cached(self) -> None:
         """Do nothing: qemu-nbd has the file open."""
 
+    def require_unchanged(self) -> None:
+        """Require what was only read to be as it was.
+
+        Raises:
+            LocalFailure: it was written or cut meanwhile: what was read may be anything.
+        """
+        self._chain.require_unchanged(self._first_read)
+
     def close(self) -> None:
         """Close all connections and wait for qemu-nbd's end; may be called twice."""
-        self._close(kill=not self._writable)  # what only reads has nothing to write at the end
+        self._close(kill=not self._first_read)  # what only reads has nothing to write at the end
 
     def abandon(self) -> None:
         """Kill qemu-nbd: what it holds is lost."""
@@ -252,11 +251,12 @@ class Qcow2:
             kill = True
             raise
         finally:
-            _end(self._server, kill=kill)
+            self._chain.close()
+            end(self._server, kill=kill)
 
     def _hang_up(self, connections: int) -> None:
         """Say good-bye on all connections; threads that wait give theirs back in a turn."""
-        deadline = time.monotonic() + _END_SECONDS
+        deadline = time.monotonic() + END_SECONDS
         for _ in range(connections):
             handle = self._taken(_STOP_SECONDS)
             with contextlib.suppress(nbd.Error):  # it is gone: that is what is wanted
@@ -276,52 +276,23 @@ def _collect_into(said: list[int]) -> "Callable[[str, int, list[int], int], int]
     return collect
 
 
-def _start(path: str, sock: str, shared: int, *, writable: bool) -> "subprocess.Popen[str]":
-    command = [
-        _program("qemu-nbd"),
-        "--format=qcow2",
-        f"--shared={shared}",
-        f"--socket={sock}",
-        *(["--discard=unmap"] if writable else ["--read-only"]),
-        _full(path),
-    ]
-    return subprocess.Popen(  # noqa: S603 - a list, no shell
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # the terminal's Ctrl-C is for imagectl, which ends it in order
-    )
+def _create(base: Chain | None) -> list[str]:
+    """Return qemu-img's arguments for a new image; what it is based on is not opened by name."""
+    if base is None:
+        return ["create", "-q", "-f", "qcow2"]
+    top = base.members[0]
+    full = os.path.join(os.getcwd(), top.file.path)  # its links left as they are
+    kind = "qcow2" if top.header else "raw"
+    return ["create", "-q", "-u", "-f", "qcow2", "-b", full, "-F", kind]
 
 
-def _end(server: "subprocess.Popen[str]", *, kill: bool = False) -> None:
-    if kill:
-        server.kill()
-    try:
-        server.wait(_STOP_SECONDS if kill else _END_SECONDS)
-    except subprocess.TimeoutExpired as exc:
-        raise LocalFailure("qemu-nbd did not end") from exc
-    finally:
-        server.kill()  # also where Ctrl-C has ended the waiting; of what has ended, nothing
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(_STOP_SECONDS)
-        if server.stderr:
-            server.stderr.close()
-
-
-def _full(path: str) -> str:
-    """Return the path from the root, its links left as they are."""
-    return os.path.join(os.getcwd(), path)
-
-
-def _program(name: str) -> str:
-    # A Debian user's PATH has no /usr/sbin, where some distributions have servers.
-    path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-    if path is None:
-        raise LocalFailure(f"{name} is missing: qcow2 needs QEMU's tools (qemu-utils, qemu-img)")
-    return path
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2]
+def _require_libnbd() -> None:
+    if nbd is not None:
+        return
+    lack = "qcow2 needs libnbd's Python module, which this Python has not: install python3-libnbd"
+    if sys.prefix != sys.base_prefix:
+        lack += (
+            "; if it is, this virtual environment hides it, and one made with "
+            "--system-site-packages does not"
+        )
+    raise LocalFailure(lack)

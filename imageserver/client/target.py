@@ -20,14 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from imageserver.client import resume
+from imageserver.client.claims import Claim, claimed, unchanged
 from imageserver.client.errors import Different, LocalFailure
-from imageserver.client.images import create_image, open_image
-from imageserver.client.localfile import Local, claimed, local_errors, rename_new, unchanged
+from imageserver.client.images import SECTOR, create_image, open_image, refuse_below
+from imageserver.client.localfile import Local, local_errors, rename_new
 from imageserver.client.plan import Range, Spans
 from imageserver.client.survey import Image
 
-#: What qcow2 images are whole multiples of, in bytes.
-_SECTOR = 512
 #: The kind, in a state, of a part that was found to be wrong: no download goes on with it.
 _WRONG = "different"
 
@@ -70,16 +69,26 @@ class Wanted:
 def check_file(wanted: Wanted) -> None:
     """Refuse cheaply, before the server is asked."""
     exists = os.path.lexists(wanted.file)
+    _require_replaceable(wanted.file)
     if wanted.in_place and not exists:
         raise LocalFailure(f"{wanted.file} is not there: download all of it first")
-    if exists and not os.path.isfile(wanted.file):
-        raise LocalFailure(f"{wanted.file} is no regular file")
     if exists and not wanted.in_place and not wanted.force:
         raise LocalFailure(f"{wanted.file} exists: --force replaces it")
     if wanted.in_place:
         _require_one_name(wanted.file)
     if wanted.base:
         _check_base(wanted, wanted.base)
+
+
+def _require_replaceable(file: str) -> None:
+    """Refuse what must not be replaced by a file: devices, FIFOs, /dev/stdout, links to them."""
+    if os.path.lexists(file) and not os.path.isfile(file):
+        raise LocalFailure(f"{file} is no regular file")
+    step = file
+    while os.path.islink(step):
+        step = os.path.join(os.path.dirname(step), os.readlink(step))
+        if os.path.realpath(os.path.dirname(step)).startswith("/proc/"):
+            raise LocalFailure(f"{file} is what a program has open, by {step}: name a file")
 
 
 def _require_one_name(file: str) -> None:
@@ -105,8 +114,6 @@ def _check_base(wanted: Wanted, base: str) -> None:
                 if os.path.samefile(base, written):
                     raise LocalFailure(f"{base} is {written}: an image can be no base of itself")
             if wanted.base_format == "qcow2":
-                from imageserver.client.qcow2 import refuse_below  # noqa: PLC0415 - see images
-
                 refuse_below(base, written)
 
 
@@ -124,7 +131,7 @@ class Target:
         beside = _half_state(wanted.file) if wanted.in_place else _state_beside(wanted.file)
         self._half = resume.State(beside)
         self._state = self._half if wanted.in_place else resume.State(f"{wanted.part}.state")
-        self._require_ours: Callable[[], None] = lambda: None
+        self._claim: Claim | None = None
         self._is_base_same: Callable[[], bool] = lambda: True
 
     @contextlib.contextmanager
@@ -132,7 +139,7 @@ class Target:
         """Keep other downloads of FILE out, and those that would write the base."""
         with contextlib.ExitStack() as held:
             ours = claimed(self.path, is_part=not self._wanted.in_place)
-            self._require_ours = held.enter_context(ours)
+            self._claim = held.enter_context(ours)
             if self._wanted.in_place:  # again: it may have got another since
                 _require_one_name(self.path)
             if self._wanted.base:
@@ -209,11 +216,19 @@ class Target:
 
     def _local_size(self) -> int:
         """Return how long the image is here: qcow2 has whole sectors only."""
-        block = 1 if self._wanted.format == "raw" else _SECTOR
+        block = 1 if self._wanted.format == "raw" else SECTOR
         return -(-self._image.size // block) * block
 
+    def _require_ours(self) -> None:
+        if self._claim:
+            self._claim.require()
+
+    def _ours(self) -> os.stat_result | None:
+        return self._claim.file if self._claim else None
+
     def _open_part(self, connections: int) -> Local:
-        return open_image(self.path, self._wanted.format, connections, writable=True)
+        kind, ours = self._wanted.format, self._ours()
+        return open_image(self.path, kind, connections, writable=True, ours=ours)
 
     def _open_base(self, connections: int) -> Local:
         local = self._open_part(connections)
@@ -228,7 +243,8 @@ class Target:
     def _create(self, connections: int) -> Local:
         wanted = self._wanted
         base = (wanted.base, wanted.base_format) if wanted.base else None
-        return create_image(self.path, wanted.format, self._image.size, connections, base)
+        size, ours = self._image.size, self._ours()
+        return create_image(self.path, wanted.format, size, connections, base, ours)
 
     def save(self, done: list[Range]) -> None:
         """Note that these ranges have come, and are on stable storage.
@@ -273,6 +289,7 @@ class Target:
         file = self._wanted.file
         with local_errors(file):
             if not self._wanted.in_place and self._wanted.force:
+                _require_replaceable(file)  # what is there by now
                 os.replace(self.path, file)
             elif not self._wanted.in_place:
                 rename_new(self.path, file)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from imageserver.client.backoff import Patience, patiently
 from imageserver.client.errors import (
     Busy,
+    Damaged,
     Failed,
     Interrupted,
     LocalFailure,
@@ -29,11 +30,12 @@ from imageserver.client.errors import (
     Transient,
     Unreachable,
 )
-from imageserver.client.images import open_image
-from imageserver.client.localfile import QCOW2_MAGIC, Local
+from imageserver.client.images import SECTOR, open_image
+from imageserver.client.localfile import Local
 from imageserver.client.movers import Advance, Move, Movers
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
 from imageserver.client.progress import Watcher
+from imageserver.client.qcow2header import QCOW2_MAGIC
 from imageserver.client.remote import Abilities, Remote
 from imageserver.client.verify import compare, same_length
 
@@ -46,8 +48,6 @@ _LARGEST = 256 * MIB
 _SENT_BYTES = 256 * KIB
 #: Largest range of one zero request, in bytes: some servers write zeros one by one.
 _LARGEST_ZERO = 4 * GIB
-#: What disks are measured in, in bytes: an image is no larger than its file for less.
-_SECTOR = 512
 #: What is said of the image when its parts could not all be written.
 _UNKNOWN = "the image on the server may be part old, part new"
 
@@ -63,6 +63,7 @@ class Wanted:
     flush: bool = True
     pad: bool = False
     verify: bool = False
+    force: bool = False
     patience_seconds: float = 60.0
 
 
@@ -114,14 +115,18 @@ class _Upload:
     def _open(self) -> Local:
         path = self._wanted.file
         _refuse_unfinished(path)
-        local = open_image(
-            path,
-            self._wanted.format or "raw",
-            self._wanted.connections or 4,
-            writable=False,
-            backing=self._wanted.backing,
-        )
-        if self._wanted.format is None and local.size >= _SECTOR:
+        try:
+            local = open_image(
+                path,
+                self._wanted.format or "raw",
+                self._wanted.connections or 4,
+                writable=False,
+                backing=self._wanted.backing,
+                damaged=self._wanted.force,
+            )
+        except Damaged as exc:
+            raise LocalFailure(f"{exc}; --force uploads what QEMU reads of it") from exc
+        if self._wanted.format is None and local.size >= SECTOR:
             _refuse_qcow2(local, path)
         return local
 
@@ -138,6 +143,7 @@ class _Upload:
                     patiently(self._remote.flush, self._patience)
         if self._wanted.verify:
             self._verify(size, abilities)
+            self._local.require_unchanged()
         seconds = time.monotonic() - self._began
         return Result(size, data, zeroed, seconds, flushed, self._wanted.verify)
 
@@ -155,20 +161,30 @@ class _Upload:
         """Return the image's size, if the file fits into it."""
         size = patiently(self._remote.size, self._patience)
         room = size - self._local.size
-        if room < 0:
+        if room < 0 and not self._is_rounded(size):
             raise LocalFailure(
                 f"{self._wanted.file} has {self._local.size} bytes, more than the image's {size}"
             )
-        if room >= _SECTOR and not self._wanted.pad:
+        if room >= SECTOR and not self._wanted.pad:
             raise LocalFailure(
                 f"{self._wanted.file} has {self._local.size} bytes, the image {size}: "
                 "--pad makes the rest zeros"
             )
         return size
 
+    def _is_rounded(self, size: int) -> bool:
+        """Tell whether FILE is an image of this size, and zeros to the end of its last sector.
+
+        That is what qcow2 makes of an image that has no whole sectors.
+        """
+        return 0 < self._local.size - size < SECTOR and not any(
+            self._local.read(size, self._local.size - size)
+        )
+
     def _put_ranges(self, size: int, abilities: Abilities) -> tuple[int, int]:
         can_zero = abilities.has("zero")
         data = self._local.spans().widened(_BLOCK, size) if can_zero else Spans([(0, size)])
+        self._local.require_unchanged()  # what was cut has looked like zeros
         zeros = data.gaps(size)
         many = self._remote.connections(self._wanted.connections, abilities.max_writers)
         self._watch.begin("zero", zeros.total)
@@ -223,8 +239,12 @@ class _Upload:
         Return its size, and whether it was flushed.
         """
         size, flushed = self._local.size, False
-        if self._wanted.pad:
-            size = max(size, patiently(self._size_before, self._patience))
+        if self._wanted.pad or self._wanted.format == "qcow2":
+            before = patiently(self._size_before, self._patience)
+            if self._wanted.pad:
+                size = max(size, before)
+            if before and self._is_rounded(before):
+                size = before
         self._watch.begin("upload", size)
 
         def put(_piece: Piece, body: Iterator[bytes]) -> None:
@@ -312,7 +332,9 @@ def _refuse_qcow2(local: Local, path: str) -> None:
 
 def _read(local: Local, start: int, stop: int) -> Iterator[bytes]:
     for offset in range(start, stop, _SENT_BYTES):
-        yield _padded(local, offset, min(_SENT_BYTES, stop - offset))
+        data = _padded(local, offset, min(_SENT_BYTES, stop - offset))
+        local.require_unchanged()
+        yield data
 
 
 def _padded(local: Local, start: int, length: int) -> bytes:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageserver.client.chain import Header, parse_header, require_formats
+from imageserver.client.chain import Chain
 from imageserver.client.errors import LocalFailure
+from imageserver.client.qcow2header import Header, parse_header
 
 FORMAT, FEATURES, END = 0xE2792ACA, 0x6803F857, 0
 
@@ -31,6 +32,17 @@ def header(name: bytes, *extensions: tuple[int, bytes], version: int = 3, featur
     return bytes(head) + said + name
 
 
+def follow(path: str) -> None:
+    """Open an image and all that it is based on."""
+    Chain.open(path).close()
+
+
+def named(head: bytes) -> tuple[str | None, str | None, bool]:
+    """Return what a header names: a backing file, its format, whether there is a data file."""
+    found = parse_header(head)
+    return found.backing, found.format, found.has_data_file
+
+
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize(
     ("extensions", "found"),
@@ -48,13 +60,13 @@ def header(name: bytes, *extensions: tuple[int, bytes], version: int = 3, featur
 )
 def test_a_format_is_what_qemu_takes_for_it(version, extensions, found):
     text = header(b"base\0x", *extensions, version=version)
-    assert parse_header(text + bytes(100)) == Header("base", found, has_data_file=False)
+    assert named(text + bytes(100)) == ("base", found, False)
 
 
 def test_a_longer_extension_than_there_is_room_for_is_damage():
     text = header(b"base", (FORMAT, b"raw"), (FEATURES, b"x" * 8))
     damaged = text.replace(b"\0\0\0\x08x", b"\0\0\0\x09x")
-    assert parse_header(damaged) == Header("base", None, has_data_file=False)
+    assert named(damaged) == ("base", None, False)
 
 
 def test_a_data_file_is_told():
@@ -65,10 +77,9 @@ def test_a_data_file_is_told():
 @given(st.binary(max_size=200))
 def test_no_header_is_too_strange(text):
     if text[:4] != b"QFI\xfb":
-        assert parse_header(text) == Header(None, None, has_data_file=False)
+        assert parse_header(text) == Header()
     parse_header(b"QFI\xfb" + text)
-    named = parse_header(header(b"base", (FORMAT, b"raw"))[:104] + text)
-    assert named.backing is not None
+    assert named(header(b"base", (FORMAT, b"raw"))[:104] + text)[0] is not None
 
 
 @pytest.mark.parametrize(
@@ -95,9 +106,9 @@ def test_what_qemu_takes_for_a_path_is_followed(
     monkeypatch.chdir(tmp_path)
     if is_followed:
         with pytest.raises(LocalFailure, match="below has the backing file 'x', but does not"):
-            require_formats("dir/top")
+            follow("dir/top")
     else:
-        require_formats("dir/top")
+        follow("dir/top")
 
 
 def test_a_link_is_where_it_lies(tmp_path: Path):
@@ -106,31 +117,31 @@ def test_a_link_is_where_it_lies(tmp_path: Path):
         (tmp_path / folder / "below").write_bytes(text)
     (tmp_path / "there" / "top").write_bytes(header(b"below", (FORMAT, b"qcow2")))
     (tmp_path / "here" / "top").symlink_to("../there/top")
-    require_formats(str(tmp_path / "there" / "top"))
+    follow(str(tmp_path / "there" / "top"))
     with pytest.raises(LocalFailure, match="here/below has the backing file 'x'"):
-        require_formats(str(tmp_path / "here" / "top"))
+        follow(str(tmp_path / "here" / "top"))
 
 
 @pytest.mark.parametrize("fmt", [b"vmdk", b"qcow", b"nbd", b"\xff"])
 def test_other_formats_are_refused(tmp_path: Path, fmt: bytes):
     (tmp_path / "top").write_bytes(header(b"below", (FORMAT, fmt)))
     with pytest.raises(LocalFailure, match="follows raw and qcow2 only"):
-        require_formats(str(tmp_path / "top"))
+        follow(str(tmp_path / "top"))
 
 
 def test_a_raw_image_is_not_looked_into(tmp_path: Path):
     (tmp_path / "below").write_bytes(header(b"secret"))
     (tmp_path / "top").write_bytes(header(b"below", (FORMAT, b"raw")))
-    require_formats(str(tmp_path / "top"))
+    follow(str(tmp_path / "top"))
     (tmp_path / "top").write_bytes(header(b"below", (FORMAT, b"qcow2")))
     with pytest.raises(LocalFailure, match="does not record its format"):
-        require_formats(str(tmp_path / "top"))
+        follow(str(tmp_path / "top"))
 
 
 def test_a_missing_image_is_named(tmp_path: Path):
     (tmp_path / "top").write_bytes(header(b"below", (FORMAT, b"qcow2")))
     with pytest.raises(LocalFailure, match="below: No such file"):
-        require_formats(str(tmp_path / "top"))
+        follow(str(tmp_path / "top"))
 
 
 def test_messages_hold_no_control_characters(tmp_path: Path):
@@ -138,5 +149,5 @@ def test_messages_hold_no_control_characters(tmp_path: Path):
     Path(os.fsdecode(strange)).write_bytes(header(b"\x1b[2J\xff"))
     (tmp_path / "top").write_bytes(header(strange, (FORMAT, b"qcow2")))
     with pytest.raises(LocalFailure) as raised:
-        require_formats(str(tmp_path / "top"))
+        follow(str(tmp_path / "top"))
     assert str(raised.value).isprintable()

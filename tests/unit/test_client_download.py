@@ -2,6 +2,7 @@
 """imagectl download: what --verify finds out, and whom the lock keeps out."""
 
 import contextlib
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 
 from imageserver.client import localfile, resume, target
 from imageserver.client.access import Access
+from imageserver.client.claims import claimed
 from imageserver.client.download import download
 from imageserver.client.errors import Different, LocalFailure
-from imageserver.client.localfile import RawFile, claimed
+from imageserver.client.localfile import RawFile
 from imageserver.client.progress import Silent
 from imageserver.client.remote import Extent, Remote
-from imageserver.client.target import Wanted
+from imageserver.client.target import Wanted, check_file
 from tests.unit.liars import SIZE, ZEROS, liar
 
 
@@ -90,3 +92,40 @@ def test_no_other_download_has_the_part_while_it_is_renamed(
         download(remote, Wanted(str(file)), Silent())
     assert renamed == [str(file)]
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_what_a_program_has_open_is_not_replaced(tmp_path: Path):
+    """As /dev/stdout is, where it leads to a file."""
+    with (tmp_path / "output").open("w") as file:
+        for link in ("direct", "over another"):
+            (tmp_path / link).symlink_to(
+                f"/proc/self/fd/{file.fileno()}" if link == "direct" else "direct"
+            )
+            with pytest.raises(LocalFailure, match="is what a program has open, by /proc/self/fd"):
+                check_file(Wanted(str(tmp_path / link), force=True))
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "fifo", "to a fifo", "."])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, path: str):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to a fifo").symlink_to("fifo")
+    with pytest.raises(LocalFailure, match="is no regular file"):
+        check_file(Wanted(str(tmp_path / path), force=True))
+
+
+def test_what_became_a_fifo_meanwhile_is_not_replaced(file: Path):
+    class _Late(Remote):
+        def size(self) -> int:
+            if file.is_file():
+                file.unlink()
+                os.mkfifo(file)
+            return super().size()
+
+    wanted = Wanted(str(file), force=True)
+    with (
+        liar("") as url,
+        contextlib.closing(_Late(Access(url))) as remote,
+        pytest.raises(LocalFailure, match="is no regular file"),
+    ):
+        download(remote, wanted, Silent())
+    assert file.is_fifo()

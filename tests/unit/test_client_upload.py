@@ -2,13 +2,15 @@
 """imagectl upload: late requests do no harm; a map of zeros counts only if it is the image's."""
 
 import contextlib
+import os
+import subprocess
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 from imageserver.client.access import Access
-from imageserver.client.errors import Broken, Different
+from imageserver.client.errors import Broken, Different, LocalFailure
 from imageserver.client.progress import Silent
 from imageserver.client.remote import Extent, Remote
 from imageserver.client.upload import Wanted, upload
@@ -90,3 +92,75 @@ def test_a_zero_request_that_is_done_late_wipes_nothing(
         served = b"".join(map(bytes, remote.read(0, result.size)))
     assert (result.data, result.zeroed) == (holes * block, holes * block)
     assert served == file.read_bytes()
+
+
+ODD = 300 * liars.KIB + 100
+
+
+def restored(image: Path, *, size: int = ODD) -> bytes:
+    """Upload a qcow2 image to a disk of this size; return what is there."""
+    wanted = Wanted(str(image), format="qcow2", backing=True, verify=True)
+    with liars.liar("") as url, contextlib.closing(Remote(Access(url))) as remote:
+        assert upload(remote, wanted, Silent()).size == size
+        return b"".join(map(bytes, remote.read(0, size)))
+
+
+def qemu_img(*arguments: object) -> None:
+    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("is_overlay", [False, True], ids=["full", "incremental"])
+def test_an_image_of_no_whole_sectors_is_restored_from_qcow2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_overlay: bool
+):
+    monkeypatch.setattr(liars, "SIZE", ODD)
+    raw, image = tmp_path / "raw", tmp_path / "image"
+    raw.write_bytes(b"d" * ODD)
+    if is_overlay:
+        qemu_img("create", "-f", "qcow2", "-b", raw, "-F", "raw", image)
+    else:
+        qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    assert restored(image) == raw.read_bytes()
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 512, b"x"], ids=["a sector", "no zeros"])
+def test_an_image_that_is_larger_than_the_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: bytes
+):
+    monkeypatch.setattr(liars, "SIZE", ODD)
+    raw, image = tmp_path / "raw", tmp_path / "image"
+    raw.write_bytes(b"d" * ODD + tail)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+    with pytest.raises(LocalFailure, match=f"bytes, more than the image's {ODD}"):
+        restored(image)
+
+
+def test_a_file_that_is_cut_while_it_is_sent_is_not_uploaded(file: str):
+    class _Cutting(Remote):
+        def zero(self, start: int, stop: int) -> None:
+            os.truncate(file, 0)
+            super().zero(start, stop)
+
+    with (
+        liars.liar("") as url,
+        contextlib.closing(_Cutting(Access(url))) as remote,
+        pytest.raises(LocalFailure, match="has become shorter than"),
+    ):
+        upload(remote, Wanted(file), Silent())
+
+
+def test_an_image_that_is_cut_while_it_is_sent_is_not_uploaded(file: str, tmp_path: Path):
+    image = tmp_path / "image"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", file, image)
+
+    class _Cutting(Remote):
+        def zero(self, start: int, stop: int) -> None:
+            os.truncate(image, 4096)
+            super().zero(start, stop)
+
+    with (
+        liars.liar("") as url,
+        contextlib.closing(_Cutting(Access(url))) as remote,
+        pytest.raises(LocalFailure, match="image was changed while it was read; the image"),
+    ):
+        upload(remote, Wanted(str(image), format="qcow2"), Silent())

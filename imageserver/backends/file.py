@@ -188,7 +188,7 @@ class ImageFile:
             os.lseek(new.fd, length, os.SEEK_SET)  # EINVAL: more than the file system's files hold
             if self._fd >= 0:
                 copy_attributes(self._fd, new.fd)
-                os.fchmod(new.fd, 0o600)  # until it is complete
+                new.hide()  # until it is complete
         except BaseException:
             new.close()
             raise

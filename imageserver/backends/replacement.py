@@ -31,6 +31,7 @@ _UNLOCKED = b".unlocked.part"
 _UNLOCKED_SECONDS = 86400.0
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_NO_MODES = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 #: A sweep that runs at the same moment may take a file before it is locked; not so often.
 _ATTEMPTS = 10
 
@@ -39,7 +40,7 @@ class NewFile:
     """A file that gets its name when it is complete; gone otherwise."""
 
     def __init__(self, directory: int) -> None:
-        """Make a file that only its owner may read, whatever the umask.
+        """Make a file that only its owner may use, whatever the umask: see ``hide``.
 
         Raises:
             OSError: the directory does not allow it.
@@ -50,10 +51,18 @@ class NewFile:
         self._proc = self.fd = -1
         try:
             self._make()
-            os.fchmod(self.fd, 0o600)
+            self.hide()
         except BaseException:
             self.close()
             raise
+
+    def hide(self) -> None:
+        """Let nobody but the owner use the file, unless modes are the mount's alone (FAT)."""
+        try:
+            _set_mode(self.fd, 0o600)
+        except OSError as exc:
+            if exc.errno not in _NO_MODES:
+                raise
 
     def _make(self) -> None:
         try:
@@ -212,7 +221,12 @@ def copy_attributes(old: int, new: int) -> None:
     for name in has.keys() - wanted.keys():  # such as an ACL that the directory gives
         if not name.startswith(b"security."):  # labels cannot be removed
             os.removexattr(new, name)
-    os.fchmod(new, stat.S_IMODE(found.st_mode))  # last: fchown clears set-id bits
+    _set_mode(new, stat.S_IMODE(found.st_mode))  # last: fchown clears set-id bits
+
+
+def _set_mode(fd: int, mode: int) -> None:
+    if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
+        os.fchmod(fd, mode)
 
 
 def _attributes(fd: int) -> dict[bytes, bytes]:

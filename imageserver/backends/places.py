@@ -70,21 +70,19 @@ def find(path: bytes, roots: tuple[bytes, ...]) -> Place:
     directory, name = os.path.split(real)
     if not name:
         raise FileAccessError(f"{path_text(path)} is a directory")
-    start = directory
-    if roots:
-        root = next((root for root in roots if os.path.commonpath((real, root)) == root), None)
-        if root is None:
-            raise FileAccessError(f"{path_text(real)} lies outside IMAGESERVER_FILE_ROOTS")
-        start = directory if real == root else root
-    return Place(real, _walk(start, os.path.relpath(directory, start)), name)
+    if not roots or real in roots:
+        return Place(real, _walk(directory, []), name)
+    for root in roots:
+        prefix = root.rstrip(b"/") + b"/"
+        if real.startswith(prefix):
+            return Place(real, _walk(root, real[len(prefix) :].split(b"/")[:-1]), name)
+    raise FileAccessError(f"{path_text(real)} lies outside IMAGESERVER_FILE_ROOTS")
 
 
-def _walk(start: bytes, rest: bytes) -> int:
+def _walk(start: bytes, parts: list[bytes]) -> int:
     """Open a directory from ``start`` down, a component at a time."""
     fd = os.open(start, _DIRECTORY)
-    if rest == b".":
-        return fd
-    for part in rest.split(b"/"):
+    for part in parts:
         try:
             below = os.open(part, _DIRECTORY, dir_fd=fd)
         finally:

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Between two new workers, so that those which die at once do not keep the machine busy.
 _SPAWN_SECONDS = 0.05
+#: After one that could not begin; the master's loop wakes up every second.
+_PAUSE_SECONDS = 0.9
 
 
 def adapt(arbiter: Any, settings: Settings, child_exit: Callable[[], None]) -> None:
@@ -78,6 +80,7 @@ def _replace_before_the_drained_end(arbiter: Any) -> None:
     ``WORKERS``: gunicorn goes on watching, reaping and, on stop, awaiting them.
     """
     kill_worker = arbiter.kill_worker
+    arbiter.paused_until = 0.0
 
     def note_and_kill(pid: int, number: int) -> None:
         if number == signal.SIGTERM and pid in arbiter.WORKERS:
@@ -91,6 +94,8 @@ def _replace_before_the_drained_end(arbiter: Any) -> None:
         for worker in staying[: max(0, len(staying) - arbiter.num_workers)]:
             arbiter.kill_worker(worker.pid, signal.SIGTERM)
         for _ in range(arbiter.num_workers - len(staying)):
+            if time.monotonic() < arbiter.paused_until:
+                break
             arbiter.spawn_worker()
             time.sleep(_SPAWN_SECONDS)
 
@@ -107,6 +112,7 @@ def _try_again_to_spawn(arbiter: Any) -> None:
             return spawn_worker()
         except (OSError, RuntimeError) as exc:  # none of a worker's own: those end it
             log.error("no worker could be started, trying again: %s", exc)  # noqa: TRY400
+            arbiter.paused_until = time.monotonic() + _PAUSE_SECONDS
             return None
 
     arbiter.spawn_worker = spawn_or_try_later
@@ -148,6 +154,7 @@ def _survive_boot_errors(arbiter: Any, table: SharedTable, child_exit: Callable[
                 if not _has_accepting(arbiter, table):
                     raise
                 log.error("%s The others go on", exc.reason)  # noqa: TRY400
+                arbiter.paused_until = time.monotonic() + _PAUSE_SECONDS
                 child_exit()
             else:
                 return

@@ -14,7 +14,7 @@ from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
 from imageserver.ports import Ticket
-from imageserver.server import hooks, preconditions
+from imageserver.server import hooks, master, preconditions
 from imageserver.server.worker import ImageWorker
 from imageserver.shared import SharedTable
 from imageserver.slots import Kind, WorkerState
@@ -206,17 +206,27 @@ def test_a_certificate_that_does_not_fit_leaves_the_old_one_and_the_reload_goes_
 
 
 def test_a_worker_that_cannot_be_forked_is_waited_for(
-    arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = 100.0
+    monkeypatch.setattr(master.time, "monotonic", lambda: now)
+    monkeypatch.setattr(master.time, "sleep", lambda _: None)
+
     def no_process() -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     arbiter.spawn_worker = no_process
     hooks.on_starting(arbiter)
-    arbiter.num_workers = 1
+    arbiter.num_workers = 2
+    for _ in range(3):
+        arbiter.manage_workers()
+    now += 1.0
     arbiter.manage_workers()
 
-    assert caplog.records[-1].getMessage().startswith("no worker could be started, trying again")
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert told == 2 * [
+        "no worker could be started, trying again: [Errno 11] Resource temporarily unavailable"
+    ]
 
 
 @pytest.mark.parametrize("others_accept", [True, False])

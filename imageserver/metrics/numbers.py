@@ -23,7 +23,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from imageserver.errors import StateUnavailable
 from imageserver.private import UnusableDirectory, open_private, prepare_directory
+from imageserver.runtime import runtime_in
 
 log = logging.getLogger(__name__)
 
@@ -64,10 +66,11 @@ class Numbers:
         inherited, self._lock, self.number = self._lock, -1, -1
         self._pid = os.getpid()
         try:
+            runtime_in(os.path.dirname(self._directory)).top.require()
             prepare_directory(self._directory)  # others may have removed it
             with _guard(self._directory):
                 self.number, self._lock = self._try_all()
-        except (OSError, UnusableDirectory) as exc:
+        except (OSError, UnusableDirectory, StateUnavailable) as exc:
             if not self._was_told:
                 log.warning("metrics: nothing can be kept in %s now: %s", self._directory, exc)
             self._was_told = True

@@ -76,6 +76,10 @@ def _path(text: str) -> str:
     return text
 
 
+def _directory(text: str) -> str:
+    return _path(text).rstrip("/") or "/"  # with a slash at its end a link would be followed
+
+
 def _socket_path(text: str) -> str:
     if not os.path.isabs(text) or len(os.fsencode(text)) > _MAX_SUN_PATH:
         raise _Wrong(f"an absolute path of at most {_MAX_SUN_PATH} bytes")
@@ -200,7 +204,7 @@ class Settings:
     )
     runtime_dir: str = _setting(
         _default_runtime_dir,
-        _path,
+        _directory,
         "private directory for locks, the slot table and registrations",
         "/run/imageserver, else $XDG_RUNTIME_DIR/imageserver, else one per user under /tmp",
     )

@@ -37,6 +37,8 @@ def check(settings: Settings) -> None:
         # Of those for images systemd may have made one where we cannot.
         if variable != _IMAGES or not _is_socket(path):
             _check_socket(variable, path)
+    for variable, address in _named(settings):
+        _check_host(variable, address)
     for (other, first), (variable, second) in combinations(_named(settings), 2):
         if _overlap(_names(first), _names(second)):
             raise UnusableAddress(
@@ -96,6 +98,16 @@ def _check_socket(variable: str, path: str) -> None:
         raise UnusableAddress(f"{variable}: {exc}") from exc
 
 
+def _check_host(variable: str, address: str) -> None:
+    try:
+        if not address.startswith("unix:"):
+            _parsed(address)[1].encode("idna")
+    except UnicodeError as exc:  # a label of more than 63 letters, or of none
+        raise UnusableAddress(
+            f"{variable}: {address} cannot be used (no name of a host); choose another address"
+        ) from exc
+
+
 def _names(address: str) -> set[tuple[str, str]]:
     """Return what an address stands for: a host's numbers with the port, or a socket's file."""
     if address.startswith("unix:/"):
@@ -106,9 +118,7 @@ def _names(address: str) -> set[tuple[str, str]]:
     family, host, port = _parsed(address)
     if port == 0:
         return set()  # another one each time
-    with contextlib.suppress(
-        OSError, UnicodeError
-    ):  # a name nobody knows is refused when it is bound
+    with contextlib.suppress(OSError):  # a name nobody knows is refused when it is bound
         found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
         return {(str(name[0]), str(port)) for *_, name in found}
     return set()
@@ -140,9 +150,8 @@ def _bind(bound: contextlib.ExitStack, variable: str, address: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
         probe.listen()
-    except (OSError, UnicodeError) as exc:  # the latter of a label over 63 letters
-        why = exc.strerror if isinstance(exc, OSError) else "no name of a host"
+    except OSError as exc:
         raise UnusableAddress(
             f"{variable}: {address} cannot be used "
-            f"({why}); stop what listens there or choose another address"
+            f"({exc.strerror}); stop what listens there or choose another address"
         ) from exc

@@ -129,36 +129,64 @@ def files(directory: str) -> list[str]:
     ]
 
 
+class DamagedFile(Exception):
+    """The bytes are no file of counts."""
+
+
 def is_sound(path: str) -> bool:
     """Tell whether prometheus_client can read a file: it would hang, or fail for ever."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return False
-        data = Path(path).read_bytes()
-        (used,) = _INT.unpack_from(data)
-        if not 0 <= used <= len(data):
-            return False
-        position = _FIRST
-        while position < used:
-            position = _skip(data[:used], position)
-    except (OSError, ValueError, TypeError, struct.error):
+        parse_counts(Path(path).read_bytes())
+    except (OSError, DamagedFile):
         return False
     return True
 
 
-def _skip(data: bytes, position: int) -> int:
-    """Return where the entry after the one at ``position`` begins; ValueError: it is none."""
-    (size,) = _INT.unpack_from(data, position)
-    key = data[position + 4 : position + 4 + size]
-    numbers = position + 4 + size + 8 - (size + 4) % 8
-    value, _ = _PAIR.unpack_from(data, numbers)
+def parse_counts(data: bytes) -> dict[str, int]:
+    """Return where the numbers of each key are in the bytes of a file; in order.
+
+    Raises:
+        DamagedFile: prometheus_client could not read them.
+    """
+    try:
+        return _positions(data)
+    except (ValueError, TypeError, AttributeError, RecursionError, struct.error) as exc:
+        raise DamagedFile(str(exc)) from exc
+
+
+def used_size(data: bytes) -> int:
+    """Return how many bytes of a sound file are in use."""
+    (used,) = _INT.unpack_from(data)
+    return int(used)
+
+
+def _positions(data: bytes) -> dict[str, int]:
+    used = used_size(data)
+    if not 0 <= used <= len(data):
+        raise ValueError(used)
+    data = data[:used]
+    found = {}
+    position = _FIRST
+    while position < used:
+        (size,) = _INT.unpack_from(data, position)
+        key = data[position + 4 : position + 4 + size]
+        numbers = position + 4 + size + 8 - (size + 4) % 8
+        value, _ = _PAIR.unpack_from(data, numbers)
+        _check_entry(key, size, value)
+        found[key.decode()] = numbers
+        position = int(numbers + _PAIR.size)
+    return found
+
+
+def _check_entry(key: bytes, size: int, value: float) -> None:
     metric, name, labels, text = json.loads(key)
     texts = (metric, name, text, *labels.keys(), *labels.values())
     if size <= 0 or not all(isinstance(found, str) for found in texts):
         raise ValueError(key)
     if not 0 <= value < math.inf or not float(labels.get("le", 0)) >= 0:
         raise ValueError(value)
-    return int(numbers + _PAIR.size)
 
 
 def _try_lock(directory: str, name: str) -> int | None:

@@ -22,7 +22,14 @@ from typing import Any
 
 from prometheus_client.mmap_dict import mmap_key
 
-from imageserver.metrics.numbers import FILE_SIZE, Numbers, path_of
+from imageserver.metrics.numbers import (
+    FILE_SIZE,
+    DamagedFile,
+    Numbers,
+    parse_counts,
+    path_of,
+    used_size,
+)
 from imageserver.private import open_private
 
 log = logging.getLogger(__name__)
@@ -67,16 +74,11 @@ class CountFile:
         data = b""
         with contextlib.suppress(OSError):
             data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-        (used,) = _INT.unpack_from(data) if len(data) >= _FIRST else (0,)
-        if used > _FIRST:
-            self._image = bytearray(data[:used])
-        position = _FIRST
-        while position < len(self._image):
-            (size,) = _INT.unpack_from(self._image, position)
-            key = self._image[position + 4 : position + 4 + size].decode()
-            position += 4 + size + 8 - (size + 4) % 8
-            self._positions[key] = position
-            position += _PAIR.size
+        # It was sound when the number was taken, and may have been spoilt since.
+        with contextlib.suppress(DamagedFile):
+            self._positions = parse_counts(data)
+            if self._positions:
+                self._image = bytearray(data[: used_size(data)])
 
     def read(self, key: str) -> float:
         """Return a value; one that is new begins with zero."""

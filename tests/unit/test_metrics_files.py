@@ -2,6 +2,7 @@
 """The files of counts: whose they are, who goes on with them, and what is done with damage."""
 
 import os
+import random
 import struct
 import subprocess
 import sys
@@ -12,7 +13,16 @@ import pytest
 from prometheus_client import values
 
 from imageserver.metrics.counted import Metrics
-from imageserver.metrics.numbers import FILE_SIZE, Numbers, clear_if_alone, files, is_sound
+from imageserver.metrics.numbers import (
+    FILE_SIZE,
+    DamagedFile,
+    Numbers,
+    clear_if_alone,
+    files,
+    is_sound,
+    parse_counts,
+)
+from imageserver.metrics.stored import CountFile
 from tests.unit.counting import ROOT, Process, damaged, processes, total
 
 #: A parent that counts once, then forks a child that does; both say their numbers.
@@ -202,3 +212,37 @@ def test_what_was_not_yet_in_use_when_a_process_died_is_no_damage(counter: Path)
     counter.write_bytes(content)
 
     assert (damaged(counter.parent), total(counter.parent)) == (0, 1)
+
+
+def test_whatever_the_bytes_a_file_is_read_or_damaged_and_nothing_else_happens(
+    counter: Path,
+) -> None:
+    data = counter.read_bytes()
+    positions = parse_counts(data)
+    (used,) = struct.unpack_from("=i", data)
+    choose = random.Random(15)  # noqa: S311 - no secret
+    spoilt = 0
+    for _ in range(300):
+        content = bytearray(data[: used + 64])
+        for _ in range(choose.randrange(1, 5)):
+            content[choose.randrange(len(content))] = choose.randrange(256)
+        try:
+            parse_counts(bytes(content[: choose.randrange(len(content))]))
+        except DamagedFile:
+            spoilt += 1
+    assert (len(positions) > 1, spoilt > 100) == (True, True)
+
+
+def test_labels_that_are_none_are_damage() -> None:
+    key = b'["a", "b", 7, "c"]'
+    padded = key + b" " * (8 - (len(key) + 4) % 8)
+    entry = struct.pack("=i", len(key)) + padded + struct.pack("=dd", 1.0, 0.0)
+    with pytest.raises(DamagedFile):
+        parse_counts(struct.pack("=ii", 8 + len(entry), 0) + entry)
+
+
+def test_a_file_spoilt_after_it_was_found_sound_begins_anew(counter: Path) -> None:
+    counter.write_bytes(b"\xff" * 300)
+    file = CountFile(str(counter))
+    assert file.read("key") == 0.0
+    file.close()

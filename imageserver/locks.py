@@ -195,6 +195,8 @@ class ImageLocks:
         for name in os.listdir(directory):
             with contextlib.suppress(FileNotFoundError, ImageBusy):
                 found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                # The system's clock may have been set: then one that is idle is pruned at a later
+                # start, or one that is not is asked for its lock.
                 if time.time() - found.st_mtime < _IDLE_SECONDS or found.st_size:
                     continue
                 lock = ImageLock(directory, name, self._mark())

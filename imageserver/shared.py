@@ -163,7 +163,7 @@ class SharedTable:
             ticket.operation,
             ticket.image,
             ticket.client,
-            time.time_ns(),
+            time.monotonic_ns(),
         )
         limit = self._limits.get(kind, slots.CAPACITY)
         deadline = time.monotonic() + _LAST_BREATH_SECONDS

@@ -86,7 +86,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What a record says. ``started_ns`` counts from the Unix epoch; ``image`` is an opaque key."""
+    """What a record says. ``started_ns``: monotonic clock; ``image`` is an opaque key."""
 
     kind: Kind
     owner: Owner
@@ -97,6 +97,13 @@ class Holder:
     started_ns: int = 0
     done: int = 0
     expected: int = 0
+
+    def age(self, now_ns: int) -> float:
+        """Return for how many seconds it has been held, by the clock of ``started_ns``.
+
+        Processes of older versions have written another clock's: zero, for it is ahead.
+        """
+        return max(0, now_ns - self.started_ns) / 1e9
 
 
 class IncompatibleTable(Exception):

@@ -56,7 +56,7 @@ class _Shown(Collector):
         yield from MultiProcessCollector.merge(sound)  # type: ignore[no-untyped-call]
         yield _single(declared.DAMAGED_FILES, len(found) - len(sound))
         yield _gauge(declared.BUILD, {__version__: 1})
-        yield from _running(self._sources, time.time_ns())
+        yield from _running(self._sources, time.monotonic_ns())
         yield from _workers(self._sources)
         ready = {name: float(not check()) for name, check in self._sources.checks.items()}
         yield _gauge(declared.READY, ready)
@@ -77,7 +77,7 @@ def _running(sources: Sources, now_ns: int) -> Iterator[Family]:
     yield by_operation(declared.TRANSFERS, len)
     yield by_operation(
         declared.TRANSFER_AGE,
-        lambda found: max([0.0, *((now_ns - row.started_ns) / 1e9 for row in found)]),
+        lambda found: max([0.0, *(row.age(now_ns) for row in found)]),
     )
     yield by_operation(declared.TRANSFER_DONE, lambda found: sum(row.done for row in found))
     yield by_operation(declared.TRANSFER_EXPECTED, lambda found: sum(row.expected for row in found))

@@ -110,7 +110,7 @@ class _Status(_Resource):
         self._full_ids = full_ids
 
     def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
-        now_ns = time.time_ns()
+        now_ns = time.monotonic_ns()
         running = [row for row in self._table.living(*_RUNNING) if row.transfer]
         running.sort(key=lambda row: row.started_ns)
         workers = sorted(self._table.living(Kind.WORKER), key=lambda row: row.owner.pid)
@@ -118,7 +118,7 @@ class _Status(_Resource):
         set_json(resp, {"transfers": transfers, "workers": [_worker(row) for row in workers]})
 
     def _transfer(self, row: Holder, now_ns: int) -> dict[str, object]:
-        age = max(0, now_ns - row.started_ns) / 1e9
+        age = row.age(now_ns)
         name = row.transfer if self._full_ids else id_hash(row.transfer)[:_HASH_DIGITS]
         return {
             "id": name,

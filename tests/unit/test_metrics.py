@@ -217,7 +217,7 @@ def test_a_reason_that_is_not_declared_is_a_bug(metrics: Metrics) -> None:
 
 
 def test_gauges_tell_what_the_living_hold(metrics: Metrics, tmp_path: Path) -> None:
-    owner, now = Owner(1, 1), time.time_ns()
+    owner, now = Owner(1, 1), time.monotonic_ns()
     rows = [
         Holder(Kind.READ, owner, ID, "read", "", "c", now - 60 * NS, 10, 100),
         Holder(Kind.READ, owner, ID, "read", "", "c", now - 5 * NS, 20, 200),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot table's rules over a plain buffer: exact limits, owners, progress, sweeps."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -179,3 +181,10 @@ def test_any_history_holds_exactly_what_a_dictionary_would(
             held = {i: h for i, h in held.items() if h.owner != owner}
 
         assert everyone(table) == [held[index] for index in sorted(held)]
+
+
+def test_an_age_is_never_negative_whatever_clock_another_version_has_written() -> None:
+    held = replace(READER, started_ns=5_000_000_000)
+
+    assert [held.age(now) for now in (7_500_000_000, 5_000_000_000, 0)] == [2.5, 0, 0]
+    assert replace(READER, started_ns=1_700_000_000_000_000_000).age(7_500_000_000) == 0

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from imageserver.errors import NO_DESCRIPTOR, Exhausted, UnknownImage
+from imageserver.errors import NO_DESCRIPTOR, Exhausted, StateUnavailable, UnknownImage
 from imageserver.transfers import (
     MAX_TRANSFER_SIZE,
     InvalidTransfer,
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 #: A file changed within this time may change again without a new mtime (docs/api.md).
 _SETTLED_NS = 2_000_000_000
 _CACHE_SIZE = 1024
+#: What says nothing of a file, but of the machine: it may be there.
+_HOST_ERRORS = NO_DESCRIPTOR | {errno.ENOMEM, errno.EIO}
 
 
 class _Version(NamedTuple):
@@ -77,6 +79,7 @@ class Registry:
         Raises:
             UnknownImage: there is none, or its file does not count.
             Exhausted: no descriptor is free.
+            StateUnavailable: the machine has no memory to look with, or cannot read.
         """
         if not is_valid_id(transfer_id):
             raise UnknownImage(transfer_id)
@@ -88,7 +91,7 @@ class Registry:
         except FileNotFoundError as exc:
             raise UnknownImage(transfer_id) from exc
         except (OSError, UntrustedDirectory) as exc:
-            _raise_if_exhausted(exc)
+            _blame_host(exc)
             self._report("", f"config directory: {exc}", _stat_or_none(self._directory))
             raise UnknownImage(transfer_id) from exc
         self._reported.pop("", None)
@@ -156,7 +159,7 @@ class Registry:
             self._forget(transfer_id)
             raise UnknownImage(transfer_id) from exc
         except OSError as exc:
-            _raise_if_exhausted(exc)
+            _blame_host(exc)
             problem = "is a symbolic link" if exc.errno == errno.ELOOP else str(exc.strerror)
             self._report(transfer_id, f"cannot be read: {problem}", version)
             raise UnknownImage(transfer_id) from exc
@@ -224,10 +227,11 @@ class Registry:
             log.warning("%s: path=%s problem=%s", event, path, problem)
 
 
-def _raise_if_exhausted(exc: Exception) -> None:
-    """Say nothing of a transfer whose file only found no descriptor."""
-    if isinstance(exc, OSError) and exc.errno in NO_DESCRIPTOR:
-        raise Exhausted(str(exc)) from exc
+def _blame_host(exc: Exception) -> None:
+    """Raise what is the machine's fault: an id that cannot be looked up now is not unknown."""
+    if isinstance(exc, OSError) and exc.errno in _HOST_ERRORS:
+        error = Exhausted if exc.errno in NO_DESCRIPTOR else StateUnavailable
+        raise error(f"transfers cannot be read now: {exc.strerror}") from exc
 
 
 def _stat_or_none(path: str) -> _Version | None:

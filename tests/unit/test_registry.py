@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config directory: what is known, for how long it is remembered, and what is reported."""
 
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 from imageserver import registry
-from imageserver.errors import Exhausted
+from imageserver.errors import Exhausted, StateUnavailable
 from imageserver.transfers import FileImage, Transfer
 from tests.unit.places import NOW, OLD, SECOND, A, B, Place
 from tests.unit.shortages import no_descriptors
@@ -246,3 +248,37 @@ def test_only_so_many_reports_are_remembered(place: Place, monkeypatch: pytest.M
         place.image(name)
 
     assert list(place.registry._reported) == ["b", "c"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EIO])
+@pytest.mark.parametrize("at", [0, 1], ids=["directory", "file"])
+def test_an_id_that_cannot_be_looked_up_is_not_called_unknown(
+    place: Place, monkeypatch: pytest.MonkeyPatch, number: int, at: int
+) -> None:
+    real, opened = os.open, []
+
+    def fails(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        opened.append(path)
+        if len(opened) > at:
+            raise OSError(number, os.strerror(number))
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    place.put("t", A)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        with pytest.raises(StateUnavailable, match=os.strerror(number)):
+            place.registry.get("t")
+
+    assert (place.image(), place.reports()) == ("/images/a", [])
+
+
+def test_a_file_of_a_time_to_come_is_young(place: Place, parsed: list[str]) -> None:
+    """The system's clock may have been set back since; it will be read each time until then."""
+    place.put("t", A, NOW + 3600 * SECOND)
+    for _ in range(2):
+        assert place.image() == "/images/a"
+    place.now = NOW + 3603 * SECOND
+    for _ in range(2):
+        assert place.image() == "/images/a"
+
+    assert parsed == ["t"] * 3

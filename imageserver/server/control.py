@@ -137,14 +137,20 @@ class ControlServer:
         except InvalidCommand as exc:
             answer = control.failed(str(exc))
         else:
-            try:
-                answer = self._administration.run(command, lambda: not _has_gone(sock))
-            except StateUnavailable as exc:
-                log.warning("control: refused: %s", exc)
-                answer = control.failed("server state unavailable")
+            answer = self._carry_out(command, sock)
             _report(command, answer)
         self._send_all(sock, answer)
         return patience
+
+    def _carry_out(self, command: control.Command, sock: socket.socket) -> bytes:
+        try:
+            return self._administration.run(command, lambda: not _has_gone(sock))
+        except StateUnavailable as exc:
+            log.warning("control: refused: %s", exc)
+            return control.failed(f"server state unavailable: {exc}")
+        except OSError:  # not the peer's, who would go without an answer
+            log.exception("control: failed")
+            return control.failed("internal error")
 
     def _request(self, sock: socket.socket) -> bytes:
         """Return what comes up to the first newline, or the end."""

@@ -1,33 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """How transfers are used, over all processes: one small file for each that can expire.
 
-    8s magic   16s boot   Q touched   Q cut   Q closed   Q read   Q written   256s error   256s id
+``usagerecord.py`` has the layout. Times are of the monotonic clock, which all processes share
+and no one sets; a file of an earlier boot begins anew. A visitor holds a lock on a byte of its
+own, at random, far beyond the record (F_OFD_SETLK, fcntl(2)): so the kernel knows how many
+there are, and takes those that die off the list. Times are stored by whoever likes, 8 bytes at
+once; what is added up is changed under flock(2), which the kernel, too, drops with its holder.
 
-Times are of the monotonic clock, which all processes share and no one sets; a file of an
-earlier boot begins anew. A visitor holds a lock on a byte of its own, at random, far beyond
-the record (F_OFD_SETLK, fcntl(2)): so the kernel knows how many there are, and takes those
-that die off the list. Times are stored by whoever likes, 8 bytes at once; what is added up
-is changed under flock(2), which the kernel, too, drops with its holder.
+A file that others have damaged begins anew where that is noticed, as if it had just been used:
+nothing expires early for it, and nothing lives for ever.
 """
 
 import contextlib
 import fcntl
+import logging
 import os
 import random
 import struct
 import time
 from collections.abc import Callable, Iterator
 
+from imageserver.errors import StateUnavailable
 from imageserver.ports import Account, Owned
-from imageserver.private import open_private
+from imageserver.private import open_private, own_files
 from imageserver.processes import boot_id
-from imageserver.transfers import id_hash
+from imageserver.transfers import DAY_SECONDS, id_hash
+from imageserver.usagerecord import (
+    ACCOUNT,
+    CHANGED,
+    CLOSED,
+    CUT,
+    ID,
+    SIZE,
+    TOUCHED,
+    DamagedRecord,
+    Record,
+    fresh_record,
+    is_of_another_boot,
+    pack_account,
+    pack_id,
+    pack_record,
+    pack_word,
+    parse_record,
+)
 
-_RECORD = struct.Struct("<8s16sQQQQQ256s256s")
-_MAGIC = b"imgactv1"
-_TOUCHED, _CUT, _CLOSED, _ACCOUNT = 24, 32, 40, 48
-_SUMS = struct.Struct("<QQ256s")
-_ID = _RECORD.size - 256
+log = logging.getLogger(__name__)
 
 #: struct flock (fcntl(2)): type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi4x")
@@ -36,40 +53,58 @@ _FIRST, _LAST = 1 << 20, 1 << 62
 _ADD_SECONDS = 1.0
 #: What is left of a transfer that is known no more is pruned after this time.
 _PRUNE_NS = 60 * 1_000_000_000
+#: ... and so is what was damaged, and not used since: nobody knows whose it is.
+_PRUNE_DAMAGED_NS = DAY_SECONDS * 1_000_000_000
+_WHAT = "the records of use"
 
 
 class OpenActivity:
-    """One transfer's activity, as this visitor has it open: ``ports.Activity``."""
+    """One transfer's activity, as this visitor has it open: ``ports.Activity``.
 
-    def __init__(self, path: str, fd: int, now_ns: Callable[[], int]) -> None:
+    Every method raises ``StateUnavailable`` where the file cannot be read or written.
+    """
+
+    def __init__(self, path: str, fd: int, boot: bytes, now_ns: Callable[[], int]) -> None:
         self._path = path
         self._fd = fd
+        self._boot = boot
         self._now_ns = now_ns
 
-    def begin(self, boot: bytes, transfer_id: str) -> None:
-        """Make the record one of this boot, if it is not."""
-        if self._head(boot):
-            return
-        with self._alone(wait=True):
-            if not self._head(boot):
-                name = transfer_id.encode()
-                record = _RECORD.pack(_MAGIC, boot, self._now_ns(), 0, 0, 0, 0, b"", name)
-                os.pwrite(self._fd, record, 0)
+    def begin(self, transfer_id: str) -> None:
+        """Make the record one of this boot and transfer, if it is not."""
+        if self._record(transfer_id).transfer_id != transfer_id:
+            self._write(ID, pack_id(transfer_id))
 
-    def _head(self, boot: bytes) -> bool:
-        return os.pread(self._fd, _TOUCHED, 0) == _MAGIC + boot
+    def _record(self, transfer_id: str = "") -> Record:
+        """Return what the file says; begin it anew where that is nothing."""
+        with contextlib.suppress(DamagedRecord):
+            return self._parse()
+        with self._alone(wait=True):
+            with contextlib.suppress(DamagedRecord):
+                return self._parse()  # another process was quicker
+            was = self._read()
+            fresh = fresh_record(self._now_ns(), transfer_id)
+            self._write(0, pack_record(fresh, self._boot))
+        if was and not is_of_another_boot(was, self._boot):
+            log.warning("%s was damaged: it begins anew", self._path)
+        return fresh
+
+    def _parse(self) -> Record:
+        return parse_record(self._read(), self._boot, self._now_ns())
 
     def enter(self) -> bool:
         """Become a visitor; False where the file has been removed."""
-        while True:
-            byte = random.randrange(_FIRST, _LAST)  # noqa: S311 - no secret
-            lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            try:
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
-            except BlockingIOError:
-                continue
-            return os.fstat(self._fd).st_nlink > 0
+        with own_files(_WHAT):
+            while True:
+                byte = random.randrange(_FIRST, _LAST)  # noqa: S311 - no secret
+                lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+                try:
+                    fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
+                except BlockingIOError:
+                    continue
+                return os.fstat(self._fd).st_nlink > 0
 
+    @own_files(_WHAT)
     def visitors(self) -> int:
         """Return how many visits others are on."""
         count = 0
@@ -86,83 +121,113 @@ class OpenActivity:
                 spans += [(low, found[2]), (found[2] + 1, high)]
         return count
 
-    def is_abandoned(self, boot: bytes, is_known: Callable[[str], bool]) -> bool:
+    def is_abandoned(self, is_known: Callable[[str], bool]) -> bool:
         """Tell whether the transfer is known no more, and nobody is there."""
-        if not self._head(boot):
+        if is_of_another_boot(self._read(), self._boot):
             return True
-        name = os.pread(self._fd, 256, _ID).rstrip(b"\0").decode()
-        return not is_known(name) and self.idle_ns() > _PRUNE_NS and not self.visitors()
+        name = self._record().transfer_id
+        if name and is_known(name):
+            return False
+        least_ns = _PRUNE_NS if name else _PRUNE_DAMAGED_NS
+        return self.idle_ns() > least_ns and not self.visitors()
 
     def idle_ns(self) -> int:
         """Return how long ago ``touch`` was called last, in nanoseconds."""
-        return self._now_ns() - self._word(_TOUCHED)
+        touched_ns = self._record().touched_ns
+        return self._now_ns() - touched_ns
 
     def touch(self) -> None:
         """Say that the transfer is in use now."""
-        self._set_word(_TOUCHED, self._now_ns())
+        self._set_word(TOUCHED, self._now_ns())
+
+    @property
+    def changed_ns(self) -> int:
+        """As of when its file was, when the transfer was used last."""
+        return self._record().changed_ns
+
+    @changed_ns.setter
+    def changed_ns(self, value: int) -> None:
+        self._set_word(CHANGED, value)
 
     def cut(self) -> None:
         """Ask every visit that has begun to end at once."""
-        self._set_word(_CUT, self._now_ns())
+        self._set_word(CUT, self._now_ns())
 
     def is_cut(self, began_ns: int) -> bool:
         """Tell whether a visit begun at ``began_ns`` is to end."""
-        return began_ns <= self._word(_CUT)
+        return began_ns <= self._record().cut_ns
 
     @property
     def is_closed(self) -> bool:
         """Nobody may enter: the transfer was unregistered."""
-        return bool(self._word(_CLOSED))
+        return self._record().is_closed
 
     def set_closed(self, *, closed: bool) -> None:
         """Say whether visitors may enter."""
-        self._set_word(_CLOSED, int(closed))
-
-    def _word(self, at: int) -> int:
-        return int.from_bytes(os.pread(self._fd, 8, at), "little")
+        self._set_word(CLOSED, int(closed))
 
     def _set_word(self, at: int, value: int) -> None:
-        os.pwrite(self._fd, value.to_bytes(8, "little"), at)
+        self._write(at, pack_word(value))
+
+    @own_files(_WHAT)
+    def _read(self) -> bytes:
+        return os.pread(self._fd, SIZE, 0)
+
+    @own_files(_WHAT)
+    def _write(self, at: int, data: bytes) -> None:
+        os.pwrite(self._fd, data, at)
 
     def add(self, done: Account, *, wait: bool) -> bool:
         """Add to the account; False where another process was at it."""
+        known = self._record().account  # also mends, before the lock is taken that mending needs
         with self._alone(wait=wait) as is_alone:
             if is_alone:
-                read, written, error = _SUMS.unpack(os.pread(self._fd, _SUMS.size, _ACCOUNT))
-                if done.last_error is not None:
-                    error = done.last_error.encode(errors="replace")[:256]
-                sums = _SUMS.pack(read + done.bytes_read, written + done.bytes_written, error)
-                os.pwrite(self._fd, sums, _ACCOUNT)
+                with contextlib.suppress(DamagedRecord):
+                    known = self._parse().account
+                now = Account(
+                    known.bytes_read + done.bytes_read,
+                    known.bytes_written + done.bytes_written,
+                    known.last_error if done.last_error is None else done.last_error,
+                )
+                self._write(ACCOUNT, pack_account(now))
         return is_alone
 
     def account(self) -> Account:
         """Return what has been done with the transfer."""
-        read, written, error = _SUMS.unpack(os.pread(self._fd, _SUMS.size, _ACCOUNT))
-        text = error.rstrip(b"\0").decode(errors="replace")
-        return Account(read, written, text or None)
+        return self._record().account
 
     @contextlib.contextmanager
     def _alone(self, *, wait: bool) -> Iterator[bool]:
         """Hold the sums against other processes; yield whether that worked."""
         deadline = time.monotonic() + (_ADD_SECONDS if wait else 0)
-        while True:
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.0005)
+        while not self._try_alone():
+            if time.monotonic() >= deadline:
+                yield False
+                return
+            time.sleep(0.0005)
         try:
             yield True
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    @own_files(_WHAT)
+    def _try_alone(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def remove(self) -> None:
         """Remove the file. Who has entered it finds out, who enters is told."""
-        with contextlib.suppress(FileNotFoundError):
+        with own_files(_WHAT), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
+
+    def remove_if_empty(self) -> None:
+        """Remove a file that has never had a record: on a full disk nobody can use it."""
+        with contextlib.suppress(StateUnavailable):
+            if not self._read():
+                self.remove()
 
     def close(self) -> None:
         """Close the file, and end the visit with it."""
@@ -182,48 +247,65 @@ class ActivityFiles:
     def find(self, owned: Owned, transfer_id: str, *, visit: bool) -> OpenActivity | None:
         """Open what is known of a transfer's use: see ``ports.Activities``."""
         while activity := self.find_hashed(owned, id_hash(transfer_id)):
-            activity.begin(self._boot, transfer_id)
-            if not visit:
-                return activity
-            is_closed = activity.is_closed
-            if not is_closed and activity.enter():
-                return activity
-            activity.close()
-            if is_closed:
-                break
+            with contextlib.ExitStack() as opened:
+                opened.callback(activity.close)
+                activity.begin(transfer_id)
+                if visit and activity.is_closed:
+                    return None
+                if not visit or activity.enter():
+                    opened.pop_all()
+                    return activity
         return None
 
     def make(self, owned: Owned, transfer_id: str) -> OpenActivity:
         """Visit a transfer of which nothing need be known: see ``ports.Activities``."""
-        name = f"{owned.value}-{id_hash(transfer_id)}"
+        path = self._path(owned, id_hash(transfer_id))
         while True:
-            fd = open_private(self._directory, name)
-            activity = OpenActivity(os.path.join(self._directory, name), fd, self._now_ns)
-            activity.begin(self._boot, transfer_id)
-            if activity.enter():
-                return activity
-            activity.close()
+            with own_files(_WHAT), contextlib.ExitStack() as opened:
+                fd = open_private(*os.path.split(path))
+                activity = OpenActivity(path, fd, self._boot, self._now_ns)
+                opened.callback(activity.close)
+                opened.callback(activity.remove_if_empty)
+                activity.begin(transfer_id)
+                if activity.enter():
+                    opened.pop_all()
+                    return activity
 
     def prune(self, owned: Owned, is_known: Callable[[str], bool]) -> int:
         """Remove what is left of transfers that are known no more; return how many."""
-        with os.scandir(self._directory) as entries:
+        with own_files(_WHAT), os.scandir(self._directory) as entries:
             names = [entry.name for entry in entries]
         pruned = 0
         for name in names:
             prefix, _, digest = name.partition("-")
-            activity = self.find_hashed(owned, digest) if prefix == owned.value else None
-            if activity:
-                with contextlib.closing(activity):
-                    if activity.is_abandoned(self._boot, is_known):
-                        activity.remove()
-                        pruned += 1
+            if prefix == owned.value:
+                try:
+                    pruned += self._prune_one(owned, digest, is_known)
+                except StateUnavailable as exc:
+                    log.warning("%s: %s", name, exc)
         return pruned
+
+    def _prune_one(self, owned: Owned, digest: str, is_known: Callable[[str], bool]) -> bool:
+        activity = self.find_hashed(owned, digest)
+        if activity is None:
+            return False
+        with contextlib.closing(activity):
+            is_abandoned = activity.is_abandoned(is_known)
+            if is_abandoned:
+                activity.remove()
+        return is_abandoned
 
     def find_hashed(self, owned: Owned, digest: str) -> OpenActivity | None:
         """Open what is known of the use of a transfer whose id has this hash."""
-        path = os.path.join(self._directory, f"{owned.value}-{digest}")
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        return OpenActivity(path, fd, self._now_ns)
+        path = self._path(owned, digest)
+        # O_NONBLOCK: whatever has got there, it must not stop us.
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with own_files(_WHAT):
+            try:
+                fd = os.open(path, flags)
+            except FileNotFoundError:
+                return None
+        return OpenActivity(path, fd, self._boot, self._now_ns)
+
+    def _path(self, owned: Owned, digest: str) -> str:
+        return os.path.join(self._directory, f"{owned.value}-{digest}")

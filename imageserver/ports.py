@@ -255,8 +255,10 @@ class Activity(Protocol):
     """What all processes know of one transfer's use: who is there, since when nobody was.
 
     Every method may be called at any time from any process; a visitor's death is noticed by
-    the kernel. ``close`` ends a visit.
+    the kernel. ``close`` ends a visit; all else may raise ``StateUnavailable``.
     """
+
+    changed_ns: int  # of the transfer's file, when it was used last: ``Transfer.changed_ns``
 
     def idle_ns(self) -> int:
         """Return how long ago ``touch`` was called last, in nanoseconds."""

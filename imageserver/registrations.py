@@ -10,28 +10,38 @@ seen by any later ``remove``. Changes hold a lock, which the kernel drops with i
 """
 
 import contextlib
-import fcntl
+import errno
 import json
+import logging
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from imageserver.activity import ActivityFiles
-from imageserver.errors import UnknownImage
+from imageserver.errors import StateUnavailable, UnknownImage
+from imageserver.guard import Guard
+from imageserver.jsontext import InvalidJson, parse_json
 from imageserver.ports import Owned
-from imageserver.private import open_private
+from imageserver.private import open_private, own_files
 from imageserver.registry import Registry
 from imageserver.transfers import (
     MAX_TRANSFER_SIZE,
     InvalidTransfer,
     Transfer,
     id_hash,
+    is_valid_id,
     to_fields,
 )
 
+log = logging.getLogger(__name__)
+
 _LOCK = "registered.lock"
+#: The lock is held for milliseconds. Only a process stopped meanwhile can make us wait.
+_LOCK_SECONDS = 5.0
+_WHAT = "the registrations"
 #: Prefix of files that have not got their name yet; hashes do not begin so.
 _NEW = "new-"
 
@@ -57,13 +67,13 @@ class RegistrationFiles:
         self._require()
         return self._registry.get(id_hash(transfer_id))
 
+    @own_files(_WHAT)
     def store(self, transfer: Transfer) -> None:
         """Make a transfer known: see ``ports.Registrations``.
 
         Raises:
             InvalidTransfer: its file would be too large.
-            StateUnavailable: the directory was removed or replaced.
-            OSError: it cannot be written.
+            StateUnavailable: the directory was removed or replaced, or it cannot be written.
         """
         self._require()
         fields = {"transfer_id": transfer.id} | to_fields(transfer)
@@ -88,6 +98,7 @@ class RegistrationFiles:
             os.unlink(self._path(new))
             raise
 
+    @own_files(_WHAT)
     def remove(self, transfer_id: str) -> None:
         """Make a transfer unknown: see ``ports.Registrations``."""
         self._require()
@@ -99,6 +110,7 @@ class RegistrationFiles:
                 with contextlib.closing(activity):
                     activity.set_closed(closed=True)
 
+    @own_files(_WHAT)
     def forget(self, transfer_id: str) -> None:
         """Drop the activity of what was removed: see ``ports.Registrations``."""
         with self._lock():
@@ -108,6 +120,7 @@ class RegistrationFiles:
                     if activity.is_closed and not activity.visitors():
                         activity.remove()
 
+    @own_files(_WHAT)
     def count(self) -> int:
         """Return how many there are that have not expired: see ``ports.Registrations``."""
         self._require()
@@ -125,6 +138,7 @@ class RegistrationFiles:
         self._fresh = fresh
         return len(fresh)
 
+    @own_files(_WHAT)
     def all(self) -> list[Transfer]:
         """Return those that have not expired: see ``ports.Registrations``."""
         self._require()
@@ -139,38 +153,54 @@ class RegistrationFiles:
 
     def _lasts_ns(self, name: str) -> int:
         """Return until when (monotonic clock) a registration counts if nobody uses it."""
-        activity = self._activities.find_hashed(Owned.REGISTERED, name)
-        if activity is None:
+        try:
+            transfer = self._registry.get(name)
+        except UnknownImage:
             return 0
-        with contextlib.closing(activity):
-            try:
-                transfer = self._registry.get(name)
-            except UnknownImage:
+        try:
+            activity = self._activities.find_hashed(Owned.REGISTERED, name)
+            if activity is None:
                 return 0
-            unused_ns = min(time.time_ns() - transfer.changed_ns, activity.idle_ns())
+            with contextlib.closing(activity):
+                unused_ns = activity.idle_ns()
+        except StateUnavailable:
+            unused_ns = 0  # nobody can tell that it has expired
         return time.monotonic_ns() - unused_ns + (transfer.idle_seconds or 0) * 1_000_000_000
 
     def prune(self, has_file: Callable[[str], bool]) -> None:
         """Drop what has expired, but for what hides a control program's file."""
-        for name in os.listdir(self._directory):
-            if not self._counts(name) and not name.startswith(_NEW):
-                with self._lock(), contextlib.suppress(FileNotFoundError):
-                    transfer_id = self._id_of(name)
-                    hides = transfer_id is not None and has_file(transfer_id)
-                    if not self._counts(name) and not hides:
-                        os.unlink(self._path(name))
+        with own_files(_WHAT):
+            names = os.listdir(self._directory)
+        for name in names:
+            try:
+                self._prune_one(name, has_file)
+            except StateUnavailable as exc:
+                log.warning("%s: %s", self._path(name), exc)
         with self._lock():
             self._activities.prune(Owned.REGISTERED, self._is_known)
+
+    @own_files(_WHAT)
+    def _prune_one(self, name: str, has_file: Callable[[str], bool]) -> None:
+        if name.startswith(_NEW) or self._counts(name):
+            return
+        with self._lock(), contextlib.suppress(FileNotFoundError):
+            transfer_id = self._id_of(name)
+            hides = transfer_id is not None and has_file(transfer_id)
+            if not self._counts(name) and not hides:
+                os.unlink(self._path(name))
 
     def recover(self) -> None:
         """Remove what writers that died have left; give back what was lost over a reboot."""
         with self._lock():
             for name in os.listdir(self._directory):
                 transfer_id = None if name.startswith(_NEW) else self._id_of(name)
-                if transfer_id is None:
-                    os.unlink(self._path(name))
-                else:
+                if transfer_id is not None:
                     self._activities.make(Owned.REGISTERED, transfer_id).close()
+                    continue
+                try:
+                    os.unlink(self._path(name))
+                except OSError as exc:  # a directory, say, that somebody has made here
+                    log.warning("%s is no registration: %s", self._path(name), exc.strerror)
 
     def _counts(self, name: str) -> bool:
         return self._lasts_ns(name) > time.monotonic_ns()
@@ -180,21 +210,43 @@ class RegistrationFiles:
 
     def _id_of(self, name: str) -> str | None:
         """Return whose file this is; None where it is none of ours."""
-        with open(self._path(name), "rb") as file:
-            try:
-                transfer_id = str(json.load(file)["transfer_id"])
-            except (ValueError, KeyError, TypeError):
-                return None
-        return transfer_id if id_hash(transfer_id) == name else None
+        transfer_id = parse_id(self._text_of(name))
+        return transfer_id if transfer_id and id_hash(transfer_id) == name else None
+
+    def _text_of(self, name: str) -> bytes:
+        # O_NONBLOCK: a FIFO must not stop us before fstat has seen what it is.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(self._path(name), flags)
+        except OSError as exc:
+            if exc.errno == errno.ELOOP:  # a link
+                return b""
+            raise
+        try:
+            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+            return os.read(fd, MAX_TRANSFER_SIZE) if is_file else b""
+        finally:
+            os.close(fd)
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        fd = open_private(os.path.dirname(self._directory), _LOCK)
+        with own_files(_WHAT):
+            fd = open_private(os.path.dirname(self._directory), _LOCK)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            with Guard(fd, _WHAT, _LOCK_SECONDS).hold():
+                yield
         finally:
             os.close(fd)
+
+
+def parse_id(text: bytes) -> str | None:
+    """Return the id that a registration's file names; None where it names none."""
+    try:
+        fields = parse_json(text)
+    except InvalidJson:
+        return None
+    transfer_id = fields.get("transfer_id") if isinstance(fields, dict) else None
+    return transfer_id if isinstance(transfer_id, str) and is_valid_id(transfer_id) else None

@@ -99,10 +99,7 @@ class Holder:
     expected: int = 0
 
     def age(self, now_ns: int) -> float:
-        """Return for how many seconds it has been held, by the clock of ``started_ns``.
-
-        Processes of older versions have written another clock's: zero, for it is ahead.
-        """
+        """Return for how many seconds it has been held, by the clock of ``started_ns``."""
         return max(0, now_ns - self.started_ns) / 1e9
 
 

@@ -138,10 +138,10 @@ def to_fields(transfer: Transfer) -> dict[str, object]:
     return fields | {"read_only": transfer.read_only, "idle_timeout_seconds": idle}
 
 
-def has_expired(transfer: Transfer, *unused_ns: int) -> bool:
-    """Tell whether a transfer has gone unused for too long by each of these accounts."""
+def has_expired(transfer: Transfer, unused_ns: int) -> bool:
+    """Tell whether a transfer that has gone unused for so long has expired."""
     idle = transfer.idle_seconds
-    return idle is not None and min(unused_ns) >= idle * 1_000_000_000
+    return idle is not None and unused_ns >= idle * 1_000_000_000
 
 
 def path_bytes(path: str) -> bytes:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from imageserver.errors import Exhausted, StateUnavailable, UnknownImage
+from imageserver.fileage import FileAge
 from imageserver.ports import Account, Activities, Activity, Backend, Owned, Transfers
 from imageserver.slots import Kind
 from imageserver.transfers import Transfer, has_expired, is_valid_id
@@ -46,7 +47,7 @@ class Catalogue:
         files: Transfers,
         registered: Transfers | None,
         activities: Activities,
-        now_ns: Callable[[], int] = time.time_ns,
+        ages: FileAge | None = None,
         require: Callable[[], None] = lambda: None,
     ) -> None:
         """``registered`` is None where nothing can be registered.
@@ -58,13 +59,13 @@ class Catalogue:
         self._files = files
         self._registered = registered
         self._activities = activities
-        self._now_ns = now_ns
+        self._ages = ages or FileAge()
 
     def find(self, transfer_id: str, *, visit: bool = True, probes: bool = False) -> Found:
         """Look an id up; ``visit``: as one who uses it, and closes the activity afterwards.
 
         ``probes``: as one who touches no image, and for whom a control program's file will do
-        where it cannot be told what is registered.
+        where it cannot be told what is registered, or its use not be noted.
 
         Raises:
             UnknownImage: nothing, or nothing that has not expired, has this id.
@@ -94,7 +95,8 @@ class Catalogue:
                 transfer = self._registered.get(transfer_id)
             except UnknownImage:
                 return None
-            self._check(transfer, activity)
+            # Registering is use, so the time of the file itself does not count.
+            _check(transfer, activity.idle_ns())
             held.pop_all()
         return Found(replace(transfer, id=transfer_id), activity)
 
@@ -107,18 +109,30 @@ class Catalogue:
         with contextlib.ExitStack() as held:
             if activity:
                 held.callback(activity.close)
-            self._check(transfer, activity)
+            _check(transfer, self._unused_ns(transfer, activity))
+            if activity is None:
+                activity = self._activities.make(Owned.FILE, transfer.id)
+                held.callback(activity.close)
+            if visit and activity.changed_ns != transfer.changed_ns:
+                activity.changed_ns = transfer.changed_ns
             held.pop_all()
-        return Found(transfer, activity or self._activities.make(Owned.FILE, transfer_id))
+        return Found(transfer, activity)
 
-    def _check(self, transfer: Transfer, activity: Activity | None) -> None:
-        # A changed file is a new beginning. Its age is by the system's clock, which may be set;
-        # a transfer in use does not depend on it.
-        unused = [self._now_ns() - transfer.changed_ns]
-        if activity:
-            unused.append(activity.idle_ns())
-        if has_expired(transfer, *unused):
-            raise UnknownImage(transfer.id)
+    def _unused_ns(self, transfer: Transfer, activity: Activity | None) -> int:
+        """Return for how long nobody has used a file's transfer. A changed file begins anew.
+
+        Its age counts only until it is used: then that is known, by a clock which nobody sets.
+        """
+        if activity is None:
+            return self._ages.age_ns(transfer.changed_ns)
+        if activity.changed_ns == transfer.changed_ns:
+            return activity.idle_ns()
+        return min(self._ages.age_ns(transfer.changed_ns), activity.idle_ns())
+
+
+def _check(transfer: Transfer, unused_ns: int) -> None:
+    if has_expired(transfer, unused_ns):
+        raise UnknownImage(transfer.id)
 
 
 class Visit:
@@ -222,9 +236,11 @@ class TrackedVisit(Visit):
             self._is_closed = True
             try:
                 self._tell(wait=True)
+            except StateUnavailable as exc:
+                log.warning("a request's end was not noted: %s", exc)
             finally:
                 self._activity.close()
-        self._ended(self)
+                self._ended(self)
 
 
 class Visits:
@@ -260,7 +276,10 @@ class Visits:
         found = self._catalogue.find(transfer_id, probes=probes)
         if found.activity is None:
             return found.transfer, UNTRACKED
-        visit = TrackedVisit(found.activity, began_ns, disconnect, self._discard)
+        with contextlib.ExitStack() as held:
+            held.callback(found.activity.close)
+            visit = TrackedVisit(found.activity, began_ns, disconnect, self._discard)
+            held.pop_all()
         with self._lock:
             self._visits.add(visit)
         try:
@@ -284,15 +303,38 @@ class Visits:
 
     def _beat(self) -> None:
         pruned = time.monotonic()
+        failing: frozenset[TrackedVisit] = frozenset()
         while True:
             time.sleep(_BEAT_SECONDS)
-            with self._lock:
-                visits = list(self._visits)
-            try:
-                for visit in visits:
-                    visit.beat()
-                if time.monotonic() - pruned > _PRUNE_SECONDS:
-                    pruned = time.monotonic()
-                    self._prune()
-            except OSError:
-                log.exception("visits could not be noted")
+            failing = self.beat(failing)
+            if time.monotonic() - pruned > _PRUNE_SECONDS:
+                pruned = time.monotonic()
+                _attempt(self._prune, "pruning")
+
+    def beat(self, failing: frozenset[TrackedVisit] = frozenset()) -> frozenset[TrackedVisit]:
+        """Let every visit beat, whatever becomes of another; return those that cannot.
+
+        Those that could not the last time are told of no more.
+        """
+        with self._lock:
+            visits = list(self._visits)
+        return frozenset(
+            visit
+            for visit in visits
+            if not _attempt(visit.beat, "a visit", is_told=visit in failing)
+        )
+
+
+def _attempt(job: Callable[[], None], what: str, *, is_told: bool = False) -> bool:
+    """Do a job of those that come again and again; False where it failed."""
+    try:
+        job()
+    except StateUnavailable as exc:
+        if not is_told:
+            log.warning("%s was not noted: %s", what, exc)
+    except Exception:  # one job must not end all others, for all time
+        if not is_told:
+            log.exception("%s failed", what)
+    else:
+        return True
+    return False

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks for tests: one of known bytes that spans many chunks, and big ones of zeros."""
 
+import errno
 from pathlib import Path
+from typing import IO
 
-from tests.system.harness import repeatable
+from tests.system.harness import GUNICORN, Server, program, repeatable
 
 #: The smallest that the server takes, so that small images span many pieces.
 CHUNK = 4096
@@ -35,3 +37,34 @@ def sparse(path: Path, size: int) -> Path:
     with path.open("wb") as file:
         file.truncate(size)
     return path
+
+
+def with_runtime_of_2_mib(server: Server) -> Server:
+    """Give a server that has not been started a file system of its own for its runtime directory.
+
+    It is mounted where nobody else sees it, and gone with the server. ``needs("mounts")``.
+    """
+    server.runtime.mkdir(0o700)
+    mount = f"mount -t tmpfs -o size=2m,mode=0700 tmpfs {server.runtime} && exec {GUNICORN}"
+    server.command = [program("unshare"), "--mount", "sh", "-c", mount]
+    return server
+
+
+def runtime_of(server: Server) -> Path:
+    """Return a path to the runtime directory as the running server sees it."""
+    return Path(f"/proc/{server.process.pid}/root{server.runtime}")
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        while _takes(file):
+            pass
+
+
+def _takes(file: IO[bytes]) -> bool:
+    try:
+        return file.write(bytes(4096)) > 0
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        return False

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of counts that are removed, cut short or without room: images are served all the same."""
 
-import errno
 import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 
-from tests.system.harness import GUNICORN, Server, free_port, program, wait_until
+from tests.system.disks import fill, runtime_of, with_runtime_of_2_mib
+from tests.system.harness import Server, free_port, wait_until
 from tests.system.killing import is_running
 from tests.system.skips import needs
 from tests.system.watching import Admin
@@ -85,13 +84,10 @@ def test_files_cut_short_end_no_process_and_no_count_is_lost(server, admin):
 @needs("mounts")
 def test_a_full_runtime_directory_ends_no_new_worker(home, admin):
     (home / "image").write_bytes(b"image")
-    (home / "run").mkdir(0o700)
-    server = Server(home, workers=2, admin_bind=admin.bind)
-    mount = f"mount -t tmpfs -o size=2m,mode=0700 tmpfs {home}/run && exec {GUNICORN}"
-    server.command = [program("unshare"), "--mount", "sh", "-c", mount]
+    server = with_runtime_of_2_mib(Server(home, workers=2, admin_bind=admin.bind))
     with server:
         server.add("file", backend="file", file=str(home / "image"))
-        runtime = Path(f"/proc/{server.process.pid}/root{home}/run")
+        runtime = runtime_of(server)
         fill(runtime / "filling")
         reload(server)
         assert all(serves(server) for _ in range(8))
@@ -99,18 +95,3 @@ def test_a_full_runtime_directory_ends_no_new_worker(home, admin):
         assert [words for words in ("SIGBUS", "damaged") if words in server.log] == []
         (runtime / "filling").unlink()
         wait_until(lambda: admin.metrics().get(OPERATIONS) == 8)
-
-
-def fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        while _takes(file):
-            pass
-
-
-def _takes(file: IO[bytes]) -> bool:
-    try:
-        return file.write(bytes(4096)) > 0
-    except OSError as exc:
-        if exc.errno != errno.ENOSPC:
-            raise
-        return False

@@ -188,6 +188,8 @@ class FakeBackend:
 class FakeActivities:
     """``ports.Activities``, and an activity that is never idle: visits begin and end."""
 
+    changed_ns = 0
+
     def __init__(self, world: World) -> None:
         self._world = world
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activity files, on real ones with a clock of our own: visitors are counted by the kernel."""
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 
 from imageserver import activity as module
 from imageserver.activity import ActivityFiles
+from imageserver.errors import StateFull, StateUnavailable
 from imageserver.ports import Account, Owned
+from imageserver.transfers import id_hash
 
 SECOND = 1_000_000_000
 
@@ -167,3 +170,110 @@ def test_pruning_removes_what_is_unknown_unused_and_old(place: _Place) -> None:
     visit.close()
     assert place.files.prune(Owned.FILE, "known".__eq__) == 1
     assert len(list(place.path.iterdir())) == 2
+
+
+# Damage, and no room
+
+
+def _file(place: _Place, name: str = "x") -> Path:
+    return place.path / f"file-{id_hash(name)}"
+
+
+@pytest.mark.parametrize("size", [0, 7, 30, 575])
+def test_a_file_that_is_cut_short_begins_anew_for_those_who_have_it_open(
+    place: _Place, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    visit = place.files.make(Owned.FILE, "x")
+    visit.changed_ns = 5
+    watched = place.files.find(Owned.FILE, "x", visit=False)
+    assert watched
+    place.now += 50 * SECOND
+    os.truncate(_file(place), size)
+
+    assert (watched.idle_ns(), watched.visitors(), watched.is_cut(1)) == (0, 1, False)
+    place.now += SECOND
+    assert visit.add(Account(1, 2, "error"), wait=False)
+    assert (watched.account(), watched.idle_ns()) == (Account(1, 2, "error"), SECOND)
+    assert len(caplog.records) == bool(size)
+    visit.begin("x")
+    assert (visit.changed_ns, _file(place).stat().st_size) == (0, 584)
+
+
+@pytest.mark.parametrize("spoil", ["zeros", "noise", "future"])
+def test_a_file_that_was_written_over_neither_lives_for_ever_nor_expires(
+    place: _Place, spoil: str
+) -> None:
+    place.files.make(Owned.FILE, "x").close()
+    text = _file(place).read_bytes()
+    spoilt = {"zeros": bytes(584), "noise": b"\xff" * 584, "future": text[:24] + b"\x7f" * 500}
+    _file(place).write_bytes(spoilt[spoil])
+
+    found = place.files.find(Owned.FILE, "x", visit=True)
+    assert found
+    place.now += 9 * SECOND
+    assert (found.idle_ns(), found.account()) == (9 * SECOND, Account())
+
+
+def test_what_is_pruned_is_not_what_was_damaged_while_its_transfer_is_there(place: _Place) -> None:
+    place.files.make(Owned.FILE, "x").close()
+    os.truncate(_file(place), 10)
+    place.files.prune(Owned.FILE, "x".__eq__)
+    place.now += 3600 * SECOND
+    assert place.files.prune(Owned.FILE, "x".__eq__) == 0
+
+    found = place.files.find(Owned.FILE, "x", visit=False)  # now it is known whose it is
+    assert found
+    assert found.idle_ns() == 3600 * SECOND
+    assert place.files.prune(Owned.FILE, "y".__eq__) == 1
+
+
+def test_damage_that_nobody_asks_for_is_pruned_after_a_day(place: _Place) -> None:
+    place.files.make(Owned.FILE, "x").close()
+    os.truncate(_file(place), 10)
+    assert place.files.prune(Owned.FILE, "x".__eq__) == 0
+    place.now += 86_401 * SECOND
+    assert place.files.prune(Owned.FILE, "x".__eq__) == 1
+
+
+def test_one_file_that_cannot_be_opened_does_not_keep_the_others_from_being_pruned(
+    place: _Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    _file(place, "directory").mkdir()
+    for name in "abc":
+        place.files.make(Owned.FILE, name).close()
+    place.now += 61 * SECOND
+
+    assert place.files.prune(Owned.FILE, lambda _: False) == 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_new_file_without_room_is_an_error_of_ours_and_leaves_nothing(
+    place: _Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(StateFull, match="the records of use cannot be used now: No space"):
+            place.files.make(Owned.FILE, "x")
+
+    assert (list(place.path.iterdir()), len(os.listdir("/proc/self/fd"))) == ([], before)
+    place.files.make(Owned.FILE, "x").close()
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_a_file_that_cannot_be_opened_or_read_is_an_error_of_ours_and_no_descriptor_is_lost(
+    place: _Place, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fails(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    place.files.make(Owned.FILE, "x").close()
+    before = len(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(StateUnavailable, match="Input/output error"):
+            place.files.find(Owned.FILE, "x", visit=True)
+    assert len(os.listdir("/proc/self/fd")) == before

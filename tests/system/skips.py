@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.system.limiting import can_limit_threads
+
 
 class Ability(NamedTuple):
     """Something a test needs of the machine: a name, why it may lack, whether it is there."""
@@ -79,6 +81,7 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("owners", "only root can give files away", lambda: os.geteuid() == 0),
     Ability("xattrs", "the temporary directory has no user attributes", _xattrs),
     Ability("ptrace", "strace may not trace here", lambda: _succeeds("strace", "-f", "true")),
+    Ability("thread limits", "root needs a cgroup that limits tasks", can_limit_threads),
     Ability("prometheus", "scripts/setup could not fetch it", _prometheus),
 )
 

@@ -25,9 +25,6 @@ from imageserver.web.app import App
 
 #: struct ucred (unix(7)): pid, uid, gid.
 _UCRED = struct.Struct("=iII")
-#: As much as a socket takes of an answer before its client has read any of it, so that no thread
-#: waits for a slow one. The kernel makes twice as much of it, or of net.core.wmem_max (208 KiB).
-_SEND_BUFFER = 1 << 20
 
 
 def admin_name(listener: Any, addresses: tuple[str, ...]) -> object:
@@ -61,13 +58,11 @@ def _names(bound: object) -> list[object]:
 
 
 def admit(peer: socket.socket) -> bool:
-    """Make a client's socket ready; False for one that may not come in.
+    """Tell whether a client may come in.
 
     A Unix socket is for root and the server's user. Its mode says the same, but only from a
     moment after it was bound, and an abstract one has none.
     """
-    with contextlib.suppress(OSError):
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     if peer.family != socket.AF_UNIX:
         return True
     credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)

@@ -24,11 +24,12 @@ from gunicorn.http.unreader import Unreader
 from gunicorn.http.wsgi import Response, create
 
 from imageserver.errors import ClientGone, ImageServerError
+from imageserver.inspection import Asking, WouldWait
 from imageserver.server.connection import Connection
 from imageserver.server.presence import Presence
 from imageserver.server.request import BadHost, ImageRequest
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
-from imageserver.web.body import ZERO_COPY
+from imageserver.web.body import ASKING, ZERO_COPY
 from imageserver.web.visiting import IS_GONE
 
 log = logging.getLogger(__name__)
@@ -122,8 +123,14 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
         self._send(self.head(), end)
 
 
-def serve(
-    conn: Connection, wire: Wire, app: Application, cfg: Any, is_last: Callable[[], bool]
+def serve(  # noqa: PLR0913 - what a request needs
+    conn: Connection,
+    wire: Wire,
+    app: Application,
+    cfg: Any,
+    is_last: Callable[[], bool],
+    *,
+    asking: Asking = Asking.NOW,
 ) -> bool:
     """Answer the request whose head is in ``conn.buffer``; return whether another may follow.
 
@@ -134,9 +141,11 @@ def serve(
 
     Raises:
         ClientGone: the connection is of no use any more, and is to be cut.
+        WouldWait: see ``Asking``. The request is in ``conn.buffer`` again, nothing has been sent.
     """
     conn.requests += 1
-    reader = _HeadReader(bytes(conn.buffer))
+    received = bytes(conn.buffer)
+    reader = _HeadReader(received)
     try:
         req = ImageRequest(cfg, reader, conn.address, conn.requests)
     except Exception as exc:  # noqa: BLE001 - gunicorn's parse errors have no common root
@@ -164,7 +173,13 @@ def serve(
     presence = Presence(conn.sock, body, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
     resp.begins = presence.answering
     environ[IS_GONE] = presence.is_gone
-    _answer(conn, resp, environ, app)
+    environ[ASKING] = asking
+    try:
+        _answer(conn, resp, environ, app)
+    except WouldWait:
+        conn.buffer[:] = received
+        conn.requests -= 1
+        raise
     return not resp.should_close()
 
 
@@ -183,7 +198,7 @@ def _answer(
             if hasattr(pieces, "close"):
                 pieces.close()
         resp.finish()
-    except ClientGone:
+    except (ClientGone, WouldWait):
         raise
     except Exception as exc:
         if not isinstance(exc, ImageServerError):  # of those the journals have been told

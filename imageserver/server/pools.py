@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The threads of a worker: each serves one connection's requests, then takes another.
 
-Probes (OPTIONS, HEAD) have threads of their own, so that they never queue behind transfers.
+Probes (OPTIONS, HEAD) have threads of their own, so that they never queue behind transfers,
+and those never wait: a probe that needs a back end's answer, which nobody knows yet, goes on to
+threads that may. So hung back ends delay only those who ask for them.
+
+    OPTIONS, HEAD --> [ probe: 8 ] --WouldWait--> [ asking: 16 ]
+    all else      --> [ transfer ]    an admin listener's --> [ admin: 2 ]
+
 A transfer that finds no thread is answered 503 at once. What comes to the admin listener has
 its own threads and its own application, and does not count as busy.
 
@@ -20,6 +26,7 @@ from functools import partial
 from typing import Any
 
 from imageserver.errors import ClientGone
+from imageserver.inspection import Asking, WouldWait
 from imageserver.metrics.counted import Metrics
 from imageserver.server.connection import Connection, State
 from imageserver.server.exchange import Application, cut, serve
@@ -30,19 +37,22 @@ from imageserver.server.wire import BLOCKED, refused_head, wait
 
 log = logging.getLogger(__name__)
 
-#: Threads for probes alone. Each may wait a second for a silent NBD server.
+#: Threads for probes alone, which never wait.
 PROBE_THREADS = 8
+#: Threads for probes that a back end has to be asked for. Each may wait a second for a silent one.
+ASKING_THREADS = 16
+#: Probes that found none of those for so long are answered without: all threads wait for servers
+#: that hang, and those behind would add up to many seconds.
+_ASKING_SECONDS = 0.5
 #: Probes that may wait for a probe thread; a second's worth at the usual rate.
 _PROBE_BACKLOG = 1024
 #: How long a thread stays with a connection after an answer. A client on the same host
 #: needs 0.1 ms for its next request, one in the same building 0.5 ms.
 _STAY_SECONDS = 0.001
 _PROBES = (b"OPTIONS ", b"HEAD ")
-#: Threads for an admin listener. Its answers take milliseconds and fit into a socket's buffer.
+#: Threads for an admin listener. Its answers take milliseconds.
 _ADMIN_THREADS = 2
 _ADMIN_BACKLOG = 64
-#: An admin client that takes nothing for so long is cut off, where its answer did not fit.
-_ADMIN_TIMEOUT = 5.0
 
 
 class _Pool:
@@ -50,8 +60,7 @@ class _Pool:
 
     app: Application
 
-    def __init__(self, name: str, threads: int, room: int, client_timeout: float) -> None:
-        self.client_timeout = client_timeout
+    def __init__(self, name: str, threads: int, room: int) -> None:
         self._threads = Threads(name, threads)
         self.threads = threads
         self.room = room
@@ -87,8 +96,10 @@ class Pools:
         """``changed`` is called whenever ``busy`` may be another."""
         self._metrics = metrics
         self._changed = changed
-        self._transfers = _Pool("transfer", threads, threads, client_timeout)
-        self._probes = _Pool("probe", PROBE_THREADS, _PROBE_BACKLOG, client_timeout)
+        self._client_timeout = client_timeout
+        self._transfers = _Pool("transfer", threads, threads)
+        self._probes = _Pool("probe", PROBE_THREADS, _PROBE_BACKLOG)
+        self._asking = _Pool("asking", ASKING_THREADS, _PROBE_BACKLOG)
         #: By the name of the listener whose connections it serves.
         self._admin: dict[object, _Pool] = {}
         self._in_hand: set[object] = set()
@@ -99,16 +110,15 @@ class Pools:
 
     def start(self, app: Application, cfg: Any, loop: Loop) -> None:
         """Say what is served, and where connections go afterwards."""
-        self._transfers.app = self._probes.app = app
-        self._probes.start()  # there may be no threads to be had when they are needed most
+        self._transfers.app = self._probes.app = self._asking.app = app
+        for pool in (self._probes, self._asking):
+            pool.start()  # there may be no threads to be had when they are needed most
         self._cfg, self._loop = cfg, loop
 
     def reserve(self, listener: object, app: Application) -> None:
         """Give a listener's connections, by its name, threads and an application of their own."""
-        timeout = min(_ADMIN_TIMEOUT, self._transfers.client_timeout)
-        pool = self._admin[listener] = _Pool("admin", _ADMIN_THREADS, _ADMIN_BACKLOG, timeout)
+        pool = self._admin[listener] = _Pool("admin", _ADMIN_THREADS, _ADMIN_BACKLOG)
         pool.app = app
-        # Else a client that asks much in advance and takes no answer would keep a thread.
         pool.answers_once = True
         pool.start()
 
@@ -126,6 +136,13 @@ class Pools:
         if len(pool.connections) - len(pool.staying) >= pool.room:
             self._refuse(conn)
             return
+        self._hand_to(pool, conn)
+
+    def _ask_elsewhere(self, conn: Connection) -> None:
+        """Give a probe to a thread that may wait."""
+        self._hand_to(self._asking, conn)
+
+    def _hand_to(self, pool: _Pool, conn: Connection) -> None:
         conn.state = State.WORK
         pool.connections.add(conn)
         # Until it is somebody else's: a worker that drains ends when nobody has a connection.
@@ -133,7 +150,7 @@ class Pools:
         self._in_hand.add(in_hand)
         self._changed()
         try:
-            pool.submit(self._work, pool, conn, in_hand)
+            pool.submit(self._work, pool, conn, in_hand, time.monotonic())
         except NoThread:
             pool.connections.discard(conn)
             self._changed()
@@ -154,7 +171,7 @@ class Pools:
         """Cut every connection; give the threads a moment to give back what they hold."""
         deadline = time.monotonic() + seconds
         while not self.is_empty() and time.monotonic() < deadline:
-            for pool in (self._transfers, self._probes, *self._admin.values()):
+            for pool in (self._transfers, self._probes, self._asking, *self._admin.values()):
                 for conn in list(pool.connections):
                     with contextlib.suppress(OSError):
                         conn.shutdown(socket.SHUT_RDWR)
@@ -162,10 +179,12 @@ class Pools:
 
     # On a thread
 
-    def _work(self, pool: _Pool, conn: Connection, in_hand: object) -> None:
+    def _work(self, pool: _Pool, conn: Connection, in_hand: object, since: float) -> None:
         after: Callable[[Connection], None] = self._loop.close
         try:
-            after = self._serve(pool, conn)
+            after = self._serve(pool, conn, self._may_ask(pool, since))
+        except WouldWait:
+            after = self._ask_elsewhere
         except ClientGone:
             cut(conn.sock)
         except BaseException:
@@ -179,13 +198,30 @@ class Pools:
             finally:
                 self._in_hand.discard(in_hand)
 
-    def _serve(self, pool: _Pool, conn: Connection) -> Callable[[Connection], None]:
-        """Answer as long as requests follow at once; return what is to become of the connection."""
-        wire = wire_over(conn.sock, pool.client_timeout)
-        while serve(conn, wire, pool.app, self._cfg, lambda: self.last or pool.answers_once):
+    def _may_ask(self, pool: _Pool, since: float) -> Asking:
+        if pool is self._probes:
+            return Asking.ELSEWHERE
+        if pool is self._asking and time.monotonic() - since > _ASKING_SECONDS:
+            return Asking.NEVER
+        return Asking.NOW
+
+    def _serve(self, pool: _Pool, conn: Connection, asking: Asking) -> Callable[[Connection], None]:
+        """Answer as long as requests follow at once; return what is to become of the connection.
+
+        Raises:
+            ClientGone, WouldWait: see ``serve``.
+        """
+        wire = wire_over(conn.sock, self._client_timeout)
+
+        def is_last() -> bool:
+            return self.last or pool.answers_once
+
+        while serve(conn, wire, pool.app, self._cfg, is_last, asking=asking):
             if conn.unsent or not self._has_next(pool, conn):
                 return self._loop.keep
-            if pool.is_wanted() or (pool is self._probes and self._pool_of(conn) is not pool):
+            # A transfer thread goes on with a probe, which is no work.
+            is_others = pool is not self._transfers and self._pool_of(conn) is not pool
+            if is_others or pool.is_wanted():
                 return self.dispatch
         if conn.bad_head:
             self._metrics.refused("bad_head")
@@ -195,7 +231,7 @@ class Pools:
         conn.receive_decrypted()
         if conn.has_head():
             return True
-        if pool.is_wanted() or self.last:
+        if pool.is_wanted() or pool is self._asking or self.last:
             return False
         pool.staying.add(conn)
         arrived = wait(conn.sock, select.POLLIN, _STAY_SECONDS)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker process: a loop that waits, threads that serve, and an orderly end.
 
-    listeners --accept--> [ loop: heads, idle connections, refused uploads ]
+    listeners --accept--> [ loop: heads, idle connections, answers not taken, refused uploads ]
                                 |  head complete
                    OPTIONS, HEAD|  everything else
                          v             v
                   [ probe threads ] [ transfer threads ]   each: serve(), then back to the loop
+                         v
+                  [ asking threads ]   where a back end has to be asked
 
 Stopping: the listeners close at once; connections that were accepted are served to the end
 of their request. An idle connection is kept open while other workers live on (a reload): its

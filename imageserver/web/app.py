@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import falcon
 
 from imageserver.errors import ClientGone, ImageServerError
-from imageserver.inspection import Inspector
+from imageserver.inspection import Inspector, WouldWait
 from imageserver.ports import Journal
 from imageserver.sessions import Sessions
 from imageserver.visits import Visits
@@ -45,4 +45,5 @@ def create_app(
     app.add_error_handler(falcon.HTTPError, errors.handle_http)
     app.add_error_handler(ImageServerError, errors.handle)
     app.add_error_handler(ClientGone, errors.cut_off)
+    app.add_error_handler(WouldWait, errors.put_off)
     return app

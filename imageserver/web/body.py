@@ -18,6 +18,8 @@ from imageserver.web.journaling import trace_of
 
 #: A true value under this key: the server takes memoryviews, and gives ``readinto``.
 ZERO_COPY = "imageserver.zero_copy"
+#: Under this key: whether the thread may wait for a back end, an ``inspection.Asking``.
+ASKING = "imageserver.asking"
 
 
 class RequestSource:

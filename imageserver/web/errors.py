@@ -13,6 +13,7 @@ from typing import Any
 import falcon
 
 from imageserver import errors
+from imageserver.inspection import WouldWait
 from imageserver.slots import Kind
 from imageserver.web.answers import set_json
 from imageserver.web.journaling import trace_of
@@ -90,6 +91,12 @@ def cut_off(
     trace.failed(error)
     trace.answered(0)
     trace.end()
+    raise error
+
+
+def put_off(req: falcon.Request, _resp: falcon.Response, error: WouldWait, _params: object) -> None:
+    """Pass a probe back to the server, which makes it again where it may wait."""
+    end_visit(req)
     raise error
 
 

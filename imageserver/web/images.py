@@ -12,7 +12,7 @@ import falcon
 
 from imageserver import operations, patches, sessions
 from imageserver.errors import BackendError, BadRequest, Exhausted, UnsupportedMediaType
-from imageserver.inspection import MEMORY_SECONDS, Inspector
+from imageserver.inspection import MEMORY_SECONDS, Asking, Inspector
 from imageserver.journal import fields
 from imageserver.operations import READ_ONLY_METHODS, check_writable
 from imageserver.ports import ImageInfo
@@ -20,7 +20,7 @@ from imageserver.ranges import parse_content_range, parse_range, whole
 from imageserver.sessions import Session, Sessions
 from imageserver.transfers import FileImage, Transfer
 from imageserver.web.answers import set_json
-from imageserver.web.body import RequestSource, StreamedBody, read_all
+from imageserver.web.body import ASKING, RequestSource, StreamedBody, read_all
 from imageserver.web.headers import (
     body_length,
     check_method,
@@ -67,14 +67,14 @@ class ImageResource:
             methods += ("PUT",) if isinstance(transfer.image, FileImage) else ("PUT", "PATCH")
         check_method(method, methods)
 
-    def on_options(self, _req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+    def on_options(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Say what the image can do; no lock, no slot."""
-        info = self._info(transfer)
+        info = self._info(transfer, _asking(req))
         announce(resp, _announcement(transfer, info, self._limits.max_writers), self._limits)
 
-    def on_head(self, _req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+    def on_head(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send GET's headers for the whole image; no slot."""
-        info = self._inspector.inspect(transfer.image)
+        info = self._inspector.inspect(transfer.image, asking=_asking(req))
         resp.content_type = "application/octet-stream"
         resp.content_length = info.size
 
@@ -176,15 +176,21 @@ class ImageResource:
     def _open(self, req: falcon.Request, transfer: Transfer, need: sessions.Need) -> Session:
         return open_session(self._sessions, req, transfer, need)
 
-    def _info(self, transfer: Transfer) -> ImageInfo:
+    def _info(self, transfer: Transfer, asking: Asking) -> ImageInfo:
         if isinstance(transfer.image, FileImage):
             return _ASSUMED
         try:
-            return self._inspector.inspect(transfer.image, max_age=MEMORY_SECONDS)
+            return self._inspector.inspect(transfer.image, MEMORY_SECONDS, asking)
         except (BackendError, Exhausted) as exc:
             told = fields(transfer=transfer.id, detail=exc)
             log.warning("options answered from configuration", extra=told)
             return _ASSUMED
+
+
+def _asking(req: falcon.Request) -> Asking:
+    """Return whether this thread may wait for a back end; under other servers any may."""
+    asking: Asking = req.env.get(ASKING, Asking.NOW)
+    return asking
 
 
 @dataclass(frozen=True, slots=True)

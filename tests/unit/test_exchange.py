@@ -13,10 +13,11 @@ import pytest
 from gunicorn.config import Config
 
 from imageserver.errors import ClientGone
+from imageserver.inspection import Asking, WouldWait
 from imageserver.server.connection import Connection
 from imageserver.server.exchange import cut, serve
 from imageserver.server.wire import Wire
-from imageserver.web.body import ZERO_COPY
+from imageserver.web.body import ASKING, ZERO_COPY
 from imageserver.web.visiting import IS_GONE
 
 OK = "200 OK"
@@ -52,11 +53,12 @@ class _Line:
         self.cfg.set("http_parser", "python")
 
     def ask(
-        self, app: _App, head: str | bytes = "GET /x HTTP/1.1\r\nHost: x\r\n\r\n", **flags: bool
+        self, app: _App, head: str | bytes = "GET /x HTTP/1.1\r\nHost: x\r\n\r\n", **flags: Any
     ) -> bool:
         self.conn.buffer += head if isinstance(head, bytes) else head.encode()
         wire = Wire(self.conn.sock, 5.0)
-        return serve(self.conn, wire, app, self.cfg, lambda: flags.get("last", False))
+        last, asking = flags.get("last", False), flags.get("asking", Asking.NOW)
+        return serve(self.conn, wire, app, self.cfg, lambda: last, asking=asking)
 
     def answer(self) -> tuple[str, dict[str, str], bytes]:
         """Return status line, headers and body of what has been sent, whatever its framing."""
@@ -181,6 +183,26 @@ def test_a_complete_answer_of_the_wrong_length_is_an_error_of_ours(line: _Line) 
     assert not line.ask(_App(pieces=[b"ab"]))
 
     assert line.answer()[0] == "HTTP/1.1 500 Internal Server Error"
+
+
+# Probes that have to wait
+
+
+def test_a_probe_that_would_wait_is_left_as_it_came(line: _Line) -> None:
+    def look(environ: dict[str, Any]) -> None:
+        if environ[ASKING] is Asking.ELSEWHERE:
+            raise WouldWait
+
+    app = _App(look=look)
+    received = b"HEAD /x HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nabGET /y HTTP/1.1\r\n"
+    with pytest.raises(WouldWait):
+        line.ask(app, received, asking=Asking.ELSEWHERE)
+    assert (line.conn.buffer, line.conn.requests, line.conn.unsent) == (received, 0, b"")
+    assert not select.select([line.client], [], [], 0)[0]
+
+    assert line.ask(app, b"")
+    assert line.answer()[0] == "HTTP/1.1 200 OK"
+    assert line.conn.buffer == b"GET /y HTTP/1.1\r\n"
 
 
 # Versions and hosts

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspection: one query at a time for each image, its answer shared, and soon forgotten."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from imageserver import inspection
-from imageserver.errors import BackendError, BackendTimeout, FileAccessError
-from imageserver.inspection import MEMORY_SECONDS, Inspector
+from imageserver.errors import (
+    BackendError,
+    BackendTimeout,
+    Exhausted,
+    FileAccessError,
+    ImageServerError,
+)
+from imageserver.inspection import MEMORY_SECONDS, Asking, Inspector, WouldWait
 from imageserver.ports import ImageInfo, Intent
 from imageserver.transfers import FileImage, Image, NbdImage
 
@@ -47,8 +54,10 @@ class _Image:
     def close(self) -> None:
         self.closed += 1
 
-    def ask(self, max_age: float = MEMORY_SECONDS, image: Image = DISK) -> int:
-        return self.inspector.inspect(image, max_age).size
+    def ask(
+        self, max_age: float = MEMORY_SECONDS, image: Image = DISK, asking: Asking = Asking.NOW
+    ) -> int:
+        return self.inspector.inspect(image, max_age, asking).size
 
 
 @pytest.fixture
@@ -171,13 +180,19 @@ def test_a_slow_image_does_not_delay_another(world: _Image) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [BackendError("refused: /run/disk.sock"), BackendTimeout("silent")], ids=repr
+    "error",
+    [
+        BackendError("refused: /run/disk.sock"),
+        BackendTimeout("silent"),
+        Exhausted("no descriptor is free"),
+    ],
+    ids=repr,
 )
-def test_a_failure_is_remembered_like_an_answer(world: _Image, error: BackendError) -> None:
+def test_a_failure_is_remembered_like_an_answer(world: _Image, error: ImageServerError) -> None:
     world.before = _raise(error)
     raised = []
     for _ in range(2):
-        with pytest.raises(BackendError) as caught:
+        with pytest.raises(type(error)) as caught:
             world.ask()
         raised.append(caught.value)
 
@@ -259,3 +274,169 @@ def test_who_was_asked_last_is_forgotten_last(
 
     assert DISK in world.inspector._queries
     assert OTHER not in world.inspector._queries
+
+
+# Threads that must not wait
+
+
+@pytest.mark.parametrize(
+    ("asking", "error"), [(Asking.ELSEWHERE, WouldWait), (Asking.NEVER, Exhausted)]
+)
+def test_who_must_not_wait_asks_nobody(
+    world: _Image, asking: Asking, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        world.ask(asking=asking)
+    assert world.opened == []
+
+
+@pytest.mark.parametrize("asking", [Asking.ELSEWHERE, Asking.NEVER])
+def test_who_must_not_wait_is_told_what_is_remembered(world: _Image, asking: Asking) -> None:
+    world.ask()
+
+    assert world.ask(asking=asking) == 1
+
+
+@pytest.mark.parametrize(
+    ("asking", "error"), [(Asking.ELSEWHERE, WouldWait), (Asking.NEVER, Exhausted)]
+)
+def test_who_must_not_wait_does_not_wait_for_a_query_under_way(
+    world: _Image, asking: Asking, error: type[Exception]
+) -> None:
+    with _under_way(world), pytest.raises(error):
+        world.ask(0.0, asking=asking)
+
+
+@contextlib.contextmanager
+def _under_way(world: _Image, image: Image = DISK) -> Iterator[None]:
+    """Have a query asked that is answered when the block ends."""
+    asked, go = threading.Event(), threading.Event()
+    usual = world.before
+
+    def wait() -> None:
+        asked.set()
+        assert go.wait(5)
+        usual()
+
+    def ask() -> None:
+        with contextlib.suppress(BackendError):
+            world.ask(0.0, image)
+
+    with ThreadPoolExecutor(1) as thread:
+        world.before = wait
+        answer = thread.submit(ask)
+        assert asked.wait(5)
+        world.before = usual
+        try:
+            yield
+        finally:
+            go.set()
+            answer.result(5)
+
+
+@pytest.mark.parametrize(
+    ("asking", "error"), [(Asking.ELSEWHERE, WouldWait), (Asking.NEVER, Exhausted)]
+)
+def test_files_that_hang_take_no_more_than_a_few_threads_that_must_not_wait(
+    world: _Image, asking: Asking, error: type[Exception]
+) -> None:
+    asked, go = threading.Barrier(inspection._FILES + 1), threading.Event()
+
+    def hang() -> None:
+        asked.wait(5)
+        assert go.wait(5)
+
+    world.before = hang
+    with ThreadPoolExecutor(inspection._FILES) as threads:
+        hanging = [
+            threads.submit(world.ask, 0.0, FILE, Asking.ELSEWHERE) for _ in range(inspection._FILES)
+        ]
+        asked.wait(5)
+        with pytest.raises(error):
+            world.ask(image=FILE, asking=asking)
+        go.set()
+        for answer in hanging:
+            answer.result(5)
+    world.before = lambda: None
+    world.ask(image=FILE, asking=asking)
+
+
+# Servers that hang
+
+
+def _silent(world: _Image, image: Image = DISK) -> None:
+    world.before = _raise(BackendTimeout("silent"))
+    with pytest.raises(BackendTimeout):
+        world.ask(0.0, image)
+
+
+@pytest.mark.parametrize("asking", list(Asking))
+def test_silence_is_remembered_for_a_second_by_all_who_ask(world: _Image, asking: Asking) -> None:
+    _silent(world)
+    world.seconds += 0.999
+
+    with pytest.raises(BackendTimeout):
+        world.ask(0.0, asking=asking)
+    assert len(world.opened) == 1
+
+
+def test_a_silent_server_is_asked_again_after_a_second(world: _Image) -> None:
+    _silent(world)
+    world.before = lambda: None
+    world.seconds += MEMORY_SECONDS
+
+    with pytest.raises(WouldWait):
+        world.ask(asking=Asking.ELSEWHERE)
+    assert world.ask(0.0) == 2
+    assert world.ask(0.0) == 3
+
+
+@pytest.mark.parametrize("asking", list(Asking))
+def test_nobody_waits_while_a_silent_server_is_asked_again(world: _Image, asking: Asking) -> None:
+    _silent(world)
+    world.seconds += MEMORY_SECONDS
+    with _under_way(world):
+        with pytest.raises(BackendTimeout):
+            world.ask(0.0, asking=asking)
+        assert len(world.opened) == 2
+
+
+def test_who_must_not_ask_is_told_of_an_old_silence(world: _Image) -> None:
+    _silent(world)
+    world.seconds += 1e6
+
+    with pytest.raises(BackendTimeout):
+        world.ask(0.0, asking=Asking.NEVER)
+
+
+def test_a_new_server_is_not_taken_for_the_silent_one(world: _Image) -> None:
+    _silent(world)
+    world.before = lambda: None
+    world.stamp = "second"
+
+    assert world.ask(0.0) == 2
+
+
+def test_only_a_few_silent_servers_are_asked_again_at_a_time(
+    world: _Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "_AGAIN", 1)
+    _silent(world)
+    _silent(world, OTHER)
+    world.seconds += MEMORY_SECONDS
+    with _under_way(world), pytest.raises(BackendTimeout):
+        world.ask(0.0, OTHER)
+    assert world.opened == [DISK, OTHER, DISK]
+
+    with pytest.raises(BackendTimeout):
+        world.ask(0.0, OTHER)
+    assert world.opened[3:] == [OTHER]
+
+
+def test_a_server_that_fails_at_once_is_asked_each_time(world: _Image) -> None:
+    world.before = _raise(BackendError("refused"))
+    for _ in range(2):
+        with pytest.raises(BackendError):
+            world.ask(0.0)
+
+    assert len(world.opened) == 2

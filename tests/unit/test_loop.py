@@ -22,7 +22,7 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LARGE = bytes(range(256)) * 4096
 
 
-class _Counted:
+class Counted:
     """Metrics that count nothing but what was refused."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class _World:
 
     def __init__(self, path: Path) -> None:
         self.seconds = 1000.0
-        self.counted = _Counted()
+        self.counted = Counted()
         self.dispatched: list[Connection] = []
         self.loop = Loop(
             Patience(HEAD_SECONDS, IDLE_SECONDS),

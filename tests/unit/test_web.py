@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The application under a plain WSGI server: routes, headers, answers; no zero-copy, no socket."""
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import falcon
@@ -8,7 +10,9 @@ import pytest
 from falcon import testing
 
 from imageserver.errors import BackendError, ImageBusy
+from imageserver.inspection import Asking, WouldWait
 from imageserver.ports import ImageInfo
+from imageserver.web.body import ASKING
 from imageserver.web.images import Limits
 from tests.unit.fakes import World
 from tests.unit.web import Call, app_over
@@ -261,6 +265,49 @@ def test_options_offer_several_writers_where_the_export_bears_them(
     answer = client.simulate_options("/images/t1").json
 
     assert answer["max_writers"] == (4 if multi_conn else 1)
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "HEAD"])
+def test_a_probe_that_would_wait_is_passed_back_as_if_it_had_not_come(
+    world: World, method: str
+) -> None:
+    told: list[object] = []
+    journal = SimpleNamespace(finished=told.append)
+    with pytest.raises(WouldWait):
+        Call(app_over(world, journal), method, "/images/ex", **{ASKING: Asking.ELSEWHERE})
+
+    assert (world.journal, told) == (["visit", "leave"], [])
+
+
+@pytest.mark.parametrize("asking", [Asking.ELSEWHERE, Asking.NEVER])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("OPTIONS", "/images/*", 200),
+        ("OPTIONS", "/images/f1", 200),
+        ("HEAD", "/images/f1", 200),
+        ("OPTIONS", "/images/unknown", 404),
+        ("HEAD", "/images/unknown", 404),
+    ],
+)
+def test_what_needs_no_back_end_is_answered_by_any_thread(
+    method: str, path: str, status: int, asking: Asking
+) -> None:
+    assert Call(app_over(World()), method, path, **{ASKING: asking}).status == status
+
+
+def test_options_that_nobody_can_ask_for_come_from_the_configuration(world: World) -> None:
+    call = Call(app_over(world), "OPTIONS", "/images/t1", **{ASKING: Asking.NEVER})
+
+    assert call.status == 200
+    assert json.loads(call.read())["features"] == ["extents", "zero", "flush"]
+    assert world.opened == []
+
+
+def test_a_size_that_nobody_can_ask_for_is_503(world: World) -> None:
+    call = Call(app_over(world), "HEAD", "/images/t1", **{ASKING: Asking.NEVER})
+
+    assert (call.status, call.headers["retry-after"], world.opened) == (503, "1", [])
 
 
 def test_options_of_a_server_that_is_away_come_from_the_configuration(

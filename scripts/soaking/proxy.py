@@ -27,9 +27,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_REQUEST = struct.Struct(">IHHQQI")
+#: A request: magic, flags, type, cookie, offset, length. With extended headers, which libnbd
+#: asks for since 1.18 and qemu-nbd grants since 8.2, the length has 64 bits.
+_REQUESTS = {0x25609513: struct.Struct(">IHHQQI"), 0x21E41C71: struct.Struct(">IHHQQQ")}
 _OPTION = struct.Struct(">8sII")
-_MAGIC = 0x25609513
+#: With extended headers: this request has a payload, of ``length`` bytes.
+_HAS_PAYLOAD = 1 << 5
 _READ, _WRITE, _DISCONNECT, _ZERO = 0, 1, 2, 6
 _PIECE = 256 * 1024
 
@@ -143,14 +146,14 @@ class Link:
         """Yield what the client sends, each request noted before it is passed on."""
         yield self._take(4)  # client flags
         while head := self._take(4):
-            if head == _MAGIC.to_bytes(4, "big"):
-                yield from self._command(head + self._take(_REQUEST.size - 4))
+            if layout := _REQUESTS.get(int.from_bytes(head, "big")):
+                yield from self._command(layout, head + self._take(layout.size - 4))
             else:
                 head += self._take(_OPTION.size - 4)
                 yield head + self._take(_OPTION.unpack(head)[2])
 
-    def _command(self, head: bytes) -> Iterator[bytes]:
-        _, _, kind, _, _, length = _REQUEST.unpack(head)
+    def _command(self, layout: struct.Struct, head: bytes) -> Iterator[bytes]:
+        _, flags, kind, _, _, length = layout.unpack(head)
         if kind == _READ:
             self._watch.uses(self, "readers")
         elif kind in {_WRITE, _ZERO}:
@@ -158,7 +161,7 @@ class Link:
         elif kind == _DISCONNECT:
             self._watch.is_done(self, died=False)
         yield head
-        left = length if kind == _WRITE else 0
+        left = length if kind == _WRITE or flags & _HAS_PAYLOAD else 0
         while left and (data := self._take(min(left, _PIECE))):
             left -= len(data)
             yield data

@@ -6,6 +6,7 @@ server without a word.
 """
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -20,6 +21,7 @@ _ADMIN, _CONTROL, _IMAGES = (
     "IMAGESERVER_CONTROL_SOCKET",
     "IMAGESERVER_BIND",
 )
+_LISTEN = "0A"  # TCP_LISTEN, as /proc/net/tcp writes it
 _ANY = {"0.0.0.0", "::"}  # noqa: S104 - to compare with
 
 
@@ -152,6 +154,27 @@ def _bind(bound: contextlib.ExitStack, variable: str, address: str) -> None:
         probe.listen()
     except OSError as exc:
         raise UnusableAddress(
-            f"{variable}: {address} cannot be used "
-            f"({exc.strerror}); stop what listens there or choose another address"
+            f"{variable}: {address} cannot be used ({exc.strerror}); {_remedy(exc, port)}"
         ) from exc
+
+
+def _remedy(exc: OSError, port: int) -> str:
+    states = _states_at(port) if exc.errno == errno.EADDRINUSE else set()
+    if states and _LISTEN not in states:
+        return (
+            "an outgoing connection of this host has taken the port; wait until it has ended, "
+            "and reserve the port: sysctl net.ipv4.ip_local_reserved_ports"
+        )
+    return "stop what listens there or choose another address"
+
+
+def _states_at(port: int) -> set[str]:
+    """Return the states of the TCP sockets that have this local port (proc(5), /proc/net/tcp)."""
+    rows: list[list[str]] = []
+    for name in ("tcp", "tcp6"):
+        with (
+            contextlib.suppress(OSError),  # no IPv6, or no /proc: nothing is known
+            open(f"/proc/self/net/{name}", encoding="ascii") as table,
+        ):
+            rows += [line.split() for line in table.readlines()[1:]]
+    return {row[3] for row in rows if int(row[1].rpartition(":")[2], 16) == port}

@@ -4,8 +4,11 @@
 A test marked ``needs("name")`` runs wherever the machine can; nothing else skips.
 """
 
+import contextlib
 import os
+import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +29,8 @@ class Ability(NamedTuple):
 
 
 def _succeeds(*command: str) -> bool:
-    return shutil.which(command[0]) is not None and not subprocess.call(
+    """Tell whether the machine lets a program do this. One that is missing fails its tests."""
+    return shutil.which(command[0]) is None or not subprocess.call(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
 
@@ -63,6 +67,12 @@ def _xattrs() -> bool:
     return True
 
 
+def _ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
 def beside_python(name: str) -> str | None:
     """Return the path of a program in .venv, where scripts/setup has put some, or elsewhere."""
     own = os.path.dirname(sys.executable)
@@ -70,7 +80,7 @@ def beside_python(name: str) -> str | None:
 
 
 def _prometheus() -> bool:
-    return all(beside_python(name) for name in ("prometheus", "promtool"))
+    return None not in {beside_python(name) for name in ("prometheus", "promtool")}
 
 
 ABILITIES: tuple[Ability, ...] = (
@@ -78,11 +88,13 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("mounts", "needs root and mount namespaces", _mounts),
     Ability("PID namespaces", "needs root and PID namespaces", _pid_namespaces),
     Ability("booting", "needs root, namespaces, overlays and cgroup2 to write to", _boots),
+    Ability("IPv6", "the host has no IPv6", _ipv6),
+    Ability("x86-64", "system calls have other numbers", lambda: platform.machine() == "x86_64"),
     Ability("owners", "only root can give files away", lambda: os.geteuid() == 0),
     Ability("xattrs", "the temporary directory has no user attributes", _xattrs),
     Ability("ptrace", "strace may not trace here", lambda: _succeeds("strace", "-f", "true")),
     Ability("thread limits", "root needs a cgroup that limits tasks", can_limit_threads),
-    Ability("prometheus", "scripts/setup could not fetch it", _prometheus),
+    Ability("prometheus", "prometheus or promtool is missing: scripts/setup says why", _prometheus),
 )
 
 

@@ -17,6 +17,7 @@ from imageserver.private import open_private
 from imageserver.server import hooks, preconditions
 from imageserver.server.preconditions import CannotStart, check
 from imageserver.settings import Settings
+from tests.system.skips import needs
 from tests.unit.masters import die_holding_a_slot, new_arbiter, settle, writers
 
 
@@ -166,6 +167,22 @@ def test_an_address_that_is_taken_ends_the_start_by_name(taken: str, place: Path
     )
 
 
+def test_a_port_that_an_outgoing_connection_has_is_said_to_be_that() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as outgoing,
+    ):
+        address = f"127.0.0.1:{outgoing.getsockname()[1]}"
+        with pytest.raises(SystemExit) as raised:
+            hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
+
+    assert str(raised.value) == (
+        f"imageserver: IMAGESERVER_BIND: {address} cannot be used (Address already in use); "
+        "an outgoing connection of this host has taken the port; wait until it has ended, and "
+        "reserve the port: sysctl net.ipv4.ip_local_reserved_ports."
+    )
+
+
 @pytest.mark.parametrize("variable", ["GUNICORN_FD", "LISTEN_FDS"])
 def test_inherited_sockets_are_not_checked(
     taken: str, monkeypatch: pytest.MonkeyPatch, variable: str
@@ -184,7 +201,7 @@ def test_the_check_leaves_an_address_free(taken: str) -> None:
     hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+@needs("IPv6")
 def test_ipv6_addresses_are_checked_too() -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as listener:
         address = f"[::1]:{listener.getsockname()[1]}"
@@ -193,7 +210,7 @@ def test_ipv6_addresses_are_checked_too() -> None:
             hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
 
 
-@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+@needs("IPv6")
 def test_an_address_that_another_takes_along_ends_the_start() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -11,6 +11,7 @@ import pytest
 from imageserver.errors import UnknownImage
 from imageserver.registry import UntrustedDirectory
 from imageserver.transfers import MAX_TRANSFER_SIZE
+from tests.system.skips import needs
 from tests.unit.places import ME, A, Place
 
 
@@ -59,7 +60,7 @@ def test_a_directory_of_a_stranger_does_not_count(place: Place) -> None:
         stranger.check()
 
 
-@pytest.mark.skipif(ME != 0, reason="only root can give files away")
+@needs("owners")
 def test_a_file_of_a_stranger_does_not_count(place: Place) -> None:
     os.chown(place.put("t", A), 12345, 0)
 

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import logging
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from imageserver.ports import Ticket
 from imageserver.private import open_private
 from imageserver.shared import SharedTable, is_alive, owner_of
 from imageserver.slots import Kind, Owner
+from tests.system.skips import needs
 from tests.unit.logged import told
 from tests.unit.processes import LIMITS, TICKET, holder, python
 
@@ -176,7 +176,7 @@ def test_a_zombie_counts_as_dead(tmp_path: Path, table: SharedTable) -> None:
         assert table.sweep() == 1
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of exit(2) is x86_64's")
+@needs("x86-64")
 def test_a_process_lives_as_long_as_any_of_its_threads(tmp_path: Path) -> None:
     script = """
 import ctypes, threading

@@ -21,6 +21,7 @@ from imageserver.private import (
 from imageserver.processes import boot_id, namespace, owner_of
 from imageserver.shared import SharedTable
 from imageserver.slots import IncompatibleTable, Kind
+from tests.system.skips import needs
 from tests.unit.processes import LIMITS, TICKET, holder, python
 
 ME = os.geteuid()
@@ -134,7 +135,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         prepare_directory(str(tmp_path / "run"))
 
 
-@pytest.mark.skipif(ME != 0, reason="only root can give directories away")
+@needs("owners")
 def test_a_directory_of_a_stranger_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(0o755)
     os.chown(tmp_path / "run", 12345, 0)

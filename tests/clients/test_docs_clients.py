@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """docs/clients.md is true: each recipe, run in the document's order, prints what it shows."""
 
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +12,17 @@ from tests.system.test_docs_api import FENCE, Demo
 
 DOCUMENT = (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
 BLOCKS = [(block[1], block[2]) for block in FENCE.finditer(DOCUMENT)]
-RECIPES = list(zip(BLOCKS[1::2], BLOCKS[2::2], strict=True))
+#: Starts the demo, and goes where the recipes run.
+(START, ENTER), REST = BLOCKS[:2], BLOCKS[2:]
+RECIPES = list(zip(REST[0::2], REST[1::2], strict=True))
 
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Demo]:
     with tempfile.TemporaryDirectory(prefix="is-") as name:
         demo = Demo(Path(name))
-        programs = Path(sys.executable).parent
-        demo.env["PATH"] = f"{programs}{os.pathsep}{demo.env['PATH']}"
-        with demo.running(BLOCKS[0][1]):
+        with demo.running(START[1]):
+            demo.enter(ENTER[1])
             yield demo
 
 

@@ -262,18 +262,18 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def qemu_img(*arguments: object) -> str:
-    """Run qemu-img; return what it prints."""
+def qemu_img(*arguments: object, timeout: float | None = None) -> str:
+    """Run qemu-img, for ``timeout`` seconds at most; return what it prints."""
     command = [program("qemu-img"), *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=timeout)
+    return done.stdout
 
 
-def qemu_io(image: Path, fmt: str, *commands: str) -> None:
+def qemu_io(image: Path, fmt: str, *commands: str, timeout: float | None = None) -> None:
     """Run qemu-io commands on an image (``write -P 7 0 64k``, ``write -z 64k 64k`` ...)."""
     arguments = [part for command in commands for part in ("-c", command)]
-    subprocess.run(
-        [program("qemu-io"), "-f", fmt, *arguments, str(image)], check=True, capture_output=True
-    )
+    command = [program("qemu-io"), "-f", fmt, *arguments, str(image)]
+    subprocess.run(command, check=True, capture_output=True, timeout=timeout)
 
 
 @contextlib.contextmanager

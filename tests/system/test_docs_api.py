@@ -98,6 +98,13 @@ class Demo:
             finally:
                 demo.send_signal(signal.SIGTERM)
 
+    def enter(self, code: str) -> None:
+        """Run code from the root of the project; what it changes of a shell is kept."""
+        self.directory = ROOT
+        shown = self.run(f'{code}printf "%s\\n" "$PWD" "$PATH"')
+        directory, self.env["PATH"] = shown.splitlines()
+        self.directory = Path(directory)
+
     def run(self, code: str) -> str:
         command = ["bash", "-euo", "pipefail", "-c", self.here(code)]
         done = subprocess.run(

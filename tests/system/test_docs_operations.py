@@ -56,8 +56,11 @@ SAMPLES = [block.shown for block in BLOCKS if not block.code]
 
 
 def masked(text: str) -> list[str]:
-    """Return lines without what differs from one machine to another."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
+    """Return lines without what differs from one machine to another.
+
+    That is numbers, and a heading that newer versions of ss leave out if nothing is below it.
+    """
+    lines = (" ".join(line.split()).removesuffix(" Process") for line in text.splitlines())
     return sorted(
         NUMBER.sub(lambda found: "0" if found[0] == "0" else "N", line) for line in lines if line
     )
@@ -146,7 +149,9 @@ def test_each_text_of_a_failure_is_one_that_the_log_has(lines: list[str]) -> Non
     assert len(documented) > 8
     # Root has every permission.
     wanted = [masked(text)[0] for text in documented if "Permission denied" not in text]
-    assert [text for text in wanted if not any(d.endswith(text) for d in details)] == []
+    # …: what newer versions of libnbd put there.
+    ends = [re.compile(re.escape(text).replace("…", ".*") + "$") for text in wanted]
+    assert [end.pattern for end in ends if not any(map(end.search, details))] == []
 
 
 def test_the_question_about_json_is_answered(lines: list[str]) -> None:

@@ -102,3 +102,46 @@ def test_a_signal_ends_all_that_the_demo_started(
         assert demo.wait() == 128 + number
 
     assert_nothing_is_left(shown, temporary)
+
+
+def test_the_tour_works_over_tls(environ: dict[str, str], temporary: Path) -> None:
+    pki = temporary / "a & b"
+    subprocess.run([RUN.with_name("make-pki"), pki], check=True, capture_output=True)
+    environ["IMAGESERVER_TLS_CERT"] = str(pki / "server.crt")
+    environ["IMAGESERVER_TLS_KEY"] = str(pki / "server.key")
+    done = subprocess.run([RUN, "--tour"], env=environ, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"curl -fsS --cacert '{pki}/ca.crt' -X OPTIONS https://127.0.0.1:" in done.stdout
+    assert "\nhello\n" in done.stdout
+
+
+def test_a_certificate_that_no_client_trusts_is_said_to_be_that(
+    environ: dict[str, str], temporary: Path
+) -> None:
+    subprocess.run(
+        [RUN.with_name("make-pki"), temporary, "elsewhere.example"], check=True, capture_output=True
+    )
+    environ["IMAGESERVER_TLS_CERT"] = str(temporary / "server.crt")
+    environ["IMAGESERVER_TLS_KEY"] = str(temporary / "server.key")
+    done = subprocess.run([RUN, "--tour"], env=environ, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "run: clients will not trust the server: curl: (60) " in done.stderr
+    assert "no alternative certificate subject name matches" in done.stderr
+
+
+def test_a_full_directory_is_named(environ: dict[str, str], temporary: Path) -> None:
+    """The script asks df; one that says so makes it full."""
+    programs = temporary / "programs"
+    programs.mkdir()
+    (programs / "df").write_text("#!/bin/sh\nprintf 'Avail\\n    3\\n'\n")
+    (programs / "df").chmod(0o755)
+    environ["PATH"] = f"{programs}:{environ['PATH']}"
+    done = subprocess.run([RUN], env=environ, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"run: {temporary} has 3 MiB free, and the demo needs 20: "
+        "name another directory in TMPDIR.\n"
+    )

@@ -23,7 +23,7 @@ _SUMS = struct.Struct("<QQ256s")
 _NAME = struct.Struct("256s")
 _WORD = struct.Struct("<Q")
 _MOST = (1 << 64) - 1
-#: Processes of an older version know nothing of ``changed``, and leave it out.
+#: What an older version has left ends here: it knew nothing of ``changed``.
 _LEAST = CHANGED
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from imageserver.activity import ActivityFiles
-from imageserver.errors import StateFull, StateUnavailable, UnknownImage
+from imageserver.errors import Exhausted, StateFull, StateUnavailable, UnknownImage
 from imageserver.fileage import FileAge
 from imageserver.ports import Account, Owned
 from imageserver.slots import Kind
 from imageserver.transfers import FileImage, Transfer, id_hash
 from imageserver.visits import UNTRACKED, Catalogue, TrackedVisit, Visits
+from tests.unit.shortages import no_threads
 
 SECOND = 1_000_000_000
 IDLE = 100
@@ -198,6 +199,20 @@ def test_a_visit_ends_whatever_can_be_noted_of_it(
         visit.close()
 
     assert (watched.visitors(), len(place.visits._visits)) == (0, 0)
+
+
+def test_where_no_thread_is_to_be_had_a_visit_fails_and_the_next_one_asks_again(
+    place: _Place,
+) -> None:
+    place.write("x")
+    with no_threads():
+        with pytest.raises(Exhausted, match="can't start new thread"):
+            place.begin("x")
+        place.visits.begin("x", lambda: None, probes=True)[1].close()
+    watched = place.activities.find(Owned.FILE, "x", visit=False)
+    assert watched
+    assert watched.visitors() == 0
+    assert place.begin("x").is_wanted()
 
 
 # No room

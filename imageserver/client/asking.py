@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from imageserver.client.backoff import Patience, patiently
-from imageserver.client.errors import Unreachable
+from imageserver.client.errors import Broken, Busy
 
 T = TypeVar("T")
 
@@ -20,14 +20,4 @@ def answered(action: Callable[[], T], patience_seconds: float) -> T:
         Unreachable: there is no server.
         Transient: patience has ended.
     """
-
-    def once() -> T | Unreachable:
-        try:
-            return action()
-        except Unreachable as exc:
-            return exc  # not to be tried again
-
-    found = patiently(once, Patience(patience_seconds))
-    if isinstance(found, Unreachable):
-        raise found
-    return found
+    return patiently(action, Patience(patience_seconds), (Busy, Broken))

@@ -94,7 +94,11 @@ class Patience:
         return min(wait_seconds(failures.count, error.wait, self._chance()), left)
 
 
-def patiently(action: Callable[[], T], patience: Patience, helps: type[Transient] = Transient) -> T:
+def patiently(
+    action: Callable[[], T],
+    patience: Patience,
+    helps: type[Transient] | tuple[type[Transient], ...] = Transient,
+) -> T:
     """Do it until it succeeds or patience ends; only failures that ``helps`` names are waited for.
 
     Raises:

@@ -76,6 +76,8 @@ def _around(subject: Subject, start: int, stop: int) -> tuple[bytes, bytes]:
 def _check_written(subject: Subject, reply: Reply, span: tuple[int, int], before: bytes) -> None:
     if reply.status != _OK:
         raise Wrong(f"status {reply.status}: {reply.error}")
+    if reply.body and not reply.says_done:
+        raise Wrong(f"status {reply.status}, without saying that it is done")
     if _around(subject, *span)[0] != before:
         raise Wrong(f"other bytes are read at {span[0]} than were written")
     if subject.remote_size() != subject.size:

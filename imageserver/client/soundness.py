@@ -16,12 +16,13 @@ one may end anywhere: what is missing of it cannot be unpacked, which QEMU tells
 """
 
 import json
+import re
 import sys
 from array import array
 from collections.abc import Iterator
 
 from imageserver.client.chain import Chain, Member
-from imageserver.client.errors import Damaged
+from imageserver.client.errors import Damaged, LocalFailure
 from imageserver.client.programs import as_filename, reason, run
 from imageserver.client.qcow2header import Header
 
@@ -33,13 +34,16 @@ _OFFSET, _COMPRESSED, _ZERO = 0x00FFFFFFFFFFFE00, 1 << 62, 1 << 0
 _SUBCLUSTERS = 32
 #: Statuses of ``qemu-img check``: nothing found, or lost clusters only; damage.
 _SOUND, _DAMAGED = {0, 3}, 2
+#: What QEMU says of an image that another of its programs has open to write.
+_LOCKED = re.compile("Failed to get .* lock")
 
 
 def require_sound(chain: Chain) -> None:
     """Look at all images of a chain.
 
     Raises:
-        Damaged: one is not whole, or cannot be looked at (no qcow2, or in use).
+        Damaged: one is not whole, or is no qcow2 that can be looked at.
+        LocalFailure: one is in use.
     """
     above: Header | None = None
     for member in chain.members:
@@ -71,6 +75,8 @@ def _require_consistent(member: Member) -> None:
     if status == _DAMAGED:
         first = said.partition("\n")[0].removeprefix("ERROR").strip()
         raise Damaged(f"{path} is damaged: {_corruptions(output)}{first and f' ({first})'}")
+    if _LOCKED.search(said):
+        raise LocalFailure(f"{path} is being written by another program, as its lock tells")
     if status not in _SOUND:
         raise Damaged(f"{path} cannot be checked: {reason(said, names) or 'qemu-img failed'}")
 

@@ -18,6 +18,7 @@ from imageserver.client.chain import Chain
 from imageserver.client.errors import LocalFailure
 from imageserver.client.plan import MIB
 from imageserver.client.qcow2 import Qcow2
+from imageserver.client.soundness import require_sound
 
 #: Much less than an end may take otherwise.
 _AT_ONCE_SECONDS = 10
@@ -145,6 +146,17 @@ def test_what_is_written_or_cut_while_it_is_read_is_found_out(folder: Path):
             image.require_unchanged()
     finally:
         image.close()
+
+
+def test_an_image_that_is_being_written_is_in_use(image: Qcow2):
+    chain = Chain.open(image.path)
+    try:
+        with pytest.raises(LocalFailure) as raised:
+            require_sound(chain)
+    finally:
+        chain.close()
+    sentence = f"{image.path} is being written by another program, as its lock tells"
+    assert (type(raised.value), str(raised.value)) == (LocalFailure, sentence)
 
 
 def test_temporary_files_may_lie_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

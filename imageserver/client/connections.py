@@ -21,6 +21,10 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from imageserver.client.access import Access, BadUrl, tls_context
 from imageserver.client.pace import Pace, paced
 
+#: How long a handshake may take: a port that does not speak TLS may wait for the rest of what it
+#: takes for a request.
+HANDSHAKE_SECONDS = 15.0
+
 
 class NoTls(exceptions.HTTPError):
     """There is a connection, but no handshake; the cause tells why."""
@@ -142,10 +146,16 @@ class _TlsConnection(_Noted, HTTPSConnection):
         Raises:
             NoTls: that failed once the other side was there.
         """
+        seconds = self.timeout
+        if seconds is None or isinstance(seconds, int | float):
+            self.timeout = min(seconds or HANDSHAKE_SECONDS, HANDSHAKE_SECONDS)
         try:
             super().connect()
         except (exceptions.SSLError, OSError) as exc:  # of which ssl.SSLError is one
             raise NoTls("no handshake") from exc
+        finally:
+            self.timeout = seconds
+        self.sock.settimeout(seconds)
 
 
 def is_protocol_error(exc: BaseException | None) -> bool:

@@ -16,6 +16,7 @@ from typing import Self
 from urllib.parse import urlsplit
 
 from imageserver.client.access import Access, tls_context
+from imageserver.client.connections import HANDSHAKE_SECONDS
 from imageserver.client.connections import Reply as Paced
 from imageserver.client.errors import Broken, Unreachable
 from imageserver.client.pace import Pace
@@ -97,9 +98,10 @@ class Line:
             return sock
         sock = socket.create_connection((host, port or (443 if scheme == "https" else 80)), seconds)
         if scheme == "https":
-            return tls_context(self._access).wrap_socket(
-                sock, server_hostname=host.partition("%")[0]
-            )
+            sock.settimeout(min(seconds, HANDSHAKE_SECONDS))
+            name = host.partition("%")[0]
+            sock = tls_context(self._access).wrap_socket(sock, server_hostname=name)
+            sock.settimeout(seconds)
         return sock
 
     def ask(self, request: Request) -> Reply:

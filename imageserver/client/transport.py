@@ -131,7 +131,7 @@ class Transport:
         """Return what a failed handshake is: asked again, one that was cut may be none."""
         inner = _innermost(exc)
         if isinstance(inner, TimeoutError):
-            return Broken(f"{self.name} does not answer in TLS")
+            return Unreachable(f"{self.name} does not answer in TLS")
         if is_protocol_error(inner):
             return Failed(f"no TLS with {self.name}: {_reason(exc)}")
         return Unreachable(f"no TLS with {self.name}: {_reason(exc)}")

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from imageserver.client import connections, probe
 from imageserver.client.access import Access
+from imageserver.client.asking import answered
 from imageserver.client.backoff import Patience
 from imageserver.client.errors import Broken, ClientError, Failed, Transient, Unreachable
 from imageserver.client.movers import Movers
@@ -19,7 +21,7 @@ from imageserver.client.probe import Line, Request
 from imageserver.client.remote import Remote
 
 #: What is served until the connection is closed, and whether a head was read before.
-Serve = Callable[[socket.socket], None]
+Serve = Callable[[socket.socket], object]
 
 
 @contextlib.contextmanager
@@ -91,6 +93,29 @@ def test_a_port_that_does_not_speak_tls_is_asked_once(text: bytes):
 def test_a_handshake_that_is_cut_is_no_connection():
     found = failure(says(), Remote.abilities, scheme="https", seconds=5)
     assert (type(found), "no TLS with" in str(found)) == (Unreachable, True)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda access: answered(Remote(access, 1).abilities, 60),
+        lambda access: Line(access).__enter__(),
+    ],
+    ids=["info", "check"],
+)
+def test_a_port_that_waits_for_more_than_a_handshake_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[Access], object]
+):
+    """As one for HTTP does: a handshake may look like the beginning of a head."""
+    for module in (connections, probe):
+        monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.2)
+    ended = threading.Event()
+    with port(lambda _connection: ended.wait(10)) as number:
+        began = time.monotonic()
+        with pytest.raises(Unreachable):
+            ask(Access(f"https://127.0.0.1:{number}/images/x"))
+        assert time.monotonic() - began < 5
+        ended.set()
 
 
 @pytest.mark.parametrize("text", [b"SSH-2.0-OpenSSH_9\r\n", b"x" * 70000, b"HTTP/x.y 200\r\n\r\n"])

@@ -53,17 +53,27 @@ def reopen(runtime: RuntimeDirectory) -> tuple[int, int]:
 def examine(directory: str) -> None:
     """Prove that a server could use the table in a directory, or make one. Changes nothing.
 
+    Where others use one that cannot be read, wait a while for them to mend it.
+
     Raises:
-        IncompatibleTable: it cannot be read, or is gone, and others use it.
+        IncompatibleTable: they do not, or it is gone.
         OSError: the directory cannot be used.
     """
-    try:
-        os.close(_open_readable(directory))
-    except (IncompatibleTable, ValueError, FileNotFoundError) as exc:
-        if _is_used(directory, os.O_RDONLY | os.O_DIRECTORY) or _is_used(
-            os.path.join(directory, _USE), os.O_RDWR
-        ):
-            raise IncompatibleTable(_why_not(directory, exc)) from exc
+    deadline = time.monotonic() + _MEND_SECONDS
+    while True:
+        try:
+            os.close(_open_readable(directory))
+        except (IncompatibleTable, ValueError, FileNotFoundError) as exc:
+            if not (
+                _is_used(directory, os.O_RDONLY | os.O_DIRECTORY)
+                or _is_used(os.path.join(directory, _USE), os.O_RDWR)
+            ):
+                return
+            if time.monotonic() > deadline:
+                raise IncompatibleTable(_why_not(directory, exc)) from exc
+            time.sleep(_MEND_STEP_SECONDS)
+        else:
+            return
 
 
 def _is_used(path: str, flags: int) -> bool:

@@ -48,7 +48,8 @@ def check(settings: Settings) -> list[str]:
 def check_reload(settings: Settings) -> None:
     """Prove that workers can start in place of those that serve. Changes nothing.
 
-    The addresses are bound by now, and a certificate that does not fit leaves the old one.
+    The addresses are bound by now, the table is open, and may be damaged for a moment; a
+    certificate that does not fit leaves the old one.
 
     Raises:
         CannotStart: they cannot.
@@ -57,7 +58,7 @@ def check_reload(settings: Settings) -> None:
     problem = runtime_in(settings.runtime_dir).problem()
     if problem:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {problem}; restart the server.")
-    _check_directories(settings)
+    _check_config_directory(settings)
 
 
 def prepare(settings: Settings) -> None:

@@ -174,6 +174,20 @@ def test_a_reload_that_could_not_start_workers_stops_none(
     assert record.getMessage().startswith("reload refused, the workers go on: IMAGESERVER_")
 
 
+def test_a_reload_does_not_mind_a_table_that_is_damaged_for_a_moment(
+    place: Path, arbiter: SimpleNamespace
+) -> None:
+    reloads: list[str] = []
+    arbiter.reload = lambda: reloads.append("reload")
+    hooks.on_starting(arbiter)
+    with (place / "run" / "slots").open("r+b") as file:
+        file.write(bytes(64))
+
+    arbiter.reload()
+
+    assert reloads == ["reload"]
+
+
 @pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("bug"), OSError(12, "no memory")])
 def test_a_reload_that_fails_half_way_leaves_the_master_as_it_was(
     arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture, error: BaseException

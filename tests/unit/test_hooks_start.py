@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from imageserver import slots
+from imageserver import slots, tablefile
 from imageserver.private import open_private
 from imageserver.server import hooks, preconditions
 from imageserver.server.preconditions import CannotStart, check
@@ -87,8 +87,9 @@ def test_a_directory_that_cannot_be_used_is_a_sentence(
 
 
 def test_another_version_that_still_runs_is_a_sentence(
-    place: Path,
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tablefile, "_MEND_SECONDS", 0)
     (place / "run").mkdir(0o700)
     (place / "run" / "slots").write_bytes(bytes(slots.SIZE))
     user = open_private(str(place / "run"), "slots.use")

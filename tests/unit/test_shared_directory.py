@@ -386,3 +386,21 @@ def test_who_finds_a_damaged_header_waits_for_it_to_be_mended(
 
     assert newcomer.count(Kind.READ) == 1
     newcomer.close()
+
+
+def test_who_examines_a_damaged_header_waits_for_it_to_be_mended(
+    tmp_path: Path, table: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table.claim(Kind.READ, TICKET)
+    with open(tmp_path / "slots", "r+b") as file:
+        file.write(bytes(64))
+    waits: list[float] = []
+
+    def mend(seconds: float) -> None:
+        waits.append(seconds)
+        table.mend()
+
+    monkeypatch.setattr(tablefile.time, "sleep", mend)
+    tablefile.examine(str(tmp_path))
+
+    assert len(waits) == 1

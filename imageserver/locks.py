@@ -27,6 +27,8 @@ from imageserver.transfers import FileImage, Image, path_bytes
 
 #: How long a lock may outlive its holder: a thread in the middle of a write(2) ends with that.
 _LAST_BREATH_SECONDS = 5.0
+#: How often a path is looked at that changes meanwhile.
+_LOOKS = 10
 #: A mark is two numbers: see ``_mark``.
 _MARK_SIZE = 64
 #: A lock file nobody has touched for this long is pruned.
@@ -39,10 +41,18 @@ _BRIEF_STEP_SECONDS = 0.001
 def image_key(image: Image) -> str:
     """Return the identity of an image, 32 hexadecimal digits: ids of one image share it."""
     if isinstance(image, FileImage):
-        parts = [b"file", os.path.realpath(path_bytes(image.path))]
+        parts = [b"file", _real(image.path)]
     else:
-        parts = [b"nbd", os.path.realpath(path_bytes(image.socket)), image.export.encode()]
+        parts = [b"nbd", _real(image.socket), image.export.encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+
+
+def _real(path: str) -> bytes:
+    name = path_bytes(path)
+    for _ in range(_LOOKS):
+        with contextlib.suppress(OSError):  # a link that is none any more when it is read
+            return os.path.realpath(name)
+    return os.path.normpath(name)  # it changes all the time, and will not be opened either
 
 
 class ImageLock:

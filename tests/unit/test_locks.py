@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image locks on real files: identity, exclusion between threads and processes, pruning."""
 
+import errno
 import os
 import re
 import shutil
@@ -53,6 +54,24 @@ def test_a_real_path_that_is_not_utf_8_has_a_key_of_its_own(tmp_path: Path) -> N
         keys.add(image_key(FileImage(str(tmp_path / f"link{number}"))))
         keys.add(image_key(NbdImage(str(tmp_path / f"link{number}"))))
     assert len(keys) == 6
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_link_that_is_exchanged_while_it_is_looked_at_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: int
+) -> None:
+    (tmp_path / "link").symlink_to("real")
+    really, left = os.readlink, [times]
+
+    def readlink(path: bytes) -> bytes:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EINVAL, "no link any more")
+        return really(path)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    name = "real" if times == 1 else "link"
+    assert image_key(FileImage(f"{tmp_path}/link")) == image_key(FileImage(f"{tmp_path}/{name}"))
 
 
 def test_a_link_in_the_middle_of_a_path_makes_no_other_image(tmp_path: Path) -> None:

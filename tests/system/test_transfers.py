@@ -76,8 +76,11 @@ def test_a_usable_file_makes_its_id_known(
     server: Server, sockets: dict[str, str], fields: dict[str, object]
 ):
     server.add("usable", socket=sockets["one"], **fields)
+    before = len(lines(server, "usable"))
     assert (get(server, "usable").status, get(server, "usable").body) == (200, b"one")
-    assert lines(server, "usable") == []
+    told = lines(server, "usable")[before:]
+    assert len(told) == ("unknown" in fields)  # which fields were ignored, once
+    assert not told or 'unknown field "unknown", field "file" is of backend "file"' in told[0]
 
 
 def test_blanks_around_paths_are_stripped(server: Server, sockets: dict[str, str], tmp_path: Path):

@@ -219,10 +219,12 @@ class Pools:
         while serve(conn, wire, pool.app, self._cfg, is_last, asking=asking):
             if conn.unsent or not self._has_next(pool, conn):
                 return self._loop.keep
-            # A transfer thread goes on with a probe, which is no work.
-            is_others = pool is not self._transfers and self._pool_of(conn) is not pool
-            if is_others or pool.is_wanted():
+            # All go on with a probe, which is no work; of transfer threads there are more.
+            is_transfer = pool is not self._transfers and self._pool_of(conn) is self._transfers
+            if is_transfer or pool.is_wanted():
                 return self.dispatch
+            if asking is Asking.NEVER:
+                asking = Asking.NOW  # the next one has not waited yet
         if conn.bad_head:
             self._metrics.refused("bad_head")
         return self._loop.linger
@@ -231,7 +233,7 @@ class Pools:
         conn.receive_decrypted()
         if conn.has_head():
             return True
-        if pool.is_wanted() or pool is self._asking or self.last:
+        if pool.is_wanted() or self.last:
             return False
         pool.staying.add(conn)
         arrived = wait(conn.sock, select.POLLIN, _STAY_SECONDS)

@@ -36,26 +36,29 @@ class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(cfg, unreader, address, number)
         # RFC 9110 section 2.5: a client of a later minor version understands this one.
         self.version = min(self.version, _HTTP_1_1)
-        _check_host(self._values("HOST"), required=self.version == _HTTP_1_1)
+        host: str | None = None
+        options: list[str] = []
+        for name, value in self.headers:
+            if name == "HOST":
+                host = value
+            elif name == "CONNECTION":
+                # RFC 9110 section 7.6.1: a list, over all lines of the field, in any case.
+                options += [option.strip(" \t") for option in value.lower().split(",")]
+        _check_host(host, required=self.version == _HTTP_1_1)
+        self._ends = self.method == "CONNECT" or _ends(options, is_old=self.version < _HTTP_1_1)
 
     def should_close(self) -> bool:
-        """Tell whether the connection ends with this request (RFC 9112 section 9.3)."""
-        # RFC 9110 section 7.6.1: a list, over all lines of the field, in any case.
-        options = {
-            option.strip(" \t").lower()
-            for value in self._values("CONNECTION")
-            for option in value.split(",")
-        }
-        if self.must_close or self.method == "CONNECT" or "close" in options:
-            return True
-        return self.version < _HTTP_1_1 and "keep-alive" not in options
-
-    def _values(self, field: str) -> list[str]:
-        return [value for name, value in self.headers if name == field]
+        """Tell whether the connection ends with this request."""
+        return bool(self.must_close) or self._ends
 
 
-def _check_host(values: list[str], *, required: bool) -> None:
-    if not values and required:
+def _ends(options: list[str], *, is_old: bool) -> bool:
+    """Tell whether a client wants its connection to end (RFC 9112 section 9.3)."""
+    return "close" in options or (is_old and "keep-alive" not in options)
+
+
+def _check_host(host: str | None, *, required: bool) -> None:
+    if host is None and required:
         raise BadHost("Host header required")
-    if values and not _HOST.fullmatch(values[0]):
+    if host is not None and not _HOST.fullmatch(host):
         raise BadHost("invalid Host header")

@@ -149,6 +149,16 @@ def test_a_probe_that_waits_is_answered_by_a_thread_that_may(world: _World) -> N
         assert _body(client) == b"ok"
 
 
+def test_the_next_probe_is_made_where_the_last_one_was_asked_for(world: _World) -> None:
+    world.go_on.set()
+    with world.send("HEAD", "/hung", times=20) as client, client.makefile("rb") as stream:
+        for _ in range(20):
+            while stream.readline() != b"\r\n":
+                pass
+
+    assert world.asked == ["/hung"] * 21
+
+
 def test_a_probe_that_found_no_such_thread_for_long_is_answered_without(
     world: _World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,11 @@ class Demo:
         ) as demo:
             try:
                 assert demo.stdout is not None
-                shown = "".join(iter(demo.stdout.readline, "Ctrl-C ends it.\n"))
+                shown = ""
+                for line in demo.stdout:
+                    shown += line
+                    if line == "Ctrl-C ends it.\n":
+                        break
                 home = re.search(r"its directory is (\S+)\. Try", shown)
                 assert home is not None, shown
                 self.env["demo"] = home[1]

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -31,25 +32,67 @@ def one(server: Server) -> dict[str, str]:
     return file_of(server, "one")
 
 
-def test_a_registered_transfer_that_nobody_used_expires_and_counts_no_more(
-    server, control, one, name
-):
+class Waited(NamedTuple):
+    """What a wait for longer than a second has left of transfers that nobody used in it."""
+
+    active: tuple[int, int]
+    """How many registered transfers there were more than before: at first, and afterwards."""
+    statuses: dict[str, int]
+    """What a GET was answered, by transfer."""
+
+
+LONGER = (0, -5, 3, 86400, 10**30)
+
+
+@pytest.fixture(scope="module")
+def waited(server: Server) -> Waited:
+    """One wait for many transfers: it is what takes the time here."""
+    control, one = Control(server.directory / "control"), file_of(server, "one")
     before = control.status()["active_transfers"]
-    assert control.register(name, **one)["active_transfers"] == before + 1
+    for name in ("unused", "used-once", "hiding"):
+        control.register(name, **one)
+    for seconds in LONGER:
+        control.register(f"longer{seconds}", **one, idle_timeout_seconds=seconds)
+    first = control.status()["active_transfers"] - before
+    server.add("hiding", **one)
+    server.add("for-ever", **one)
+    server.add("for-a-second", **one, idle_timeout_seconds=1)
+    server.add("for-a-day", **one, idle_timeout_seconds=0)
+    assert server.request("GET", "/images/used-once").status == 200
     time.sleep(EXPIRED)
+    longer = [f"longer{seconds}" for seconds in LONGER]
+    files = ["for-ever", "for-a-second", "for-a-day"]
+    statuses = {name: server.request("GET", f"/images/{name}").status for name in longer + files}
+    active = (first, control.status()["active_transfers"] - before)
+    for name in longer:
+        control.unregister(name)
+    return Waited(active, statuses)
+
+
+def test_a_registered_transfer_that_nobody_used_expires_and_counts_no_more(server, control, waited):
     for method in ("GET", "OPTIONS", "PUT"):
-        assert server.request(method, f"/images/{name}").status == 404
-    assert control.status()["active_transfers"] == before
-    assert control.status(name) == {"status": "error", "message": "unknown transfer_id"}
+        assert server.request(method, "/images/unused").status == 404
+    assert waited.active == (3 + len(LONGER), len(LONGER))
+    assert control.status("unused") == {"status": "error", "message": "unknown transfer_id"}
 
 
-def test_who_has_expired_stays_so_however_often_it_is_asked_for(server, control, one, name):
-    control.register(name, **one)
-    assert server.request("GET", f"/images/{name}").status == 200
-    time.sleep(EXPIRED)
+@pytest.mark.usefixtures("waited")
+def test_who_has_expired_stays_so_however_often_it_is_asked_for(server):
     for _ in range(10):
-        assert server.request("GET", f"/images/{name}").refusal == UNKNOWN
+        assert server.request("GET", "/images/used-once").refusal == UNKNOWN
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("seconds", LONGER, ids=str)
+def test_a_registration_may_ask_for_another_timeout(waited, seconds):
+    assert waited.statuses[f"longer{seconds}"] == 200
+
+
+@pytest.mark.usefixtures("waited")
+def test_an_expired_registration_still_hides_a_file(server, control):
+    assert server.request("GET", "/images/hiding").refusal == UNKNOWN
+    control.unregister("hiding")
+    assert server.request("GET", "/images/hiding").status == 200
 
 
 def test_registering_again_begins_anew(server, control, one, name):
@@ -66,35 +109,41 @@ def test_registering_again_begins_anew(server, control, one, name):
     assert server.request("GET", f"/images/{name}").status == 200
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "", 200),
-        ("HEAD", "", 200),
-        ("OPTIONS", "", 200),
-        ("DELETE", "", 405),
-        ("PATCH", "", 400),
-        ("GET", "/extents", 400),
-        ("PUT", "/flush", 405),
-        ("POST", "/flush", 200),
-    ],
+#: Method, rest of the path, status.
+REQUESTS = (
+    ("GET", "", 200),
+    ("HEAD", "", 200),
+    ("OPTIONS", "", 200),
+    ("DELETE", "", 405),
+    ("PATCH", "", 400),
+    ("GET", "/extents", 400),
+    ("PUT", "/flush", 405),
+    ("POST", "/flush", 200),
 )
-def test_every_request_counts_through_whatever_worker(server, control, one, method, path, status):
-    name = f"used-{method}{path.replace('/', '-')}"
-    control.register(name, **one)
+
+
+def test_every_request_counts_through_whatever_worker(server, control, one):
+    """Each kind is all that its own transfer is used by."""
+    kinds = {f"{method}{path.replace('/', '-')}": (method, path) for method, path, _ in REQUESTS}
+    expected = dict(zip(kinds, (status for *_, status in REQUESTS), strict=True))
     with one_connection_each(server) as connections:
-        control.register(name, **one)
+        for name in kinds:
+            control.register(name, **one)
         for _ in range(2):
             for connection in connections:
                 time.sleep(MOMENT)
-                answer = exchange(connection, method, f"/images/{name}{path}")
-                assert answer.status == status
+                assert expected == {
+                    name: exchange(connection, method, f"/images/{name}{path}").status
+                    for name, (method, path) in kinds.items()
+                }
         # The last request was one worker's; all have heard of it.
         for connection in connections:
-            assert exchange(connection, "GET", f"/images/{name}").status == 200
+            for name in kinds:
+                assert exchange(connection, "GET", f"/images/{name}").status == 200
         time.sleep(EXPIRED)
         for connection in connections:
-            assert exchange(connection, "GET", f"/images/{name}").refusal == UNKNOWN
+            for name in kinds:
+                assert exchange(connection, "GET", f"/images/{name}").refusal == UNKNOWN
 
 
 def test_a_refused_upload_counts(server, control, one, name):
@@ -118,10 +167,10 @@ def test_other_requests_and_status_do_not_count(server, control, one, name):
 def test_a_long_request_keeps_its_transfer_alive_for_all(server, control, big, name):
     control.register(name, **big)
     with reading(server, f"/images/{name}") as client:
-        time.sleep(3)
+        time.sleep(EXPIRED)
         assert control.status(name)["requests_in_flight"] == 1
         assert server.request("OPTIONS", f"/images/{name}").status == 200
-        time.sleep(2)
+        time.sleep(EXPIRED)
         left = BIG
         while left and (data := client.recv(1 << 20)):
             left -= len(data)
@@ -133,36 +182,12 @@ def test_a_long_request_keeps_its_transfer_alive_for_all(server, control, big, n
     assert server.request("OPTIONS", f"/images/{name}").status == 404
 
 
-@pytest.mark.parametrize("seconds", [0, -5, 3, 86400, 10**30], ids=str)
-def test_a_registration_may_ask_for_another_timeout(server, control, one, seconds):
-    control.register("longer", **one, idle_timeout_seconds=seconds)
-    time.sleep(EXPIRED)
-    assert server.request("GET", "/images/longer").status == 200
-    control.unregister("longer")
-
-
-def test_an_expired_registration_still_hides_a_file(server, control, one, name):
-    server.add(name, **one)
-    control.register(name, **one)
-    time.sleep(EXPIRED)
-    assert server.request("GET", f"/images/{name}").refusal == UNKNOWN
-    control.unregister(name)
-    assert server.request("GET", f"/images/{name}").status == 200
-
-
 # Files
 
 
-def test_a_file_expires_only_if_it_asks_for_that(server, one):
-    server.add("for-ever", **one)
-    server.add("for-a-second", **one, idle_timeout_seconds=1)
-    server.add("for-a-day", **one, idle_timeout_seconds=0)
-    time.sleep(EXPIRED)
-    statuses = [
-        server.request("GET", f"/images/{name}").status
-        for name in ("for-ever", "for-a-second", "for-a-day")
-    ]
-    assert statuses == [200, 404, 200]
+def test_a_file_expires_only_if_it_asks_for_that(waited):
+    files = {name: waited.statuses[name] for name in ("for-ever", "for-a-second", "for-a-day")}
+    assert files == {"for-ever": 200, "for-a-second": 404, "for-a-day": 200}
 
 
 def test_a_file_in_use_stays_and_then_expires_until_it_changes(server, one, name):

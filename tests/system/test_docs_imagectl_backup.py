@@ -26,7 +26,9 @@ def test_the_incremental_backup_holds_what_the_disk_held(server: Server, home: P
         "PATH": f"{home}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }
-    ended = "trap '{ kill $(cat vda.pid); } 2>/dev/null || true' EXIT\n"
+    # What has ended holds no lock of the disk any more.
+    gone = "for i in {1..200}; do kill -0 $pid || break; sleep 0.05; done"
+    ended = f"trap '{{ pid=$(cat vda.pid) && kill $pid && {gone}; }} 2>/dev/null || true' EXIT\n"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", ended + script],
         cwd=home,

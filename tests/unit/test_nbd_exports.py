@@ -130,10 +130,19 @@ def test_a_status_of_no_bytes_is_an_error_not_a_loop(
         _extents(liar, 0, liar.size)
 
 
-def test_a_status_beyond_the_image_is_cut_to_it(liar: Liar) -> None:
-    liar.status = lambda _offset, _length: [(1 << 31, 3), (1 << 31, 0)]
+@pytest.mark.parametrize("more", [[], [(1 << 31, 0)]], ids=["alone", "and more"])
+def test_a_status_beyond_the_image_is_cut_to_it_or_an_error(
+    liar: Liar, more: list[tuple[int, int]]
+) -> None:
+    """An error where libnbd refuses such an answer (1.22 does, 1.14 does not)."""
+    liar.status = lambda _offset, _length: [(1 << 31, 3), *more]
 
-    assert _extents(liar, 0, liar.size) == [(0, liar.size, True, False)]
+    try:
+        found = _extents(liar, 0, liar.size)
+    except BackendError as exc:
+        assert "EPROTO" in str(exc)  # noqa: PT017 - or no error
+    else:
+        assert found == [(0, liar.size, True, False)]
 
 
 # Clients that go away while the server takes its time

@@ -14,7 +14,7 @@ The header is inclusive, everything behind it is half-open. Parsing knows no ima
 import re
 from dataclasses import dataclass
 
-from imageserver.bounds import MAX_SIZE, cut_short
+from imageserver.bounds import cut_short
 from imageserver.errors import BadRequest, RangeOutsideImage
 
 # RFC 9110 section 14.1: units are case-insensitive. [0-9], for \d takes other scripts' digits.
@@ -157,11 +157,12 @@ def parse_length(header: str | None) -> int:
     """Parse a ``Content-Length`` (RFC 9110 section 8.6) into bytes.
 
     Raises:
-        BadRequest: it is missing, not a plain decimal number, or more than any image has.
+        BadRequest: it is missing or not a plain decimal number. The number has no bound but that
+            of ``cut_short``: whoever takes the body knows what it may be.
     """
     if header is None or header == "":
         raise BadRequest("Content-Length required")
     length = parse_position(header)
-    if length is None or length > MAX_SIZE:
+    if length is None:
         raise BadRequest("Invalid Content-Length")
     return length

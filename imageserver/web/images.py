@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import falcon
 
 from imageserver import operations, patches, sessions
+from imageserver.bounds import MAX_SIZE
 from imageserver.errors import BackendError, BadRequest, Exhausted, UnsupportedMediaType
 from imageserver.inspection import MEMORY_SECONDS, Asking, Inspector
 from imageserver.journal import fields
@@ -110,7 +111,9 @@ class ImageResource:
         length = full_body_length(req)
         with self._open(req, transfer, sessions.REPLACE) as session:
             check_writable(session.info)
-            if not isinstance(transfer.image, FileImage):
+            if isinstance(transfer.image, FileImage):
+                _check_bound(length)
+            else:
                 _check_size(length, session.size)
             source = RequestSource(req, length)
             done = operations.replace(session, length, source, flush=bool(flush))
@@ -246,6 +249,12 @@ class ServerResource:
 def _written(length: int, flush: bool | None, flushed: bool) -> dict[str, object]:  # noqa: FBT001
     answer: dict[str, object] = {"ok": True, "bytes_written": length}
     return answer if flush is None else answer | {"flushed": flushed}
+
+
+def _check_bound(length: int) -> None:
+    """Refuse a length that no file can have (off_t)."""
+    if length > MAX_SIZE:
+        raise BadRequest("Invalid Content-Length")
 
 
 def _check_size(length: int, size: int) -> None:

@@ -11,7 +11,7 @@ from imageserver.bounds import BEYOND, MAX_SIZE, cut_short
 from imageserver.control import Unregister, parse_command
 from imageserver.errors import BadRequest, RangeOutsideImage
 from imageserver.patches import Zero, parse_patch
-from imageserver.ranges import Span, parse_content_range, parse_length, parse_range
+from imageserver.ranges import Span, parse_content_range, parse_range
 from imageserver.settings import InvalidSetting, Settings
 from imageserver.transfers import parse_transfer
 from imageserver.web.headers import read_span
@@ -102,11 +102,3 @@ def test_a_large_number_means_what_it_must(name: str, digits: str) -> None:
             parse(digits)
     else:
         assert parse(digits) == meaning
-
-
-@pytest.mark.parametrize("digits", LARGE[1:], ids=IDS[1:])
-def test_a_body_larger_than_every_image_is_refused(digits: str) -> None:
-    with pytest.raises(BadRequest) as failure:
-        parse_length(digits)
-    assert failure.value.message == "Invalid Content-Length"
-    assert parse_length(LARGE[0]) == MAX_SIZE

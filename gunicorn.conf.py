@@ -3,14 +3,14 @@
 
 import math
 
-from imageserver.server import admin, hooks, preconditions
+from imageserver.server import admin_listener, hooks, preconditions
 
 _settings = hooks.load_settings()
 
-wsgi_app = "imageserver.wsgi:create()"
+wsgi_app = "imageserver.process:create()"
 worker_class = "imageserver.server.worker.ImageWorker"
 bind = [
-    admin.bindable(address)
+    admin_listener.bindable(address)
     for address in (*_settings.bind, *_settings.control_address, *_settings.admin_bind)
 ]
 workers = _settings.workers

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """An HTTP server for virtual disks: NBD exports and image files, read and written over HTTP.
 
-The layers, from the top (imports only point down; ``pyproject.toml`` holds the contract):
+The layers, each importing only what stands below it (``pyproject.toml`` holds the contract):
 
-    process     wsgi, server/, __main__,     settings in, processes and threads
-                records
-    web         web/                         HTTP in, operations out
-    work        operations, sessions,        bytes move; rights to an image
-                inspection, visits,          who uses what; what a control program asks for
-                administration
-    adapters    settings, registry, locks,   the world outside, one library each
-                shared, logs, backends/,
-                activity, registrations,
-                processes
-    vocabulary  errors, ranges, extents,     values and rules, no I/O
-                transfers, patches, slots,
-                ports, jsontext, control
+    __main__, client           the command lines; imagectl uses core alone
+    server                     gunicorn: processes, connections, threads
+    process                    one process's application, put together
+    web                        HTTP in, operations out
+    images                     the right to an image, and what is done with it
+    transfers                  which ids count
+    backends, observability    the bytes of images; logs and metrics
+    runtime                    what processes share
+    settings                   every setting, declared once
+    core                       values and rules; no I/O, no clock, no threads
 """
 
 __version__ = "0.1.0"

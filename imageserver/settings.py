@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from imageserver.slots import CAPACITY, Kind
+from imageserver.core.slots import CAPACITY, Kind
 
 PREFIX = "IMAGESERVER_"
 

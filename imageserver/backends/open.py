@@ -3,10 +3,10 @@
 
 import os
 
-from imageserver.backends.file import ImageFiles
+from imageserver.backends.file.image import ImageFiles
 from imageserver.backends.nbd.exports import NbdExports
-from imageserver.ports import Backend, Check, Intent, no_client
-from imageserver.transfers import FileImage, Image, NbdImage, path_bytes
+from imageserver.core.ports import Backend, Check, Intent, no_client
+from imageserver.core.transfer import FileImage, Image, NbdImage, path_bytes
 
 
 class AnyBackend:

@@ -19,8 +19,8 @@ from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
 from typing import Self
 
-from imageserver.errors import Exhausted
-from imageserver.ports import Source
+from imageserver.core.errors import Exhausted
+from imageserver.core.ports import Source
 
 #: Most bytes that a worker keeps for its next transfers.
 _SPARE_BYTES = 8 << 20

@@ -22,7 +22,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 5
-    from imageserver.client import cli  # noqa: PLC0415 - needs what there is by now
+    from imageserver.client.commands import cli  # noqa: PLC0415 - needs what there is by now
 
     cli.take_outputs()
     return cli.main()

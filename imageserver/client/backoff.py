@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from imageserver.client.errors import Transient
+from imageserver.client.failures import Transient
 from imageserver.client.pace import LEAST_RATE
 
 _FIRST_SECONDS = 0.1

@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from imageserver.extents import Extent
+from imageserver.core.extents import Extent
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 #: Longest gap that is read rather than left out, in bytes: about what a request costs.

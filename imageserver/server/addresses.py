@@ -12,7 +12,7 @@ import socket
 import stat
 from itertools import combinations
 
-from imageserver.server.admin import bindable
+from imageserver.server.admin_listener import bindable
 from imageserver.server.control import UnusableSocket, check_socket, take_over
 from imageserver.settings import Settings
 

@@ -21,13 +21,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from imageserver import control
-from imageserver.administration import Administration
-from imageserver.control import MAX_REQUEST, InvalidCommand, Peer
-from imageserver.errors import NO_DESCRIPTOR, StateUnavailable
-from imageserver.journal import fields
+from imageserver.core import control_protocol
+from imageserver.core.control_protocol import MAX_REQUEST, InvalidCommand, Peer
+from imageserver.core.entry import fields
+from imageserver.core.errors import NO_DESCRIPTOR, StateUnavailable
 from imageserver.server.loop import Loop
 from imageserver.server.threads import NoThread, Threads
+from imageserver.transfers.actions import Administration
 
 log = logging.getLogger(__name__)
 
@@ -115,12 +115,12 @@ class ControlServer:
                 patience = self._converse(sock)
             else:
                 log.warning("control: refused: uid=%d", peer.uid)
-                _send(sock, control.failed("permission denied"))
+                _send(sock, control_protocol.failed("permission denied"))
         except OSError:
             pass  # the peer has gone
         except Exception:
             log.exception("control: failed")
-            _send(sock, control.failed("internal error"))
+            _send(sock, control_protocol.failed("internal error"))
         finally:
             self._silent.discard(sock)
             _hang_up(sock, patience)
@@ -133,24 +133,24 @@ class ControlServer:
             text = self._request(sock)
             patience = 0.0
             self._silent.discard(sock)
-            command = control.parse_command(text)
+            command = control_protocol.parse_command(text)
         except InvalidCommand as exc:
-            answer = control.failed(str(exc))
+            answer = control_protocol.failed(str(exc))
         else:
             answer = self._carry_out(command, sock)
             _report(command, answer)
         self._send_all(sock, answer)
         return patience
 
-    def _carry_out(self, command: control.Command, sock: socket.socket) -> bytes:
+    def _carry_out(self, command: control_protocol.Command, sock: socket.socket) -> bytes:
         try:
             return self._administration.run(command, lambda: not _has_gone(sock))
         except StateUnavailable as exc:
             log.warning("control: refused: %s", exc)
-            return control.failed(f"server state unavailable: {exc}")
+            return control_protocol.failed(f"server state unavailable: {exc}")
         except OSError:  # not the peer's, who would go without an answer
             log.exception("control: failed")
-            return control.failed("internal error")
+            return control_protocol.failed("internal error")
 
     def _request(self, sock: socket.socket) -> bytes:
         """Return what comes up to the first newline, or the end."""
@@ -175,21 +175,21 @@ class ControlServer:
             rest = rest[sock.send(rest) :]
 
 
-def _report(command: control.Command, answer: bytes) -> None:
-    if isinstance(command, control.List):  # its answer would fill the log
+def _report(command: control_protocol.Command, answer: bytes) -> None:
+    if isinstance(command, control_protocol.List):  # its answer would fill the log
         log.debug("control: list", extra=fields(after=command.after))
         return
-    level = logging.DEBUG if isinstance(command, control.Status) else logging.INFO
-    if isinstance(command, control.Register) and command.transfer.ignored:
+    level = logging.DEBUG if isinstance(command, control_protocol.Status) else logging.INFO
+    if isinstance(command, control_protocol.Register) and command.transfer.ignored:
         level = logging.WARNING  # the answer has them
     log.log(level, "control: %s", answer.decode().rstrip(), extra=_told(command))
 
 
 def _told(
-    command: control.Status | control.Register | control.Unregister,
+    command: control_protocol.Status | control_protocol.Register | control_protocol.Unregister,
 ) -> dict[str, Mapping[str, object]]:
     action = type(command).__name__.lower()
-    if isinstance(command, control.Register):
+    if isinstance(command, control_protocol.Register):
         return fields(action=action, transfer=command.transfer.id)
     return fields(action=action, transfer=command.transfer_id)
 
@@ -223,7 +223,7 @@ def _send(sock: socket.socket, answer: bytes) -> None:
 
 
 def _refuse(sock: socket.socket) -> None:
-    _send(sock, control.failed("server busy"))
+    _send(sock, control_protocol.failed("server busy"))
     sock.close()
 
 

@@ -23,8 +23,8 @@ from gunicorn.http.body import ChunkedReader
 from gunicorn.http.unreader import Unreader
 from gunicorn.http.wsgi import Response, create
 
-from imageserver.errors import ClientGone, ImageServerError
-from imageserver.inspection import Asking, WouldWait
+from imageserver.core.errors import ClientGone, ImageServerError
+from imageserver.images.probing import Asking, WouldWait
 from imageserver.server.connection import Connection
 from imageserver.server.presence import Presence
 from imageserver.server.request import BadHost, ImageRequest

@@ -10,29 +10,25 @@ import os
 from dataclasses import fields, replace
 from typing import Any
 
-from imageserver import journal, logs
-from imageserver.errors import StateUnavailable
-from imageserver.locks import ImageLocks
-from imageserver.metrics.counted import LateMetrics, metrics_in
-from imageserver.metrics.numbers import clear_if_alone
-from imageserver.processes import is_leaving
-from imageserver.records import records
-from imageserver.registry import Registry
-from imageserver.runtime import runtime_in
+from imageserver.core import entry
+from imageserver.core.errors import StateUnavailable
+from imageserver.observability import logs
+from imageserver.observability.metrics.counted import LateMetrics, metrics_in
+from imageserver.observability.metrics.numbers import clear_if_alone
+from imageserver.runtime.directory import runtime_in
+from imageserver.runtime.locks import ImageLocks
+from imageserver.runtime.processes import is_leaving
+from imageserver.runtime.slottable import SharedTable
 from imageserver.server import activation, addresses, master
 from imageserver.server.addresses import UnusableAddress
-from imageserver.server.admin import admin_name, bindable
-from imageserver.server.admin import close_to_others as close_admin_to_others
+from imageserver.server.admin_listener import admin_name, bindable
+from imageserver.server.admin_listener import close_to_others as close_admin_to_others
 from imageserver.server.control import open_to_group
-from imageserver.server.preconditions import (
-    CannotStart,
-    check,
-    prepare,
-    tls_context,
-)
+from imageserver.server.preconditions import CannotStart, check, prepare, tls_context
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import InvalidSetting, Settings, variable_of
-from imageserver.shared import SharedTable
+from imageserver.transfers.files import Registry
+from imageserver.transfers.records import records
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +61,7 @@ def on_starting(arbiter: Any) -> None:
     _check_addresses(settings)
     _take_over(settings)
     master.adapt(arbiter, settings, lambda: child_exit(arbiter, None))
-    log.info("settings in force", extra=journal.fields(**_in_force(settings)))
+    log.info("settings in force", extra=entry.fields(**_in_force(settings)))
 
 
 def close_to_others() -> None:

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from imageserver.errors import NO_DESCRIPTOR
-from imageserver.journal import fields
-from imageserver.metrics.counted import Metrics
+from imageserver.core.entry import fields
+from imageserver.core.errors import NO_DESCRIPTOR
+from imageserver.observability.metrics.counted import Metrics
 from imageserver.server.connection import LINGER_SECONDS, Connection, State
 from imageserver.server.shortage import Reserve, Seldom
 from imageserver.server.tls import forget_errors, has_ended

@@ -16,12 +16,12 @@ from typing import Any
 
 from gunicorn.errors import HaltServer
 
-from imageserver.errors import StateUnavailable
-from imageserver.runtime import RuntimeDirectory, runtime_in
+from imageserver.core.errors import StateUnavailable
+from imageserver.core.slots import IncompatibleTable, Kind, WorkerState
+from imageserver.runtime.directory import RuntimeDirectory, runtime_in
+from imageserver.runtime.slottable import SharedTable
 from imageserver.server.preconditions import CannotStart, check_reload
 from imageserver.settings import InvalidSetting, Settings
-from imageserver.shared import SharedTable
-from imageserver.slots import IncompatibleTable, Kind, WorkerState
 
 log = logging.getLogger(__name__)
 

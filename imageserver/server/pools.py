@@ -25,9 +25,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from imageserver.errors import ClientGone
-from imageserver.inspection import Asking, WouldWait
-from imageserver.metrics.counted import Metrics
+from imageserver.core.errors import ClientGone
+from imageserver.images.probing import Asking, WouldWait
+from imageserver.observability.metrics.counted import Metrics
 from imageserver.server.connection import Connection, State
 from imageserver.server.exchange import Application, cut, serve
 from imageserver.server.loop import Loop

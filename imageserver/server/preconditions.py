@@ -8,17 +8,17 @@ import os
 import ssl
 import tempfile
 
-from imageserver import tablefile
-from imageserver.private import UnusableDirectory, examine_runtime
-from imageserver.processes import is_proc_ours
-from imageserver.registry import Registry, UntrustedDirectory
-from imageserver.runtime import runtime_in
+from imageserver.core.slots import SIZE, IncompatibleTable
+from imageserver.runtime import tablefile
+from imageserver.runtime.directory import runtime_in
+from imageserver.runtime.private import UnusableDirectory, examine_runtime
+from imageserver.runtime.processes import is_proc_ours
+from imageserver.runtime.slottable import SharedTable
 from imageserver.server import addresses
 from imageserver.server.addresses import UnusableAddress
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.settings import Settings
-from imageserver.shared import SharedTable
-from imageserver.slots import SIZE, IncompatibleTable
+from imageserver.transfers.files import Registry, UntrustedDirectory
 
 #: In memory: a heartbeat, which is a file's time, must not wait for a disk.
 _HEARTBEATS = "/dev/shm"  # noqa: S108 - the files in it have no name for longer than a moment

@@ -5,7 +5,7 @@ from typing import Any
 
 from gunicorn.glogging import Logger
 
-from imageserver import logs
+from imageserver.observability import logs
 from imageserver.server.hooks import load_settings
 
 

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from imageserver.errors import ClientGone
-from imageserver.ports import HasFileno
+from imageserver.core.errors import ClientGone
+from imageserver.core.ports import HasFileno
 from imageserver.server.wire import BLOCKED, Wire
 from imageserver.settings import Settings
 

@@ -16,9 +16,9 @@ import termios
 import time
 from collections.abc import Callable
 
-from imageserver.errors import ClientGone
-from imageserver.journal import fields
-from imageserver.ports import HasFileno
+from imageserver.core.entry import fields
+from imageserver.core.errors import ClientGone
+from imageserver.core.ports import HasFileno
 
 log = logging.getLogger(__name__)
 

@@ -27,20 +27,20 @@ from typing import Any
 from gunicorn import systemd
 from gunicorn.workers.base import Worker
 
-from imageserver import logs
-from imageserver.metrics.counted import metrics_in
-from imageserver.ports import Ticket
-from imageserver.records import records
-from imageserver.registry import Registry
-from imageserver.runtime import runtime_in
-from imageserver.server.admin import admin_application, admin_name, admit
+from imageserver.core.ports import Ticket
+from imageserver.core.slots import Holder, Kind, WorkerState
+from imageserver.observability import logs
+from imageserver.observability.metrics.counted import metrics_in
+from imageserver.runtime.directory import runtime_in
+from imageserver.runtime.slottable import SharedTable
+from imageserver.server.admin_listener import admin_application, admin_name, admit
 from imageserver.server.control import ControlServer
 from imageserver.server.loop import MOST_WAITING, Door, Loop, Patience
 from imageserver.server.pools import Pools
 from imageserver.server.tls import server_context
 from imageserver.settings import Settings
-from imageserver.shared import SharedTable
-from imageserver.slots import Holder, Kind, WorkerState
+from imageserver.transfers.files import Registry
+from imageserver.transfers.records import records
 
 log = logging.getLogger(__name__)
 

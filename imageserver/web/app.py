@@ -6,15 +6,15 @@ from typing import Any, TypeAlias
 
 import falcon
 
-from imageserver.errors import ClientGone, ImageServerError
-from imageserver.inspection import Inspector, WouldWait
-from imageserver.ports import Journal
-from imageserver.sessions import Sessions
-from imageserver.visits import Visits
-from imageserver.web import errors
-from imageserver.web.extents import ExtentsResource
-from imageserver.web.flush import FlushResource
-from imageserver.web.images import ImageResource, Limits, ServerResource
+from imageserver.core.errors import ClientGone, ImageServerError
+from imageserver.core.ports import Journal
+from imageserver.images.probing import Inspector, WouldWait
+from imageserver.images.sessions import Sessions
+from imageserver.transfers.visits import Visits
+from imageserver.web import error_answers
+from imageserver.web.extents_resource import ExtentsResource
+from imageserver.web.flush_resource import FlushResource
+from imageserver.web.image_resource import ImageResource, Limits, ServerResource
 from imageserver.web.journaling import JournalMiddleware
 from imageserver.web.middleware import ImageMiddleware
 
@@ -41,9 +41,9 @@ def create_app(
     app.add_route("/images/{image_id}/flush", FlushResource(sessions))
 
     # The last one added that fits is asked first.
-    app.add_error_handler(Exception, errors.handle_unexpected)
-    app.add_error_handler(falcon.HTTPError, errors.handle_http)
-    app.add_error_handler(ImageServerError, errors.handle)
-    app.add_error_handler(ClientGone, errors.cut_off)
-    app.add_error_handler(WouldWait, errors.put_off)
+    app.add_error_handler(Exception, error_answers.handle_unexpected)
+    app.add_error_handler(falcon.HTTPError, error_answers.handle_http)
+    app.add_error_handler(ImageServerError, error_answers.handle)
+    app.add_error_handler(ClientGone, error_answers.cut_off)
+    app.add_error_handler(WouldWait, error_answers.put_off)
     return app

@@ -11,9 +11,9 @@ from typing import Any
 
 import falcon
 
-from imageserver.errors import BadRequest, ClientGone
-from imageserver.ports import HasFileno
-from imageserver.sessions import Session
+from imageserver.core.errors import BadRequest, ClientGone
+from imageserver.core.ports import HasFileno
+from imageserver.images.sessions import Session
 from imageserver.web.journaling import trace_of
 
 #: A true value under this key: the server takes memoryviews, and gives ``readinto``.

@@ -3,9 +3,9 @@
 
 import falcon
 
-from imageserver.errors import BadRequest, MethodNotAllowed
-from imageserver.patches import MAX_PATCH_SIZE
-from imageserver.ranges import ByteRange, parse_length, parse_position, parse_range
+from imageserver.core.errors import BadRequest, MethodNotAllowed
+from imageserver.core.patches import MAX_PATCH_SIZE
+from imageserver.core.ranges import ByteRange, parse_length, parse_position, parse_range
 
 
 def read_range(req: falcon.Request) -> ByteRange | None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 
 import falcon
 
-from imageserver.errors import ClientGone
-from imageserver.journal import Entry
-from imageserver.ports import Journal
-from imageserver.sessions import Need, Session
-from imageserver.slots import Kind
-from imageserver.transfers import FileImage, Transfer
+from imageserver.core.entry import Entry
+from imageserver.core.errors import ClientGone
+from imageserver.core.ports import Journal
+from imageserver.core.slots import Kind
+from imageserver.core.transfer import FileImage, Transfer
+from imageserver.images.sessions import Need, Session
 
 #: An id that a client or proxy has chosen: what is safe in a header and in a log line.
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}")

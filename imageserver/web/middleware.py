@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import falcon
 
-from imageserver.errors import NotFound, UnknownImage
-from imageserver.transfers import Transfer
-from imageserver.visits import Visits
+from imageserver.core.errors import NotFound, UnknownImage
+from imageserver.core.transfer import Transfer
+from imageserver.transfers.visits import Visits
 from imageserver.web.body import StreamedBody
 from imageserver.web.visiting import begin_visit, end_visit
 

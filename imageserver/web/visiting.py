@@ -8,9 +8,9 @@ from typing import Any
 
 import falcon
 
-from imageserver.sessions import Need, Session, Sessions
-from imageserver.transfers import Transfer
-from imageserver.visits import UNTRACKED, Visit, Visits
+from imageserver.core.transfer import Transfer
+from imageserver.images.sessions import Need, Session, Sessions
+from imageserver.transfers.visits import UNTRACKED, Visit, Visits
 from imageserver.web.journaling import trace_of
 
 #: Under this key of the environ the server tells whether the client has gone; from any thread.

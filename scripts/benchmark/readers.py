@@ -12,8 +12,8 @@ from typing import Self
 from process import ServerFailed
 from world import Server
 
-from imageserver.shared import SharedTable
-from imageserver.slots import Kind
+from imageserver.core.slots import Kind
+from imageserver.runtime.slottable import SharedTable
 
 _APART_SECONDS = 0.1
 _WAIT_SECONDS = 10.0

@@ -19,9 +19,9 @@ from typing import Self
 
 import process
 
+from imageserver.core.slots import Kind
+from imageserver.runtime.slottable import SharedTable
 from imageserver.settings import Settings
-from imageserver.shared import SharedTable
-from imageserver.slots import Kind
 
 ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent

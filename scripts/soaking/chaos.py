@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 from backends import NbdImage
 
-from imageserver.shared import SharedTable, owner_of
-from imageserver.slots import Kind
+from imageserver.core.slots import Kind
+from imageserver.runtime.slottable import SharedTable, owner_of
 from tests.system.harness import Server
 
 #: How far the effect of an event and its time stamp may be apart, in seconds.

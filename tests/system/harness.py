@@ -190,8 +190,8 @@ class Server:
         """Return who holds a slot or shows as running now: ``READ transfer`` and so on, sorted."""
         code = (
             "import sys\n"
-            "from imageserver.shared import SharedTable\n"
-            "from imageserver.slots import Kind\n"
+            "from imageserver.runtime.slottable import SharedTable\n"
+            "from imageserver.core.slots import Kind\n"
             "for held in SharedTable(sys.argv[1], {}).holders(Kind.READ, Kind.WRITE, Kind.OTHER):\n"
             "    print(held.kind.name, held.transfer)\n"
         )

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from imageserver.client import resume
+from imageserver.client.moving import resume
 from imageserver.client.plan import Spans
 from tests.system.harness import Server, nbdkit, qemu_img, qemu_io, qemu_nbd, wait_until
 from tests.system.moving import (

@@ -138,8 +138,10 @@ def test_a_proc_of_another_pid_namespace_is_refused(home, command):
 def test_a_table_left_by_a_dead_pid_namespace_is_made_anew(home):
     _directory(home / "run", 0o700)
     code = (
-        "import sys; from imageserver.ports import Ticket; from imageserver.slots import Kind\n"
-        "from imageserver.shared import SharedTable\n"
+        "import sys\n"
+        "from imageserver.core.ports import Ticket\n"
+        "from imageserver.core.slots import Kind\n"
+        "from imageserver.runtime.slottable import SharedTable\n"
         "SharedTable(sys.argv[1], {}).claim(Kind.WRITE, Ticket('t', 'write', '', ''))\n"
     )
     left = [sys.executable, "-c", code, str(home / "run")]

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from imageserver.metrics.shown import Sources, exposition
-from imageserver.slots import Holder, Kind
+from imageserver.core.slots import Holder, Kind
+from imageserver.observability.metrics.shown import Sources, exposition
 
 ROOT = Path(__file__).parents[2]
 #: A process that counts: each line it reads is one connection; it answers with its number.
 _COUNT = """
 import sys
-from imageserver.metrics.counted import metrics_in
+from imageserver.observability.metrics.counted import metrics_in
 metrics = metrics_in(sys.argv[1])
 for _ in sys.stdin:
     metrics.accepted()

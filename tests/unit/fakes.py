@@ -7,11 +7,20 @@
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
-from imageserver.extents import Extent
-from imageserver.ports import Account, Check, ImageInfo, Intent, Owned, Source, Ticket, no_client
-from imageserver.sessions import Sessions
-from imageserver.slots import Kind
-from imageserver.transfers import FileImage, Image, NbdImage, Transfer
+from imageserver.core.extents import Extent
+from imageserver.core.ports import (
+    Account,
+    Check,
+    ImageInfo,
+    Intent,
+    Owned,
+    Source,
+    Ticket,
+    no_client,
+)
+from imageserver.core.slots import Kind
+from imageserver.core.transfer import FileImage, Image, NbdImage, Transfer
+from imageserver.images.sessions import Sessions
 
 DISK = NbdImage("/run/disk.sock", "vda")
 TRANSFER = Transfer("t1", DISK)

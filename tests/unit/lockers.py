@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from imageserver.errors import ImageBusy
-from imageserver.locks import ImageLocks
-from imageserver.processes import is_leaving, owner_of
-from imageserver.runtime import KeptDirectory
-from imageserver.slots import Owner
-from imageserver.transfers import NbdImage
+from imageserver.core.errors import ImageBusy
+from imageserver.core.slots import Owner
+from imageserver.core.transfer import NbdImage
+from imageserver.runtime.directory import KeptDirectory
+from imageserver.runtime.locks import ImageLocks
+from imageserver.runtime.processes import is_leaving, owner_of
 from tests.unit.processes import holding
 
 DISK = NbdImage("/run/disk.sock", "vda")
@@ -21,10 +21,10 @@ OTHER = NbdImage("/run/disk.sock", "vdb")
 
 _HOLD = """
 import os, sys
-from imageserver.locks import ImageLocks
-from imageserver.processes import is_leaving, owner_of
-from imageserver.runtime import KeptDirectory
-from imageserver.transfers import NbdImage
+from imageserver.runtime.locks import ImageLocks
+from imageserver.runtime.processes import is_leaving, owner_of
+from imageserver.runtime.directory import KeptDirectory
+from imageserver.core.transfer import NbdImage
 locks = ImageLocks(KeptDirectory(sys.argv[1]), is_leaving, lambda: owner_of(os.getpid()))
 lock = locks.acquire(NbdImage("/run/disk.sock", "vda"))
 print("held", flush=True)

@@ -3,7 +3,7 @@
 
 import logging
 
-from imageserver.journal import FIELDS
+from imageserver.core.entry import FIELDS
 
 
 def told(record: logging.LogRecord) -> tuple[str, dict[str, object]]:

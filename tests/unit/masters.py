@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 from gunicorn.config import Config
 
+from imageserver.core.slots import Kind
+from imageserver.runtime.slottable import SharedTable
 from imageserver.server import hooks
 from imageserver.server.worker import ImageWorker
-from imageserver.shared import SharedTable
-from imageserver.slots import Kind
 
 _HOLD = """
 import sys
-from imageserver.ports import Ticket
-from imageserver.shared import SharedTable
-from imageserver.slots import Kind
+from imageserver.core.ports import Ticket
+from imageserver.runtime.slottable import SharedTable
+from imageserver.core.slots import Kind
 SharedTable(sys.argv[1], {Kind.WRITE: 1}).claim(Kind.WRITE, Ticket("t", "write", "", ""))
 """
 

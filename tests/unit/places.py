@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from imageserver.errors import UnknownImage
-from imageserver.registry import Registry
-from imageserver.transfers import FileImage
+from imageserver.core.errors import UnknownImage
+from imageserver.core.transfer import FileImage
+from imageserver.transfers.files import Registry
 
 SECOND = 1_000_000_000
 NOW = 1_700_000_000 * SECOND

@@ -7,20 +7,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from imageserver.ports import Ticket
-from imageserver.slots import Kind
+from imageserver.core.ports import Ticket
+from imageserver.core.slots import Kind
 
 TICKET = Ticket("t1", "read", "key", "192.0.2.1")
 LIMITS = {Kind.READ: 3, Kind.WRITE: 1}
 
 _PRELUDE = """
 import fcntl, os, struct, sys, time
-from imageserver import shared
-from imageserver.errors import NoSlot, StateUnavailable
-from imageserver.ports import Ticket
-from imageserver.slots import Kind
+from imageserver.runtime import slottable
+from imageserver.core.errors import NoSlot, StateUnavailable
+from imageserver.core.ports import Ticket
+from imageserver.core.slots import Kind
 TICKET = Ticket("theirs", "read", "key", "192.0.2.1")
-table = shared.SharedTable(sys.argv[1], {Kind.READ: 3, Kind.WRITE: 1})
+table = slottable.SharedTable(sys.argv[1], {Kind.READ: 3, Kind.WRITE: 1})
 """
 
 _HOLD = """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slot tables over plain buffers, and holders to put into them."""
 
-from imageserver.slots import SIZE, Holder, Kind, Owner, SlotTable, format_table
+from imageserver.core.slots import SIZE, Holder, Kind, Owner, SlotTable, format_table
 
 BOOT = b"0123456789abcdef"
 ME, OTHER, THIRD = Owner(100, 7), Owner(200, 7), Owner(300, 9)

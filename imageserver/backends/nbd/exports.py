@@ -9,15 +9,15 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
-from imageserver import extents
 from imageserver.backends.nbd import status, transfer, zeroing
 from imageserver.backends.nbd.link import Link, Tuning, connect
 from imageserver.backends.nbd.opening import Openings
 from imageserver.backends.nbd.peers import has_orphans
-from imageserver.errors import BackendTimeout
-from imageserver.extents import Extent
-from imageserver.ports import Check, ImageInfo, Intent, Source, no_client
-from imageserver.transfers import NbdImage
+from imageserver.core import extents
+from imageserver.core.errors import BackendTimeout
+from imageserver.core.extents import Extent
+from imageserver.core.ports import Check, ImageInfo, Intent, Source, no_client
+from imageserver.core.transfer import NbdImage
 
 CONNECT_SECONDS = 10.0
 #: How long an OPTIONS or HEAD may wait for a server (docs/api.md).

@@ -3,7 +3,7 @@
 
 import errno
 
-from imageserver.errors import (
+from imageserver.core.errors import (
     NO_DESCRIPTOR,
     BackendError,
     BackendTimeout,

@@ -21,10 +21,10 @@ from typing import Any
 import nbd
 
 from imageserver.backends.nbd.failures import Stopped, TryAgain, TurnedAway, translated
-from imageserver.errors import BackendError, BackendTimeout, ImageServerError
-from imageserver.extents import Reply
-from imageserver.ports import Check, ImageInfo, no_client
-from imageserver.transfers import NbdImage, path_bytes
+from imageserver.core.errors import BackendError, BackendTimeout, ImageServerError
+from imageserver.core.extents import Reply
+from imageserver.core.ports import Check, ImageInfo, no_client
+from imageserver.core.transfer import NbdImage, path_bytes
 
 #: How long an orderly good-bye may take. A server that does not answer one is hanging.
 DISCONNECT_SECONDS = 1.0

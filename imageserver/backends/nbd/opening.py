@@ -9,7 +9,7 @@ lets those come from the heap: of a GET of 1 MiB, qemu-nbd needs 0.4 ms of CPU t
 
 from imageserver.backends.nbd.failures import Stopped
 from imageserver.backends.nbd.link import Link
-from imageserver.errors import BackendTimeout, ClientGone, ImageServerError
+from imageserver.core.errors import BackendTimeout, ClientGone, ImageServerError
 
 #: How much larger than the others, in requests: what slow storage hardly notices.
 _CHUNKS = 2

@@ -12,7 +12,7 @@ import socket
 import struct
 from collections.abc import Iterator
 
-from imageserver.transfers import path_bytes
+from imageserver.core.transfer import path_bytes
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20

@@ -3,10 +3,10 @@
 
 from collections.abc import Generator
 
-from imageserver import extents
 from imageserver.backends.nbd.link import Link
-from imageserver.errors import BackendError
-from imageserver.extents import Extent, Merger, Reply
+from imageserver.core import extents
+from imageserver.core.errors import BackendError
+from imageserver.core.extents import Extent, Merger, Reply
 
 #: Lengths are 32 bits on the wire, and a request ends at a block (at most 64 KiB, NBD protocol).
 _MAX_LENGTH = (1 << 32) - (1 << 16)

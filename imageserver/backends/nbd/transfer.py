@@ -4,7 +4,7 @@
 Requests lie on multiples of the chunk size, within what the server takes. Where its minimum
 block size is larger than a byte, a read is widened and cut, and a write's edges are read
 first. The image's lock makes that safe; where writers share it, such edges never come here
-(``operations.py``).
+(``images/operations.py``).
 
 A long transfer has a thread for the NBD side (``ring``), so that receiving from one socket
 and sending to the other overlap: on 2 cores that is about twice what one thread moves in
@@ -20,8 +20,8 @@ from queue import Empty, SimpleQueue
 
 from imageserver.backends.nbd.link import Link
 from imageserver.backends.ring import Ring, Side, fill
-from imageserver.errors import ShortBody
-from imageserver.ports import Source
+from imageserver.core.errors import ShortBody
+from imageserver.core.ports import Source
 
 
 @dataclass(slots=True)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection that says exactly what it is told to: for ``imagectl check`` only.
+
+Odd requests are the point there, and every status is an answer. Nothing is retried, no
+connection made anew behind the caller's back.
+"""
+
+import contextlib
+import http.client
+import json
+import select
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+from urllib.parse import urlsplit
+
+from imageserver.client.failures import Broken, Unreachable
+from imageserver.client.http.access import Access, tls_context
+from imageserver.client.http.connections import HANDSHAKE_SECONDS
+from imageserver.client.http.connections import Reply as Paced
+from imageserver.client.pace import Pace
+
+#: Longer bodies are not read: a whole image in place of one byte is seen by its head.
+_MAX_BODY = 8 << 20
+#: How long a server may take to ask for a body, in seconds; RFC 9110 lets a client go on then.
+_CONTINUE_SECONDS = 3.0
+_CONTINUE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request of the image, or with ``target`` of what lies below it."""
+
+    method: str
+    target: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One answer; ``body`` None: it is longer than anybody wanted."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes | None
+    continued: bool = False
+    """Whether ``100 Continue`` came before."""
+
+    @property
+    def error(self) -> str | None:
+        """The message of an error in JSON."""
+        try:
+            message = json.loads(self.body or b"")["error"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return message if isinstance(message, str) else None
+
+    @property
+    def says_done(self) -> bool:
+        """Whether the body is JSON that says so."""
+        try:
+            return json.loads(self.body or b"")["ok"] is True
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+
+
+class Line:
+    """A connection to the server of a URL."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        parts = urlsplit(access.url)
+        self.target = parts.path.rstrip("/")
+        host, seconds = access.host_field, access.timeout_seconds
+        self._connection = http.client.HTTPConnection(host, timeout=seconds)
+        self._connection.auto_open = 0
+        self._connection.response_class = Paced
+
+    def __enter__(self) -> Self:
+        parts = urlsplit(self._access.url)
+        try:
+            self._connection.sock = self._connect(self._access.host, parts.port, parts.scheme)
+        except OSError as exc:
+            raise Unreachable(f"cannot connect to {parts.netloc}: {exc.strerror or exc}") from exc
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._connection.close()
+
+    def _connect(self, host: str, port: int | None, scheme: str) -> socket.socket:
+        seconds = self._access.timeout_seconds
+        if path := self._access.unix_socket:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(seconds)
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            return sock
+        sock = socket.create_connection((host, port or (443 if scheme == "https" else 80)), seconds)
+        if scheme == "https":
+            sock.settimeout(min(seconds, HANDSHAKE_SECONDS))
+            name = host.partition("%")[0]
+            sock = tls_context(self._access).wrap_socket(sock, server_hostname=name)
+            sock.settimeout(seconds)
+        return sock
+
+    def ask(self, request: Request) -> Reply:
+        """Make one request."""
+        self.send(request)
+        return self.receive()
+
+    def send(self, request: Request) -> None:
+        """Send a request; its answer may wait."""
+        target, headers = self.target + request.target, dict(request.headers)
+        with _translated():
+            self._connection.request(request.method, target, request.body, headers)
+
+    def receive(self) -> Reply:
+        """Take the answer of the last request."""
+        with _translated():
+            response = self._connection.getresponse()
+            length = response.length
+            if length is not None and length > _MAX_BODY:
+                self._connection.close()
+                return Reply(response.status, response.headers, None)
+            body = response.read(_MAX_BODY + 1)
+            if len(body) > _MAX_BODY:
+                self._connection.close()
+                return Reply(response.status, response.headers, None)
+            return Reply(response.status, response.headers, body)
+
+    def ask_expecting(self, method: str, headers: Mapping[str, str], body: bytes) -> Reply:
+        """Make a request whose body is sent once the server has asked for it."""
+        connection = self._connection
+        with _translated():
+            connection.putrequest(method, self.target)
+            for name, value in ({"Expect": "100-continue"} | dict(headers)).items():
+                connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders()
+            status = self._interim()
+            if status not in {0, _CONTINUE}:  # refused; its head is gone, and so is the connection
+                connection.close()
+                return Reply(status, http.client.HTTPMessage(), b"")
+            connection.send(body)
+            reply = self.receive()
+        return Reply(reply.status, reply.headers, reply.body, status == _CONTINUE)
+
+    def _interim(self) -> int:
+        """Return the status that comes before the body is sent; 0: none."""
+        sock = self._connection.sock
+        if not select.select([sock], [], [], _CONTINUE_SECONDS)[0]:
+            return 0
+        head, pace = b"", Pace(self._access.timeout_seconds)
+        while not head.endswith(b"\r\n\r\n"):
+            byte = sock.recv(1)  # no more: what follows is for http.client
+            if not byte:
+                raise http.client.RemoteDisconnected("no answer")
+            pace.came(byte)
+            head += byte
+        return int(head.split(maxsplit=2)[1])
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as exc:
+        raise Broken(f"the connection broke ({type(exc).__name__})") from exc

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a server is reached: URL, certificates, Unix socket, and for how long it may be silent."""
+
+import ipaddress
+import re
+import ssl
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from imageserver.client.failures import ClientError, LocalFailure
+
+#: What a host's name or address has none of: blanks, controls, and what ends it in a URL.
+_HOST = re.compile(r"[^\s\x00-\x20\x7f\\<>\"^`{|}]+")
+#: As in ``[SSL: NO_SUCH] no such thing (_ssl.c:42)``.
+_OPENSSL = re.compile(r"^\[[^]]*\] | \(_ssl\.c:[0-9]+\)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How to reach a URL; ``unix_socket`` may begin with ``@`` or NUL (abstract)."""
+
+    url: str
+    cacert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    unix_socket: str | None = None
+    timeout_seconds: float = 60.0
+
+    @property
+    def host(self) -> str:
+        """The host's name or address; an IPv6 zone as the system calls it (RFC 6874)."""
+        address, percent, zone = str(urlsplit(self.url).hostname).partition("%")
+        return address + percent + zone.removeprefix("25")
+
+    @property
+    def host_field(self) -> str:
+        """What stands in ``Host``: a zone means something on this machine only."""
+        return re.sub(r"%[^\]]*(?=\])", "", urlsplit(self.url).netloc)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server runs on this machine, as far as the URL tells."""
+        return bool(self.unix_socket) or _is_loopback(self.host)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked; forget a password, which is sent and shown nowhere.
+
+        Raises:
+            BadUrl: the URL is none.
+        """
+        object.__setattr__(self, "url", _checked(self.url))
+
+
+class BadUrl(ClientError):
+    """A URL is none: a wrong argument, like click's."""
+
+    status = 2
+
+
+def _checked(url: str) -> str:
+    """Return a URL without user and password, if it is one that can be asked."""
+    masked = re.sub("//[^/]*@", "//", url)
+    wrong = BadUrl(f"{masked!r} is no URL: its host or port is wrong")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError as exc:  # of which UnicodeError is one
+        raise wrong from exc
+    if parts.scheme not in {"http", "https"} or not host:
+        raise BadUrl(f"{masked!r} is no http:// or https:// URL")
+    if port == 0 or not _HOST.fullmatch(host):
+        raise wrong
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def tls_context(access: Access) -> ssl.SSLContext:
+    """Return what checks the server's certificate, and has ours to show."""
+    try:
+        context = ssl.create_default_context(cafile=access.cacert)
+    except OSError as exc:  # ssl's are such
+        raise LocalFailure(f"cannot use the CA in {access.cacert}: {tls_reason(exc)}") from exc
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if access.cert:
+        try:
+            context.load_cert_chain(access.cert, access.key)
+        except OSError as exc:
+            files = f"{access.cert}, its key in {access.key or 'the same file'}"
+            raise LocalFailure(f"cannot use the certificate in {files}: {tls_reason(exc)}") from exc
+    return context
+
+
+def tls_reason(exc: OSError) -> str:
+    """Return an error's words without the names that OpenSSL and Python's C code have for it."""
+    return _OPENSSL.sub("", exc.strerror or str(exc))

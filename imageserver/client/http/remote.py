@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One image on a server: what it can do, where its data is, its bytes; each request made once.
+
+Answers are taken at their word only where they prove it: a range must come as 206 with exactly
+the bytes that were asked for, extents must cover the image in order. Speaks what imageserver
+and oVirt's daemon have in common.
+"""
+
+import json
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from imageserver.client.failures import Broken, Failed, Refused
+from imageserver.client.http.access import Access
+from imageserver.client.http.listing import MAX_SIZE, parse_extents
+from imageserver.client.http.transport import Response, Transport
+from imageserver.core.extents import Extent
+
+#: Bytes of extents that are parsed at once: large enough for json's speed, small enough to
+#: keep millions of extents out of memory.
+_EXTENTS_PIECE = 256 * 1024
+#: Bytes of one read from a socket and one write to a file.
+READ_BYTES = 1024 * 1024
+_MAX_JSON = 64 * 1024
+_NO_CONTENT = 204
+#: How oVirt's daemon calls itself in ``Server``.
+_SAYS_NOTHING = "imageio/"
+#: Connections that are used unless something else is asked for.
+_CONNECTIONS = 4
+#: No more digits than a size can have: longer ones are no numbers of bytes.
+_CONTENT_RANGE = re.compile(
+    r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What OPTIONS says; a server that names no limits is taken to have one of each."""
+
+    features: frozenset[str]
+    max_readers: int
+    max_writers: int
+    unix_socket: str | None
+    methods: frozenset[str]
+
+    def has(self, feature: str) -> bool:
+        """Tell whether ``extents``, ``zero`` or ``flush`` is announced."""
+        return feature in self.features
+
+    @property
+    def writes_ranges(self) -> bool:
+        """Whether parts of the image can be written: a file on our server is replaced whole."""
+        return "PATCH" in self.methods
+
+
+class Remote:
+    """An image behind a URL; may be used by several threads at once."""
+
+    def __init__(self, access: Access, connections: int = 8) -> None:
+        self.url = access.url
+        self._is_local = access.is_local
+        self._transport = Transport(access, connections)
+        path, _, self._query = self._transport.target.partition("?")
+        self._path = path.rstrip("/")
+        self._target = self._at()
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        self._transport.close()
+
+    def cut(self) -> None:
+        """End all connections: threads that wait for one get ``Broken``."""
+        self._transport.cut()
+
+    def connections(self, asked: int | None, most: int) -> int:
+        """Return how many connections to use of the ``most`` that the server allows.
+
+        By default four; of a server on this machine half as many as there are CPUs, for each
+        connection keeps two of them busy, and more only disturb each other (on two CPUs, four
+        take 1.2 times as long as one).
+        """
+        if asked is None:
+            cpus = len(os.sched_getaffinity(0))
+            asked = min(_CONNECTIONS, cpus // 2) if self._is_local else _CONNECTIONS
+        return max(1, min(asked, most))
+
+    def abilities(self) -> Abilities:
+        """Ask what the image can do (OPTIONS)."""
+        try:
+            response = self._transport.request("OPTIONS", self._target, expected=(200, 204))
+        except Refused as exc:
+            if "/images/" in self._target:
+                raise
+            raise Refused(f"{exc} (an image's URL ends in /images/ID)", exc.code) from exc
+        allow = response.headers.get("Allow") or response.headers.get(
+            "Access-Control-Allow-Methods", ""
+        )
+        body = self._body(response)
+        if not body and response.status != _NO_CONTENT:
+            raise Failed("OPTIONS was answered with nothing: this is no image server")
+        return parse_abilities(body, allow)
+
+    def size(self) -> int:
+        """Ask for the image's size in bytes (HEAD, or a range where there is no HEAD)."""
+        try:
+            response = self._transport.request("HEAD", self._target)
+            response.drain_conn()
+            length = response.headers.get("Content-Length", "")
+            if re.fullmatch("[0-9]+", length):
+                return _size(length)
+        except Refused as exc:
+            if exc.code not in {400, 405, 501}:
+                raise
+        response = self._transport.request(
+            "GET", self._target, expected=(206, 416), headers={"Range": "bytes=0-0"}
+        )
+        self._transport.finish(response)
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None or match[3] == "*":
+            raise Failed("the server does not tell how large the image is")
+        return _size(match[3])
+
+    def extents(self, context: str = "zero") -> Generator[Extent]:
+        """Yield all extents in order: ``context`` is zero or dirty.
+
+        Raises:
+            Broken: the list was cut.
+            Failed: it does not cover the image without gaps, or leaves open what is asked.
+        """
+        response = self._transport.request("GET", self._at("/extents", f"context={context}"))
+        self._transport.allow_blanks(response)
+        finished = False
+        try:
+            yield from parse_extents(self._pieces(response), context)
+            finished = True
+        finally:
+            if finished:
+                response.release_conn()
+            else:
+                response.close()
+
+    def _pieces(self, response: Response) -> Iterator[bytes]:
+        with self._transport.translated():
+            yield from response.stream(_EXTENTS_PIECE)
+
+    def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
+        """Yield the bytes of a span in order; each piece is good until the next one is asked for.
+
+        Raises:
+            Broken: not all of it came; all that came was yielded, and is right.
+        """
+        response = self._transport.request(
+            "GET", self._target, expected=(206,), headers={"Range": f"bytes={start}-{stop - 1}"}
+        )
+        finished = False
+        try:
+            _check_range(response, start, stop)
+            yield from self._received(response, start, stop)
+            finished = True
+        finally:
+            if finished:
+                response.release_conn()
+            else:
+                response.close()
+
+    def _received(self, response: Response, start: int, stop: int) -> Iterator[bytes | bytearray]:
+        """Yield a body up to each multiple of ``READ_BYTES``, where zeros are looked for in blocks.
+
+        Of a body that is cut, all that came is yielded before ``Broken``.
+        """
+        buffer = bytearray(min(READ_BYTES, stop - start))
+        view = memoryview(buffer)
+        while start < stop:
+            filled, end = 0, min(READ_BYTES - start % READ_BYTES, stop - start)
+            try:
+                while filled < end:
+                    filled += self._transport.read_into(response, view[filled:end])
+            except Broken:
+                if filled:
+                    yield bytes(view[:filled])
+                raise
+            yield buffer if filled == len(buffer) else bytes(view[:filled])
+            start += filled
+
+    def write(self, start: int, stop: int, pieces: Iterable[object]) -> None:
+        """Write a span (PUT with Content-Range) from pieces that are as long together."""
+        place = {"Content-Range": f"bytes {start}-{stop - 1}/*"}
+        # Without `n` oVirt's daemon would flush each.
+        self._put(stop - start, pieces, "flush=n", place)
+
+    def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> bool:
+        """Make ``length`` bytes the whole image; return whether it was flushed.
+
+        That is the server's word; of one that says nothing, what it was asked to do.
+        """
+        flushed = self._put(length, pieces, f"flush={'ny'[flush]}", {}).get("flushed")
+        return flushed if isinstance(flushed, bool) else flush
+
+    def _put(
+        self, length: int, pieces: Iterable[object], flush: str, place: dict[str, str]
+    ) -> dict[str, Any]:
+        """Send a body, return what the answer says of it.
+
+        Raises:
+            Broken: the answer came before all was sent (urllib3 takes it for an answer then, too).
+        """
+        headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
+        body = _Body(pieces)
+        response = self._transport.request(
+            "PUT", self._at("", flush), headers=headers | place, body=body
+        )
+        if not body.is_sent:
+            response.close()
+            raise Broken(f"{self._transport.name} answered PUT before it had taken all bytes")
+        fields = self._done("PUT", response)
+        taken = fields.get("bytes_written", length)
+        if type(taken) is not int or taken != length:
+            raise Failed(f"{self._transport.name} was sent {length} bytes and took {taken!s:.20}")
+        return fields
+
+    def zero(self, start: int, stop: int) -> None:
+        """Zero a span."""
+        self._patch({"op": "zero", "offset": start, "size": stop - start, "flush": False})
+
+    def flush(self) -> None:
+        """Bring what was written to stable storage."""
+        self._patch({"op": "flush"})
+
+    def flush_file(self) -> None:
+        """The same of an image without PATCH (POST flush, our server's own)."""
+        self._done("POST", self._transport.request("POST", self._at("/flush"), body=b"{}"))
+
+    def _at(self, route: str = "", parameter: str = "") -> str:
+        query = "&".join(filter(None, (parameter, self._query)))
+        return (self._path + route or "/") + (f"?{query}" if query else "")
+
+    def _patch(self, fields: dict[str, object]) -> None:
+        body = json.dumps(fields).encode()
+        headers = {"Content-Type": "application/json"}
+        response = self._transport.request("PATCH", self._target, headers=headers, body=body)
+        self._done("PATCH", response)
+
+    def _done(self, method: str, response: Response) -> dict[str, Any]:
+        """Return what an answer says, which must be that it is done.
+
+        oVirt's daemon says so with nothing at all.
+        """
+        body = self._body(response)
+        if not body and response.headers.get("Server", "").startswith(_SAYS_NOTHING):
+            return {}
+        fields = _said(body)
+        if fields.get("ok") is not True:
+            why = f": {fields['error']!s:.300}" if "error" in fields else ""
+            raise Failed(
+                f"{self._transport.name} answered {method} with {response.status}, "
+                f"but does not say that it is done{why}"
+            )
+        return fields
+
+    def _body(self, response: Response) -> bytes:
+        with self._transport.translated():
+            body = response.read(_MAX_JSON)
+            self._transport.finish(response)
+            return body
+
+
+class _Body:
+    """The pieces of a body; ``is_sent`` once more was asked for than the last."""
+
+    def __init__(self, pieces: Iterable[object]) -> None:
+        self._pieces = pieces
+        self.is_sent = False
+
+    def __iter__(self) -> Iterator[object]:
+        yield from self._pieces
+        self.is_sent = True
+
+
+def _said(body: bytes) -> dict[str, Any]:
+    """Return an answer's fields; it need not have any."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def parse_abilities(body: bytes, allow: str) -> Abilities:
+    """Read OPTIONS' answer; what it leaves out is not there."""
+    try:
+        fields = json.loads(body or b"{}")
+    except (ValueError, RecursionError) as exc:
+        raise Failed("OPTIONS was not answered in JSON: this is no image server") from exc
+    if not isinstance(fields, dict):
+        raise Failed("OPTIONS was not answered with a JSON object: this is no image server")
+    features, sock = fields.get("features"), fields.get("unix_socket")
+    return Abilities(
+        features=frozenset(map(str, features)) if isinstance(features, list) else frozenset(),
+        max_readers=_count(fields.get("max_readers")),
+        max_writers=_count(fields.get("max_writers")),
+        unix_socket=sock if isinstance(sock, str) else None,
+        methods=frozenset(m.strip().upper() for m in allow.split(",") if m.strip()),
+    )
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and value >= 0 else 1
+
+
+def _size(digits: str) -> int:
+    if len(digits) > len(str(MAX_SIZE)) or int(digits) > MAX_SIZE:
+        raise Failed("the server tells a size that no image has")
+    return int(digits)
+
+
+def _check_range(response: Response, start: int, stop: int) -> None:
+    """Take nothing for the range but one that says so, and whose end is known."""
+    headers = response.headers
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    if headers.get("Content-Type", "").lower().startswith("multipart/"):
+        raise Failed("the server answered one range with several parts")
+    if match is None or match[1] is None:
+        raise Failed("the server answered with a range, but does not say which")
+    if (int(match[1]), int(match[2]) + 1) != (start, stop):
+        raise Failed("the server answered with another range: has the image become smaller?")
+    if match[3] != "*" and int(match[3]) < stop:
+        raise Failed("the server answered with a range that ends beyond its image")
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Failed("the server answered with an encoding that was not asked for")
+    length = headers.get("Content-Length")
+    if length is None:
+        raise Failed(f"the server answered {stop - start} bytes without a Content-Length")
+    if length != str(stop - start) or "Transfer-Encoding" in headers:
+        raise Failed(f"the server answered {stop - start} bytes with {length[:20]}")

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HTTP to one server through urllib3's connection pool: over TCP, TLS, or a Unix socket.
+
+One request is tried once: who retries is ``backoff``. urllib3's errors become ours here and
+in ``translated``, and its answers leave only with a status that was asked for.
+"""
+
+import contextlib
+import http.client
+import json
+import re
+import ssl
+from collections.abc import Iterable, Iterator, Mapping
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3 import exceptions
+
+from imageserver.client.failures import Broken, Busy, Failed, Refused, Unreachable
+from imageserver.client.http.access import Access, tls_reason
+from imageserver.client.http.connections import NoTls, Sockets, is_protocol_error, make_pool
+
+#: Asked again later, these may be answered otherwise (502 and 504: a proxy before a restart).
+_TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
+#: Longest message of a server that is shown, in bytes.
+_MAX_MESSAGE = 4096
+#: Longest part of it that is shown, in characters: a sentence.
+_MAX_SHOWN = 300
+#: Longest rest of a body that is read only to use the connection again.
+_MAX_REST = 64 * 1024
+_BELOW_ERRORS = 300
+#: What came is no answer at all.
+_NO_HTTP = (http.client.UnknownProtocol, http.client.LineTooLong, http.client.BadStatusLine)
+_SECONDS = re.compile(r"[0-9]{1,6}")
+
+Response = urllib3.BaseHTTPResponse
+
+
+class Transport:
+    """Requests to one server; its methods may be called by several threads at once."""
+
+    def __init__(self, access: Access, connections: int = 8) -> None:
+        parts = urlsplit(access.url)
+        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        #: How the server is called in messages.
+        self.name = access.unix_socket or parts.netloc
+        self._host_field = access.host_field
+        self._sockets = Sockets()
+        self._pool = make_pool(access, connections, self._sockets)
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        *,
+        expected: Iterable[int] = (200,),
+        headers: Mapping[str, str] | None = None,
+        body: bytes | Iterable[object] | None = None,
+    ) -> Response:
+        """Make a request; return the answer, its body unread.
+
+        Raises:
+            Transient: it may succeed if made again.
+            Refused, Failed: it will not.
+        """
+        with self.translated():
+            response = self._pool.urlopen(
+                method,
+                target,
+                body=body,  # type: ignore[arg-type] # pieces for `send`, which takes any buffer
+                headers=self._headers() | dict(headers or {}),
+                retries=False,
+                redirect=False,
+                assert_same_host=False,
+                preload_content=False,
+            )
+            if response.status in expected:
+                return response
+            raise self._refusal(method, response)
+
+    def _headers(self) -> dict[str, str]:
+        return {
+            "Host": self._host_field,
+            "User-Agent": "imagectl",
+            "Accept-Encoding": "identity",
+        }
+
+    def read_into(self, response: Response, view: memoryview) -> int:
+        """Fill some of ``view`` with what has come of a body that is longer.
+
+        Raises:
+            Broken: it has ended.
+        """
+        with self.translated():
+            count = self._sockets.reply(response).read_into(view)
+        if not count:
+            raise Broken(f"the answer of {self.name} was cut")
+        return count
+
+    def allow_blanks(self, response: Response) -> None:
+        """Have blanks in an answer say that the server is at work, little as they are."""
+        self._sockets.reply(response).pace.has_blanks = True
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn urllib3's errors into ours."""
+        try:
+            yield
+        except (exceptions.NewConnectionError, exceptions.ConnectTimeoutError) as exc:
+            raise Unreachable(f"cannot connect to {self.name}: {_reason(exc)}") from exc
+        except NoTls as exc:
+            raise self._without_tls(exc) from exc
+        except (exceptions.SSLError, ssl.SSLError) as exc:
+            if "ALERT" in str(exc).upper():  # with TLS 1.3, it may come after the handshake
+                raise Failed(f"no TLS with {self.name}: {_reason(exc)}") from exc
+            raise Broken(f"the TLS connection to {self.name} broke: {_reason(exc)}") from exc
+        except (exceptions.ReadTimeoutError, TimeoutError) as exc:
+            raise Broken(f"{self.name} was silent for too long") from exc
+        except (exceptions.HTTPError, OSError) as exc:
+            if _is_no_http(_innermost(exc)):
+                raise Failed(f"{self.name} does not speak HTTP: {_reason(exc)}") from exc
+            raise Broken(f"the connection to {self.name} broke: {_reason(exc)}") from exc
+
+    def _without_tls(self, exc: NoTls) -> Exception:
+        """Return what a failed handshake is: asked again, one that was cut may be none."""
+        inner = _innermost(exc)
+        if isinstance(inner, TimeoutError):
+            return Unreachable(f"{self.name} does not answer in TLS")
+        if is_protocol_error(inner):
+            return Failed(f"no TLS with {self.name}: {_reason(exc)}")
+        return Unreachable(f"no TLS with {self.name}: {_reason(exc)}")
+
+    def _refusal(self, method: str, response: Response) -> Exception:
+        if response.status < _BELOW_ERRORS:  # its body may be the image: none of it is told
+            response.close()
+            return Refused(
+                f"{self.name} answered {method} with {response.status}, which was not asked for",
+                response.status,
+            )
+        sentence = f"{self.name} answered {method} with {response.status}: {_message(response)}"
+        if response.status in _TRANSIENT:
+            wait = response.headers.get("Retry-After", "")
+            return Busy(sentence, float(wait) if _SECONDS.fullmatch(wait) else None)
+        if response.status >= 500 and response.status != 501:  # noqa: PLR2004 - RFC 9110
+            return Failed(sentence)
+        return Refused(sentence, response.status)
+
+    def finish(self, response: Response) -> None:
+        """Be done with an answer: its connection is used again if little is left of the body."""
+        _finish(response)
+
+    def cut(self) -> None:
+        """End all connections: threads that wait for one get ``Broken``."""
+        self._sockets.cut()
+
+    def close(self) -> None:
+        """Close all idle connections."""
+        self._pool.close()
+
+
+def _finish(response: Response) -> None:
+    left = getattr(response, "length_remaining", None)
+    if left is None or left > _MAX_REST:
+        response.close()
+    else:
+        response.drain_conn()
+        response.release_conn()
+
+
+def _message(response: Response) -> str:
+    """Return what an error's body says: our server's JSON, or another's text."""
+    try:
+        text = response.read(_MAX_MESSAGE)
+        _finish(response)
+    except (exceptions.HTTPError, OSError):
+        response.close()
+        return response.reason or "an answer that was cut"
+    try:
+        fields = json.loads(text)
+        if isinstance(fields, dict):
+            said = str(fields.get("error") or fields.get("explanation") or fields)
+            return said[:_MAX_SHOWN]
+    except (ValueError, RecursionError):
+        pass
+    first = text.decode("utf-8", "replace").strip().partition("\n")[0]
+    return first[:_MAX_SHOWN] or response.reason or "no reason"
+
+
+def _is_no_http(exc: BaseException) -> bool:
+    return isinstance(exc, _NO_HTTP) and not isinstance(exc, http.client.RemoteDisconnected)
+
+
+def _innermost(exc: BaseException) -> BaseException:
+    """Return an error without urllib3's wrappings."""
+    while True:
+        inner = next((a for a in exc.args if isinstance(a, BaseException)), None) or exc.__cause__
+        if inner is None:
+            return exc
+        exc = inner
+
+
+def _reason(exc: BaseException) -> str:
+    """Return the innermost error's words."""
+    exc = _innermost(exc)
+    if isinstance(exc, OSError) and exc.strerror:
+        return tls_reason(exc)
+    words = str(exc).rpartition("Failed to establish a new connection: ")[2]
+    return words[:_MAX_SHOWN] or type(exc).__name__

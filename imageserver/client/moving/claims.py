@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that one download alone writes, or reads: locks, and what shows that a file is the same.
+
+A lock belongs to the file, not to its name: a name may lead to another file by the time that
+the lock is held, and is looked at again.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from imageserver.client.failures import LocalFailure
+from imageserver.client.local.rawfile import local_errors, opened
+
+
+class Claim:
+    """A file that this download alone writes, by the descriptor that holds its lock."""
+
+    def __init__(self, path: str, fd: int, *, is_part: bool) -> None:
+        self._path, self._fd, self._is_part = path, fd, is_part
+        #: The file, to be recognised when it is opened once more.
+        self.file = os.fstat(fd)
+
+    def require(self) -> None:
+        """Require it to be still at its path.
+
+        Raises:
+            LocalFailure: another file is.
+        """
+        with local_errors(self._path):
+            if not _is_at(self._fd, self._path, is_part=self._is_part):
+                raise LocalFailure(f"{self._path} was replaced by another file meanwhile")
+
+
+@contextlib.contextmanager
+def claimed(path: str, *, is_part: bool) -> Iterator[Claim]:
+    """Keep a second download of the same file out.
+
+    A part is made if there is none, and is gone again if nothing came into it.
+    """
+    fd = _locked(path, is_part=is_part)
+    try:
+        yield Claim(path, fd, is_part=is_part)
+    except BaseException:
+        if is_part:
+            _remove_empty(fd, path)
+        raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def unchanged(path: str) -> Iterator[Callable[[], bool]]:
+    """Keep downloads into a file out; what is yielded tells whether it is as it was."""
+    fd = opened(path, os.O_RDONLY)
+    try:
+        with local_errors(path):
+            _lock(fd, path, fcntl.LOCK_SH)
+            before = os.fstat(fd)
+
+        def is_same() -> bool:
+            with local_errors(path):
+                now = os.stat(path)
+            return os.path.samestat(before, now) and (before.st_size, before.st_mtime_ns) == (
+                now.st_size,
+                now.st_mtime_ns,
+            )
+
+        yield is_same
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, path: str, how: int) -> None:
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
+        raise LocalFailure(f"{path}: another download of this file is running") from exc
+    except OSError as exc:  # as NFS has it without its lock service
+        reason = exc.strerror or str(exc)
+        raise LocalFailure(f"{path} cannot be locked where it lies: {reason}") from exc
+
+
+def _remove_empty(fd: int, path: str) -> None:
+    """Remove a part into which nothing came."""
+    with contextlib.suppress(OSError):
+        if not os.fstat(fd).st_size and _is_at(fd, path, is_part=True):
+            os.unlink(path)
+
+
+def _locked(path: str, *, is_part: bool) -> int:
+    """Open and lock what is at ``path`` once the lock is held: it may have been renamed before."""
+    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_NOFOLLOW if is_part else 0)
+    while True:
+        if is_part and os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise LocalFailure(f"{path} is no regular file: remove it first")
+        with local_errors(path):
+            fd = os.open(path, flags, 0o666)
+        try:
+            _lock(fd, path, fcntl.LOCK_EX)
+            if _is_at(fd, path, is_part=is_part):
+                return fd
+        except FileNotFoundError:
+            pass
+        except BaseException as exc:
+            if is_part and not isinstance(exc.__cause__, BlockingIOError):  # then it is another's
+                _remove_empty(fd, path)
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _is_at(fd: int, path: str, *, is_part: bool) -> bool:
+    return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=not is_part))

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a server to a file: only what is data, by several connections, resumable at any moment.
+
+    OPTIONS, size, extents --> target opened --> pieces moved --> extents again, samples --> FILE
+
+What is written is ``target``'s; here is what is asked of the server, in which order, and what
+of its answers goes where.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from imageserver.client.backoff import Patience, patiently
+from imageserver.client.failures import Busy, Different, Interrupted, LocalFailure, Transient
+from imageserver.client.http.remote import Abilities, Remote
+from imageserver.client.local.rawfile import Local, nonzero
+from imageserver.client.moving.movers import Advance, Movers
+from imageserver.client.moving.survey import Image, survey
+from imageserver.client.moving.target import Target, Wanted, check_file
+from imageserver.client.moving.verify import (
+    Digests,
+    check_zeros,
+    compare,
+    compare_samples,
+    same_length,
+)
+from imageserver.client.plan import GIB, MAX_GAP, Piece, Range, Spans, joined, piece_bytes, pieces
+from imageserver.client.showing.progress import Watcher
+
+#: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
+_CHECKPOINT_SECONDS = 2.0
+#: How long an end may take that is not the one that was wanted, in seconds.
+_END_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was done; all in bytes but ``seconds``."""
+
+    size: int
+    data: int
+    moved: int
+    resumed: int
+    seconds: float
+    verified: bool
+
+
+def download(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
+    """Make ``wanted.file`` what the server has.
+
+    Raises:
+        ClientError: it is not; what has come is kept and gone on with the next time.
+    """
+    return _Download(remote, wanted, watch).run()
+
+
+class _Download:
+    def __init__(self, remote: Remote, wanted: Wanted, watch: Watcher) -> None:
+        self._remote, self._wanted, self._watch = remote, wanted, watch
+        self._patience = Patience(wanted.patience_seconds)
+        self._broke = False
+        self._digests = Digests() if wanted.verify else None
+        self._began = time.monotonic()
+
+    def run(self) -> Result:
+        check_file(self._wanted)
+        abilities = patiently(self._remote.abilities, self._patience, Busy)
+        self._connections = self._remote.connections(
+            self._wanted.connections, abilities.max_readers
+        )
+        image = self._survey(abilities)
+        if self._wanted.incremental and image.size and image.changed.total == image.size:
+            self._watch.note("All of the image counts as changed (there may be no bitmap).")
+        target = Target(self._wanted, image, self._remote.url)
+        with target.claimed():
+            done, local = target.open(self._connections, self._compare_samples, self._watch.note)
+            with contextlib.closing(local):
+                left = image.data.without(done)
+                self._move(image, target, local, left, done)
+                self._prove(abilities, image, target, local, left)
+                local.sync()
+                with _told_to(target):
+                    target.check_base()
+                    _require_unchanged(local)
+            target.finish()
+        seconds = time.monotonic() - self._began
+        total = image.data.total
+        return Result(
+            image.size, total, left.total, total - left.total, seconds, self._wanted.verify
+        )
+
+    def _survey(self, abilities: Abilities) -> Image:
+        return survey(self._remote, abilities, self._patience, dirty=self._wanted.incremental)
+
+    def _compare_samples(self, local: Local, data: Spans) -> None:
+        compare_samples(self._remote, local.read, data, self._patience)
+
+    def _move(
+        self,
+        image: Image,
+        target: Target,
+        local: Local,
+        left: Spans,
+        before: list[Range],
+    ) -> None:
+        """Fetch what is left, and keep the state up to date until the very end."""
+        self._watch.begin("download", image.data.total, image.data.total - left.total)
+        target.save(before)
+        for start, stop in image.zeros:
+            local.zero(start, stop)
+        movers = Movers(
+            self._mover(image, local), self._pieces(left), self._patience, is_proof=True
+        )
+        saved = time.monotonic()
+
+        def save(within: float = math.inf) -> None:
+            nonlocal saved
+            done = joined([*before, *movers.done()])
+            local.sync(within)
+            target.save(done)
+            saved = time.monotonic()
+
+        def tick() -> None:
+            self._watch.moved(movers.moved)
+            if time.monotonic() - saved >= _CHECKPOINT_SECONDS:
+                save()
+
+        try:
+            movers.run(self._connections, tick, self._remote.cut)
+            save()
+        except KeyboardInterrupt as exc:
+            _save_unless_hurried(exc, save, local)
+            raise Interrupted(
+                f"interrupted: the same command goes on with {target.path} where it stopped."
+            ) from exc
+        except BaseException:
+            with contextlib.suppress(LocalFailure):
+                save(_END_SECONDS)
+            raise
+
+    def _pieces(self, left: Spans) -> Iterator[Piece]:
+        return pieces(left, piece_bytes(left.total, self._connections), MAX_GAP)
+
+    def _mover(self, image: Image, local: Local) -> Callable[[Piece, Advance], None]:
+        def move(piece: Piece, advance: Advance) -> None:
+            try:
+                for data in self._remote.read(piece.position, piece.stop):
+                    position = piece.position
+                    count = self._write(image, local, piece, data)
+                    piece.position = position + len(data)
+                    advance(count)
+            except Transient:
+                self._broke = True
+                raise
+            if self._digests:
+                self._digests.finish(piece)
+
+        return move
+
+    def _write(self, image: Image, local: Local, piece: Piece, data: bytes | bytearray) -> int:
+        """Write what is wanted of ``data``, which lies at the piece's position."""
+        position = piece.position
+        if not image.is_mapped:
+            for first, last in nonzero(data):
+                local.write(position + first, memoryview(data)[first:last])
+            if self._digests:
+                self._digests.feed(piece, data)
+            return len(data)
+        count = 0
+        for start, stop in piece.wanted(position, position + len(data)):
+            whole = stop - start == len(data)
+            part = data if whole else data[start - position : stop - position]
+            local.write(start, part)
+            if self._digests:
+                self._digests.feed(piece, part)
+            count += len(part)
+        return count
+
+    def _prove(
+        self,
+        abilities: Abilities,
+        image: Image,
+        target: Target,
+        local: Local,
+        left: Spans,
+    ) -> None:
+        """Look whether it is still the image that was asked about, and with --verify at FILE."""
+        now = self._survey(abilities)
+        with _told_to(target):
+            same_length(image.size, now.size)
+            if self._digests or self._broke or not target.fits(now):
+                self._compare_samples(local, now.data)
+            if self._digests:
+                self._check(local, image.data, left)
+                changed_only = self._wanted.incremental
+                check_zeros(local, image.data, image.zeros if changed_only else None)
+
+    def _check(self, local: Local, data: Spans, left: Spans) -> None:
+        """Read FILE back: against the hashes, and against the server what came earlier."""
+        assert self._digests  # noqa: S101 - for the types
+        local.sync()
+        local.forget_cached()
+        self._watch.begin("verify", data.total)
+        count = 0
+
+        def told(more: int) -> None:
+            nonlocal count
+            count += more
+            self._watch.moved(count)
+
+        self._digests.check(local, self._pieces(left), told)
+        # What lies between changes is not asked about: it may have changed since.
+        earlier = pieces(data.without(left), GIB, 0 if self._wanted.incremental else MAX_GAP)
+        compare(self._remote, local.read, earlier, self._patience, told)
+
+
+@contextlib.contextmanager
+def _told_to(target: Target) -> Iterator[None]:
+    """Have the next run fetch all again if something differs."""
+    try:
+        yield
+    except Different as exc:
+        target.distrust()
+        raise Different(f"{exc}; the next run fetches all again") from exc
+
+
+def _require_unchanged(local: Local) -> None:
+    """Require all that FILE is based on to be as it was.
+
+    Raises:
+        Different: it is not.
+    """
+    try:
+        local.require_unchanged()
+    except LocalFailure as exc:
+        raise Different(str(exc)) from exc
+
+
+def _save_unless_hurried(
+    interrupt: KeyboardInterrupt, save: Callable[[float], None], local: Local
+) -> None:
+    """Note what has come; a second Ctrl-C, now or while threads were stopping, is the end."""
+    try:
+        if isinstance(interrupt.__context__, KeyboardInterrupt):
+            raise interrupt
+        save(_END_SECONDS)
+    except KeyboardInterrupt:
+        local.abandon()
+        raise

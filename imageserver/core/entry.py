@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told of a request when it has ended, for the log and the metrics; fields of log lines."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from imageserver.core.ranges import Span
+
+#: Key of ``extra`` (logging) under which a record carries its fields.
+FIELDS = "imageserver_fields"
+
+
+def fields(**values: object) -> dict[str, Mapping[str, object]]:
+    """Return the ``extra`` of a log call that gives a line these fields, quoted where they need it.
+
+    For whatever a client or control program has chosen, such as an id.
+    """
+    return {FIELDS: values}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One finished request. Text fields are empty where nothing is known."""
+
+    method: str
+    transfer: str
+    """The id; not for metrics."""
+    operation: str
+    """What a session was asked for (``sessions.Need``), else the method in lower case."""
+    backend: str
+    """``nbd`` or ``file``."""
+    span: Span | None
+    """What of the image it was about, once that was known."""
+    done: int
+    """Bytes of the image read, written, zeroed or described."""
+    status: int
+    """HTTP status; 0 where the client had gone before there was one."""
+    error: str
+    """The class of what went wrong: ``ImageBusy``, ``NoSlot``, ``ClientGone``, ..."""
+    detail: str
+    """... and its text, which is for the log only."""
+    seconds: float
+    client: str
+    request: str
+    """The request's id (``X-Request-Id``)."""

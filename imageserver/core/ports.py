@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams: what the work layer asks of its adapters, operation by operation.
+
+Offsets and lengths are bytes. Nothing here waits for a client; what waits for a back end is
+bounded by the back-end timeout. One ``Backend`` serves one request, on one thread.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+from imageserver.core.entry import Entry
+from imageserver.core.extents import Extent
+from imageserver.core.slots import Holder, Kind
+from imageserver.core.transfer import Image, Transfer
+
+
+class Intent(Enum):
+    """What an image is opened for."""
+
+    READ = auto()
+    WRITE = auto()  # also zero
+    REPLACE = auto()  # the whole image; the only way a missing file may be opened
+    FLUSH = auto()
+    EXTENTS = auto()
+    DIRTY_EXTENTS = auto()  # with the image's dirty bitmap, where it has one
+    INSPECT = auto()  # size and abilities, within a second
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What a slot is claimed for, shown to operators."""
+
+    transfer: str
+    operation: str
+    image: str
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What an image can do, as its back end says."""
+
+    size: int
+    read_only: bool
+    can_zero: bool
+    can_flush: bool
+    multi_conn: bool = False  # several connections may write at once
+    flushes_image: bool = False  # a flush covers what other connections have written
+
+
+class HasFileno(Protocol):
+    """Something poll(2) can wait for."""
+
+    def fileno(self) -> int:
+        """Return its file descriptor."""
+        ...
+
+
+class Source(Protocol):
+    """Where the bytes of a write come from: the client's body."""
+
+    def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
+        """Fill as much of ``buffer`` as has arrived, waiting for at least one byte.
+
+        Returns 0 only where the body has ended (or ``buffer`` is empty), or once ``until`` is
+        readable: what the body is for may fail while the client takes its time.
+
+        Raises:
+            ClientGone: the connection broke or fell silent.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """One open image.
+
+    Every method may raise ``BackendError``, ``BackendTimeout`` (NBD), ``FileAccessError``
+    (files), ``NoSpace`` or ``ClientGone``. After a failure only ``close`` may be called.
+    """
+
+    size: int
+    #: A write that begins or ends elsewhere than at multiples of this rewrites what is around it.
+    align: int
+
+    @property
+    def info(self) -> ImageInfo:
+        """What the image can do. Asked before ``close``."""
+        ...
+
+    @property
+    def settled(self) -> bool:
+        """False while a write may still be under way; asked after ``close``, too."""
+        ...
+
+    def read(self, start: int, length: int) -> Generator[memoryview]:
+        """Yield exactly ``length`` bytes from ``start``, in pieces, in order.
+
+        A piece is valid until the next one is asked for; the last one stays valid after
+        ``close``. The caller sees to ``start + length <= size``. Nothing is yielded for 0.
+        """
+        ...
+
+    def write(self, start: int, length: int, source: Source) -> Iterator[int]:
+        """Write ``length`` bytes from ``source`` at ``start``; yield running totals acknowledged.
+
+        The last total is ``length``: a write is done only when the back end has said so.
+        Where the source fails, what is in flight is settled before the error goes on.
+
+        Raises:
+            ShortBody: the source ended early; what had arrived may be written.
+            ClientGone: from the source.
+        """
+        ...
+
+    def replace(self, length: int, source: Source) -> Iterator[int]:
+        """Make ``length`` bytes from ``source`` the whole image; yield running totals.
+
+        For a file: readers and disk see the old one until the last byte is there, and after
+        any failure. For an export: as ``write`` from 0.
+        """
+        ...
+
+    def zero(self, start: int, length: int) -> Iterator[int]:
+        """Zero a range of any length; yield running totals. Unaligned edges included."""
+        ...
+
+    def flush(self) -> None:
+        """Return when all that was written before is on stable storage."""
+        ...
+
+    def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
+        """Yield the extents of [start, stop), in order, merged, without gaps, in lists.
+
+        ``dirty``: with the dirty flag of the image's bitmap, true everywhere where there is
+        none. False everywhere otherwise.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Make whoever waits for the back end fail soon; for good. From any thread."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Never fails, may be called twice."""
+        ...
+
+
+class Lock(Protocol):
+    """An image held."""
+
+    #: The last holder died, or gave up, with writes that its back end may still carry out.
+    abandoned: bool
+
+    def is_in_place(self) -> bool:
+        """Tell whether who comes next meets this lock; False: others have removed it."""
+        ...
+
+    def release(self, *, settled: bool) -> None:
+        """Let the image go; ``settled`` False leaves it marked as abandoned. Never fails."""
+        ...
+
+
+class Locks(Protocol):
+    """Who may change an image: one holder per image over all processes of the server."""
+
+    def acquire(self, image: Image) -> Lock:
+        """Take the image's lock, or raise ``ImageBusy`` or ``StateUnavailable`` at once."""
+        ...
+
+    def acquire_briefly(self, image: Image) -> Lock:
+        """Take the lock for a moment, waiting as long for others who have it for a moment."""
+        ...
+
+
+class Slot(Protocol):
+    """A place among the readers or writers, and where the operation's progress is shown."""
+
+    def progress(self, done: int, expected: int) -> None:
+        """Show how many bytes are done, of how many."""
+        ...
+
+    def release(self) -> None:
+        """Give the place back. Never fails, may be called twice."""
+        ...
+
+
+class Slots(Protocol):
+    """How many may read and write at once, over all processes of the server."""
+
+    def claim(self, kind: Kind, ticket: Ticket) -> Slot:
+        """Take a slot, or raise ``NoSlot`` at once."""
+        ...
+
+    def operations_on(self, image: str) -> set[str]:
+        """Return the operations of the living that hold an image, by its key."""
+        ...
+
+
+#: Raises ``ClientGone`` where nobody waits for the answer any more; called from any thread.
+Check = Callable[[], None]
+
+
+def no_client() -> None:
+    """Check nothing: whoever asks waits for the answer, whatever happens."""
+
+
+class Backends(Protocol):
+    """Opens images, which call ``check`` whenever they wait long, but not to settle writes."""
+
+    def settle(self, image: Image, check: Check = no_client) -> None:
+        """Wait, within the back-end timeout, until no write of a dead holder can land any more.
+
+        Raises:
+            BackendTimeout: one still can.
+        """
+        ...
+
+    def open(self, image: Image, intent: Intent, check: Check = no_client) -> Backend:
+        """Open an image; bounded by the connect timeout.
+
+        Raises:
+            BackendError, BackendTimeout: the NBD server refuses, or is silent.
+            FileAccessError: the file cannot be opened or sized, or is none.
+        """
+        ...
+
+
+class Transfers(Protocol):
+    """Where ids are looked up."""
+
+    def get(self, transfer_id: str) -> Transfer:
+        """Return a transfer, or raise ``UnknownImage``."""
+        ...
+
+
+class Owned(Enum):
+    """Whose the files are that make a transfer known."""
+
+    REGISTERED = "registered"
+    FILE = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What has been done with a transfer."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    last_error: str | None = None
+
+
+class Activity(Protocol):
+    """What all processes know of one transfer's use: who is there, since when nobody was.
+
+    Every method may be called at any time from any process; a visitor's death is noticed by
+    the kernel. ``close`` ends a visit; all else may raise ``StateUnavailable``.
+    """
+
+    changed_ns: int  # of the transfer's file, when it was used last: ``Transfer.changed_ns``
+
+    def idle_ns(self) -> int:
+        """Return how long ago ``touch`` was called last, in nanoseconds."""
+        ...
+
+    def touch(self) -> None:
+        """Say that the transfer is in use now."""
+        ...
+
+    def visitors(self) -> int:
+        """Return how many visits others are on."""
+        ...
+
+    def cut(self) -> None:
+        """Ask every visit that has begun to end at once."""
+        ...
+
+    def is_cut(self, began_ns: int) -> bool:
+        """Tell whether a visit begun at ``began_ns`` (monotonic clock) is to end."""
+        ...
+
+    def add(self, done: Account, *, wait: bool) -> bool:
+        """Add to the account; False where another process was at it and ``wait`` is not set."""
+        ...
+
+    def account(self) -> Account:
+        """Return what has been done with the transfer."""
+        ...
+
+    def close(self) -> None:
+        """Close. Never fails, may be called twice."""
+        ...
+
+
+class Activities(Protocol):
+    """The use of all transfers that can expire."""
+
+    def find(self, owned: Owned, transfer_id: str, *, visit: bool) -> Activity | None:
+        """Open what is known of a transfer's use, ``visit``: as one who uses it; None: nothing."""
+        ...
+
+    def make(self, owned: Owned, transfer_id: str) -> Activity:
+        """Visit a transfer of which nothing need be known."""
+        ...
+
+
+class Registrations(Protocol):
+    """Transfers that a control program has registered."""
+
+    def store(self, transfer: Transfer) -> None:
+        """Make it known to all processes, in place of what its id stood for."""
+        ...
+
+    def remove(self, transfer_id: str) -> None:
+        """Make it unknown to all processes, if it was known. Its activity remains."""
+        ...
+
+    def forget(self, transfer_id: str) -> None:
+        """Drop the activity of what was removed, once nobody is there."""
+        ...
+
+    def count(self) -> int:
+        """Return how many there are, without those that have expired."""
+        ...
+
+    def all(self) -> list[Transfer]:
+        """Return them, without those that have expired, in the order of their ids."""
+        ...
+
+
+class Meter(Protocol):
+    """Who counts the bytes of images, as they move."""
+
+    def meter(self, operation: str, backend: str) -> Callable[[int], None]:
+        """Return what an operation tells of each piece, in bytes. Quick, never fails."""
+        ...
+
+
+class Living(Protocol):
+    """Who holds what in the slot table."""
+
+    def living(self, *kinds: Kind) -> list[Holder]:
+        """Return what processes that live hold now, of these kinds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exposition:
+    """All metrics as Prometheus reads them."""
+
+    text: bytes
+    content_type: str
+
+
+class Journal(Protocol):
+    """Who wants to know of finished requests."""
+
+    def finished(self, entry: Entry) -> None:
+        """Take an entry. Quick, never fails; called from any thread."""
+        ...

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot table: who reads and writes now, over all processes, in one flat buffer.
+
+    0        64              64 + CAPACITY                             SIZE
+    | header | state bytes   | records of RECORD bytes each ... | notes |
+
+A state byte is 0 (free) or a ``Kind``; the counts that limits are checked against are the
+counts of state bytes, so there is no counter that could go wrong. A record says who holds
+it (process and start time: pids are reused), for what, and how far it has come:
+
+    Q done   Q expected   I crc   Q pid   Q start   Q started_ns   16s operation
+    32s image key   64s client   256s transfer id
+
+Rules: a record is written before its state byte; only ``done`` and ``expected`` change
+afterwards, by their owner, as aligned 8-byte stores that any process may read at any time.
+The crc covers the rest: a record that does not match, a state byte that is no kind, or an
+owner that is dead makes a record free at the next ``sweep``.
+
+This module knows the layout and the rules, over any buffer. It takes no lock, asks for no
+pid and never waits: see ``runtime/slottable.py``. Workers themselves are rows too (``Kind.WORKER``,
+done = connections in work, expected = whether it boots, accepts or drains), so that one
+mechanism serves.
+"""
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+VERSION = 2
+CAPACITY = 1024
+_HEADER = struct.Struct("=8sIIII16sQ")
+_MAGIC = b"imgslots"
+_STATES = 64
+_RECORD = struct.Struct("=QQII QQQ 16s32s64s256s")
+RECORD = 448
+_RECORDS = _STATES + CAPACITY
+_NOTES = _RECORDS + CAPACITY * RECORD
+#: How many of the latest notes are kept; see ``SlotTable.note``.
+NOTES = 511
+SIZE = _NOTES + 8 * (1 + NOTES)
+_STATIC = struct.Struct("=QQQ16s32s64s256s")
+_STATIC_AT = 24
+_CRC = struct.Struct("=I")
+_CRC_AT = 16
+
+
+class Kind(Enum):
+    """What a record is for. The values are the table's state bytes: never renumber."""
+
+    READ = 1
+    WRITE = 2
+    OTHER = 3
+    """Shown with the running transfers, but limited by the image's lock alone."""
+    WORKER = 4
+
+
+_KINDS = {kind.value: kind for kind in Kind}
+
+
+class WorkerState(Enum):
+    """What a worker's row says in ``expected``; it begins with the first."""
+
+    BOOTING = 0
+    ACCEPTING = 1
+    DRAINING = 2
+    UNKNOWN = -1
+
+    @classmethod
+    def of(cls, row: "Holder") -> "WorkerState":
+        """Return the state of the worker that has a row."""
+        return _WORKER_STATES.get(row.expected, cls.UNKNOWN)
+
+
+_WORKER_STATES = {state.value: state for state in WorkerState}
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process: its pid and its start time in clock ticks since boot (proc(5), field 22)."""
+
+    pid: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What a record says. ``started_ns``: monotonic clock; ``image`` is an opaque key."""
+
+    kind: Kind
+    owner: Owner
+    transfer: str = ""
+    operation: str = ""
+    image: str = ""
+    client: str = ""
+    started_ns: int = 0
+    done: int = 0
+    expected: int = 0
+
+    def age(self, now_ns: int) -> float:
+        """Return for how many seconds it has been held, by the clock of ``started_ns``."""
+        return max(0, now_ns - self.started_ns) / 1e9
+
+
+class IncompatibleTable(Exception):
+    """The buffer holds something else, or a table of another version or boot."""
+
+
+class ForeignTable(IncompatibleTable):
+    """A table of another PID namespace: its pids name other processes here."""
+
+
+def format_table(buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
+    """Make ``buffer``, SIZE bytes, an empty table.
+
+    ``boot`` (16 bytes) and ``namespace`` (64 bits) say where its pids and start times count.
+    """
+    buffer[:SIZE] = bytes(SIZE)
+    write_header(buffer, boot, namespace)
+
+
+def write_header(buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
+    """Write the header of a table that was damaged; see ``format_table``."""
+    _HEADER.pack_into(buffer, 0, _MAGIC, VERSION, CAPACITY, RECORD, 0, boot, namespace)
+
+
+class SlotTable:
+    """The rules over one buffer. Callers serialize ``claim``, ``sweep`` and ``note``."""
+
+    def __init__(self, buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
+        """Take a formatted buffer.
+
+        Raises:
+            ForeignTable: it was formatted in another namespace.
+            IncompatibleTable: it was formatted otherwise.
+        """
+        if len(buffer) < SIZE:
+            raise IncompatibleTable("too small")
+        found = _HEADER.unpack_from(buffer, 0)
+        expected = (_MAGIC, VERSION, CAPACITY, RECORD, 0, boot, namespace)
+        if found[:-1] == expected[:-1] and found != expected:
+            raise ForeignTable(f"made in namespace {found[-1]:#x}, not {namespace:#x}")
+        if found != expected:
+            raise IncompatibleTable(f"header is {found}")
+        self._buffer = buffer
+        self._header = bytes(buffer[: _HEADER.size])
+        self._states = buffer[_STATES : _STATES + CAPACITY]
+        # Aligned: _RECORDS and RECORD are multiples of 8.
+        self._words = buffer[_RECORDS:_NOTES].cast("Q")
+        self._notes = buffer[_NOTES:SIZE].cast("Q")
+
+    def is_damaged(self) -> bool:
+        """Tell whether somebody has written over the header."""
+        return bool(self._buffer[: _HEADER.size] != self._header)
+
+    def mend(self) -> bool:
+        """Write the header anew where it was damaged; True where it was."""
+        if not self.is_damaged():
+            return False
+        self._buffer[: _HEADER.size] = self._header
+        return True
+
+    def count(self, kind: Kind) -> int:
+        """Return how many records of ``kind`` are held."""
+        return bytes(self._states).count(kind.value)
+
+    def claim(self, holder: Holder, limit: int) -> int | None:
+        """Write ``holder`` to a free record and return its index; None where ``limit`` are held."""
+        states = bytes(self._states)
+        index = states.find(0)
+        if index < 0 or states.count(holder.kind.value) >= limit:
+            return None
+        self._write(index, holder)
+        self._states[index] = holder.kind.value
+        return index
+
+    def release(self, index: int, owner: Owner, started_ns: int) -> bool:
+        """Free the record that this owner claimed at ``started_ns``; False where it is no longer.
+
+        One store to a record of the caller's own: safe without the guard, so never delayed.
+        """
+        holder = self._read(index)
+        if holder is None or (holder.owner, holder.started_ns) != (owner, started_ns):
+            return False
+        self._states[index] = 0
+        return True
+
+    def sweep(self, is_alive: Callable[[Owner], bool]) -> list[Holder | None]:
+        """Free every record that is damaged or whose owner is dead; return what they said.
+
+        None stands for a damaged record.
+        """
+        freed: list[Holder | None] = []
+        for index, state in enumerate(bytes(self._states)):
+            if not state:
+                continue
+            holder = self._read(index)
+            if holder is None and not self._states[index]:
+                continue  # released meanwhile, which takes no guard
+            if holder is None or not is_alive(holder.owner):
+                self._states[index] = 0
+                freed.append(holder)
+        return freed
+
+    def holders(self, *kinds: Kind) -> Iterator[Holder]:
+        """Yield what is held now, of these kinds. A snapshot: safe without the guard."""
+        wanted = {kind.value for kind in kinds}
+        for index, state in enumerate(bytes(self._states)):
+            if state in wanted:
+                holder = self._read(index)
+                if holder is not None and holder.kind in kinds:
+                    yield holder
+
+    def note(self, key: int) -> bool:
+        """Remember ``key``, 64 bits; False where it is among the latest notes already.
+
+        So that something is logged by one process and not by each.
+        """
+        count, *notes = self._notes
+        if key in notes:
+            return False
+        self._notes[1 + count % NOTES] = key
+        self._notes[0] = (count + 1) % NOTES
+        return True
+
+    def set_progress(self, index: int, done: int, expected: int) -> None:
+        """Store how far a record's owner has come: two aligned 8-byte stores, no guard needed."""
+        self._words[_word(index)] = done
+        self._words[_word(index) + 1] = expected
+
+    def close(self) -> None:
+        """Let go of the buffer, which a mapping demands before it can be closed."""
+        for view in (self._words, self._notes, self._states, self._buffer):
+            view.release()
+
+    def _write(self, index: int, holder: Holder) -> None:
+        static = _STATIC.pack(
+            holder.owner.pid,
+            holder.owner.start,
+            holder.started_ns,
+            *(_fit(text, size) for text, size in _texts(holder)),
+        )
+        crc = zlib.crc32(static, holder.kind.value)
+        at = _RECORDS + index * RECORD
+        _RECORD.pack_into(
+            self._buffer, at, holder.done, holder.expected, crc, 0, *_STATIC.unpack(static)
+        )
+
+    def _read(self, index: int) -> Holder | None:
+        kind = _KINDS.get(self._states[index])
+        at = _RECORDS + index * RECORD
+        record = bytes(self._buffer[at : at + _RECORD.size])
+        static = record[_STATIC_AT:]
+        (crc,) = _CRC.unpack_from(record, _CRC_AT)
+        if kind is None or crc != zlib.crc32(static, kind.value):
+            return None
+        pid, start, started_ns, operation, image, client, transfer = _STATIC.unpack(static)
+        done, expected = self._words[_word(index)], self._words[_word(index) + 1]
+        return Holder(
+            kind,
+            Owner(pid, start),
+            _text(transfer),
+            _text(operation),
+            _text(image),
+            _text(client),
+            started_ns,
+            done,
+            expected,
+        )
+
+
+def _word(index: int) -> int:
+    return index * RECORD // 8  # where a record begins, in 8-byte words
+
+
+def _texts(holder: Holder) -> tuple[tuple[str, int], ...]:
+    return (
+        (holder.operation, 16),
+        (holder.image, 32),
+        (holder.client, 64),
+        (holder.transfer, 256),
+    )
+
+
+def _fit(text: str, size: int) -> bytes:
+    return text.encode(errors="replace")[:size]
+
+
+def _text(field: bytes) -> str:
+    return field.rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers: the right to one image, as a control program wrote it down.
+
+A transfer is a JSON object in a file named by the transfer's id. Here live the two parsers,
+of the id and of the object, and the images that come out. No file is opened here.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from imageserver.core.extents import dirty_context
+from imageserver.core.jsontext import InvalidJson, parse_json
+
+#: Largest transfer file, in bytes.
+MAX_TRANSFER_SIZE = 64 * 1024
+#: Longest file name of Linux (NAME_MAX), in bytes; a longer id cannot have a file.
+MAX_ID_SIZE = 255
+#: Longest path of a Unix socket: sizeof(sun_path) less its NUL (unix(7)), in bytes.
+MAX_SOCKET_PATH = 107
+#: NBD protocol, "String values": names are at most 4096 bytes.
+MAX_NAME = 4096
+#: What an idle timeout below one second means (docs/api.md).
+DAY_SECONDS = 86400
+#: Longest idle timeout, and what a longer one means: 68 years.
+MAX_IDLE_SECONDS = 2**31 - 1
+#: So many of the fields that nobody knows are named, each with so many characters.
+_MAX_NAMED = 8
+_MAX_QUOTED = 64
+
+
+class InvalidTransfer(Exception):
+    """A transfer's object is unusable; ``str()`` names the field and what would be right."""
+
+
+class UnsupportedBackend(InvalidTransfer):
+    """There is no back end of this name."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = _quoted(backend)
+        super().__init__(f'unsupported backend: {self.backend}; "backend" must be "nbd" or "file"')
+
+
+@dataclass(frozen=True, slots=True)
+class NbdImage:
+    """An export of an NBD server behind a Unix socket."""
+
+    socket: str
+    export: str = ""
+    bitmap: str | None = None
+    flushes_image: bool = False
+    """A flush covers what other connections have written, though the server does not say so."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """The bytes of a file or block device."""
+
+    path: str
+
+
+Image = NbdImage | FileImage
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The right to read, or to read and write, one image."""
+
+    id: str
+    image: Image
+    read_only: bool = False
+    idle_seconds: int | None = None
+    """Expires when unused for so long; None: never."""
+    changed_ns: int = field(default=0, compare=False)
+    """When the file that says so was changed, since the Unix epoch."""
+    ignored: tuple[str, ...] = field(default=(), compare=False)
+    """A sentence on each field that was ignored, for a misspelt one changes what is served."""
+
+
+def is_valid_id(text: str) -> bool:
+    """Tell whether ``text`` can name a transfer: one path component of valid UTF-8.
+
+    ``*`` is the server itself (docs/api.md); U+FFFD is what undecodable bytes turn into.
+    """
+    if text in {"", ".", "..", "*"} or any(c in text for c in "/\\\0\ufffd"):
+        return False
+    try:
+        return len(text.encode()) <= MAX_ID_SIZE
+    except UnicodeEncodeError:
+        return False
+
+
+def parse_transfer(transfer_id: str, text: bytes) -> Transfer:
+    """Parse a transfer file.
+
+    Raises:
+        InvalidTransfer: not JSON, not an object, or a field is missing, blank or ill-typed.
+    """
+    try:
+        fields = parse_json(text)
+    except InvalidJson as exc:
+        raise InvalidTransfer(f"not valid JSON: {exc}") from exc
+    if not isinstance(fields, dict):
+        raise InvalidTransfer("not a JSON object")
+    return transfer_from_fields(transfer_id, fields)
+
+
+def transfer_from_fields(transfer_id: str, fields: Mapping[str, object]) -> Transfer:
+    """Build a transfer from a parsed object.
+
+    Raises:
+        InvalidTransfer: a field is missing, blank or ill-typed.
+    """
+    backend = _text(fields, "backend", default="nbd")
+    parse = _BACKENDS.get(backend.lower())
+    if parse is None:
+        raise UnsupportedBackend(backend)
+    ignored = _ignored(fields, backend.lower())
+    read_only = fields.get("read_only")
+    if read_only is not None and not isinstance(read_only, bool):
+        raise InvalidTransfer('"read_only" must be true or false')
+    idle = _idle_seconds(fields)
+    return Transfer(transfer_id, parse(fields), bool(read_only), idle, ignored=ignored)
+
+
+def to_fields(transfer: Transfer) -> dict[str, object]:
+    """Return the object that ``transfer_from_fields`` turns into this transfer."""
+    image = transfer.image
+    if isinstance(image, FileImage):
+        fields: dict[str, object] = {"backend": "file", "file": image.path}
+    else:
+        fields = {"backend": "nbd", "socket": image.socket, "export": image.export}
+        fields["export_bitmap"] = image.bitmap
+        fields["flush"] = "image" if image.flushes_image else "connection"
+    idle = transfer.idle_seconds
+    return fields | {"read_only": transfer.read_only, "idle_timeout_seconds": idle}
+
+
+def has_expired(transfer: Transfer, unused_ns: int) -> bool:
+    """Tell whether a transfer that has gone unused for so long has expired."""
+    idle = transfer.idle_seconds
+    return idle is not None and unused_ns >= idle * 1_000_000_000
+
+
+def path_bytes(path: str) -> bytes:
+    """Return a path, or an id as a file's name, for the kernel: UTF-8 whatever the locale."""
+    return path.encode()
+
+
+def path_text(path: bytes) -> str:
+    """Return a path for a message, whatever its bytes."""
+    return path.decode(errors="backslashreplace")
+
+
+def id_hash(transfer_id: str) -> str:
+    """Return 64 hexadecimal digits that stand for an id in names of the server's own files."""
+    return hashlib.sha256(transfer_id.encode()).hexdigest()
+
+
+def _idle_seconds(fields: Mapping[str, object]) -> int | None:
+    value = fields.get("idle_timeout_seconds")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTransfer('"idle_timeout_seconds" must be an integer')
+    return min(value, MAX_IDLE_SECONDS) if value >= 1 else DAY_SECONDS
+
+
+def _quoted(text: str) -> str:
+    """Return text for a log line: printable, on one line, not endless."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_QUOTED])
+
+
+def _nbd(fields: Mapping[str, object]) -> NbdImage:
+    socket = _path(fields, "socket")
+    if len(socket.encode()) > MAX_SOCKET_PATH:
+        raise InvalidTransfer(f'"socket" must be at most {MAX_SOCKET_PATH} bytes long')
+    export = _text(fields, "export", default="")
+    bitmap = _text(fields, "export_bitmap", default="")
+    for name, value in (("export", export), ("export_bitmap", dirty_context(bitmap))):
+        if len(value.encode()) > MAX_NAME:
+            raise InvalidTransfer(f'"{name}" makes a name of over {MAX_NAME} bytes')
+    flush = _text(fields, "flush", default="connection")
+    if flush not in {"connection", "image"}:
+        raise InvalidTransfer('"flush" must be "connection" or "image"')
+    return NbdImage(socket, export, bitmap or None, flush == "image")
+
+
+def _file(fields: Mapping[str, object]) -> FileImage:
+    return FileImage(_path(fields, "file"))
+
+
+_BACKENDS: dict[str, Callable[[Mapping[str, object]], Image]] = {"nbd": _nbd, "file": _file}
+#: The fields that a back end has for itself.
+_OWN_FIELDS = {"nbd": ("socket", "export", "export_bitmap", "flush"), "file": ("file",)}
+#: The fields of every transfer; the server's own files have their id as well.
+_COMMON_FIELDS = ("backend", "read_only", "idle_timeout_seconds", "transfer_id")
+
+
+def _ignored(fields: Mapping[str, object], backend: str) -> tuple[str, ...]:
+    """Return a sentence on each field that this back end does not know; ``null`` is none."""
+    known = (*_COMMON_FIELDS, *_OWN_FIELDS[backend])
+    unknown = [name for name in fields if name not in known and fields[name] is not None]
+    told = [_told(name, known) for name in unknown[:_MAX_NAMED]]
+    if len(unknown) > _MAX_NAMED:
+        told.append(f"and {len(unknown) - _MAX_NAMED} more")
+    return tuple(told)
+
+
+def _told(name: str, known: tuple[str, ...]) -> str:
+    for backend, own in _OWN_FIELDS.items():
+        if name in own:
+            return f'field "{name}" is of backend "{backend}"'
+    near = difflib.get_close_matches(name[:_MAX_QUOTED].lower(), known, 1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    return f'unknown field "{_quoted(name)}"{hint}'
+
+
+def _text(fields: Mapping[str, object], name: str, default: str | None = None) -> str:
+    value = fields.get(name)
+    if value is None:
+        if default is None:
+            raise InvalidTransfer(f'missing "{name}"')
+        return default
+    if not isinstance(value, str):
+        raise InvalidTransfer(f'"{name}" must be a string')
+    if "\0" in value:
+        raise InvalidTransfer(f'"{name}" must not contain NUL')
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidTransfer(f'"{name}" must be valid Unicode') from exc
+    return value
+
+
+def _path(fields: Mapping[str, object], name: str) -> str:
+    value = _text(fields, name).strip()
+    if not value:
+        raise InvalidTransfer(f'"{name}" must not be blank')
+    if not PurePosixPath(value).is_absolute():
+        raise InvalidTransfer(f'"{name}" must be an absolute path')
+    return value

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be done to an image: each function moves bytes and shows progress, and knows no HTTP.
+
+Those that stream give the session back *before* their last piece goes out: who has received
+the last byte must not meet this request's own lock or slot in the next one.
+"""
+
+from collections.abc import Generator
+from contextlib import closing
+
+from imageserver.core.errors import BadRequest, MethodNotAllowed
+from imageserver.core.extents import Extent
+from imageserver.core.ports import ImageInfo, Source
+from imageserver.core.ranges import Span, whole
+from imageserver.images.sessions import Session
+
+#: What a read-only image allows (docs/api.md).
+READ_ONLY_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+def check_writable(info: ImageInfo) -> None:
+    """Raise ``MethodNotAllowed`` for a read-only image."""
+    if info.read_only:
+        raise MethodNotAllowed(READ_ONLY_METHODS)
+
+
+def read(session: Session, span: Span) -> Generator[memoryview]:
+    """Yield the bytes of ``span``; each piece is valid until the next is asked for."""
+    session.begin(span)
+    with session, closing(session.backend.read(span.start, span.length)) as pieces:
+        done = 0
+        for piece in pieces:
+            done += len(piece)
+            session.progress(done)
+            if done == span.length:
+                session.close()
+            yield piece
+
+
+def _check_edges(session: Session, span: Span) -> None:
+    """Refuse edges inside a block that another writer may be rewriting at this moment.
+
+    Raises:
+        BadRequest: the image is shared, and a block of its back end covered only in part.
+    """
+    align = session.backend.align
+    if session.shared and (span.start % align or (span.stop % align and span.stop < span.size)):
+        raise BadRequest(
+            f"range must begin and end at multiples of {align} bytes while writers share the image"
+        )
+
+
+def write(session: Session, span: Span, source: Source, *, flush: bool = False) -> bool:
+    """Write ``span`` from ``source``; tell whether ``flush`` was asked for and done."""
+    _check_edges(session, span)
+    session.begin(span)
+    for done in session.backend.write(span.start, span.length, source):
+        session.progress(done)
+    return _flush_own(session, asked=flush)
+
+
+def replace(session: Session, length: int, source: Source, *, flush: bool = False) -> bool:
+    """Make ``length`` bytes from ``source`` the whole image; returns what ``write`` does."""
+    session.begin(whole(length))
+    for done in session.backend.replace(length, source):
+        session.progress(done)
+    return _flush_own(session, asked=flush)
+
+
+def zero(session: Session, span: Span, *, flush: bool) -> None:
+    """Zero ``span``; then flush, where asked for and possible."""
+    _check_edges(session, span)
+    session.begin(span)
+    for done in session.backend.zero(span.start, span.length):
+        session.progress(done)
+    _flush_own(session, asked=flush)
+
+
+def _flush_own(session: Session, *, asked: bool) -> bool:
+    """Flush what this session has written, where asked for or where no other session's flush would.
+
+    Tells whether it was asked for and done.
+    """
+    info = session.info
+    if info.can_flush and (asked or not info.flushes_image):
+        session.backend.flush()
+    return asked and info.can_flush
+
+
+def flush(session: Session) -> None:
+    """Bring the image's data to stable storage.
+
+    Raises:
+        BadRequest: the export offers no flush.
+    """
+    if not session.info.can_flush:
+        raise BadRequest("flush not supported by this export")
+    session.backend.flush()
+
+
+def extents(session: Session, span: Span, *, dirty: bool) -> Generator[list[Extent]]:
+    """Yield the extents of ``span`` in lists, the last of which may be empty."""
+    session.begin(span)
+    listed = session.backend.extents(span.start, span.stop, dirty=dirty)
+    with session, closing(listed) as batches:
+        for batch in batches:
+            if batch:
+                session.progress(batch[-1][0] + batch[-1][1] - span.start)
+            yield batch

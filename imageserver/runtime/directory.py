@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runtime directory as a server has it: opened once, and known by its inode from then on.
+
+    path          opened and locked, shared (flock(2)), so that no cleaner removes it for its age
+    path/locks    and the other ``SUBDIRECTORIES``, the same
+    path/slots    kept open: who inherits the descriptor opens the same file, whatever its name says
+
+A directory that has been removed or replaced since is never made again by a running server: two
+processes would have locks and slots in two places.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from functools import cache
+
+from imageserver.core.errors import StateUnavailable
+from imageserver.runtime.private import SUBDIRECTORIES, UnusableDirectory, prepare_directory
+
+log = logging.getLogger(__name__)
+
+#: systemd-tmpfiles holds a directory alone for as long as it looks through it.
+_HOLD_SECONDS = 2.0
+_HOLD_STEP_SECONDS = 0.02
+
+
+class KeptDirectory:
+    """A directory that is opened at first use, and is that one from then on.
+
+    A forked child goes on with its parent's.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Name the directory."""
+        self.path = path
+        self._fd = -1
+        self._identity = (-1, -1)
+        self._opening = threading.Lock()
+
+    def fileno(self) -> int:
+        """Return the descriptor.
+
+        Raises:
+            StateUnavailable: there was no directory when it was first asked for.
+        """
+        if self._fd < 0:
+            with self._opening:
+                if self._fd < 0:
+                    self._open()
+        return self._fd
+
+    def _open(self) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(self.path, flags)
+        except OSError as exc:
+            raise StateUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
+        found = os.fstat(fd)
+        self._identity = (found.st_dev, found.st_ino)
+        self._fd = fd
+
+    def hold(self) -> None:
+        """Open the directory and lock it, shared, against cleaners; those who clean now may end.
+
+        Raises:
+            StateUnavailable: it cannot be opened.
+        """
+        fd = self.fileno()
+        deadline = time.monotonic() + _HOLD_SECONDS
+        while time.monotonic() < deadline:  # afterwards without it
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            time.sleep(_HOLD_STEP_SECONDS)
+
+    def is_in_place(self) -> bool:
+        """Tell whether the path still leads to the directory that was opened: one stat(2)."""
+        try:
+            self.fileno()
+            found = os.stat(self.path, follow_symlinks=False)
+        except (OSError, StateUnavailable):
+            return False
+        return (found.st_dev, found.st_ino) == self._identity
+
+    def require(self) -> None:
+        """Prove that it is in place.
+
+        Raises:
+            StateUnavailable: it was removed, or another one is there.
+        """
+        if not self.is_in_place():
+            raise StateUnavailable(f"{self.path} was removed or replaced")
+
+    def close(self) -> None:
+        """Let the directory go. May be called twice."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class RuntimeDirectory:
+    """The runtime directory as a server has it: ``runtime_in`` has the one of this process."""
+
+    def __init__(self, path: str) -> None:
+        """Name the directory; it is opened at first use, or by ``prepare``."""
+        self.path = path
+        self.top = KeptDirectory(path)
+        self.locks, self.registered, self.activity, self.metrics = (
+            KeptDirectory(os.path.join(path, name)) for name in SUBDIRECTORIES
+        )
+        self._files: dict[str, int] = {}
+        self._told = ""
+
+    def prepare(self) -> None:
+        """Make what is missing, open everything, and keep cleaners away.
+
+        Raises:
+            UnusableDirectory: the directory, or one in it, is not ours alone.
+        """
+        prepare_directory(self.path)
+        for name in SUBDIRECTORIES:
+            prepare_directory(os.path.join(self.path, name))
+        try:
+            for directory in (self.top, self.locks, self.registered, self.activity, self.metrics):
+                directory.hold()
+        except StateUnavailable as exc:
+            raise UnusableDirectory(f"{exc}; choose another") from exc
+
+    def keep(self, name: str, fd: int) -> None:
+        """Take over the descriptor of a file in it, for this process and its children."""
+        self._files[name] = fd
+
+    def reopen(self, name: str) -> int | None:
+        """Open a file that is kept anew, with locks of its own; None where it is not kept."""
+        fd = self._files.get(name)
+        return None if fd is None else os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+    def problem(self) -> str:
+        """Say which directory was removed or replaced since; "": none that matters."""
+        needed = (self.top, self.locks, self.registered, self.activity)
+        lost = [directory.path for directory in needed if not directory.is_in_place()]
+        return f"{lost[0]} was removed or replaced" if lost else ""
+
+    def _is_table_in_place(self) -> bool:
+        fd = self._files.get("slots")
+        if fd is None:
+            return True
+        try:
+            found = os.stat(os.path.join(self.path, "slots"), follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(fd))
+
+    def require_records(self) -> None:
+        """Prove that what is known of transfers is what other processes know.
+
+        Raises:
+            StateUnavailable: it was removed, or replaced.
+        """
+        self.registered.require()
+        self.activity.require()
+
+    def watch(self) -> None:
+        """Log, once per change, that the directory is lost or back. For one thread."""
+        problem = self.problem()
+        if not problem and not self._is_table_in_place():
+            problem = f"the table in {self.path} was removed or replaced"
+        if problem and problem != self._told:
+            log.error(
+                "runtime directory: %s; what needs a lock or a slot is refused (503) until "
+                "it is back, or the server is restarted",
+                problem,
+            )
+        elif self._told and not problem:
+            log.warning("runtime directory: %s is in place again", self.path)
+        self._told = problem
+
+    def close(self) -> None:
+        """Let everything go. May be called twice."""
+        files, self._files = self._files, {}
+        for fd in files.values():
+            os.close(fd)
+        for directory in (self.top, self.locks, self.registered, self.activity, self.metrics):
+            directory.close()
+
+
+#: One for each path and process: what the master has opened, its children inherit.
+runtime_in = cache(RuntimeDirectory)

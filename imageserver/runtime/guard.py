@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard of a shared file: one holder at a time over all threads of all processes.
+
+flock(2) on this process's own descriptor, which the kernel drops with its holder, plus a thread
+lock within the process. It is held for microseconds. Only a process stopped inside it makes
+others wait, and they wait together: whoever comes later waits as long as the first one does, not
+from then on, so that a thread's wait never depends on how many wait before it.
+
+    found held    one more      one more            patience is over: all fail
+    |-----------------------------------------------|
+                                                     whoever comes then: a moment, while it is held
+"""
+
+import contextlib
+import fcntl
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from imageserver.core.errors import StateUnavailable
+from imageserver.runtime.private import own_files
+
+#: A guard that is free again is still met held once in a while: its holder waits for a core.
+_GRACE_SECONDS = 0.05
+_STEP_SECONDS = 0.0005
+
+
+class Guard:
+    """The guard on an open file, for one process's threads; ``what`` names the file."""
+
+    def __init__(
+        self,
+        fd: int,
+        what: str,
+        patience: float,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._fd = fd
+        self._what = what
+        self._patience = patience
+        self._now = now
+        self._sleep = sleep
+        self._threads = threading.Lock()
+        #: Since when another process has held it, and when that was seen last. Changed under
+        #: the thread lock only.
+        self._held: tuple[float, float] | None = None
+
+    @contextlib.contextmanager
+    def hold(self, seconds: float | None = None) -> Iterator[None]:
+        """Hold the guard; wait for it no longer than ``seconds``, by default its patience.
+
+        Raises:
+            StateUnavailable: another process holds it for longer.
+        """
+        began = self._now()
+        deadline = self._deadline(began, self._patience if seconds is None else seconds)
+        if not self._threads.acquire(timeout=deadline - began):
+            raise self._stuck()
+        try:
+            self._await(deadline)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._threads.release()
+
+    def _deadline(self, began: float, seconds: float) -> float:
+        held = self._held
+        if held is None or began - held[1] > self._patience:
+            return began + seconds
+        return min(began + seconds, max(held[0] + self._patience, began + _GRACE_SECONDS))
+
+    def _await(self, deadline: float) -> None:
+        while not self._try():
+            now = self._now()
+            held = self._held
+            is_another_time = held is None or now - held[1] > self._patience
+            self._held = now if held is None or is_another_time else held[0], now
+            if now >= deadline:
+                raise self._stuck()
+            self._sleep(_STEP_SECONDS)
+        self._held = None
+
+    def _try(self) -> bool:
+        with own_files(self._what):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def _stuck(self) -> StateUnavailable:
+        return StateUnavailable(f"{self._what} cannot be used now: another process holds its guard")

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image locks: one lock file per image, held through filelock, in a directory opened once.
+
+The kernel drops a lock with its holder, however that dies. What the kernel cannot tell is
+whether the holder was done: so a holder writes its name into the file as a mark, and takes it
+away when it gives the image back with nothing left in flight. Who finds a mark knows that the dead
+holder's last writes may still be on their way (``Lock.abandoned``).
+
+The file's name is a hash, for sockets, exports and paths exceed file names. Idle files are
+pruned by ``prune``, under their own lock; who takes an unlinked file starts over.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable
+
+from filelock import lock_descriptor, unlock_descriptor
+
+from imageserver.core.errors import ImageBusy
+from imageserver.core.slots import Owner
+from imageserver.core.transfer import FileImage, Image, path_bytes
+from imageserver.runtime.directory import KeptDirectory
+from imageserver.runtime.private import own_files
+
+#: How long a lock may outlive its holder: a thread in the middle of a write(2) ends with that.
+_LAST_BREATH_SECONDS = 5.0
+#: How often a path is looked at that changes meanwhile.
+_LOOKS = 10
+#: A mark is two numbers: see ``_mark``.
+_MARK_SIZE = 64
+#: A lock file nobody has touched for this long is pruned.
+_IDLE_SECONDS = 3600.0
+#: Who shares an image's lock has it for half a millisecond.
+_BRIEF_SECONDS = 0.2
+_BRIEF_STEP_SECONDS = 0.001
+
+
+def image_key(image: Image) -> str:
+    """Return the identity of an image, 32 hexadecimal digits: ids of one image share it."""
+    if isinstance(image, FileImage):
+        parts = [b"file", _real(image.path)]
+    else:
+        parts = [b"nbd", _real(image.socket), image.export.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+
+
+def _real(path: str) -> bytes:
+    name = path_bytes(path)
+    for _ in range(_LOOKS):
+        with contextlib.suppress(OSError):  # a link that is none any more when it is read
+            return os.path.realpath(name)
+    return os.path.normpath(name)  # it changes all the time, and will not be opened either
+
+
+class ImageLock:
+    """An image held by this request; made by ``ImageLocks.acquire``."""
+
+    def __init__(self, directory: int, name: str, mark: bytes) -> None:
+        """Take the lock, leaving ``mark`` in its file, which is made where it is missing.
+
+        Raises:
+            ImageBusy: somebody has it.
+            FileNotFoundError: the directory was removed.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        self._fd = os.open(name, flags, 0o600, dir_fd=directory)
+        try:
+            while not self._is_taken():
+                os.close(self._fd)  # pruned between the two calls
+                self._fd = -1
+                self._fd = os.open(name, flags, 0o600, dir_fd=directory)
+            self.predecessor = os.pread(self._fd, _MARK_SIZE, 0)
+            self.abandoned = self.predecessor != b""
+            # In one go and over the old one, so that at no moment there is none.
+            os.pwrite(self._fd, mark.ljust(_MARK_SIZE), 0)
+        except BaseException:
+            self._close()
+            raise
+
+    def _is_taken(self) -> bool:
+        if not lock_descriptor(self._fd, blocking=False):
+            raise ImageBusy
+        return self.is_in_place()
+
+    def is_in_place(self) -> bool:
+        """Tell whether who comes next meets this lock; False: its file was removed."""
+        return os.fstat(self._fd).st_nlink > 0
+
+    def release(self, *, settled: bool) -> None:
+        """Let the image go. Never fails, may be called twice."""
+        if settled and self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
+        self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                unlock_descriptor(fd)
+            os.close(fd)
+
+
+def _owner_in(mark: bytes) -> Owner | None:
+    fields = re.fullmatch(rb"([0-9]{1,10}) ([0-9]{1,20}) *", mark)
+    return Owner(int(fields[1]), int(fields[2])) if fields else None
+
+
+class ImageLocks:
+    """All image locks, one file each in ``directory``."""
+
+    def __init__(
+        self,
+        directory: KeptDirectory,
+        is_leaving: Callable[[Owner], bool],
+        me: Callable[[], Owner],
+        is_alive: Callable[[Owner], bool] = lambda _: False,
+    ) -> None:
+        """``me`` names this process, in the marks it leaves."""
+        self._directory = directory
+        self._is_leaving = is_leaving
+        self._is_alive = is_alive
+        self._me = me
+
+    def acquire(self, image: Image) -> ImageLock:
+        """Take the image's lock.
+
+        Raises:
+            ImageBusy: somebody holds it.
+            StateUnavailable: the directory was removed or replaced, or the lock file cannot be
+                made, written or locked.
+        """
+        with own_files("the lock files"):
+            return self._acquire(image_key(image) + ".lock")
+
+    def _acquire(self, name: str) -> ImageLock:
+        deadline = time.monotonic() + _LAST_BREATH_SECONDS
+        while True:
+            try:
+                lock = self._take(name)
+            except ImageBusy:
+                if self._is_held_by_the_living(name) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_BRIEF_STEP_SECONDS)
+            else:
+                self._await_end(lock, deadline)
+                return lock
+
+    def _take(self, name: str) -> ImageLock:
+        self._directory.require()
+        return ImageLock(self._directory.fileno(), name, self._mark())
+
+    def _await_end(self, lock: ImageLock, deadline: float) -> None:
+        """Wait until whoever left a mark is quite gone.
+
+        The kernel closes the files of a dying process one by one: its lock may go before the
+        connection does on which its last writes are, and that must not look like a living one's.
+        """
+        owner = _owner_in(lock.predecessor)
+        with contextlib.ExitStack() as held:
+            held.callback(lock.release, settled=False)
+            while owner and self._is_alive(owner) and self._is_leaving(owner):
+                if time.monotonic() > deadline:
+                    raise ImageBusy
+                time.sleep(_BRIEF_STEP_SECONDS)
+            held.pop_all()
+
+    def _mark(self) -> bytes:
+        me = self._me()
+        return f"{me.pid} {me.start}".encode()
+
+    def _is_held_by_the_living(self, name: str) -> bool:
+        """Tell whether the holder is to be believed; the kernel drops a dead one's lock soon."""
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(name, flags, dir_fd=self._directory.fileno()), "rb") as file:
+                owner = _owner_in(file.read(_MARK_SIZE))
+        except OSError:
+            owner = None
+        # Without a mark it has just been taken, or given back.
+        return owner is None or not self._is_leaving(owner)
+
+    def acquire_briefly(self, image: Image) -> ImageLock:
+        """Take the image's lock for a moment, waiting as long for others who do the same.
+
+        Raises:
+            ImageBusy: somebody has it for longer.
+        """
+        deadline = time.monotonic() + _BRIEF_SECONDS
+        while True:
+            try:
+                return self.acquire(image)
+            except ImageBusy:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_BRIEF_STEP_SECONDS)
+
+    def prune(self) -> int:
+        """Remove lock files that are idle and unmarked; return how many."""
+        pruned = 0
+        directory = self._directory.fileno()
+        for name in os.listdir(directory):
+            with contextlib.suppress(FileNotFoundError, ImageBusy):
+                found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                # The system's clock may have been set: then one that is idle is pruned at a later
+                # start, or one that is not is asked for its lock.
+                if time.time() - found.st_mtime < _IDLE_SECONDS or found.st_size:
+                    continue
+                lock = ImageLock(directory, name, self._mark())
+                try:
+                    if not lock.abandoned:  # nor has it been marked since it was listed
+                        os.unlink(name, dir_fd=directory)
+                        pruned += 1
+                finally:
+                    lock.release(settled=not lock.abandoned)
+        return pruned

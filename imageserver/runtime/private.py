@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private files: the runtime directory and what lies in it, ours alone or not used.
+
+What was not made here is never changed: a directory that does not suit is refused.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+
+from imageserver.core.errors import NO_DESCRIPTOR, Exhausted, StateFull, StateUnavailable
+
+_FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+SUBDIRECTORIES = ("locks", "registered", "activity", "metrics")
+#: What every runtime directory of ours has, whichever version has made it.
+_SIGN = "slots.use"
+_OURS = {*SUBDIRECTORIES, _SIGN, "slots", "slots.new", "registered.lock"}
+_MODE = 0o700
+
+
+class UnusableDirectory(Exception):
+    """The runtime directory cannot be trusted or used; ``str()`` is a sentence."""
+
+
+def examine_directory(path: str) -> bool:
+    """Tell whether a private directory is there; False: it can be made. Changes nothing.
+
+    Raises:
+        UnusableDirectory: it is not ours alone (mode 0700, no link), or cannot be made.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        _try_file(os.path.dirname(path) or "/", path, 0)
+        return False
+    except OSError as exc:
+        raise _unusable(path, exc) from exc
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise UnusableDirectory(
+            f"{path} is not a directory that belongs to uid {os.geteuid()}; "
+            "remove it or choose another"
+        )
+    if found.st_mode & 0o777 != _MODE:
+        raise UnusableDirectory(
+            f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, not 0700, and is left as it is; "
+            "choose a directory of the server's own"
+        )
+    return True
+
+
+def examine_runtime(path: str, size: int) -> None:
+    """Prove that a runtime directory can be made or used. Changes nothing.
+
+    ``size``: bytes that are wanted for its table, where that is not there yet.
+
+    Raises:
+        UnusableDirectory: it is none of ours and not empty, or full, or see above.
+    """
+    if not examine_directory(path):
+        _try_file(os.path.dirname(path) or "/", path, size)
+        return
+    try:
+        names = set(os.listdir(path))
+    except OSError as exc:
+        raise _unusable(path, exc) from exc
+    foreign = sorted(names - _OURS)
+    if foreign and _SIGN not in names:
+        raise UnusableDirectory(
+            f"{path} holds what is none of this server's ({foreign[0]}); "
+            "choose a directory that is empty, or not there yet"
+        )
+    for name in SUBDIRECTORIES:
+        examine_directory(os.path.join(path, name))
+    _try_file(path, path, 0 if "slots" in names else size)
+
+
+def prepare_directory(path: str) -> None:
+    """Make a private directory where there is none, or check that it is ours alone.
+
+    Raises:
+        UnusableDirectory: it is not, or cannot be made.
+    """
+    if examine_directory(path):
+        return
+    try:
+        os.mkdir(path, _MODE)
+        os.chmod(path, _MODE)  # whatever the umask is
+    except FileExistsError:
+        examine_directory(path)  # another process was quicker
+    except OSError as exc:
+        raise _unusable(path, exc) from exc
+
+
+def _try_file(directory: str, path: str, size: int) -> None:
+    """Make a nameless file of ``size`` bytes where ``path`` is to be, and drop it.
+
+    Raises:
+        UnusableDirectory: that does not work.
+    """
+    try:
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        lacks_such_files = exc.errno in {errno.EOPNOTSUPP, errno.EISDIR}
+        if lacks_such_files and os.statvfs(directory).f_blocks:  # /proc has none
+            return  # making the table will tell
+        raise _unusable(path, exc) from exc
+    try:
+        if size:
+            os.posix_fallocate(fd, 0, size)
+    except OSError as exc:
+        raise _unusable(path, exc) from exc
+    finally:
+        os.close(fd)
+
+
+def _unusable(path: str, exc: OSError) -> UnusableDirectory:
+    return UnusableDirectory(f"{path} cannot be made or used ({exc.strerror}); choose another")
+
+
+def open_private(directory: str, name: str) -> int:
+    """Open a file of the runtime directory for reading and writing, 0600, following no link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(os.path.join(directory, name), flags, 0o600)
+
+
+@contextlib.contextmanager
+def own_files(what: str) -> Iterator[None]:
+    """Translate what the system says of the server's own files; ``what`` names them in a sentence.
+
+    Raises:
+        StateFull: there is no room for them.
+        Exhausted: no descriptor is free.
+        StateUnavailable: they cannot be opened, read, written or locked for another reason.
+    """
+    try:
+        yield
+    except OSError as exc:
+        error: type[StateUnavailable] = StateUnavailable
+        if exc.errno in _FULL:
+            error = StateFull
+        elif exc.errno in NO_DESCRIPTOR:
+            error = Exhausted
+        raise error(f"{what} cannot be used now: {exc.strerror or exc}") from exc

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which processes live: told from /proc, by pid and start time, for pids are reused (proc(5))."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from imageserver.core.slots import Owner
+
+#: proc(5), field 9: on its way out, though its last thread may not be done yet.
+_PF_EXITING = 0x4
+
+
+def boot_id() -> bytes:
+    """Return 16 bytes that differ between boots: start times count from the boot (proc(5))."""
+    text = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return bytes.fromhex(text.strip().replace("-", ""))
+
+
+def namespace() -> int:
+    """Return 64 bits that differ between namespaces in which pids or start times mean another."""
+    inodes = [0, 0]
+    for index, name in enumerate(("pid", "time")):  # namespaces(7); the latter since Linux 5.6
+        with contextlib.suppress(FileNotFoundError):
+            inodes[index] = os.stat(f"/proc/self/ns/{name}").st_ino & 0xFFFFFFFF
+    return inodes[0] | inodes[1] << 32
+
+
+def is_proc_ours() -> bool:
+    """Tell whether /proc speaks of this process's PID namespace: else no pid in it is right."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+def _status(pid: int) -> list[bytes] | None:
+    """Return the fields of /proc/PID/stat from the third on; None where there is no process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name, in parentheses, may hold anything: fields count from the last ")".
+            return file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def owner_of(pid: int) -> Owner | None:
+    """Return a running process's identity; None where it is gone, or a zombie without threads.
+
+    A process that was killed looks like a zombie as soon as its first thread is gone. As
+    long as another one is left, so are its connections and locks.
+    """
+    fields = _status(pid)
+    if fields is None or (fields[0] in b"ZX" and int(fields[17]) <= 1):
+        return None
+    return Owner(pid, int(fields[19]))
+
+
+def is_alive(owner: Owner) -> bool:
+    """Tell whether this very process still runs, be it with its last thread."""
+    return owner_of(owner.pid) == owner
+
+
+def is_leaving(owner: Owner) -> bool:
+    """Tell whether a process is dead or dying: what it holds is free in a moment."""
+    fields = _status(owner.pid)
+    if fields is None or int(fields[19]) != owner.start:
+        return True
+    return fields[0] in b"ZX" or bool(int(fields[6]) & _PF_EXITING)

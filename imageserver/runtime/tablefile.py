@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot table's file: found or made by the first process of a server, the same one for all.
+
+The first process opens it by its name and keeps it open (``RuntimeDirectory.keep``); it and its
+children open it anew from there. So all of a server's processes have one table, also where its
+name has been taken away or given to another.
+
+A second file, ``slots.use``, and the directory itself are locked, shared, by every process that
+has the table mapped: only who has both alone may replace a table it cannot read. (The file was
+what version 1 locked; without the directory, whoever removes it would let a second table in.)
+"""
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import time
+
+from imageserver.core import slots
+from imageserver.core.slots import ForeignTable, IncompatibleTable, SlotTable
+from imageserver.runtime.directory import RuntimeDirectory
+from imageserver.runtime.private import open_private
+from imageserver.runtime.processes import boot_id, namespace
+
+log = logging.getLogger(__name__)
+
+TABLE = "slots"
+_USE = "slots.use"
+_NEW = "slots.new"
+#: Workers look after the header every second.
+_MEND_SECONDS = 3.0
+_MEND_STEP_SECONDS = 0.05
+
+
+def reopen(runtime: RuntimeDirectory) -> tuple[int, int]:
+    """Open ``slots.use``, locked, and the table, each with a description of its own (open(2)).
+
+    Raises:
+        IncompatibleTable: the table cannot be read, and others use it.
+        OSError, StateUnavailable: the directory cannot be used.
+    """
+    use = runtime.reopen(_USE)
+    if use is None:
+        _find(runtime)
+        use = runtime.reopen(_USE)
+    file = runtime.reopen(TABLE)
+    assert use is not None and file is not None  # noqa: S101, PT018 - kept together
+    fcntl.flock(use, fcntl.LOCK_SH)
+    return use, file
+
+
+def examine(directory: str) -> None:
+    """Prove that a server could use the table in a directory, or make one. Changes nothing.
+
+    Where others use one that cannot be read, wait a while for them to mend it.
+
+    Raises:
+        IncompatibleTable: they do not, or it is gone.
+        OSError: the directory cannot be used.
+    """
+    deadline = time.monotonic() + _MEND_SECONDS
+    while True:
+        try:
+            os.close(_open_readable(directory))
+        except (IncompatibleTable, ValueError, FileNotFoundError) as exc:
+            if not (
+                _is_used(directory, os.O_RDONLY | os.O_DIRECTORY)
+                or _is_used(os.path.join(directory, _USE), os.O_RDWR)
+            ):
+                return
+            if time.monotonic() > deadline:
+                raise IncompatibleTable(_why_not(directory, exc)) from exc
+            time.sleep(_MEND_STEP_SECONDS)
+        else:
+            return
+
+
+def _is_used(path: str, flags: int) -> bool:
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def map_kept(file: int) -> tuple[mmap.mmap, SlotTable]:
+    """Map the table that this server has found at its start, and mend its header if need be."""
+    try:
+        return _map(file)
+    except IncompatibleTable:
+        with mmap.mmap(file, slots.SIZE) as damaged, memoryview(damaged) as view:
+            slots.write_header(view, boot_id(), namespace())
+        log.warning("slot table: a damaged header was mended")
+        return _map(file)
+
+
+def _find(runtime: RuntimeDirectory) -> None:
+    """Open the table by its name and keep it; make or replace it where nobody uses it.
+
+    Wait a while for the others who use one that cannot be read: to mend it, or to end.
+
+    Raises:
+        IncompatibleTable: they do neither.
+    """
+    use = open_private(runtime.path, _USE)
+    held = (use, runtime.top.fileno())
+    deadline = time.monotonic() + _MEND_SECONDS
+    try:
+        while True:
+            _make_table_if_alone(runtime, held)
+            try:
+                file = _open_readable(runtime.path)
+            except (IncompatibleTable, ValueError, FileNotFoundError) as exc:
+                if time.monotonic() > deadline:
+                    raise IncompatibleTable(_why_not(runtime.path, exc)) from exc
+            else:
+                runtime.keep(TABLE, file)
+                runtime.keep(_USE, use)
+                return
+            for fd in held:
+                fcntl.flock(fd, fcntl.LOCK_UN)  # who waits does not use it
+            time.sleep(_MEND_STEP_SECONDS)
+    except BaseException:
+        for fd in held:
+            fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(use)
+        raise
+
+
+def _why_not(directory: str, exc: Exception) -> str:
+    if isinstance(exc, ForeignTable):
+        return (
+            f"{directory} is used by a server in another PID namespace (another container), "
+            "whose processes look dead from here; stop it first, or choose another directory"
+        )
+    if isinstance(exc, FileNotFoundError):
+        return (
+            f"the slot table in {directory} was removed under a server that still runs; "
+            "stop it first, or choose another directory"
+        )
+    return (
+        f"the slot table in {directory} belongs to another version of this "
+        "server that still runs; stop it first, or choose another directory"
+    )
+
+
+def _make_table_if_alone(runtime: RuntimeDirectory, held: tuple[int, int]) -> None:
+    """Make a table where there is none that can be read, and nobody has one open.
+
+    The directory itself is locked as well: ``slots.use`` may have been removed. Never in place:
+    whoever has the old one mapped, against all rules, would die of it.
+    """
+    try:
+        for fd in held:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    else:
+        try:
+            os.close(_open_readable(runtime.path))
+        except (IncompatibleTable, ValueError, FileNotFoundError):
+            _make_table(runtime.path)
+    for fd in held:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+
+
+def _make_table(directory: str) -> None:
+    fd = open_private(directory, _NEW)
+    try:
+        os.ftruncate(fd, 0)
+        # Before it is mapped: a page for which the disk has no room kills who touches it.
+        os.posix_fallocate(fd, 0, slots.SIZE)
+        with mmap.mmap(fd, slots.SIZE) as fresh, memoryview(fresh) as view:
+            slots.format_table(view, boot_id(), namespace())
+        os.rename(os.path.join(directory, _NEW), os.path.join(directory, TABLE))
+    except BaseException:
+        os.unlink(os.path.join(directory, _NEW))
+        raise
+    finally:
+        os.close(fd)
+
+
+def _open_readable(directory: str) -> int:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.open(os.path.join(directory, TABLE), flags)
+    with contextlib.ExitStack() as opened:
+        opened.callback(os.close, file)
+        if os.fstat(file).st_size != slots.SIZE:
+            raise IncompatibleTable("its size is another")
+        mapped, table = _map(file)
+        table.close()
+        mapped.close()
+        opened.pop_all()
+    return file
+
+
+def _map(file: int) -> tuple[mmap.mmap, SlotTable]:
+    mapped = mmap.mmap(file, slots.SIZE)
+    view = memoryview(mapped)
+    try:
+        return mapped, SlotTable(view, boot_id(), namespace())
+    except IncompatibleTable:
+        view.release()  # which the mapping demands before it can be closed
+        mapped.close()
+        raise

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The admin listener among a worker's sockets: which they are, who may come in, what is served.
+
+The master binds its addresses with all others, so gunicorn hands them over in an upgrade and
+closes them on stop; every worker accepts from them. They speak plain HTTP, have threads of
+their own (``pools``), and go past what spreads transfers over the workers (``loop``).
+"""
+
+import contextlib
+import os
+import socket
+import struct
+from typing import Any
+
+from gunicorn.util import parse_address
+
+from imageserver.observability.metrics.shown import Sources, exposition
+from imageserver.runtime.directory import runtime_in
+from imageserver.runtime.slottable import SharedTable
+from imageserver.server.readiness import checks
+from imageserver.settings import Settings
+from imageserver.transfers.files import Registry
+from imageserver.web.admin_app import Sights, create_admin_app
+from imageserver.web.app import App
+
+#: struct ucred (unix(7)): pid, uid, gid.
+_UCRED = struct.Struct("=iII")
+
+
+def admin_name(listener: Any, addresses: tuple[str, ...]) -> object:
+    """Return the name (getsockname(2)) of an admin listener, None of any other.
+
+    A listener that was inherited knows its name only, and one that was bound just now what it
+    was bound to as well: a host's name may stand for another address by then.
+    """
+    name = listener.getsockname()
+    for address in addresses:
+        bound = parse_address(bindable(address))
+        if bound == getattr(listener, "cfg_addr", None) or name in _names(bound):
+            return name
+    return None
+
+
+def bindable(address: str) -> str:
+    """Return an address of the settings as gunicorn takes it."""
+    return address.replace("unix:@", "unix:\0")
+
+
+def _names(bound: object) -> list[object]:
+    if not isinstance(bound, tuple):
+        path = str(bound)
+        return [os.fsencode(path) if path.startswith("\0") else path]
+    host, port = bound
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.suppress(OSError):
+        return [found[4] for found in socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)]
+    return []
+
+
+def admit(peer: socket.socket) -> bool:
+    """Tell whether a client may come in.
+
+    A Unix socket is for root and the server's user. Its mode says the same, but only from a
+    moment after it was bound, and an abstract one has none.
+    """
+    if peer.family != socket.AF_UNIX:
+        return True
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    _, uid, _ = _UCRED.unpack(credentials)
+    return uid in {0, os.geteuid()}
+
+
+def admin_application(settings: Settings, slots: SharedTable, *, full_ids: bool) -> App:
+    """Build the application of an admin listener."""
+    files = Registry(settings.config_dir, settings.config_owners)
+    proofs = checks(settings, files, slots, runtime_in(settings.runtime_dir))
+    sources = Sources(settings.metrics_dir, slots, settings.slot_limits, settings.threads, proofs)
+    sights = Sights(slots, proofs, lambda: exposition(sources))
+    return create_admin_app(sights, full_ids=full_ids)
+
+
+# In the master
+
+
+def close_to_others(address: str) -> None:
+    """Give a Unix socket its mode."""
+    path = address.removeprefix("unix:")
+    if path.startswith("/"):
+        os.chmod(path, 0o600)

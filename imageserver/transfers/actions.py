@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a control program can have done: register, unregister, ask, list.
+
+Any process may do it for all, since registrations are files and activities are shared.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+from imageserver.core import control_protocol
+from imageserver.core.control_protocol import Command, List, Register, Status, Unregister
+from imageserver.core.errors import UnknownImage
+from imageserver.core.ports import Activities, Activity, Owned, Registrations
+from imageserver.core.transfer import InvalidTransfer
+from imageserver.transfers.visits import Catalogue
+
+_POLL_SECONDS = 0.02
+#: What a forced end takes at most; a shorter timeout would only call busy what is about to end.
+_FORCE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Administration:
+    """Carries commands out; safe for threads. ``default_idle``: seconds, for who says nothing."""
+
+    registrations: Registrations
+    activities: Activities
+    catalogue: Catalogue
+    default_idle: int
+    sleep: Callable[[float], None] = time.sleep
+
+    def run(self, command: Command, is_wanted: Callable[[], bool]) -> bytes:
+        """Carry a command out and return the answer; waits only while ``is_wanted``."""
+        if isinstance(command, Status):
+            return self._status(command)
+        if isinstance(command, Register):
+            return self._register(command)
+        if isinstance(command, List):
+            return self._list(command)
+        return self._unregister(command, is_wanted)
+
+    def _status(self, command: Status) -> bytes:
+        if command.transfer_id is None:
+            return control_protocol.succeeded(self.registrations.count())
+        try:
+            found = self.catalogue.find(command.transfer_id, visit=False)
+        except UnknownImage:
+            return control_protocol.failed("unknown transfer_id")
+        report = _report(found.activity)
+        return control_protocol.succeeded(self.registrations.count(), **report)
+
+    def _register(self, command: Register) -> bytes:
+        transfer = command.transfer
+        if transfer.idle_seconds is None:
+            transfer = replace(transfer, idle_seconds=self.default_idle)
+        try:
+            self.registrations.store(transfer)
+        except InvalidTransfer as exc:
+            return control_protocol.failed(f"invalid config: {exc}")
+        warnings = {"warnings": transfer.ignored} if transfer.ignored else {}
+        return control_protocol.succeeded(self.registrations.count(), **warnings)
+
+    def _list(self, command: List) -> bytes:
+        known = self.registrations.all()
+        beyond = (transfer for transfer in known if transfer.id > command.after)
+        return control_protocol.succeeded(len(known), **control_protocol.page(beyond))
+
+    def _unregister(self, command: Unregister, is_wanted: Callable[[], bool]) -> bytes:
+        self.registrations.remove(command.transfer_id)
+        activity = self.activities.find(Owned.REGISTERED, command.transfer_id, visit=False)
+        if activity:
+            with closing(activity):
+                if command.force:
+                    activity.cut()
+                if not self._has_ended(activity, command, is_wanted):
+                    return control_protocol.failed("busy")
+            self.registrations.forget(command.transfer_id)
+        return control_protocol.succeeded(self.registrations.count())
+
+    def _has_ended(
+        self, activity: Activity, command: Unregister, is_wanted: Callable[[], bool]
+    ) -> bool:
+        """Wait until nobody is there; False where that took too long."""
+        deadline = None
+        if command.timeout is not None:
+            least = _FORCE_SECONDS if command.force else 0.0
+            deadline = time.monotonic() + max(command.timeout, least)
+        while activity.visitors():
+            if not is_wanted() or (deadline is not None and time.monotonic() >= deadline):
+                return False
+            self.sleep(_POLL_SECONDS)
+        return True
+
+
+def _report(activity: Activity | None) -> dict[str, object]:
+    """Return what a control program polls; nulls where nobody keeps track."""
+    if activity is None:
+        names = ("bytes_read", "bytes_written", "idle_seconds", "last_error", "requests_in_flight")
+        return dict.fromkeys(names)
+    with closing(activity):
+        account, visitors = activity.account(), activity.visitors()
+        idle = 0.0 if visitors else round(activity.idle_ns() / 1e9, 3)
+    return {
+        "requests_in_flight": visitors,
+        "bytes_read": account.bytes_read,
+        "bytes_written": account.bytes_written,
+        "last_error": account.last_error,
+        "idle_seconds": idle,
+    }

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How transfers are used, over all processes: one small file for each that can expire.
+
+``usagerecord.py`` has the layout. Times are of the monotonic clock, which all processes share
+and no one sets; a file of an earlier boot begins anew. A visitor holds a lock on a byte of its
+own, at random, far beyond the record (F_OFD_SETLK, fcntl(2)): so the kernel knows how many
+there are, and takes those that die off the list. Times are stored by whoever likes, 8 bytes at
+once; what is added up is changed under flock(2), which the kernel, too, drops with its holder.
+
+A file that others have damaged begins anew where that is noticed, as if it had just been used:
+nothing expires early for it, and nothing lives for ever.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import random
+import struct
+import time
+from collections.abc import Callable, Iterator
+
+from imageserver.core.errors import StateUnavailable
+from imageserver.core.ports import Account, Owned
+from imageserver.core.transfer import DAY_SECONDS, id_hash
+from imageserver.runtime.private import open_private, own_files
+from imageserver.runtime.processes import boot_id
+from imageserver.transfers.usagerecord import (
+    ACCOUNT,
+    CHANGED,
+    CLOSED,
+    CUT,
+    ID,
+    SIZE,
+    TOUCHED,
+    DamagedRecord,
+    Record,
+    fresh_record,
+    is_of_another_boot,
+    pack_account,
+    pack_id,
+    pack_record,
+    pack_word,
+    parse_record,
+)
+
+log = logging.getLogger(__name__)
+
+#: struct flock (fcntl(2)): type, whence, start, length, pid.
+_FLOCK = struct.Struct("@hhqqi4x")
+_FIRST, _LAST = 1 << 20, 1 << 62
+#: Sums are changed within microseconds. Only a process stopped meanwhile can make us wait.
+_ADD_SECONDS = 1.0
+#: What is left of a transfer that is known no more is pruned after this time.
+_PRUNE_NS = 60 * 1_000_000_000
+#: ... and so is what was damaged, and not used since: nobody knows whose it is.
+_PRUNE_DAMAGED_NS = DAY_SECONDS * 1_000_000_000
+_WHAT = "the records of use"
+
+
+class OpenActivity:
+    """One transfer's activity, as this visitor has it open: ``ports.Activity``.
+
+    Every method raises ``StateUnavailable`` where the file cannot be read or written.
+    """
+
+    def __init__(self, path: str, fd: int, boot: bytes, now_ns: Callable[[], int]) -> None:
+        self._path = path
+        self._fd = fd
+        self._boot = boot
+        self._now_ns = now_ns
+
+    def begin(self, transfer_id: str) -> None:
+        """Make the record one of this boot and transfer, if it is not."""
+        if self._record(transfer_id).transfer_id != transfer_id:
+            self._write(ID, pack_id(transfer_id))
+
+    def _record(self, transfer_id: str = "") -> Record:
+        """Return what the file says; begin it anew where that is nothing."""
+        with contextlib.suppress(DamagedRecord):
+            return self._parse()
+        with self._alone(wait=True):
+            with contextlib.suppress(DamagedRecord):
+                return self._parse()  # another process was quicker
+            was = self._read()
+            fresh = fresh_record(self._now_ns(), transfer_id)
+            self._write(0, pack_record(fresh, self._boot))
+        if was and not is_of_another_boot(was, self._boot):
+            log.warning("%s was damaged: it begins anew", self._path)
+        return fresh
+
+    def _parse(self) -> Record:
+        return parse_record(self._read(), self._boot, self._now_ns())
+
+    def enter(self) -> bool:
+        """Become a visitor; False where the file has been removed."""
+        with own_files(_WHAT):
+            while True:
+                byte = random.randrange(_FIRST, _LAST)  # noqa: S311 - no secret
+                lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+                try:
+                    fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
+                except BlockingIOError:
+                    continue
+                return os.fstat(self._fd).st_nlink > 0
+
+    @own_files(_WHAT)
+    def visitors(self) -> int:
+        """Return how many visits others are on."""
+        count = 0
+        spans = [(_FIRST, _LAST)]
+        while spans:
+            low, high = spans.pop()
+            if low >= high:
+                continue
+            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, low, high - low, 0)
+            # The kernel names one lock of those in the way, not always the first.
+            found = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))
+            if found[0] != fcntl.F_UNLCK:
+                count += 1
+                spans += [(low, found[2]), (found[2] + 1, high)]
+        return count
+
+    def is_abandoned(self, is_known: Callable[[str], bool]) -> bool:
+        """Tell whether the transfer is known no more, and nobody is there."""
+        if is_of_another_boot(self._read(), self._boot):
+            return True
+        name = self._record().transfer_id
+        if name and is_known(name):
+            return False
+        least_ns = _PRUNE_NS if name else _PRUNE_DAMAGED_NS
+        return self.idle_ns() > least_ns and not self.visitors()
+
+    def idle_ns(self) -> int:
+        """Return how long ago ``touch`` was called last, in nanoseconds."""
+        touched_ns = self._record().touched_ns
+        return self._now_ns() - touched_ns
+
+    def touch(self) -> None:
+        """Say that the transfer is in use now."""
+        self._set_word(TOUCHED, self._now_ns())
+
+    @property
+    def changed_ns(self) -> int:
+        """As of when its file was, when the transfer was used last."""
+        return self._record().changed_ns
+
+    @changed_ns.setter
+    def changed_ns(self, value: int) -> None:
+        self._set_word(CHANGED, value)
+
+    def cut(self) -> None:
+        """Ask every visit that has begun to end at once."""
+        self._set_word(CUT, self._now_ns())
+
+    def is_cut(self, began_ns: int) -> bool:
+        """Tell whether a visit begun at ``began_ns`` is to end."""
+        return began_ns <= self._record().cut_ns
+
+    @property
+    def is_closed(self) -> bool:
+        """Nobody may enter: the transfer was unregistered."""
+        return self._record().is_closed
+
+    def set_closed(self, *, closed: bool) -> None:
+        """Say whether visitors may enter."""
+        self._set_word(CLOSED, int(closed))
+
+    def _set_word(self, at: int, value: int) -> None:
+        self._write(at, pack_word(value))
+
+    @own_files(_WHAT)
+    def _read(self) -> bytes:
+        return os.pread(self._fd, SIZE, 0)
+
+    @own_files(_WHAT)
+    def _write(self, at: int, data: bytes) -> None:
+        os.pwrite(self._fd, data, at)
+
+    def add(self, done: Account, *, wait: bool) -> bool:
+        """Add to the account; False where another process was at it."""
+        known = self._record().account  # also mends, before the lock is taken that mending needs
+        with self._alone(wait=wait) as is_alone:
+            if is_alone:
+                with contextlib.suppress(DamagedRecord):
+                    known = self._parse().account
+                now = Account(
+                    known.bytes_read + done.bytes_read,
+                    known.bytes_written + done.bytes_written,
+                    known.last_error if done.last_error is None else done.last_error,
+                )
+                self._write(ACCOUNT, pack_account(now))
+        return is_alone
+
+    def account(self) -> Account:
+        """Return what has been done with the transfer."""
+        return self._record().account
+
+    @contextlib.contextmanager
+    def _alone(self, *, wait: bool) -> Iterator[bool]:
+        """Hold the sums against other processes; yield whether that worked."""
+        deadline = time.monotonic() + (_ADD_SECONDS if wait else 0)
+        while not self._try_alone():
+            if time.monotonic() >= deadline:
+                yield False
+                return
+            time.sleep(0.0005)
+        try:
+            yield True
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    @own_files(_WHAT)
+    def _try_alone(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def remove(self) -> None:
+        """Remove the file. Who has entered it finds out, who enters is told."""
+        with own_files(_WHAT), contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+
+    def remove_if_empty(self) -> None:
+        """Remove a file that has never had a record: on a full disk nobody can use it."""
+        with contextlib.suppress(StateUnavailable):
+            if not self._read():
+                self.remove()
+
+    def close(self) -> None:
+        """Close the file, and end the visit with it."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class ActivityFiles:
+    """All activity files, in ``directory``: ``ports.Activities``."""
+
+    def __init__(self, directory: str, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._directory = directory
+        self._now_ns = now_ns
+        self._boot = boot_id()
+
+    def find(self, owned: Owned, transfer_id: str, *, visit: bool) -> OpenActivity | None:
+        """Open what is known of a transfer's use: see ``ports.Activities``."""
+        while activity := self.find_hashed(owned, id_hash(transfer_id)):
+            with contextlib.ExitStack() as opened:
+                opened.callback(activity.close)
+                activity.begin(transfer_id)
+                if visit and activity.is_closed:
+                    return None
+                if not visit or activity.enter():
+                    opened.pop_all()
+                    return activity
+        return None
+
+    def make(self, owned: Owned, transfer_id: str) -> OpenActivity:
+        """Visit a transfer of which nothing need be known: see ``ports.Activities``."""
+        path = self._path(owned, id_hash(transfer_id))
+        while True:
+            with own_files(_WHAT), contextlib.ExitStack() as opened:
+                fd = open_private(*os.path.split(path))
+                activity = OpenActivity(path, fd, self._boot, self._now_ns)
+                opened.callback(activity.close)
+                opened.callback(activity.remove_if_empty)
+                activity.begin(transfer_id)
+                if activity.enter():
+                    opened.pop_all()
+                    return activity
+
+    def prune(self, owned: Owned, is_known: Callable[[str], bool]) -> int:
+        """Remove what is left of transfers that are known no more; return how many."""
+        with own_files(_WHAT), os.scandir(self._directory) as entries:
+            names = [entry.name for entry in entries]
+        pruned = 0
+        for name in names:
+            prefix, _, digest = name.partition("-")
+            if prefix == owned.value:
+                try:
+                    pruned += self._prune_one(owned, digest, is_known)
+                except StateUnavailable as exc:
+                    log.warning("%s: %s", name, exc)
+        return pruned
+
+    def _prune_one(self, owned: Owned, digest: str, is_known: Callable[[str], bool]) -> bool:
+        activity = self.find_hashed(owned, digest)
+        if activity is None:
+            return False
+        with contextlib.closing(activity):
+            is_abandoned = activity.is_abandoned(is_known)
+            if is_abandoned:
+                activity.remove()
+        return is_abandoned
+
+    def find_hashed(self, owned: Owned, digest: str) -> OpenActivity | None:
+        """Open what is known of the use of a transfer whose id has this hash."""
+        path = self._path(owned, digest)
+        # O_NONBLOCK: whatever has got there, it must not stop us.
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with own_files(_WHAT):
+            try:
+                fd = os.open(path, flags)
+            except FileNotFoundError:
+                return None
+        return OpenActivity(path, fd, self._boot, self._now_ns)
+
+    def _path(self, owned: Owned, digest: str) -> str:
+        return os.path.join(self._directory, f"{owned.value}-{digest}")

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``/images/{id}``: probe, read, write, patch.
+
+Each responder: parse the headers, open a session, run the operation, answer. Which method
+an image has is asked by the middleware before any responder runs.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import falcon
+
+from imageserver.core import patches
+from imageserver.core.bounds import MAX_SIZE
+from imageserver.core.entry import fields
+from imageserver.core.errors import BackendError, BadRequest, Exhausted, UnsupportedMediaType
+from imageserver.core.ports import ImageInfo
+from imageserver.core.ranges import parse_content_range, parse_range, whole
+from imageserver.core.transfer import FileImage, Transfer
+from imageserver.images import operations, sessions
+from imageserver.images.operations import READ_ONLY_METHODS, check_writable
+from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector
+from imageserver.images.sessions import Session, Sessions
+from imageserver.web.answers import set_json
+from imageserver.web.body import ASKING, RequestSource, StreamedBody, read_all
+from imageserver.web.headers import (
+    body_length,
+    check_method,
+    full_body_length,
+    is_json,
+    json_length,
+    read_flush,
+    read_range,
+)
+from imageserver.web.visiting import open_session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What OPTIONS announces beside the image's own abilities."""
+
+    max_readers: int
+    max_writers: int
+    unix_socket: str | None
+
+
+#: What the server assumes of an NBD server that it cannot reach (docs/api.md).
+_ASSUMED = ImageInfo(size=0, read_only=False, can_zero=True, can_flush=True)
+
+
+class ImageResource:
+    """One image as a whole, or ranges of it."""
+
+    def __init__(self, opened: Sessions, inspector: Inspector, limits: Limits) -> None:
+        self._sessions = opened
+        self._inspector = inspector
+        self._limits = limits
+
+    def check_method(self, method: str, transfer: Transfer) -> None:
+        """Refuse a method that this image lacks, before anything is opened."""
+        if method == "PATCH" and isinstance(transfer.image, FileImage):
+            raise BadRequest(
+                "range writes and PATCH not supported for file backend; use PUT for full upload"
+            )
+        methods: tuple[str, ...] = READ_ONLY_METHODS
+        if not transfer.read_only:
+            methods += ("PUT",) if isinstance(transfer.image, FileImage) else ("PUT", "PATCH")
+        check_method(method, methods)
+
+    def on_options(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Say what the image can do; no lock, no slot."""
+        info = self._info(transfer, _asking(req))
+        announce(resp, _announcement(transfer, info, self._limits.max_writers), self._limits)
+
+    def on_head(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Send GET's headers for the whole image; no slot."""
+        info = self._inspector.inspect(transfer.image, asking=_asking(req))
+        resp.content_type = "application/octet-stream"
+        resp.content_length = info.size
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Send the image, or one range of it."""
+        wanted = read_range(req)
+        session = self._open(req, transfer, sessions.READ)
+        try:
+            span = wanted.resolve(session.size) if wanted else whole(session.size)
+            body = StreamedBody(req, session, operations.read(session, span))
+        except BaseException:
+            session.close()
+            raise
+        if wanted:
+            resp.status = falcon.HTTP_PARTIAL_CONTENT
+            resp.set_header("Content-Range", span.content_range)
+        resp.content_type = "application/octet-stream"
+        resp.content_length = span.length
+        resp.stream = body
+
+    def on_put(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Replace the whole image by the body, or with ``Content-Range`` a part of it."""
+        flush = read_flush(req)
+        if req.get_header("Content-Range") and not isinstance(transfer.image, FileImage):
+            answer = self._put_range(req, transfer, flush=flush)
+        else:
+            answer = self._put_whole(req, transfer, flush=flush)
+        set_json(resp, answer)
+
+    def _put_whole(
+        self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
+    ) -> dict[str, object]:
+        length = full_body_length(req)
+        with self._open(req, transfer, sessions.REPLACE) as session:
+            check_writable(session.info)
+            if isinstance(transfer.image, FileImage):
+                _check_bound(length)
+            else:
+                _check_size(length, session.size)
+            source = RequestSource(req, length)
+            done = operations.replace(session, length, source, flush=bool(flush))
+        return _written(length, flush, done)
+
+    def _put_range(
+        self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
+    ) -> dict[str, object]:
+        if req.get_header("Range") is not None:
+            raise BadRequest("Range/Content-Range not supported; full writes only")
+        wanted = parse_content_range(
+            req.get_header("Content-Range", required=True), body_length(req)
+        )
+        with self._open(req, transfer, sessions.WRITE) as session:
+            check_writable(session.info)
+            span = wanted.resolve(session.size)
+            source = RequestSource(req, span.length)
+            done = operations.write(session, span, source, flush=bool(flush))
+        return _written(span.length, flush, done)
+
+    def on_patch(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
+        """Write a range, zero one, or flush."""
+        if is_json(req):
+            self._patch_json(req, transfer)
+            set_json(resp, {"ok": True})
+        elif req.get_header("Range") is not None:
+            length = self._patch_range(req, transfer)
+            set_json(resp, {"ok": True, "bytes_written": length})
+        else:
+            raise UnsupportedMediaType(
+                "PATCH requires Content-Type: application/json (for zero/flush) "
+                "or Range with binary body"
+            )
+
+    def _patch_json(self, req: falcon.Request, transfer: Transfer) -> None:
+        # The body comes before lock and slot: only it says which slot, and a client that
+        # dawdles over it holds nothing.
+        patch = patches.parse_patch(read_all(req, json_length(req)))
+        if isinstance(patch, patches.Zero):
+            with self._open(req, transfer, sessions.ZERO) as session:
+                check_writable(session.info)
+                span = patch.resolve(session.size)
+                operations.zero(session, span, flush=patch.flush)
+        else:
+            with self._open(req, transfer, sessions.FLUSH) as session:
+                operations.flush(session)
+
+    def _patch_range(self, req: falcon.Request, transfer: Transfer) -> int:
+        wanted = parse_range(req.get_header("Range", required=True))
+        length = body_length(req)
+        if length == 0:
+            raise BadRequest("Content-Length must be positive")
+        with self._open(req, transfer, sessions.WRITE) as session:
+            check_writable(session.info)
+            span = wanted.resolve(session.size)
+            if span.length != length:
+                raise BadRequest(
+                    f"Content-Length ({length}) must equal range length ({span.length})"
+                )
+            operations.write(session, span, RequestSource(req, length))
+        return length
+
+    def _open(self, req: falcon.Request, transfer: Transfer, need: sessions.Need) -> Session:
+        return open_session(self._sessions, req, transfer, need)
+
+    def _info(self, transfer: Transfer, asking: Asking) -> ImageInfo:
+        if isinstance(transfer.image, FileImage):
+            return _ASSUMED
+        try:
+            return self._inspector.inspect(transfer.image, MEMORY_SECONDS, asking)
+        except (BackendError, Exhausted) as exc:
+            told = fields(transfer=transfer.id, detail=exc)
+            log.warning("options answered from configuration", extra=told)
+            return _ASSUMED
+
+
+def _asking(req: falcon.Request) -> Asking:
+    """Return whether this thread may wait for a back end; under other servers any may."""
+    asking: Asking = req.env.get(ASKING, Asking.NOW)
+    return asking
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What OPTIONS says of one kind of image."""
+
+    features: tuple[str, ...]
+    writers: int
+    methods: str
+
+
+def _announcement(transfer: Transfer, info: ImageInfo, writers: int) -> Announcement:
+    read_only = transfer.read_only or info.read_only
+    if isinstance(transfer.image, FileImage):
+        if read_only:
+            return Announcement(("flush",), 0, "GET, POST, OPTIONS")
+        return Announcement(("flush",), 1, "GET, PUT, POST, OPTIONS")
+    if read_only:
+        return Announcement(("extents",), 0, "GET, OPTIONS")
+    features = ("extents", *["zero"] * info.can_zero, *["flush"] * info.can_flush)
+    return Announcement(features, writers if info.multi_conn else 1, "GET, PUT, PATCH, OPTIONS")
+
+
+def announce(resp: falcon.Response, what: Announcement, limits: Limits) -> None:
+    """Answer OPTIONS."""
+    resp.set_header("Allow", what.methods.replace("GET", "GET, HEAD"))
+    resp.set_header("Access-Control-Allow-Methods", what.methods)
+    answer = {
+        "unix_socket": limits.unix_socket,
+        "features": what.features,
+        "max_readers": limits.max_readers,
+        "max_writers": what.writers,
+    }
+    set_json(resp, answer)
+
+
+class ServerResource:
+    """``OPTIONS /images/*`` and ``OPTIONS *``: what the server can do (docs/api.md)."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def on_options(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        """Answer from the settings alone: what a load balancer probes."""
+        everything = Announcement(
+            ("extents", "zero", "flush"),
+            self._limits.max_writers,
+            "GET, PUT, PATCH, POST, OPTIONS",
+        )
+        announce(resp, everything, self._limits)
+
+
+def _written(length: int, flush: bool | None, flushed: bool) -> dict[str, object]:  # noqa: FBT001
+    answer: dict[str, object] = {"ok": True, "bytes_written": length}
+    return answer if flush is None else answer | {"flushed": flushed}
+
+
+def _check_bound(length: int) -> None:
+    """Refuse a length that no file can have (off_t)."""
+    if length > MAX_SIZE:
+        raise BadRequest("Invalid Content-Length")
+
+
+def _check_size(length: int, size: int) -> None:
+    if length != size:
+        raise BadRequest(f"Content-Length ({length}) must equal export size ({size})")

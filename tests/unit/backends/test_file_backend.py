@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file backend where the system fails: before the body, in it, behind the exchange."""
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from imageserver.backends.file import replacement
+from imageserver.backends.file.image import ImageFiles
+from imageserver.core.errors import FileAccessError, NoSpace
+from imageserver.core.ports import HasFileno, Intent
+from imageserver.core.transfer import FileImage
+
+OLD, NEW = b"old", b"new!"
+
+
+class Body:
+    """A client's body, and how much of it has been asked for."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.on_read: Callable[[], None] = lambda: None
+
+    def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
+        assert until
+        self.on_read()
+        count = min(len(buffer), len(NEW) - self.asked)
+        buffer[:count] = NEW[self.asked : self.asked + count]
+        self.asked += count
+        return count
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    image = tmp_path / "image"
+    image.write_bytes(OLD)
+    image.chmod(0o640)
+    return image
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_open() -> Iterator[None]:
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "close":  # a replaced file's last descriptor
+            thread.join(10)
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def _put(image: Path, body: Body, length: int = len(NEW)) -> None:
+    backend = ImageFiles(4096).open(FileImage(str(image)), Intent.REPLACE)
+    try:
+        for _ in backend.replace(length, body):
+            pass
+    finally:
+        backend.close()
+
+
+def _raise(number: int) -> Callable[..., None]:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def _unlistable(monkeypatch: pytest.MonkeyPatch) -> None:
+    really = os.open
+
+    def opening(path: bytes, flags: int, *args: int, **kwargs: int) -> int:
+        if path == b"." and not flags & os.O_TMPFILE & ~os.O_DIRECTORY:
+            _raise(errno.EACCES)()
+        return really(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opening)
+
+
+#: What may be forbidden, and which call says so.
+FORBIDDEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "the directory cannot be synced": _unlistable,
+    "the target is immutable": lambda m: m.setattr(os, "rmdir", _raise(errno.EPERM)),
+    "the target is a mount point": lambda m: m.setattr(
+        replacement, "_mount_of", lambda fd: b"%d" % fd
+    ),
+    "the mode cannot be kept": lambda m: m.setattr(os, "fchmod", _raise(errno.EPERM)),
+    "the attributes cannot be read": lambda m: m.setattr(os, "listxattr", _raise(errno.EACCES)),
+    "the file system's files are smaller": lambda m: m.setattr(
+        os, "lseek", lambda *where: 3 if where[-1] == os.SEEK_END else _raise(errno.EINVAL)()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_what_forbids_a_replacement_is_found_before_the_body_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, image: Path, name: str
+) -> None:
+    body = Body()
+    with monkeypatch.context() as patched:
+        FORBIDDEN[name](patched)
+        with pytest.raises(FileAccessError):
+            _put(image, body)
+    assert body.asked == 0
+    assert [p.name for p in image.parent.iterdir()] == ["image"]
+    assert image.read_bytes() == OLD
+
+
+def test_no_place_for_a_new_file_is_no_space_before_the_body_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, image: Path
+) -> None:
+    body = Body()
+    monkeypatch.setattr("imageserver.backends.file.image.NewFile", _raise(errno.ENOSPC))
+    with pytest.raises(NoSpace):
+        _put(image, body)
+    assert body.asked == 0
+
+
+def test_until_it_is_complete_a_new_file_is_its_owners_alone(
+    monkeypatch: pytest.MonkeyPatch, image: Path
+) -> None:
+    really = os.open
+
+    def opening(path: bytes, flags: int, *args: int, **kwargs: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            _raise(errno.EOPNOTSUPP)()
+        return really(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opening)
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.extend(p.stat().st_mode for p in image.parent.glob(".imageserver-*.part"))
+
+    body = Body()
+    body.on_read = look
+    _put(image, body)
+    assert set(seen) == {stat.S_IFREG | 0o600}
+    assert (image.read_bytes(), image.stat().st_mode) == (NEW, stat.S_IFREG | 0o640)
+
+
+def test_where_modes_are_the_mounts_a_file_is_replaced_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, image: Path
+) -> None:
+    found = os.stat_result((stat.S_IFREG | 0o755, *os.stat(image)[1:]))  # as FAT has it
+    really = os.fstat
+    monkeypatch.setattr(
+        os, "fstat", lambda fd: found if stat.S_ISREG(really(fd).st_mode) else really(fd)
+    )
+    monkeypatch.setattr(os, "fchmod", _raise(errno.EPERM))
+    _put(image, Body())
+    assert image.read_bytes() == NEW
+
+
+def test_a_sync_that_fails_behind_the_exchange_is_an_error_with_the_new_file(
+    monkeypatch: pytest.MonkeyPatch, image: Path
+) -> None:
+    really = os.fsync
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: _raise(errno.EIO)() if stat.S_ISDIR(os.fstat(fd).st_mode) else really(fd),
+    )
+    with pytest.raises(FileAccessError, match="Input/output error"):
+        _put(image, Body())
+    assert image.read_bytes() == NEW
+
+
+def test_what_is_exchanged_between_look_and_opening_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, image: Path
+) -> None:
+    really = os.open
+
+    def opening(path: bytes, flags: int, *args: int, **kwargs: int) -> int:
+        if path == b"image":
+            image.unlink()
+            os.mkfifo(image)
+        return really(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", opening)
+    with pytest.raises(FileAccessError, match="neither a regular file"):
+        ImageFiles(4096).open(FileImage(str(image)), Intent.READ)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports of servers that say what no real one does: an error in words, or the right bytes."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+
+import pytest
+
+from imageserver.backends.nbd.exports import NbdExports
+from imageserver.backends.nbd.link import Tuning
+from imageserver.core.errors import BackendError, ClientGone, Exhausted
+from imageserver.core.extents import Extent
+from imageserver.core.ports import Backend, Check, Intent, no_client
+from imageserver.core.transfer import NbdImage
+from tests.unit.fakes import Bytes
+from tests.unit.nbd_liar import CAN_FLUSH, DISCONNECT, HAS_FLAGS, STATUS, ZERO, Liar, lying
+from tests.unit.shortages import no_descriptors
+
+KIB = 1024
+
+
+@pytest.fixture
+def liar(tmp_path: Path) -> Iterator[Liar]:
+    with lying(Liar(tmp_path / "nbd")) as liar:
+        yield liar
+
+
+def _open(liar: Liar, intent: Intent = Intent.READ, check: Check = no_client) -> Backend:
+    exports = NbdExports(Tuning(chunk_size=64 * KIB, queue_depth=3, timeout=5.0))
+    return exports.open(NbdImage(str(liar.path)), intent, check)
+
+
+def _extents(liar: Liar, start: int, stop: int) -> list[Extent]:
+    backend = _open(liar, Intent.EXTENTS)
+    try:
+        return list(chain.from_iterable(backend.extents(start, stop, dirty=False)))
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("size", [1 << 63, (1 << 63) + 5, (1 << 64) - 1], ids=hex)
+@pytest.mark.parametrize("intent", [Intent.INSPECT, Intent.READ, Intent.WRITE])
+def test_a_size_that_no_offset_reaches_is_an_error(liar: Liar, size: int, intent: Intent) -> None:
+    liar.size = size
+
+    with pytest.raises(BackendError, match=r"announces a size of 2\^63 bytes or more"):
+        _open(liar, intent)
+
+
+def test_a_connection_that_finds_no_descriptor_is_no_failure_of_the_server(liar: Liar) -> None:
+    with no_descriptors(), pytest.raises(Exhausted):
+        _open(liar)
+    _open(liar).close()
+
+
+def test_the_largest_size_is_served(liar: Liar) -> None:
+    liar.size = (1 << 63) - 1
+    backend = _open(liar)
+
+    assert b"".join(map(bytes, backend.read(liar.size - 5, 5))) == b"DDDDD"
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        pytest.param((0, 4096, 1 << 20), id="minimum-0"),
+        pytest.param((3, 4096, 1 << 20), id="minimum-no-power-of-2"),
+        pytest.param((4096, 4096, 512), id="maximum-below-minimum"),
+        pytest.param((1 << 31, 1 << 31, 1 << 31), id="minimum-2-gib"),
+        pytest.param((512, 4096, 1000), id="maximum-no-multiple"),
+        pytest.param((512, 4096, 0), id="maximum-0"),
+    ],
+)
+def test_block_sizes_without_sense_count_as_none(liar: Liar, blocks: tuple[int, int, int]) -> None:
+    # libnbd drops what the protocol does not allow: no buffer is made as large as that.
+    liar.blocks = blocks
+    backend = _open(liar)
+
+    assert backend.align == 1
+    assert b"".join(map(bytes, backend.read(5, 100))) == b"D" * 100
+    backend.close()
+
+
+@pytest.mark.parametrize("span", [(5, 105), (4091, 4101), (8192, 8193), (4095, 9000)], ids=str)
+def test_block_status_is_asked_for_in_whole_blocks_and_cut(
+    liar: Liar, span: tuple[int, int]
+) -> None:
+    liar.blocks = 4096, 4096, 1 << 20
+    liar.status = lambda offset, length: [
+        (4096, int(at // 4096 % 2)) for at in range(offset, offset + length, 4096)
+    ]
+    start, stop = span
+
+    found = _extents(liar, start, stop)
+
+    cuts = sorted({start, stop, *range(-(-start // 4096) * 4096, stop, 4096)})
+    wanted = [(a, b - a, a // 4096 % 2 == 1, False) for a, b in pairwise(cuts)]
+    assert found == wanted
+    asked = [(offset, length) for _, command, offset, length in liar.got if command == STATUS]
+    assert [request for request in asked if request[0] % 4096 or request[1] % 4096] == []
+    assert asked != []
+
+
+def test_a_status_that_ends_inside_a_block_is_taken_up_from_that_blocks_beginning(
+    liar: Liar,
+) -> None:
+    liar.blocks = 4096, 4096, 1 << 20
+    liar.size = 8192
+    replies = iter([[(5000, 1)], [(1000, 1), (3096, 0)]])
+    liar.status = lambda _offset, _length: next(replies)
+
+    assert _extents(liar, 0, 8192) == [(0, 5096, True, False), (5096, 3096, False, False)]
+    assert [at for _, command, at, _ in liar.got if command == STATUS] == [0, 4096]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [pytest.param([(0, 0)], id="length-0"), pytest.param([(0, 0), (0, 1)], id="lengths-0")],
+)
+def test_a_status_of_no_bytes_is_an_error_not_a_loop(
+    liar: Liar, pairs: list[tuple[int, int]]
+) -> None:
+    liar.status = lambda _offset, _length: pairs
+
+    with pytest.raises(BackendError):
+        _extents(liar, 0, liar.size)
+
+
+@pytest.mark.parametrize("more", [[], [(1 << 31, 0)]], ids=["alone", "and more"])
+def test_a_status_beyond_the_image_is_cut_to_it_or_an_error(
+    liar: Liar, more: list[tuple[int, int]]
+) -> None:
+    """An error where libnbd refuses such an answer (1.22 does, 1.14 does not)."""
+    liar.status = lambda _offset, _length: [(1 << 31, 3), *more]
+
+    try:
+        found = _extents(liar, 0, liar.size)
+    except BackendError as exc:
+        assert "EPROTO" in str(exc)  # noqa: PT017 - or no error
+    else:
+        assert found == [(0, liar.size, True, False)]
+
+
+# Clients that go away while the server takes its time
+
+WHOLE = 1 << 20
+SLOW: dict[str, Callable[[Backend], object]] = {
+    "read": lambda backend: list(backend.read(0, 10)),
+    "long read": lambda backend: list(backend.read(0, WHOLE)),
+    "write": lambda backend: list(backend.write(0, 10, Bytes(b"x" * 10))),
+    "long write": lambda backend: list(backend.write(0, WHOLE, Bytes(bytes(WHOLE), WHOLE))),
+    "replace": lambda backend: list(backend.replace(WHOLE, Bytes(bytes(WHOLE), WHOLE))),
+    "zero": lambda backend: list(backend.zero(0, WHOLE)),
+    "flush": lambda backend: backend.flush(),
+    "extents": lambda backend: list(backend.extents(0, WHOLE, dirty=False)),
+}
+
+
+@pytest.mark.parametrize("can_zero", [True, False], ids=["write-zeroes", "no-write-zeroes"])
+@pytest.mark.parametrize("work", SLOW.values(), ids=SLOW)
+def test_a_client_that_has_gone_ends_what_waits_and_leaves_no_write_in_flight(
+    liar: Liar, work: Callable[[Backend], object], can_zero: bool
+) -> None:
+    goes_on = threading.Event()
+
+    def check() -> None:
+        goes_on.set()  # so that what is in flight can be settled
+        raise ClientGone
+
+    liar.before = lambda command: command == DISCONNECT or goes_on.wait(10)
+    liar.flags = liar.flags if can_zero else HAS_FLAGS | CAN_FLUSH
+    backend = _open(liar, Intent.EXTENTS, check)
+
+    with pytest.raises(ClientGone):
+        work(backend)
+    backend.close()
+    assert backend.settled
+    # What is in flight at most, of 16 chunks; and the good-bye.
+    assert 1 <= sum(command != DISCONNECT for _, command, *_ in liar.got) <= 4
+
+
+def test_a_quick_request_is_over_before_its_client_is_looked_at(liar: Liar) -> None:
+    def check() -> None:
+        raise AssertionError
+
+    backend = _open(liar, check=check)
+    assert len(list(backend.read(0, 10))) == 1
+    backend.close()
+
+
+def test_a_client_that_has_gone_ends_the_handshake(tmp_path: Path) -> None:
+    def check() -> None:
+        raise ClientGone
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "silent"))
+        listener.listen()
+        with pytest.raises(ClientGone):
+            _open(Liar(tmp_path / "silent"), check=check)
+
+
+def test_zeros_of_a_slow_server_go_in_ever_smaller_steps(
+    liar: Liar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imageserver.backends.nbd.zeroing._QUICK_SECONDS", -1.0)
+    monkeypatch.setattr("imageserver.backends.nbd.zeroing._LONG_SECONDS", -1.0)
+    liar.size = 512 << 20
+    backend = _open(liar, Intent.WRITE)
+
+    assert list(backend.zero(0, liar.size))[-1] == liar.size
+    backend.close()
+    steps = [length >> 20 for _, command, _, length in liar.got if command == ZERO]
+    assert steps[:9] == [64, 64, 64, 32, 16, 8, 4, 2, 1]
+    assert (set(steps[9:]), sum(steps)) == ({1}, 512)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""imagectl download: what --verify finds out, and whom the lock keeps out."""
+
+import contextlib
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from imageserver.client.failures import Different, LocalFailure
+from imageserver.client.http.access import Access
+from imageserver.client.http.remote import Extent, Remote
+from imageserver.client.local import rawfile
+from imageserver.client.local.rawfile import RawFile
+from imageserver.client.moving import resume, target
+from imageserver.client.moving.claims import claimed
+from imageserver.client.moving.download import download
+from imageserver.client.moving.target import Wanted, check_file
+from imageserver.client.showing.progress import Silent
+from tests.unit.liars import SIZE, ZEROS, liar
+
+
+class _Zeroed(Remote):
+    """Says that nothing but the zeros has changed."""
+
+    def extents(self, context: str = "zero") -> Generator[Extent]:
+        assert context == "dirty"
+        yield 0, ZEROS[0], False, False
+        yield ZEROS[0], ZEROS[1] - ZEROS[0], True, True
+        yield ZEROS[1], SIZE - ZEROS[1], False, False
+
+
+@pytest.fixture
+def remote() -> Iterator[_Zeroed]:
+    with liar("") as url, contextlib.closing(_Zeroed(Access(url))) as remote:
+        yield remote
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """An earlier copy, of bytes that are not zero."""
+    path = tmp_path / "copy"
+    path.write_bytes(b"x" * SIZE)
+    return path
+
+
+def test_changes_that_are_zeros_are_verified(remote: Remote, file: Path):
+    result = download(remote, Wanted(str(file), incremental=True, verify=True), Silent())
+    assert (result.data, result.verified) == (0, True)
+    length = ZEROS[1] - ZEROS[0]
+    assert file.read_bytes() == b"x" * ZEROS[0] + bytes(length) + b"x" * (SIZE - ZEROS[1])
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_zeros_that_did_not_become_zeros_are_found_by_verify(
+    remote: Remote, file: Path, monkeypatch: pytest.MonkeyPatch, left: int
+):
+    def zero(self: RawFile, start: int, stop: int) -> None:
+        self.write(start, bytes((stop - start - 1) * left))
+
+    monkeypatch.setattr(RawFile, "zero", zero)
+    wanted = Wanted(str(file), incremental=True, verify=True)
+    with pytest.raises(Different, match=r"what should be zero .* fetches all again"):
+        download(remote, wanted, Silent())
+    saved = resume.State(f"{file}.incremental.state").load()
+    assert saved is not None
+    assert (saved.done, saved.undone) == ([], [ZEROS])
+    monkeypatch.undo()
+    download(remote, wanted, Silent())
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_no_other_download_has_the_part_while_it_is_renamed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    renamed = []
+
+    def rename_new(old: str, new: str) -> None:
+        for path, is_there in ((old, True), (new, False)):
+            assert Path(path).exists() == is_there
+        with pytest.raises(LocalFailure, match="another download"), claimed(old, is_part=True):
+            pass
+        rawfile.rename_new(old, new)
+        with pytest.raises(LocalFailure, match="another download"), claimed(new, is_part=False):
+            pass
+        renamed.append(new)
+
+    monkeypatch.setattr(target, "rename_new", rename_new)
+    file.unlink()
+    with liar("") as url, contextlib.closing(Remote(Access(url))) as remote:
+        download(remote, Wanted(str(file)), Silent())
+    assert renamed == [str(file)]
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_what_a_program_has_open_is_not_replaced(tmp_path: Path):
+    """As /dev/stdout is, where it leads to a file."""
+    with (tmp_path / "output").open("w") as file:
+        for link in ("direct", "over another"):
+            (tmp_path / link).symlink_to(
+                f"/proc/self/fd/{file.fileno()}" if link == "direct" else "direct"
+            )
+            with pytest.raises(LocalFailure, match="is what a program has open, by /proc/self/fd"):
+                check_file(Wanted(str(tmp_path / link), force=True))
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "fifo", "to a fifo", "."])
+def test_what_is_no_file_is_not_replaced(tmp_path: Path, path: str):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to a fifo").symlink_to("fifo")
+    with pytest.raises(LocalFailure, match="is no regular file"):
+        check_file(Wanted(str(tmp_path / path), force=True))
+
+
+def test_what_became_a_fifo_meanwhile_is_not_replaced(file: Path):
+    class _Late(Remote):
+        def size(self) -> int:
+            if file.is_file():
+                file.unlink()
+                os.mkfifo(file)
+            return super().size()
+
+    wanted = Wanted(str(file), force=True)
+    with (
+        liar("") as url,
+        contextlib.closing(_Late(Access(url))) as remote,
+        pytest.raises(LocalFailure, match="is no regular file"),
+    ):
+        download(remote, wanted, Silent())
+    assert file.is_fifo()

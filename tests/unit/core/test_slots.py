@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slot table's rules over a plain buffer: exact limits, owners, progress, sweeps."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imageserver.core.slots import CAPACITY, Holder, Kind, Owner, SlotTable
+from tests.unit.tables import FULL, ME, OTHER, READER, THIRD, counts, everyone, formatted, opened
+
+
+@pytest.fixture
+def table() -> SlotTable:
+    return opened(formatted())
+
+
+def test_what_was_claimed_is_shown_whole(table: SlotTable) -> None:
+    table.claim(FULL, 1)
+
+    assert everyone(table) == [FULL]
+
+
+def test_another_view_of_the_buffer_sees_it_too() -> None:
+    buffer = formatted()
+    opened(buffer).claim(FULL, 1)
+
+    assert everyone(opened(buffer)) == [FULL]
+
+
+@pytest.mark.parametrize("limit", [0, 1, 8, 512])
+@pytest.mark.parametrize("kind", Kind)
+def test_exactly_the_limit_is_granted(table: SlotTable, kind: Kind, limit: int) -> None:
+    granted = [table.claim(Holder(kind, ME), limit) for _ in range(limit + 2)]
+
+    assert [index is not None for index in granted] == [True] * limit + [False] * 2
+    assert table.count(kind) == limit
+
+
+def test_kinds_have_limits_of_their_own(table: SlotTable) -> None:
+    table.claim(READER, 1)
+
+    assert [table.claim(Holder(k, ME), 1) is None for k in (Kind.WRITE, Kind.READ)] == [False, True]
+
+
+def test_a_full_table_refuses_whatever_the_limit(table: SlotTable) -> None:
+    for _ in range(CAPACITY):
+        table.claim(READER, CAPACITY + 1)
+
+    assert table.claim(FULL, CAPACITY + 1) is None
+    assert counts(table) == [CAPACITY, 0, 0, 0]
+
+
+def test_a_released_slot_is_free_again(table: SlotTable) -> None:
+    index = table.claim(READER, 1)
+    assert index is not None
+
+    assert (table.release(index, ME, READER.started_ns), table.count(Kind.READ)) == (True, 0)
+    assert table.claim(READER, 1) is not None
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        pytest.param(OTHER, id="another-process"),
+        pytest.param(Owner(ME.pid, ME.start + 1), id="reused-pid"),
+    ],
+)
+def test_only_the_owner_releases(table: SlotTable, owner: Owner) -> None:
+    index = table.claim(READER, 1)
+    assert index is not None
+
+    assert (table.release(index, owner, READER.started_ns), everyone(table)) == (False, [READER])
+
+
+def test_a_later_claim_of_the_same_record_is_not_released(table: SlotTable) -> None:
+    index = table.claim(FULL, 1)
+    assert index is not None
+
+    assert (table.release(index, ME, FULL.started_ns - 1), everyone(table)) == (False, [FULL])
+
+
+def test_releasing_twice_is_refused(table: SlotTable) -> None:
+    table.claim(READER, 1)
+
+    assert [table.release(0, ME, READER.started_ns) for _ in range(2)] == [True, False]
+
+
+def test_progress_shows_in_the_holders(table: SlotTable) -> None:
+    first, second = table.claim(FULL, 2), table.claim(FULL, 2)
+    assert first is not None
+    assert second is not None
+
+    table.set_progress(first, 10, 2**64 - 1)
+
+    shown = [(h.done, h.expected) for h in table.holders(Kind.WRITE)]
+    assert shown == [(10, 2**64 - 1), (FULL.done, FULL.expected)]
+
+
+def test_progress_leaves_a_record_valid(table: SlotTable) -> None:
+    index = table.claim(FULL, 1)
+    assert index is not None
+    table.set_progress(index, 1, 2)
+
+    assert table.sweep(lambda _: True) == []
+    assert table.release(index, ME, FULL.started_ns) is True
+
+
+def test_a_new_claim_does_not_inherit_progress(table: SlotTable) -> None:
+    index = table.claim(READER, 1)
+    assert index is not None
+    table.set_progress(index, 10, 20)
+    table.release(index, ME, READER.started_ns)
+    table.claim(READER, 1)
+
+    assert everyone(table) == [READER]
+
+
+def test_holders_are_those_of_the_kinds_asked_for(table: SlotTable) -> None:
+    for kind in Kind:
+        table.claim(Holder(kind, ME), 1)
+
+    assert [h.kind for h in table.holders(Kind.WRITE, Kind.OTHER)] == [Kind.WRITE, Kind.OTHER]
+    assert list(table.holders()) == []
+
+
+def test_a_sweep_frees_the_dead_and_says_who_they_were(table: SlotTable) -> None:
+    reused = Owner(ME.pid, ME.start - 1)  # its pid is ours now
+    for owner in (ME, OTHER, ME, reused):
+        table.claim(Holder(Kind.READ, owner), 8)
+
+    freed = table.sweep(lambda owner: owner == ME)
+
+    assert freed == [Holder(Kind.READ, OTHER), Holder(Kind.READ, reused)]
+    assert everyone(table) == [READER, READER]
+
+
+def test_a_claim_cut_short_before_its_state_byte_leaves_no_trace(
+    table: SlotTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table, "_write", die)
+    with pytest.raises(KeyboardInterrupt):
+        table.claim(FULL, 1)
+    monkeypatch.undo()
+
+    assert (counts(table), table.claim(READER, 1)) == ([0, 0, 0, 0], 0)
+
+
+_OPERATIONS = st.one_of(
+    st.tuples(st.just("claim"), st.sampled_from(Kind), st.sampled_from([ME, OTHER, THIRD])),
+    st.tuples(st.just("release"), st.integers(0, 12), st.sampled_from([ME, OTHER, THIRD])),
+    st.tuples(st.just("kill"), st.none(), st.sampled_from([ME, OTHER, THIRD])),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(_OPERATIONS, max_size=40), st.integers(1, 3))
+def test_any_history_holds_exactly_what_a_dictionary_would(
+    operations: list[tuple[str, object, Owner]], limit: int
+) -> None:
+    table, held = opened(formatted()), {}
+    for name, argument, owner in operations:
+        if name == "claim":
+            index = table.claim(Holder(argument, owner), limit)
+            full = sum(h.kind is argument for h in held.values()) == limit
+            assert (index is None) == full
+            if index is not None:
+                assert index not in held
+                held[index] = Holder(argument, owner)
+        elif name == "release":
+            mine = argument in held and held[argument].owner == owner
+            assert table.release(argument, owner, 0) == mine
+            if mine:
+                del held[argument]
+        else:
+            table.sweep(lambda asked, dead=owner: asked != dead)
+            held = {i: h for i, h in held.items() if h.owner != owner}
+
+        assert everyone(table) == [held[index] for index in sorted(held)]
+
+
+def test_an_age_is_never_negative() -> None:
+    held = replace(READER, started_ns=5_000_000_000)
+
+    assert [held.age(now) for now in (7_500_000_000, 5_000_000_000, 0)] == [2.5, 0, 0]

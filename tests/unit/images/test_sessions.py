@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions over fake ports: taken in order, given back in reverse, whatever fails on the way."""
+
+import pytest
+
+from imageserver.core.errors import (
+    BackendError,
+    BackendTimeout,
+    ClientGone,
+    FileAccessError,
+    ImageBusy,
+    NoSlot,
+    StateUnavailable,
+)
+from imageserver.core.ports import ImageInfo, Ticket
+from imageserver.core.ranges import Span
+from imageserver.core.slots import Kind
+from imageserver.images import sessions
+from imageserver.images.sessions import Need
+from imageserver.transfers.visits import Visit
+from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World
+
+CLIENT = "192.0.2.1"
+NEEDS = [
+    pytest.param(sessions.READ, ["slot READ", "open READ"], id="read"),
+    pytest.param(sessions.WRITE, ["lock", "slot WRITE", "open WRITE"], id="write"),
+    pytest.param(sessions.REPLACE, ["lock", "slot WRITE", "open REPLACE"], id="replace"),
+    pytest.param(sessions.ZERO, ["lock", "slot WRITE", "open WRITE"], id="zero"),
+    pytest.param(sessions.FLUSH, ["lock", "slot OTHER", "open FLUSH"], id="flush"),
+    pytest.param(sessions.EXTENTS, ["lock", "slot OTHER", "open EXTENTS"], id="extents"),
+    pytest.param(
+        sessions.DIRTY_EXTENTS, ["lock", "slot OTHER", "open DIRTY_EXTENTS"], id="dirty-extents"
+    ),
+]
+
+
+@pytest.mark.parametrize(("need", "taken"), NEEDS)
+def test_what_an_operation_needs_is_taken_in_order(need: Need, taken: list[str]) -> None:
+    world = World()
+
+    world.sessions().open(TRANSFER, need, CLIENT)
+
+    assert world.journal == taken
+
+
+@pytest.mark.parametrize(("need", "taken"), NEEDS)
+def test_closing_gives_everything_back_in_reverse(need: Need, taken: list[str]) -> None:
+    world = World()
+
+    world.sessions().open(TRANSFER, need, CLIENT).close()
+
+    given_back = ["close", "free", "unlock"]
+    assert world.journal == taken + given_back[: len(taken)]
+
+
+def test_closing_twice_gives_back_once() -> None:
+    world = World()
+    session = world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+
+    with session:
+        session.close()
+    session.close()
+
+    assert world.journal[3:] == ["close", "free", "unlock"]
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "given_back"),
+    [
+        pytest.param("lock", ImageBusy(), [], id="lock-busy"),
+        pytest.param("slot WRITE", NoSlot(Kind.WRITE), ["unlock"], id="slots-taken"),
+        pytest.param("slot WRITE", StateUnavailable(), ["unlock"], id="guard-stuck"),
+        pytest.param("open WRITE", BackendError("refused"), ["free", "unlock"], id="refused"),
+        pytest.param("open WRITE", BackendTimeout("silent"), ["free", "unlock"], id="silent"),
+        pytest.param("open WRITE", FileAccessError("gone"), ["free", "unlock"], id="no-file"),
+        pytest.param("open WRITE", KeyboardInterrupt(), ["free", "unlock"], id="interrupted"),
+    ],
+)
+def test_each_failure_gives_back_what_was_taken(
+    where: str, error: BaseException, given_back: list[str]
+) -> None:
+    world = World(fail={where: error})
+
+    with pytest.raises(type(error)) as raised:
+        world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+
+    assert raised.value is error
+    assert world.journal[world.journal.index(where) + 1 :] == given_back
+
+
+@pytest.mark.parametrize("shares_lock", [False, True])
+def test_the_lock_is_given_back_where_it_cannot_be_told_who_has_the_image(
+    shares_lock: bool,
+) -> None:
+    world = World(fail={"holders": StateUnavailable()})
+
+    with pytest.raises(StateUnavailable):
+        world.sessions(shares_lock=shares_lock).open(TRANSFER, sessions.REPLACE, CLIENT)
+
+    assert world.journal == ["lock", "unlock marked"]
+
+
+@pytest.mark.parametrize("need", [sessions.READ, sessions.ZERO, sessions.EXTENTS])
+def test_the_ticket_says_who_does_what(need: Need) -> None:
+    world = World()
+
+    world.sessions().open(TRANSFER, need, CLIENT)
+
+    key = "key" if need.locked else ""
+    assert world.tickets == [Ticket("t1", need.operation, key, CLIENT)]
+
+
+def test_progress_goes_to_the_slot() -> None:
+    world = World()
+
+    session = world.sessions().open(TRANSFER, sessions.READ, CLIENT)
+    session.begin(Span(0, 10, 20))
+    session.progress(3)
+
+    assert world.progress == [(0, 10), (3, 10)]
+    assert (session.span, session.done) == (Span(0, 10, 20), 3)
+
+
+def test_an_abandoned_image_is_settled_under_lock_and_slot_before_it_is_opened() -> None:
+    world = World(abandoned=True)
+
+    world.sessions().open(TRANSFER, sessions.WRITE, CLIENT).close()
+
+    assert world.journal == [
+        *("lock", "slot WRITE", "settle", "open WRITE"),
+        *("close", "free", "unlock"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        pytest.param("slot WRITE", NoSlot(Kind.WRITE), id="slots-taken"),
+        pytest.param("settle", BackendTimeout("still under way"), id="does-not-settle"),
+    ],
+)
+def test_an_abandoned_image_that_was_not_settled_stays_marked(where: str, error: Exception) -> None:
+    world = World(abandoned=True, fail={where: error})
+
+    with pytest.raises(type(error)):
+        world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+
+    assert world.journal[-1] == "unlock marked"
+
+
+def test_an_abandoned_image_that_was_settled_loses_its_mark_even_if_opening_fails() -> None:
+    world = World(abandoned=True, fail={"open WRITE": BackendError("refused")})
+
+    with pytest.raises(BackendError):
+        world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+
+    assert world.journal[-2:] == ["free", "unlock"]
+
+
+def test_reading_asks_for_no_lock_and_so_waits_for_no_one() -> None:
+    world = World(abandoned=True, fail={"lock": ImageBusy(), "settle": BackendTimeout("no")})
+
+    world.sessions().open(TRANSFER, sessions.READ, CLIENT).close()
+
+    assert world.journal == ["slot READ", "open READ", "close", "free"]
+
+
+def test_a_write_still_under_way_leaves_the_image_marked() -> None:
+    world = World(settled=False)
+
+    world.sessions().open(TRANSFER, sessions.WRITE, CLIENT).close()
+
+    assert world.journal[-3:] == ["close", "free", "unlock marked"]
+
+
+def test_whether_writes_have_settled_is_asked_after_the_back_end_was_closed() -> None:
+    world = World(settled=False)
+    session = world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+
+    world.settled = True
+    session.close()
+
+    assert world.journal[-1] == "unlock"
+
+
+@pytest.mark.parametrize("leaves", ["client", "visit"])
+def test_a_back_end_is_told_when_nobody_waits_any_more(leaves: str) -> None:
+    world = World()
+    away = {"client": False, "visit": False}
+
+    class _Visit(Visit):
+        def is_wanted(self) -> bool:
+            return not away["visit"]
+
+    opened = world.sessions()
+    opened.open(TRANSFER, sessions.WRITE, CLIENT, _Visit(), lambda: away["client"])
+    world.checks[-1]()  # it is there
+    away[leaves] = True
+
+    with pytest.raises(ClientGone):
+        world.checks[-1]()
+
+
+# Several writers of one export (docs/api.md)
+
+SHARING = [
+    pytest.param(sessions.WRITE, id="write"),
+    pytest.param(sessions.ZERO, id="zero"),
+    pytest.param(sessions.FLUSH, id="flush"),
+]
+ALONE = [
+    pytest.param(sessions.REPLACE, id="replace"),
+    pytest.param(sessions.EXTENTS, id="extents"),
+    pytest.param(sessions.DIRTY_EXTENTS, id="dirty-extents"),
+]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_who_shares_has_the_lock_only_until_its_slot_shows_it(need: Need) -> None:
+    world = World(others={"write", "zero", "flush"})
+
+    world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT).close()
+
+    assert world.journal == [
+        *("lock briefly", f"slot {need.kind.name}", "unlock marked", f"open {need.intent.name}"),
+        *("close", "free"),
+    ]
+
+
+@pytest.mark.parametrize("need", SHARING)
+@pytest.mark.parametrize("operation", ["replace", "extents"])
+def test_who_shares_is_refused_by_who_has_the_image_alone(need: Need, operation: str) -> None:
+    world = World(others={"write", operation})
+
+    with pytest.raises(ImageBusy):
+        world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT)
+    assert world.journal == []
+
+
+@pytest.mark.parametrize("need", ALONE)
+@pytest.mark.parametrize("operation", ["write", "zero", "flush"])
+def test_who_wants_the_image_alone_is_refused_while_others_share_it(
+    need: Need, operation: str
+) -> None:
+    world = World(others={operation})
+
+    with pytest.raises(ImageBusy):
+        world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT)
+    # Those who share may die: only the mark would tell.
+    assert world.journal == ["lock", "unlock marked"]
+
+
+@pytest.mark.parametrize("need", ALONE)
+def test_who_has_the_image_alone_keeps_the_lock(need: Need) -> None:
+    world = World()
+
+    world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT).close()
+
+    assert (world.journal[0], world.journal[-1]) == ("lock", "unlock")
+
+
+ONE_WRITER = ImageInfo(10, read_only=False, can_zero=True, can_flush=True)
+
+
+def _alone(need: Need) -> list[str]:
+    """Return what is done for an operation that has the image alone."""
+    opened = [f"slot {need.kind.name}", f"open {need.intent.name}"]
+    return ["lock", *opened, "close", "free", "unlock"]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_an_export_without_multi_conn_is_given_back_unwritten_and_taken_alone(need: Need) -> None:
+    world = World(info=ONE_WRITER)
+    opened = f"open {need.intent.name}"
+
+    session = world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT)
+
+    assert not session.shared
+    assert world.journal == [
+        *("lock briefly", f"slot {need.kind.name}", "unlock marked", opened, "close", "free"),
+        *("lock briefly", f"slot {need.kind.name}", opened),
+    ]
+    session.close()
+    assert world.journal[-3:] == ["close", "free", "unlock"]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_an_export_known_to_lack_multi_conn_is_taken_alone_at_once(need: Need) -> None:
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.journal.clear()
+
+    sessions_.open(TRANSFER, need, CLIENT).close()
+
+    assert world.journal == _alone(need)
+
+
+def test_who_found_no_multi_conn_is_refused_while_another_is_there() -> None:
+    world = World(info=ONE_WRITER)
+    world.on_open = lambda: world.others.add("write")
+
+    with pytest.raises(ImageBusy):
+        world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT)
+    assert world.journal[-3:] == ["free", "lock briefly", "unlock marked"]
+
+
+def test_another_server_at_the_socket_is_asked_anew() -> None:
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.info, world.stamp = None, "another"
+
+    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+
+
+def test_who_has_an_export_alone_and_finds_multi_conn_lets_others_in() -> None:
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.info = None
+    world.journal.clear()
+
+    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+    assert world.journal == ["lock", "slot WRITE", "open WRITE", "unlock marked"]
+    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+
+
+def test_a_visit_to_an_export_without_multi_conn_ends_once() -> None:
+    world = World(info=ONE_WRITER)
+    ends = []
+
+    class _Visit(Visit):
+        def close(self) -> None:
+            ends.append(len(world.journal))
+
+    world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT, _Visit()).close()
+
+    assert ends == [len(world.journal)]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_files_have_one_writer_however_many_are_allowed(need: Need) -> None:
+    world = World()
+
+    world.sessions(shares_lock=True).open(FILE_TRANSFER, need, CLIENT).close()
+
+    assert (world.journal[0], world.journal[-1]) == ("lock", "unlock")
+
+
+def test_what_a_dead_sharer_left_is_settled_before_the_next_is_let_in() -> None:
+    world = World(abandoned=True)
+
+    world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT)
+
+    assert world.journal == [
+        *("lock briefly", "slot WRITE", "settle", "unlock marked", "open WRITE")
+    ]
+
+
+def test_a_lock_that_others_have_removed_is_no_right_to_an_image() -> None:
+    """Another may have come before our slot showed, and hold a new lock of the same name."""
+    world = World(lock_removed=True)
+
+    with pytest.raises(ImageBusy):
+        world.sessions().open(TRANSFER, sessions.REPLACE, "client")
+
+    assert world.journal == ["lock", "slot WRITE", "free", "unlock"]

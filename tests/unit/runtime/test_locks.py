@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image locks on real files: identity, exclusion between threads and processes, pruning."""
+
+import errno
+import os
+import re
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from imageserver.core.errors import ImageBusy, StateUnavailable
+from imageserver.core.transfer import FileImage, NbdImage
+from imageserver.runtime import locks
+from imageserver.runtime.directory import KeptDirectory
+from imageserver.runtime.locks import ImageLocks, image_key
+from tests.unit.lockers import DISK, OTHER, age, holder, is_busy, locks_in
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "locks").mkdir()
+    return tmp_path / "locks"
+
+
+@pytest.fixture
+def images(directory: Path) -> ImageLocks:
+    return locks_in(directory)
+
+
+# Identity
+
+
+def test_a_key_is_32_hexadecimal_digits() -> None:
+    assert re.fullmatch("[0-9a-f]{32}", image_key(DISK))
+
+
+def test_ids_of_one_image_share_its_key(tmp_path: Path) -> None:
+    (tmp_path / "real").touch()
+    (tmp_path / "link").symlink_to("real")
+    real, link = str(tmp_path / "real"), str(tmp_path / "link")
+
+    assert image_key(FileImage(real)) == image_key(FileImage(link))
+    assert image_key(NbdImage(real, "x")) == image_key(NbdImage(link, "x", "bitmap"))
+
+
+def test_a_real_path_that_is_not_utf_8_has_a_key_of_its_own(tmp_path: Path) -> None:
+    keys = set()
+    for number, name in enumerate((b"\xff", b"\xfe", "\ufffd".encode())):
+        os.close(os.open(os.path.join(os.fsencode(tmp_path), name), os.O_CREAT))
+        (tmp_path / f"link{number}").symlink_to(os.fsdecode(name))
+        keys.add(image_key(FileImage(str(tmp_path / f"link{number}"))))
+        keys.add(image_key(NbdImage(str(tmp_path / f"link{number}"))))
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_link_that_is_exchanged_while_it_is_looked_at_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: int
+) -> None:
+    (tmp_path / "link").symlink_to("real")
+    really, left = os.readlink, [times]
+
+    def readlink(path: bytes) -> bytes:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EINVAL, "no link any more")
+        return really(path)
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    name = "real" if times == 1 else "link"
+    assert image_key(FileImage(f"{tmp_path}/link")) == image_key(FileImage(f"{tmp_path}/{name}"))
+
+
+def test_a_link_in_the_middle_of_a_path_makes_no_other_image(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+
+    assert image_key(FileImage(f"{tmp_path}/real/missing")) == image_key(
+        FileImage(f"{tmp_path}/link/../link/missing")
+    )
+
+
+def test_what_differs_in_kind_path_or_export_has_a_key_of_its_own() -> None:
+    images = [
+        NbdImage("/a"),
+        NbdImage("/a", "b"),
+        NbdImage("/a", "c"),
+        NbdImage("/b"),
+        FileImage("/a"),
+        FileImage("/b"),
+    ]
+
+    assert len({image_key(image) for image in images}) == len(images)
+
+
+def test_paths_and_exports_do_not_run_into_each_other() -> None:
+    assert image_key(NbdImage("/ab", "c")) != image_key(NbdImage("/a", "bc"))
+
+
+# Exclusion
+
+
+def test_an_image_has_one_holder(images: ImageLocks) -> None:
+    held = images.acquire(DISK)
+
+    with pytest.raises(ImageBusy):
+        images.acquire(DISK)
+    held.release(settled=True)
+    images.acquire(DISK).release(settled=True)
+
+
+def test_other_images_are_free(images: ImageLocks) -> None:
+    held = images.acquire(DISK)
+
+    images.acquire(OTHER).release(settled=True)
+    held.release(settled=True)
+
+
+def test_of_many_threads_one_gets_the_image(images: ImageLocks) -> None:
+    barrier = threading.Barrier(8)
+
+    def acquire() -> locks.ImageLock | None:
+        barrier.wait(5)
+        try:
+            return images.acquire(DISK)
+        except ImageBusy:
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        got = [lock for lock in threads.map(lambda _: acquire(), range(8)) if lock]
+
+    assert len(got) == 1
+    got[0].release(settled=True)
+
+
+def test_another_thread_may_release(images: ImageLocks) -> None:
+    held = images.acquire(DISK)
+    thread = threading.Thread(target=lambda: held.release(settled=True))
+    thread.start()
+    thread.join()
+
+    assert not is_busy(images)
+
+
+def test_releasing_twice_does_not_take_the_next_holders_lock(images: ImageLocks) -> None:
+    first = images.acquire(DISK)
+    first.release(settled=True)
+    second = images.acquire(DISK)
+    first.release(settled=False)
+
+    assert is_busy(images)
+    second.release(settled=True)
+
+
+def test_another_process_holds_an_image_until_it_lets_go(
+    directory: Path, images: ImageLocks
+) -> None:
+    with holder(directory) as process:
+        assert is_busy(images)
+        process.communicate("go\n", timeout=10)
+
+        lock = images.acquire(DISK)
+
+    assert not lock.abandoned
+    lock.release(settled=True)
+
+
+def test_a_refusal_does_not_disturb_the_holder_nor_its_mark(
+    directory: Path, images: ImageLocks
+) -> None:
+    with holder(directory) as process:
+        assert is_busy(images)
+        process.kill()
+        process.wait(10)
+        lock = images.acquire(DISK)
+
+    assert lock.abandoned
+    lock.release(settled=True)
+
+
+# For a moment
+
+
+def test_who_wants_the_image_for_a_moment_waits_as_long_for_others(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = images.acquire(DISK)
+    monkeypatch.setattr(locks.time, "sleep", lambda _: held.release(settled=True))
+
+    images.acquire_briefly(DISK).release(settled=True)
+
+
+def test_who_wants_the_image_for_a_moment_does_not_wait_for_ever(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_BRIEF_SECONDS", 0.01)
+    held = images.acquire(DISK)
+
+    with pytest.raises(ImageBusy):
+        images.acquire_briefly(DISK)
+    held.release(settled=True)
+
+
+def test_lock_files_are_private(directory: Path, images: ImageLocks) -> None:
+    images.acquire(DISK).release(settled=True)
+
+    assert [file.stat().st_mode & 0o777 for file in directory.iterdir()] == [0o600]
+
+
+# Pruning
+
+
+def test_idle_lock_files_are_pruned(directory: Path, images: ImageLocks) -> None:
+    images.acquire(DISK).release(settled=True)
+    images.acquire(OTHER).release(settled=True)
+    age(directory, 3601)
+
+    assert (images.prune(), list(directory.iterdir())) == (2, [])
+
+
+def test_lock_files_in_recent_use_are_kept(directory: Path, images: ImageLocks) -> None:
+    images.acquire(DISK).release(settled=True)
+    age(directory, 3500)
+
+    assert (images.prune(), len(list(directory.iterdir()))) == (0, 1)
+
+
+def test_marked_lock_files_are_kept_however_old(directory: Path, images: ImageLocks) -> None:
+    images.acquire(DISK).release(settled=False)
+    age(directory, 1e6)
+
+    assert images.prune() == 0
+    lock = images.acquire(DISK)
+    assert lock.abandoned
+    lock.release(settled=True)
+
+
+def test_held_lock_files_are_kept_however_old(directory: Path, images: ImageLocks) -> None:
+    held = images.acquire(DISK)
+    os.truncate(next(directory.iterdir()), 0)
+    age(directory, 1e6)
+
+    assert images.prune() == 0
+    assert is_busy(images)
+    held.release(settled=True)
+
+
+def test_a_lock_file_that_is_marked_while_it_is_pruned_is_kept(
+    directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images.acquire(DISK).release(settled=True)
+    age(directory, 3601)
+    real = locks.ImageLock
+
+    def after_another(directory: int, name: str, mark: bytes) -> locks.ImageLock:
+        real(directory, name, mark).release(settled=False)
+        return real(directory, name, mark)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks, "ImageLock", after_another)
+        images.prune()
+    lock = images.acquire(DISK)
+    lock.release(settled=True)
+
+    assert lock.abandoned
+
+
+def test_an_image_is_exclusive_again_after_its_file_was_pruned(
+    directory: Path, images: ImageLocks
+) -> None:
+    images.acquire(DISK).release(settled=True)
+    age(directory, 3601)
+    images.prune()
+    held = images.acquire(DISK)
+
+    assert is_busy(images)
+    held.release(settled=True)
+
+
+# A directory that others have removed
+
+
+def test_locks_of_a_removed_directory_are_refused_and_no_other_is_made(
+    directory: Path, images: ImageLocks
+) -> None:
+    held = images.acquire(DISK)
+    shutil.rmtree(directory)
+
+    with pytest.raises(StateUnavailable, match=f"^{directory} was removed or replaced$"):
+        images.acquire(OTHER)
+    assert not directory.exists()
+    held.release(settled=True)
+
+
+def test_a_directory_removed_at_the_last_moment_is_not_made_either(
+    directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images.acquire(DISK).release(settled=True)
+    monkeypatch.setattr(KeptDirectory, "require", lambda _: shutil.rmtree(directory))
+
+    with pytest.raises(StateUnavailable):
+        images.acquire(OTHER)
+    assert not directory.exists()
+
+
+def test_a_lock_whose_file_was_removed_knows_it(directory: Path, images: ImageLocks) -> None:
+    held = images.acquire(DISK)
+    before = held.is_in_place()
+    for file in directory.iterdir():
+        file.unlink()
+
+    assert (before, held.is_in_place()) == (True, False)
+    held.release(settled=True)

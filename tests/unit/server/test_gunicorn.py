@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we count on of gunicorn's inside: a release that changes any of it fails here, by name.
+
+The list is in the docstring of ``server/exchange.py``; hooks and worker add to it below.
+"""
+
+import inspect
+import io
+import itertools
+import json
+import queue
+import runpy
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gunicorn import config
+from gunicorn.arbiter import Arbiter
+from gunicorn.http import errors
+from gunicorn.http.body import ChunkedReader, LengthReader
+from gunicorn.http.message import Request
+from gunicorn.http.unreader import Unreader
+from gunicorn.http.wsgi import Response, create
+from gunicorn.workers.base import Worker
+
+from imageserver.server.connection import Connection
+from imageserver.server.exchange import _HEAD_ERRORS, ImageResponse, _HeadReader, serve
+from imageserver.server.wire import REASONS, Wire
+from imageserver.server.worker import ImageWorker
+
+PEER = ("192.0.2.1", 4321)
+GET = b"GET /images/a%2Fb?q=1 HTTP/1.1\r\nHost: h\r\n\r\n"
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def cfg() -> config.Config:
+    cfg = config.Config()
+    cfg.set("http_parser", "python")
+    return cfg
+
+
+def _request(cfg: config.Config, head: bytes) -> tuple[Any, Unreader]:
+    reader = _HeadReader(head)
+    return Request(cfg, reader, PEER, 1), reader
+
+
+# Request
+
+
+def test_a_head_in_memory_is_parsed_and_what_follows_is_left(cfg: config.Config) -> None:
+    req, reader = _request(cfg, GET + b"the next")
+
+    assert (req.method, req.uri, req.query, req.version) == (
+        "GET",
+        "/images/a%2Fb?q=1",
+        "q=1",
+        (1, 1),
+    )
+    assert req.headers == [("HOST", "h")]
+    assert reader.take_buffered() == b"the next"
+    assert reader.take_buffered() == b""
+
+
+def test_the_reader_of_a_body_knows_its_length(cfg: config.Config) -> None:
+    req, reader = _request(cfg, b"PUT / HTTP/1.1\r\nContent-Length: 7\r\n\r\nabc")
+
+    assert (type(req.body.reader), req.body.reader.length) == (LengthReader, 7)
+    assert reader.take_buffered() == b"abc"
+
+
+def test_a_request_without_a_body_has_a_reader_of_length_zero(cfg: config.Config) -> None:
+    req, _ = _request(cfg, GET)
+
+    assert (type(req.body.reader), req.body.reader.length) == (LengthReader, 0)
+
+
+def test_a_chunked_body_is_told_by_its_reader(cfg: config.Config) -> None:
+    req, reader = _request(cfg, b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n")
+
+    assert type(req.body.reader) is ChunkedReader
+    assert reader.take_buffered() == b"1\r\n"
+
+
+@pytest.mark.parametrize("expects", [False, True])
+def test_whether_the_client_expects_a_continue_is_noted(cfg: config.Config, expects: bool) -> None:
+    extra = b"Expect: 100-continue\r\n" if expects else b""
+    req, _ = _request(cfg, b"PUT / HTTP/1.1\r\nContent-Length: 1\r\n" + extra + b"\r\n")
+
+    assert req._expected_100_continue is expects
+
+
+def test_a_head_that_is_cut_off_raises_no_more_data(cfg: config.Config) -> None:
+    with pytest.raises(errors.NoMoreData):
+        _request(cfg, b"GET / HTTP/1.1\r\nHost: h\r\n")
+
+
+def test_the_reader_in_memory_overrides_what_unreader_asks_of_a_source() -> None:
+    assert list(inspect.signature(Unreader.chunk).parameters) == ["self", "size_hint"]
+    assert isinstance(Unreader().buf, io.BytesIO)
+
+
+# create
+
+
+def test_create_takes_a_response_class_and_its_arguments() -> None:
+    assert list(inspect.signature(create).parameters) == [
+        *("req", "sock", "client", "server", "cfg", "response_class", "response_args")
+    ]
+
+
+class _Sock:
+    """A socket that must not be written to."""
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError(f"gunicorn used the socket's {name}")
+
+
+def test_create_sends_nothing_itself_once_the_expectation_is_ours(cfg: config.Config) -> None:
+    head = b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n"
+    req, _ = _request(cfg, head)
+    req._expected_100_continue = False
+
+    resp, environ = create(req, _Sock(), PEER, ("127.0.0.1", 80), cfg, Response, ())
+
+    assert (type(resp), environ["CONTENT_LENGTH"], environ["wsgi.input"]) == (
+        Response,
+        "1",
+        req.body,
+    )
+
+
+@pytest.mark.parametrize("listener", [("127.0.0.1", 80), ("::1", 80, 0, 0), "/run/s", b"\0name"])
+@pytest.mark.parametrize("peer", [PEER, ("::1", 4321, 0, 0), "unix"])
+def test_create_takes_the_addresses_that_sockets_have(
+    cfg: config.Config, listener: object, peer: object
+) -> None:
+    req = Request(cfg, _HeadReader(GET), peer, 1)
+
+    _, environ = create(req, _Sock(), peer, listener, cfg, Response, ())
+
+    assert environ["REMOTE_ADDR"] == (peer if isinstance(peer, str) else peer[0])  # type: ignore[index]
+
+
+# Response
+
+
+def test_the_response_we_subclass_has_what_we_use_of_it(cfg: config.Config) -> None:
+    req, _ = _request(cfg, GET)
+    resp = Response(req, _Sock(), cfg)
+    resp.start_response("200 OK", [("Content-Length", "3"), ("X-Y", "z")])
+
+    assert (resp.headers, resp.response_length, resp.sent) == (
+        [("Content-Length", "3"), ("X-Y", "z")],
+        3,
+        0,
+    )
+    assert (resp.chunked, resp._omits_body, resp.should_close()) == (False, False, False)
+    assert resp.default_headers()[0] == "HTTP/1.1 200 OK\r\n"
+    resp.force_close()
+    assert resp.should_close()
+    assert "Connection: close\r\n" in resp.default_headers()
+
+
+def test_we_override_methods_that_are_there() -> None:
+    overridden = {"default_headers", "write"}
+
+    assert overridden <= vars(Response).keys() & vars(ImageResponse).keys()
+
+
+# Errors
+
+
+def test_every_parse_error_has_a_row_and_every_row_a_reason() -> None:
+    missing = {status for _, status, _ in _HEAD_ERRORS} - REASONS.keys()
+    rows = [cls for cls, _, _ in _HEAD_ERRORS]
+
+    assert (missing, rows[-1]) == (set(), Exception)
+    for above, below in itertools.pairwise(rows):
+        assert not issubclass(below, above), "a row that is never reached"
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0)
+    theirs.settimeout(5)
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.mark.parametrize(
+    ("head", "status", "message"),
+    [
+        pytest.param(b"GET /%b HTTP/1.1" % (b"x" * 8190), 414, "request line too long", id="line"),
+        pytest.param(
+            b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101, 431, "request head too large", id="fields"
+        ),
+        pytest.param(
+            b"GET / HTTP/1.1\r\na: " + b"b" * 9000, 431, "request head too large", id="field"
+        ),
+        pytest.param(b"GET /", 400, "invalid request line", id="no-version"),
+        pytest.param(b"get / HTTP/1.1", 400, "invalid method", id="lower-case"),
+        pytest.param(b"GET / HTTP/3.0", 400, "unsupported HTTP version", id="version"),
+        pytest.param(b"GET / HTTP/1.1\r\na b: c", 400, "invalid request head", id="name"),
+        pytest.param(b"GET / HTTP/1.1\r\na: b\r\n c", 400, "invalid request head", id="folded"),
+        pytest.param(
+            b"PUT / HTTP/1.1\r\nContent-Length: +1", 400, "Invalid Content-Length", id="length"
+        ),
+        pytest.param(
+            b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2",
+            400,
+            "Invalid Content-Length",
+            id="two-lengths",
+        ),
+        pytest.param(
+            b"PUT / HTTP/1.1\r\nTransfer-Encoding: what",
+            501,
+            "unsupported transfer coding",
+            id="coding",
+        ),
+        pytest.param(
+            b"PUT / HTTP/1.1\r\nExpect: what",
+            417,
+            "unsupported expectation; only 100-continue is supported",
+            id="expectation",
+        ),
+    ],
+)
+def test_a_head_that_cannot_be_parsed_is_answered_in_json(
+    cfg: config.Config,
+    pair: tuple[socket.socket, socket.socket],
+    head: bytes,
+    status: int,
+    message: str,
+) -> None:
+    cfg.set("limit_request_line", 8190)
+    conn = Connection(pair[0], PEER, ("127.0.0.1", 80))
+    conn.buffer += head + b"\r\n\r\n"
+
+    assert not serve(conn, Wire(pair[0], 5.0), lambda *_: [], cfg, lambda: False)
+    answer = pair[1].recv(1 << 16)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {"error": message}
+
+
+@pytest.mark.parametrize("peer", [("127.0.0.1", 4321), "unix"])
+@pytest.mark.parametrize("name", ["/elsewhere", "/images"])
+def test_no_header_changes_the_path(
+    configured: config.Config, pair: tuple[socket.socket, socket.socket], peer: object, name: str
+) -> None:
+    paths = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        paths.append(environ["PATH_INFO"])
+        start_response("200 OK", [("Content-Length", "0")])
+        return []
+
+    conn = Connection(pair[0], peer, ("127.0.0.1", 80))
+    conn.buffer += f"GET /images/t HTTP/1.1\r\nHost: h\r\nSCRIPT_NAME: {name}\r\n\r\n".encode()
+    serve(conn, Wire(pair[0], 5.0), app, configured, lambda: False)
+
+    assert paths == ["/images/t"]
+
+
+# The process
+
+
+@pytest.fixture
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Config:
+    """Return gunicorn's configuration after ``gunicorn.conf.py``; a wrong name is an error."""
+    monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", str(tmp_path))
+    cfg = config.Config()
+    for name, value in runpy.run_path(str(ROOT / "gunicorn.conf.py")).items():
+        if not name.startswith("_") and not inspect.ismodule(value):
+            cfg.set(name, value)
+    return cfg
+
+
+def test_the_configuration_names_only_what_gunicorn_knows(configured: config.Config) -> None:
+    assert (configured.worker_class, configured.http_parser) == (ImageWorker, "python")
+    assert not configured.is_ssl
+
+
+def test_the_worker_overrides_methods_that_are_there() -> None:
+    used = {
+        *("init_process", "init_signals", "load_wsgi", "notify", "run"),
+        *("handle_exit", "handle_quit", "handle_abort"),
+    }
+
+    assert used <= vars(Worker).keys()
+
+
+def test_a_worker_has_what_ours_uses_of_it() -> None:
+    parameters = list(inspect.signature(Worker.__init__).parameters)
+
+    assert parameters == ["self", "age", "ppid", "sockets", "app", "timeout", "cfg", "log"]
+    assert signal.SIGTERM in Worker.SIGNALS
+
+
+def test_the_master_queues_signals_where_our_workers_look() -> None:
+    source = inspect.getsource(Arbiter.__init__)
+
+    assert "self.SIG_QUEUE = queue.SimpleQueue()" in source
+    assert hasattr(queue.SimpleQueue, "get_nowait")
+
+
+def test_a_reload_waits_for_old_workers_no_longer_than_the_graceful_timeout() -> None:
+    lines = inspect.getsource(Arbiter.reload)
+    hook = lines.index("self.cfg.on_reload(self)")
+
+    assert hook < lines.index("self.manage_workers()")
+    assert lines.index("self.manage_workers()") < lines.index(
+        "deadline = time.monotonic() + self.cfg.graceful_timeout"
+    )
+
+
+def test_workers_are_counted_in_one_place_only_which_hooks_replaces() -> None:
+    """``manage_workers``, and what it alone calls; all others ask it, or name a worker."""
+    sources = {
+        name: inspect.getsource(method)
+        for name, method in vars(Arbiter).items()
+        if inspect.isfunction(method)
+    }
+    counting = {name for name, source in sources.items() if "len(self.WORKERS)" in source}
+    calling = {name for name, source in sources.items() if "self.spawn_workers()" in source}
+    managing = {name for name, source in sources.items() if "self.manage_workers()" in source}
+    signalling = {name for name, source in sources.items() if "os.kill(pid, sig)" in source}
+
+    assert counting == {"manage_workers", "spawn_workers"}
+    assert calling == {"manage_workers"}
+    assert managing == {"run", "reload", "handle_ttin", "handle_ttou"}
+    assert signalling == {"kill_worker"}
+    assert list(inspect.signature(Arbiter.kill_worker).parameters) == ["self", "pid", "sig"]
+    assert "self.kill_worker(pid, sig)" in sources["kill_workers"]
+    assert "self.WORKERS[pid] = worker" in sources["spawn_worker"]
+    assert "worker.pid = pid" in sources["spawn_worker"]
+    assert "while (self.WORKERS or" in sources["stop"]  # ... with those that drain
+
+
+def test_an_upgrade_executes_the_context_that_a_hook_may_change() -> None:
+    lines = inspect.getsource(Arbiter.reexec)
+
+    assert lines.index("self.cfg.pre_exec(self)") < lines.index("os.chdir(self.START_CTX['cwd'])")
+    assert "os.execvpe(self.START_CTX[0], self.START_CTX['args'], environ)" in lines
+    assert "environ['GUNICORN_PID']" in lines

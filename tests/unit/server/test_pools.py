@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads over a real loop and Unix sockets: who takes one, and who is served meanwhile."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from gunicorn.config import Config
+
+from imageserver.images.probing import Asking, WouldWait
+from imageserver.server import pools as module
+from imageserver.server.loop import Door, Loop, Patience
+from imageserver.server.pools import ASKING_THREADS, PROBE_THREADS, Pools
+from imageserver.web.body import ASKING
+from tests.unit.server.test_loop import Counted
+
+if TYPE_CHECKING:
+    from imageserver.observability.metrics.counted import Metrics
+
+#: More than a Unix socket's buffers hold.
+LARGE = bytes(1 << 20)
+THREADS = 2
+
+
+def _until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class _World:
+    """A worker's threads, without the worker; each path of the application is a function."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.asked: list[str] = []
+        self.paths: dict[str, Callable[[dict[str, Any]], bytes]] = {
+            "/large": lambda _: LARGE,
+            "/hung": self._hang,
+        }
+        self.go_on = threading.Event()
+        metrics = cast("Metrics", Counted())
+        self.pools = Pools(THREADS, 60.0, lambda: None, metrics)
+        self._loop = Loop(Patience(60.0, 60.0), self.pools.dispatch, lambda: 0.0, metrics)
+        self._loop.listen(socket.create_server(str(path), family=socket.AF_UNIX), Door())
+        cfg = Config()
+        cfg.set("http_parser", "python")
+        self.pools.start(self._app, cfg, self._loop)
+        self._ended = False
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended:
+            self._loop.step()
+
+    def _app(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        self.asked.append(path)
+        body = self.paths.get(path, lambda _: b"ok")(environ)
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    def _hang(self, environ: dict[str, Any]) -> bytes:
+        """Do as an image does whose server hangs."""
+        if environ[ASKING] is Asking.ELSEWHERE:
+            raise WouldWait
+        if environ[ASKING] is Asking.NOW:
+            assert self.go_on.wait(20)
+        return str(environ[ASKING].name).encode()
+
+    def send(self, method: str, path: str, times: int = 1) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(10)
+        client.connect(str(self._path))
+        client.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * times)
+        return client
+
+    def seconds(self, method: str, path: str) -> float:
+        """Return how long it takes until a request is answered."""
+        began = time.monotonic()
+        with self.send(method, path) as client:
+            assert client.recv(100).startswith(b"HTTP/1.1 200 OK\r\n")
+        return time.monotonic() - began
+
+    def wait_for(self, count: int, path: str) -> None:
+        _until(lambda: self.asked.count(path) >= count)
+
+    def close(self) -> None:
+        self.go_on.set()
+        self.pools.last = True
+        self.pools.abort(10)
+        self._ended = True
+        self._thread.join()
+        self._loop.close_listeners()
+        self._loop.close_all()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_World]:
+    monkeypatch.setattr("imageserver.server.loop.TICK", 0.01)
+    made = _World(tmp_path / "socket")
+    yield made
+    made.close()
+
+
+def _body(client: socket.socket) -> bytes:
+    return client.recv(1000).partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("method", "threads"), [("OPTIONS", PROBE_THREADS), ("GET", THREADS)], ids=str
+)
+def test_clients_that_take_no_answer_keep_no_thread(
+    world: _World, method: str, threads: int
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for number in range(2 * threads):
+            stack.enter_context(world.send(method, "/large", times=5))
+            world.wait_for(number + 1, "/large")
+            _until(world.pools.is_empty)
+
+        assert world.seconds(method, "/small") < 1
+        # One answer each: the next request waits until its client has taken the last.
+        assert world.asked.count("/large") == 2 * threads
+
+
+def test_probes_that_wait_for_a_back_end_keep_no_other_waiting(world: _World) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(2 * ASKING_THREADS + PROBE_THREADS):
+            stack.enter_context(world.send("HEAD", "/hung"))
+        world.wait_for(3 * ASKING_THREADS + PROBE_THREADS, "/hung")  # many were put off
+
+        assert world.seconds("OPTIONS", "/quick") < 1
+        assert world.seconds("GET", "/quick") < 1
+
+
+def test_a_probe_that_waits_is_answered_by_a_thread_that_may(world: _World) -> None:
+    world.go_on.set()
+    with world.send("OPTIONS", "/hung") as client:
+        assert _body(client) == b"NOW"
+        client.sendall(b"OPTIONS /quick HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert _body(client) == b"ok"
+
+
+def test_the_next_probe_is_made_where_the_last_one_was_asked_for(world: _World) -> None:
+    world.go_on.set()
+    with world.send("HEAD", "/hung", times=20) as client, client.makefile("rb") as stream:
+        for _ in range(20):
+            while stream.readline() != b"\r\n":
+                pass
+
+    assert world.asked == ["/hung"] * 21
+
+
+def test_a_probe_that_found_no_such_thread_for_long_is_answered_without(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ASKING_SECONDS", 0.0)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(world.send("OPTIONS", "/hung")) for _ in range(40)]
+
+        assert {_body(client) for client in clients} == {b"NEVER"}
+
+
+def test_a_client_that_asks_much_in_advance_lets_others_in(world: _World) -> None:
+    world.paths["/endless"] = lambda _: str(world.go_on.wait(20)).encode()
+    count = 8 * PROBE_THREADS
+    with contextlib.ExitStack() as stack:
+        for _ in range(PROBE_THREADS):
+            stack.enter_context(world.send("OPTIONS", "/endless", times=count))
+        world.wait_for(PROBE_THREADS, "/endless")
+        other = stack.enter_context(world.send("OPTIONS", "/other"))
+        _until(lambda: len(world.pools._probes.connections) > PROBE_THREADS)
+        world.go_on.set()
+
+        assert _body(other) == b"ok"
+    assert world.asked.index("/other") < PROBE_THREADS * count / 2

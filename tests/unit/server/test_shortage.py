@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker without descriptors or threads: who goes, who is told to come back, what is logged."""
+
+import errno
+import json
+import logging
+import os
+import resource
+import select
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from gunicorn.config import Config
+
+from imageserver.backends.file.image import ImageFiles
+from imageserver.core.errors import Exhausted
+from imageserver.core.ports import Intent
+from imageserver.core.transfer import FileImage
+from imageserver.server import loop as module
+from imageserver.server.control import ControlServer
+from imageserver.server.loop import MOST_WAITING, Door, Loop, Patience
+from imageserver.server.pools import Pools
+from imageserver.server.shortage import Reserve, Seldom
+from imageserver.server.worker import most_waiting
+from tests.unit.shortages import no_descriptors, no_threads
+
+if TYPE_CHECKING:
+    from imageserver.server.connection import Connection
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Counted:
+    """Metrics that count nothing but what was refused or turned away."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+
+    def refused(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+    turned_away = refused
+
+    def __getattr__(self, _name: str) -> Any:
+        return lambda *_: None
+
+
+class Full:
+    """A listening socket whose process has no descriptor for so many times."""
+
+    def __init__(self, listener: socket.socket, times: int) -> None:
+        self._listener = listener
+        self.times = times
+        self.asked = 0
+
+    def accept(self) -> tuple[socket.socket, object]:
+        self.asked += 1
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self._listener.accept()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._listener, name)
+
+
+class World:
+    """A loop that accepts, and its clients."""
+
+    def __init__(self, path: Path) -> None:
+        self.counted = Counted()
+        self.dispatched: list[Connection] = []
+        self.dispatch: Callable[[Connection], None] = self.dispatched.append
+        self.loop = Loop(
+            Patience(50.0, 100.0),
+            lambda conn: self.dispatch(conn),  # noqa: PLW0108 - whatever it is by then
+            lambda: 0.0,
+            cast("Any", self.counted),
+        )
+        self.path = path
+        self.listener = Full(socket.create_server(str(path), family=socket.AF_UNIX), 0)
+        self.loop.listen(self.listener, Door(spreads=False))
+        self.clients: list[socket.socket] = []
+
+    def client(self, data: bytes = b"") -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(5)
+        client.connect(str(self.path))
+        client.sendall(data)
+        self.clients.append(client)
+        for _ in range(8):
+            self.loop.step()
+        return client
+
+    def is_open(self, client: socket.socket) -> bool:
+        return not select.select([client], [], [], 0)[0]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(module, "TICK", 0.01)
+    made = World(tmp_path / "sock")
+    yield made
+    made.loop.close_listeners()
+    made.loop.close_all()
+    while made.loop._reserve.spend():
+        pass
+    for sock in (*made.clients, *(conn.sock for conn in made.dispatched)):
+        sock.close()
+
+
+# Connections where descriptors run out
+
+
+def test_where_descriptors_run_out_the_idle_one_with_the_least_time_left_goes(world):
+    begun = world.client(b"GET")
+    idle = [world.client(), world.client()]
+    world.listener.times = 1
+    client = world.client(REQUEST)
+
+    assert [world.is_open(each) for each in (begun, *idle)] == [True, False, True]
+    (conn,) = world.dispatched
+    assert conn.buffer == REQUEST
+    assert world.is_open(client)
+    assert world.counted.reasons == ["no_descriptor"]
+
+
+def test_a_head_that_has_begun_goes_where_nobody_is_idle(world):
+    begun = [world.client(b"GET"), world.client(b"GET")]
+    world.listener.times = 1
+    world.client(REQUEST)
+
+    assert [world.is_open(each) for each in begun] == [False, True]
+    assert len(world.dispatched) == 1
+
+
+def test_descriptors_that_were_held_back_let_connections_in_though_nobody_waits(world):
+    world.loop._reserve.fill(2)
+    world.listener.times = 3
+    world.client(REQUEST)
+
+    assert len(world.dispatched) == 1
+
+
+def test_where_nothing_can_be_freed_accepting_rests_and_the_log_stays_short(world, caplog):
+    caplog.set_level(logging.WARNING)
+    world.loop._reserve.fill = lambda _: None  # type: ignore[method-assign]
+    while world.loop._reserve.spend():
+        pass
+    world.listener.times = 1 << 30
+    world.client(REQUEST)
+
+    assert world.listener.asked <= 3  # in a tenth of a second
+    world.listener.times = 0
+    while not world.dispatched:
+        world.loop.step()
+    assert len(world.dispatched) == 1
+    assert caplog.text.count("no file descriptor is free") == 1
+
+
+def test_a_real_shortage_of_descriptors_closes_an_idle_connection(world):
+    world.client()
+    idle = world.client()
+    late = socket.socket(socket.AF_UNIX)
+    world.clients.append(late)
+    with no_descriptors():
+        late.connect(str(world.path))
+        late.sendall(REQUEST)
+        for _ in range(8):
+            world.loop.step()
+
+    assert len(world.dispatched) == 1
+    assert world.is_open(idle)
+
+
+def test_connections_that_wait_leave_descriptors_to_transfers():
+    assert most_waiting(1 << 20, 32) == MOST_WAITING
+    assert most_waiting(resource.RLIM_INFINITY, 32) == MOST_WAITING
+    assert most_waiting(1024, 32) == 640
+    assert most_waiting(64, 32) == 16
+
+
+@pytest.mark.parametrize("times", [1, 1 << 30])
+def test_a_control_peer_that_finds_no_descriptor_makes_nobody_spin(world, tmp_path, times):
+    idle = world.client()
+    listener = Full(socket.create_server(str(tmp_path / "c"), family=socket.AF_UNIX), times)
+    control = ControlServer(cast("Any", None), 5.0)
+    control.listen(listener, world.loop)
+    with socket.socket(socket.AF_UNIX) as peer, no_threads():
+        peer.connect(str(tmp_path / "c"))
+        for _ in range(12):
+            world.loop.step()
+        assert not world.is_open(idle)  # it made room
+        assert listener.asked <= 8
+        if times == 1:
+            assert json.loads(peer.recv(1000)) == {"status": "error", "message": "server busy"}
+    control.stop()
+    assert control.is_empty()
+
+
+@pytest.mark.parametrize("intent", [Intent.READ, Intent.REPLACE, Intent.INSPECT])
+def test_a_file_that_finds_no_descriptor_is_not_called_unusable(tmp_path, intent):
+    (tmp_path / "image").write_bytes(b"image")
+    image = FileImage(str(tmp_path / "image"))
+    files = ImageFiles(1 << 20)
+    for free in range(1 if intent is Intent.READ else 2):
+        with no_descriptors(free), pytest.raises(Exhausted):
+            files.open(image, intent)
+    before = os.listdir("/proc/self/fd")
+    files.open(image, intent).close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+# Requests where threads run out
+
+
+@pytest.fixture
+def pools(world: World) -> Pools:
+    made = Pools(4, 5.0, lambda: None, cast("Any", world.counted))
+    cfg = Config()
+    cfg.set("http_parser", "python")
+
+    def app(_environ: object, start_response: Callable[..., object]) -> list[bytes]:
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+
+    made.start(app, cfg, world.loop)
+    world.dispatch = made.dispatch
+    return made
+
+
+def test_a_request_that_finds_no_thread_is_told_to_come_back_and_the_next_is_served(world, pools):
+    with no_threads():
+        head = world.client(REQUEST).recv(1000)
+    assert head.startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+    assert b"Retry-After: 1\r\n" in head
+    assert head.endswith(b'{"error":"server busy"}')
+    assert (pools.is_empty(), pools.busy(), world.counted.reasons) == (True, 0, ["server_busy"])
+    assert world.client(REQUEST).recv(1000).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_probes_are_answered_though_no_thread_is_to_be_had(world, pools):
+    with no_threads():
+        for _ in range(12):
+            answer = world.client(REQUEST.replace(b"GET", b"OPTIONS")).recv(1000)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_a_replaced_file_is_freed_though_no_thread_is_to_be_had(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"image")
+    file = ImageFiles(1 << 20).open(FileImage(str(path)), Intent.READ)
+    path.unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    with no_threads():
+        file.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+# What is held back, and what is told
+
+
+def test_what_is_held_back_can_be_spent_once():
+    reserve = Reserve()
+    with no_descriptors(3):
+        reserve.fill(2)
+    spent = [reserve.spend() for _ in range(4)]
+    assert spent == [True, True, True, False]
+
+
+def test_warnings_come_seldom_and_say_how_many_are_left_out(caplog):
+    seconds = 1000.0
+    seldom = Seldom(logging.getLogger("x"), lambda: seconds)
+    for _ in range(100):
+        seldom.warn("no %s", "thread")
+    seconds += 10
+    seldom.warn("no %s", "thread")
+    seconds += 10
+    seldom.warn("no %s", "thread")
+
+    assert caplog.messages == [
+        "no thread",
+        "no thread (and 99 times more since the last such line)",
+        "no thread",
+    ]

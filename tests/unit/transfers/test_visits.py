@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Visits over real activity files: which transfers count at what time, and the beat of them all."""
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from imageserver.core.errors import Exhausted, StateFull, StateUnavailable, UnknownImage
+from imageserver.core.ports import Account, Owned
+from imageserver.core.slots import Kind
+from imageserver.core.transfer import FileImage, Transfer, id_hash
+from imageserver.transfers.fileage import FileAge
+from imageserver.transfers.usage import ActivityFiles
+from imageserver.transfers.visits import UNTRACKED, Catalogue, TrackedVisit, Visits
+from tests.unit.shortages import no_threads
+
+SECOND = 1_000_000_000
+IDLE = 100
+HOUR = 3600 * SECOND
+
+
+class _Place:
+    """Transfers that are unknown after ``IDLE`` seconds, and the clocks that tell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.now = 5000 * SECOND
+        self.ahead = 1_700_000_000 * SECOND
+        self.known: dict[str, Transfer] = {}
+        self.activities = ActivityFiles(str(path), lambda: self.now)
+        self.ages = FileAge(lambda: self.now + self.ahead, lambda: self.now)
+        self.visits = Visits(
+            Catalogue(_Known(self.known), None, self.activities, self.ages),
+            lambda: None,
+            lambda: self.now,
+        )
+
+    def write(self, name: str) -> None:
+        """Let a control program write a file now."""
+        self.known[name] = Transfer(
+            name, FileImage("/x"), idle_seconds=IDLE, changed_ns=self.now + self.ahead
+        )
+
+    def pass_(self, seconds: int) -> None:
+        self.now += seconds * SECOND
+
+    def begin(self, name: str, disconnect: Callable[[], None] = lambda: None) -> TrackedVisit:
+        _, visit = self.visits.begin(name, disconnect)
+        assert isinstance(visit, TrackedVisit)
+        return visit
+
+    def use(self, name: str) -> None:
+        self.begin(name).close()
+
+    def is_known(self, name: str) -> bool:
+        """Tell whether a request would be let in, without one."""
+        try:
+            Catalogue(_Known(self.known), None, self.activities, self.ages).find(name, visit=False)
+        except UnknownImage:
+            return False
+        return True
+
+    def file(self, name: str) -> Path:
+        return self.path / f"file-{id_hash(name)}"
+
+
+class _Known(dict[str, Transfer]):
+    """``ports.Transfers``."""
+
+    def __init__(self, known: dict[str, Transfer]) -> None:
+        self._known = known
+
+    def get(self, transfer_id: str) -> Transfer:  # type: ignore[override]
+        if transfer_id not in self._known:
+            raise UnknownImage(transfer_id)
+        return self._known[transfer_id]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> _Place:
+    return _Place(tmp_path)
+
+
+# The system's clock is set
+
+
+@pytest.mark.parametrize("hours", [-1000, -1, 1, 1000])
+def test_a_transfer_in_use_and_one_out_of_use_do_not_notice_that_the_clock_is_set(
+    place: _Place, hours: int
+) -> None:
+    place.write("x")
+    place.pass_(10)
+    place.use("x")
+    place.ahead += hours * HOUR
+    place.pass_(IDLE - 1)
+    place.use("x")
+    place.pass_(IDLE - 1)
+    assert place.is_known("x")
+
+    place.pass_(1)
+    assert not place.is_known("x")
+
+
+@pytest.mark.parametrize("hours", [-1000, -1, 1, 1000])
+def test_a_transfer_that_was_never_used_does_not_notice_it_either(
+    place: _Place, hours: int
+) -> None:
+    place.write("early")
+    place.write("late")
+    place.pass_(10)
+    place.ahead += hours * HOUR
+    place.pass_(IDLE - 11)
+    place.use("early")
+    place.pass_(1)
+
+    assert [place.is_known("early"), place.is_known("late")] == [True, False]
+
+
+def test_a_file_of_a_time_to_come_expires_when_it_was_used_last(place: _Place) -> None:
+    place.ahead += HOUR
+    place.write("x")
+    place.ahead -= HOUR
+    place.use("x")
+    place.pass_(IDLE)
+    assert not place.is_known("x")
+
+
+def test_a_changed_file_begins_anew(place: _Place) -> None:
+    place.write("x")
+    place.use("x")
+    place.pass_(IDLE)
+    assert not place.is_known("x")
+    place.write("x")
+    place.pass_(IDLE - 1)
+    place.use("x")
+
+
+# The beat
+
+
+def test_a_damaged_record_neither_ends_the_beat_nor_spares_others_their_cut(place: _Place) -> None:
+    for name in ("a", "b"):
+        place.write(name)
+    cut: list[str] = []
+    visits = [place.begin(name, lambda name=name: cut.append(name)) for name in ("a", "b")]  # type: ignore[misc]
+    os.truncate(place.file("a"), 30)
+    visits[0].progress(Kind.READ, 5)
+    asked = place.activities.find(Owned.FILE, "b", visit=False)
+    assert asked
+    asked.cut()
+
+    assert place.visits.beat() == frozenset()
+    assert cut == ["b"]
+    found = place.activities.find(Owned.FILE, "a", visit=False)
+    assert found
+    assert (found.account(), found.visitors()) == (Account(5), 1)
+
+
+@pytest.mark.parametrize("error", [StateUnavailable("gone"), ZeroDivisionError()], ids=repr)
+def test_a_visit_that_cannot_beat_is_told_of_once_and_stops_no_other(
+    place: _Place,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in "abc":
+        place.write(name)
+    visits = [place.begin(name) for name in "abc"]
+    beaten: list[TrackedVisit] = []
+
+    def beat(visit: TrackedVisit) -> None:
+        beaten.append(visit)
+        if visit is visits[1]:
+            raise error
+
+    monkeypatch.setattr(TrackedVisit, "beat", beat)
+    failing = place.visits.beat()
+    assert place.visits.beat(failing) == failing == {visits[1]}
+
+    assert (len(beaten), set(beaten)) == (6, set(visits))
+    assert len(caplog.records) == 1
+
+
+def test_a_visit_ends_whatever_can_be_noted_of_it(
+    place: _Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write("x")
+    visit = place.begin("x")
+    watched = place.activities.find(Owned.FILE, "x", visit=False)
+    assert watched
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", _fails(errno.ENOSPC))
+        visit.failed(ZeroDivisionError())
+        visit.close()
+        visit.close()
+
+    assert (watched.visitors(), len(place.visits._visits)) == (0, 0)
+
+
+def test_where_no_thread_is_to_be_had_a_visit_fails_and_the_next_one_asks_again(
+    place: _Place,
+) -> None:
+    place.write("x")
+    with no_threads():
+        with pytest.raises(Exhausted, match="can't start new thread"):
+            place.begin("x")
+        place.visits.begin("x", lambda: None, probes=True)[1].close()
+    watched = place.activities.find(Owned.FILE, "x", visit=False)
+    assert watched
+    assert watched.visitors() == 0
+    assert place.begin("x").is_wanted()
+
+
+# No room
+
+
+def _fails(number: int) -> Callable[..., int]:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_where_use_cannot_be_noted_probes_are_answered_and_transfers_refused(
+    place: _Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.write("x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", _fails(errno.ENOSPC))
+        assert place.visits.begin("x", lambda: None, probes=True) == (place.known["x"], UNTRACKED)
+        with pytest.raises(StateFull):
+            place.visits.begin("x", lambda: None)
+        place.pass_(IDLE)
+        with pytest.raises(UnknownImage):
+            place.visits.begin("x", lambda: None, probes=True)
+    place.write("x")
+    place.use("x")
+
+
+def test_a_registered_transfer_counts_by_its_use_alone(place: _Place) -> None:
+    """Its file's time is the system's, and registering it is use."""
+    registered = {id_hash("x"): replace(Transfer("x", FileImage("/x")), idle_seconds=IDLE)}
+    known = _Known({"x": registered[id_hash("x")]})
+    catalogue = Catalogue(_Known({}), known, place.activities, place.ages)
+    place.activities.make(Owned.REGISTERED, "x").close()
+    place.pass_(IDLE - 1)
+    assert catalogue.find("x").activity
+    place.pass_(1)
+    with pytest.raises(UnknownImage):
+        catalogue.find("x")

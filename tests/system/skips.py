@@ -7,6 +7,7 @@ A test marked ``needs("name")`` runs wherever the machine can; nothing else skip
 import contextlib
 import os
 import platform
+import secrets
 import shutil
 import socket
 import subprocess
@@ -52,10 +53,11 @@ def _boots() -> bool:
     mount -t tmpfs tmpfs /mnt && mkdir /mnt/upper /mnt/work /mnt/root &&
         mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root &&
         mount -t proc proc /mnt/root/proc && mount -t cgroup2 cgroup2 /mnt/root/sys &&
-        mkdir /mnt/root/sys/is-probe-$$ && rmdir /mnt/root/sys/is-probe-$$
+        mkdir /mnt/root/sys/$0 && rmdir /mnt/root/sys/$0
     """
+    probe = f"is-probe-{secrets.token_hex(8)}"  # others may be probing, each as process 1
     namespaces = ("--mount", "--pid", "--fork", "--uts", "--ipc", "--cgroup")
-    return os.geteuid() == 0 and _succeeds("unshare", *namespaces, "sh", "-c", mounts)
+    return os.geteuid() == 0 and _succeeds("unshare", *namespaces, "sh", "-c", mounts, probe)
 
 
 def _xattrs() -> bool:

@@ -11,6 +11,7 @@ pruned by ``prune``, under their own lock; who takes an unlinked file starts ove
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -51,8 +52,17 @@ def _real(path: str) -> bytes:
     name = path_bytes(path)
     for _ in range(_LOOKS):
         with contextlib.suppress(OSError):  # a link that is none any more when it is read
-            return os.path.realpath(name)
+            return _resolved(name)
     return os.path.normpath(name)  # it changes all the time, and will not be opened either
+
+
+def _resolved(name: bytes) -> bytes:
+    try:
+        return os.path.realpath(name, strict=True)
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:  # readlink(2): no link; else Python 3.14 would ignore it
+            raise
+        return os.path.realpath(name)  # not all of it is there
 
 
 class ImageLock:

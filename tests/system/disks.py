@@ -10,8 +10,6 @@ from tests.system.harness import GUNICORN, Server, program, repeatable
 #: The smallest that the server takes, so that small images span many pieces.
 CHUNK = 4096
 SIZE = 20 * CHUNK + 512
-#: The largest number that the server takes for a size.
-MAX_SIZE = 2**63 - 1
 OLD = repeatable("old").randbytes(SIZE)
 NEW = repeatable("new").randbytes(SIZE)
 #: Where the fixture ``disk`` is served, with the old bytes in it.

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.answers import assert_ok, assert_refused
-from tests.system.disks import CHUNK, DISK, MAX_SIZE, NEW, OLD, SIZE, overwritten
+from tests.system.disks import CHUNK, DISK, NEW, OLD, SIZE, overwritten
 from tests.system.harness import (
     Answer,
     Server,
@@ -86,8 +86,7 @@ def test_random_range_writes_add_up(server: Server, tmp_path: Path, workplace: P
         ("bytes=0-9", 11, "Content-Length (11) must equal range length (10)"),
         ("bytes=-10", 11, "Content-Length (11) must equal range length (10)"),
         (f"bytes={SIZE - 5}-{SIZE + 4}", 10, "Content-Length (10) must equal range length (5)"),
-        ("bytes=5-", MAX_SIZE, f"Content-Length ({MAX_SIZE}) must equal range length ({SIZE - 5})"),
-        ("bytes=5-", MAX_SIZE + 1, "Invalid Content-Length"),
+        ("bytes=5-", 10**25, f"Content-Length ({10**25}) must equal range length ({SIZE - 5})"),
         ("bytes=0-1,3-4", 4, "invalid Range header"),
         ("bytes=-0", 1, "invalid Range header"),
         ("sectors=0-1", 2, "invalid Range header"),

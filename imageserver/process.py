@@ -16,7 +16,7 @@ from imageserver.runtime.locks import ImageLocks, image_key
 from imageserver.runtime.processes import is_alive, is_leaving
 from imageserver.runtime.slottable import SharedTable
 from imageserver.settings import Settings
-from imageserver.transfers.files import Registry
+from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.records import records
 from imageserver.web.app import App, create_app
 from imageserver.web.image_resource import Limits
@@ -40,7 +40,7 @@ def application(settings: Settings, slots: SharedTable) -> App:
         nbd=NbdExports(Tuning(settings.chunk_size, settings.queue_depth, settings.backend_timeout)),
         file=ImageFiles(settings.chunk_size, settings.file_roots),
     )
-    files = Registry(settings.config_dir, settings.config_owners, slots.is_first)
+    files = TransferFiles(settings.config_dir, settings.config_owners, slots.is_first)
     directory = runtime_in(settings.runtime_dir).locks
     locks = ImageLocks(directory, is_leaving, slots.owner, is_alive)
     return create_app(

@@ -9,22 +9,20 @@ A directory that has been removed or replaced since is never made again by a run
 processes would have locks and slots in two places.
 """
 
-import contextlib
 import fcntl
 import logging
 import os
 import threading
-import time
 from functools import cache
 
 from imageserver.core.errors import StateUnavailable
+from imageserver.runtime.flock import wait_flock
 from imageserver.runtime.private import SUBDIRECTORIES, UnusableDirectory, prepare_directory
 
 log = logging.getLogger(__name__)
 
 #: systemd-tmpfiles holds a directory alone for as long as it looks through it.
 _HOLD_SECONDS = 2.0
-_HOLD_STEP_SECONDS = 0.02
 
 
 class KeptDirectory:
@@ -68,13 +66,7 @@ class KeptDirectory:
         Raises:
             StateUnavailable: it cannot be opened.
         """
-        fd = self.fileno()
-        deadline = time.monotonic() + _HOLD_SECONDS
-        while time.monotonic() < deadline:  # afterwards without it
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return
-            time.sleep(_HOLD_STEP_SECONDS)
+        wait_flock(self.fileno(), _HOLD_SECONDS, fcntl.LOCK_SH)  # then without the lock
 
     def is_in_place(self) -> bool:
         """Tell whether the path still leads to the directory that was opened: one stat(2)."""

@@ -13,16 +13,17 @@ from then on, so that a thread's wait never depends on how many wait before it.
 
 import contextlib
 import fcntl
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from imageserver.core.errors import StateUnavailable
-from imageserver.runtime.private import own_files
+from imageserver.runtime.flock import STEP_SECONDS, try_flock
+from imageserver.runtime.private import open_private, own_files
 
 #: A guard that is free again is still met held once in a while: its holder waits for a core.
 _GRACE_SECONDS = 0.05
-_STEP_SECONDS = 0.0005
 
 
 class Guard:
@@ -73,23 +74,35 @@ class Guard:
         return min(began + seconds, max(held[0] + self._patience, began + _GRACE_SECONDS))
 
     def _await(self, deadline: float) -> None:
-        while not self._try():
+        while not self._is_free():
             now = self._now()
             held = self._held
             is_another_time = held is None or now - held[1] > self._patience
             self._held = now if held is None or is_another_time else held[0], now
             if now >= deadline:
                 raise self._stuck()
-            self._sleep(_STEP_SECONDS)
+            self._sleep(STEP_SECONDS)
         self._held = None
 
-    def _try(self) -> bool:
+    def _is_free(self) -> bool:
         with own_files(self._what):
-            try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-        return True
+            return try_flock(self._fd)
 
     def _stuck(self) -> StateUnavailable:
         return StateUnavailable(f"{self._what} cannot be used now: another process holds its guard")
+
+
+@contextlib.contextmanager
+def guarded(directory: str, name: str, what: str, patience: float) -> Iterator[None]:
+    """Hold the guard of what ``name``, a file in ``directory`` made for this, stands for.
+
+    Raises:
+        StateUnavailable: another process holds it for longer than ``patience``, in seconds.
+    """
+    with own_files(what):
+        fd = open_private(directory, name)
+    try:
+        with Guard(fd, what, patience).hold():
+            yield
+    finally:
+        os.close(fd)

@@ -20,6 +20,7 @@ import time
 from imageserver.core import slots
 from imageserver.core.slots import ForeignTable, IncompatibleTable, SlotTable
 from imageserver.runtime.directory import RuntimeDirectory
+from imageserver.runtime.flock import try_flock
 from imageserver.runtime.private import open_private
 from imageserver.runtime.processes import boot_id, namespace
 
@@ -82,12 +83,9 @@ def _is_used(path: str, flags: int) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not try_flock(fd)
     finally:
         os.close(fd)
-    return False
 
 
 def map_kept(file: int) -> tuple[mmap.mmap, SlotTable]:
@@ -157,12 +155,7 @@ def _make_table_if_alone(runtime: RuntimeDirectory, held: tuple[int, int]) -> No
     The directory itself is locked as well: ``slots.use`` may have been removed. Never in place:
     whoever has the old one mapped, against all rules, would die of it.
     """
-    try:
-        for fd in held:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pass
-    else:
+    if all(try_flock(fd) for fd in held):
         try:
             os.close(_open_readable(runtime.path))
         except (IncompatibleTable, ValueError, FileNotFoundError):

@@ -19,7 +19,7 @@ from imageserver.runtime.directory import runtime_in
 from imageserver.runtime.slottable import SharedTable
 from imageserver.server.readiness import checks
 from imageserver.settings import Settings
-from imageserver.transfers.files import Registry
+from imageserver.transfers.files import TransferFiles
 from imageserver.web.admin_app import Sights, create_admin_app
 from imageserver.web.app import App
 
@@ -72,7 +72,7 @@ def admit(peer: socket.socket) -> bool:
 
 def admin_application(settings: Settings, slots: SharedTable, *, full_ids: bool) -> App:
     """Build the application of an admin listener."""
-    files = Registry(settings.config_dir, settings.config_owners)
+    files = TransferFiles(settings.config_dir, settings.config_owners)
     proofs = checks(settings, files, slots, runtime_in(settings.runtime_dir))
     sources = Sources(settings.metrics_dir, slots, settings.slot_limits, settings.threads, proofs)
     sights = Sights(slots, proofs, lambda: exposition(sources))

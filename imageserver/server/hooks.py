@@ -27,7 +27,7 @@ from imageserver.server.control import open_to_group
 from imageserver.server.preconditions import CannotStart, check, prepare, tls_context
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import InvalidSetting, Settings, variable_of
-from imageserver.transfers.files import Registry
+from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.records import records
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def _take_over(settings: Settings) -> None:
         prepare(settings)
         clear_if_alone(settings.metrics_dir)
         metrics_in(settings.metrics_dir).begin()
-        records(settings, Registry(settings.config_dir, settings.config_owners)).recover()
+        records(settings, TransferFiles(settings.config_dir, settings.config_owners)).recover()
         _sweep(settings, prune=True)
     except CannotStart as exc:
         raise SystemExit(f"imageserver: {exc}") from exc

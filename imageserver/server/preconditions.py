@@ -18,7 +18,7 @@ from imageserver.server import addresses
 from imageserver.server.addresses import UnusableAddress
 from imageserver.server.tls import UnusableFiles, server_context
 from imageserver.settings import Settings
-from imageserver.transfers.files import Registry, UntrustedDirectory
+from imageserver.transfers.files import TransferFiles, UntrustedDirectory
 
 #: In memory: a heartbeat, which is a file's time, must not wait for a disk.
 _HEARTBEATS = "/dev/shm"  # noqa: S108 - the files in it have no name for longer than a moment
@@ -154,7 +154,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext | None:
 
 def _check_config_directory(settings: Settings) -> list[str]:
     try:
-        Registry(settings.config_dir, settings.config_owners).check()
+        TransferFiles(settings.config_dir, settings.config_owners).check()
     except FileNotFoundError:
         return [f"config directory {settings.config_dir} does not exist yet: no transfer is known"]
     except UntrustedDirectory as exc:

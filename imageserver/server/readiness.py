@@ -14,13 +14,13 @@ from imageserver.core.slots import IncompatibleTable
 from imageserver.runtime.directory import RuntimeDirectory
 from imageserver.runtime.slottable import SharedTable
 from imageserver.settings import Settings
-from imageserver.transfers.files import Registry, UntrustedDirectory
+from imageserver.transfers.files import TransferFiles, UntrustedDirectory
 
 Checks = Mapping[str, Callable[[], str]]
 
 
 def checks(
-    settings: Settings, files: Registry, table: SharedTable, runtime: RuntimeDirectory
+    settings: Settings, files: TransferFiles, table: SharedTable, runtime: RuntimeDirectory
 ) -> Checks:
     """Return the checks, in the order in which they are told."""
     return {
@@ -30,7 +30,7 @@ def checks(
     }
 
 
-def _config_directory(files: Registry, path: str) -> str:
+def _config_directory(files: TransferFiles, path: str) -> str:
     try:
         files.check()
     except UntrustedDirectory as exc:

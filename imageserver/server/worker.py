@@ -39,7 +39,7 @@ from imageserver.server.loop import MOST_WAITING, Door, Loop, Patience
 from imageserver.server.pools import Pools
 from imageserver.server.tls import server_context
 from imageserver.settings import Settings
-from imageserver.transfers.files import Registry
+from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.records import records
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         patience = Patience(settings.client_timeout, settings.keepalive)
         self._loop = Loop(patience, self._pools.dispatch, self._hesitate, metrics)
         self._loop.most_waiting = most_waiting(descriptors, settings.threads)
-        files = Registry(settings.config_dir, settings.config_owners, self._table.is_first)
+        files = TransferFiles(settings.config_dir, settings.config_owners, self._table.is_first)
         administration = records(settings, files).administration()
         self._control = ControlServer(administration, settings.client_timeout)
         super().init_process()

@@ -54,7 +54,7 @@ class UntrustedDirectory(Exception):
     """The config directory could have been written by others; ``str()`` is a sentence."""
 
 
-class Registry:
+class TransferFiles:
     """Transfers by id, read from ``directory`` at every call; safe for threads."""
 
     def __init__(

@@ -11,7 +11,7 @@ from imageserver.core.ports import Owned
 from imageserver.runtime.directory import runtime_in
 from imageserver.settings import Settings
 from imageserver.transfers.actions import Administration
-from imageserver.transfers.files import Registry
+from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.registered import RegistrationFiles
 from imageserver.transfers.usage import ActivityFiles
 from imageserver.transfers.visits import Catalogue, Visits
@@ -22,7 +22,7 @@ class Records:
     """The files in which transfers and their use are written down."""
 
     settings: Settings
-    files: Registry
+    files: TransferFiles
     activities: ActivityFiles
     registrations: RegistrationFiles
 
@@ -54,7 +54,7 @@ class Records:
         self.activities.prune(Owned.FILE, self.files.has)
 
 
-def records(settings: Settings, files: Registry) -> Records:
+def records(settings: Settings, files: TransferFiles) -> Records:
     """Name all files; none is opened yet."""
     runtime = runtime_in(settings.runtime_dir)
     activities = ActivityFiles(settings.activity_dir)

@@ -17,7 +17,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from imageserver.core.errors import StateUnavailable, UnknownImage
@@ -31,9 +31,9 @@ from imageserver.core.transfer import (
     is_valid_id,
     to_fields,
 )
-from imageserver.runtime.guard import Guard
+from imageserver.runtime.guard import guarded
 from imageserver.runtime.private import open_private, own_files
-from imageserver.transfers.files import Registry
+from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.usage import ActivityFiles
 
 log = logging.getLogger(__name__)
@@ -59,13 +59,13 @@ class RegistrationFiles:
         self._require = require
         self._directory = directory
         self._activities = activities
-        self._registry = Registry(directory, (os.geteuid(),))
+        self._files = TransferFiles(directory, (os.geteuid(),))
         self._fresh: dict[tuple[str, int], int] = {}
 
     def get(self, transfer_id: str) -> Transfer:
         """Look an id up: see ``ports.Transfers``."""
         self._require()
-        return self._registry.get(id_hash(transfer_id))
+        return self._files.get(id_hash(transfer_id))
 
     @own_files(_WHAT)
     def store(self, transfer: Transfer) -> None:
@@ -148,13 +148,13 @@ class RegistrationFiles:
             with contextlib.suppress(FileNotFoundError, UnknownImage):
                 transfer_id = self._id_of(name) if self._counts(name) else None
                 if transfer_id is not None:
-                    found.append(replace(self._registry.get(name), id=transfer_id))
+                    found.append(replace(self._files.get(name), id=transfer_id))
         return sorted(found, key=lambda transfer: transfer.id)
 
     def _lasts_ns(self, name: str) -> int:
         """Return until when (monotonic clock) a registration counts if nobody uses it."""
         try:
-            transfer = self._registry.get(name)
+            transfer = self._files.get(name)
         except UnknownImage:
             return 0
         try:
@@ -231,15 +231,8 @@ class RegistrationFiles:
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with own_files(_WHAT):
-            fd = open_private(os.path.dirname(self._directory), _LOCK)
-        try:
-            with Guard(fd, _WHAT, _LOCK_SECONDS).hold():
-                yield
-        finally:
-            os.close(fd)
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        return guarded(os.path.dirname(self._directory), _LOCK, _WHAT, _LOCK_SECONDS)
 
 
 def parse_id(text: bytes) -> str | None:

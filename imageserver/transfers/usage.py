@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from imageserver.core.errors import StateUnavailable
 from imageserver.core.ports import Account, Owned
 from imageserver.core.transfer import DAY_SECONDS, id_hash
+from imageserver.runtime.flock import wait_flock
 from imageserver.runtime.private import open_private, own_files
 from imageserver.runtime.processes import boot_id
 from imageserver.transfers.usagerecord import (
@@ -199,24 +200,13 @@ class OpenActivity:
     @contextlib.contextmanager
     def _alone(self, *, wait: bool) -> Iterator[bool]:
         """Hold the sums against other processes; yield whether that worked."""
-        deadline = time.monotonic() + (_ADD_SECONDS if wait else 0)
-        while not self._try_alone():
-            if time.monotonic() >= deadline:
-                yield False
-                return
-            time.sleep(0.0005)
+        with own_files(_WHAT):
+            is_alone = wait_flock(self._fd, _ADD_SECONDS if wait else 0)
         try:
-            yield True
+            yield is_alone
         finally:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    @own_files(_WHAT)
-    def _try_alone(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+            if is_alone:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def remove(self) -> None:
         """Remove the file. Who has entered it finds out, who enters is told."""

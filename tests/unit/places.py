@@ -8,7 +8,7 @@ import pytest
 
 from imageserver.core.errors import UnknownImage
 from imageserver.core.transfer import FileImage
-from imageserver.transfers.files import Registry
+from imageserver.transfers.files import TransferFiles
 
 SECOND = 1_000_000_000
 NOW = 1_700_000_000 * SECOND
@@ -27,9 +27,9 @@ class Place:
         self.registry = self.another()
         self._log = log
 
-    def another(self, owners: tuple[int, ...] = (ME,)) -> Registry:
+    def another(self, owners: tuple[int, ...] = (ME,)) -> TransferFiles:
         """Return another worker's registry."""
-        return Registry(str(self.path), owners, self._is_first, lambda: self.now)
+        return TransferFiles(str(self.path), owners, self._is_first, lambda: self.now)
 
     def _is_first(self, text: str) -> bool:
         is_first = text not in self.said

@@ -169,8 +169,8 @@ class Locks(Protocol):
         """Take the image's lock, or raise ``ImageBusy`` or ``StateUnavailable`` at once."""
         ...
 
-    def acquire_briefly(self, image: Image) -> Lock:
-        """Take the lock for a moment, waiting as long for others who have it for a moment."""
+    def acquire_briefly(self, image: Image, *, shared: bool) -> Lock:
+        """Take the lock, waiting for those who have it for a moment; ``shared``: as one of them."""
         ...
 
 

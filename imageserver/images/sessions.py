@@ -257,8 +257,10 @@ class Sessions:
         """
         if shared and self._slots.operations_on(key) - _SHARING:
             raise ImageBusy
-        is_brief = shared or brief
-        lock = self._locks.acquire_briefly(image) if is_brief else self._locks.acquire(image)
+        if shared or brief:
+            lock = self._locks.acquire_briefly(image, shared=shared)
+        else:
+            lock = self._locks.acquire(image)
         with ExitStack() as held:
             held.callback(lock.release, settled=False)
             others = self._slots.operations_on(key)

@@ -4,7 +4,8 @@
 The kernel drops a lock with its holder, however that dies. What the kernel cannot tell is
 whether the holder was done: so a holder writes its name into the file as a mark, and takes it
 away when it gives the image back with nothing left in flight. Who finds a mark knows that the dead
-holder's last writes may still be on their way (``Lock.abandoned``).
+holder's last writes may still be on their way (``Lock.abandoned``). The mark also says whether the
+holder has the lock for a moment only, to share the image, or as long as it has the image alone.
 
 The file's name is a hash, for sockets, exports and paths exceed file names. Idle files are
 pruned by ``prune``, under their own lock; who takes an unlinked file starts over.
@@ -34,8 +35,9 @@ _LOOKS = 10
 _MARK_SIZE = 64
 #: A lock file nobody has touched for this long is pruned.
 _IDLE_SECONDS = 3600.0
-#: Who shares an image's lock has it for half a millisecond.
-_BRIEF_SECONDS = 0.2
+#: Those who share an image have its lock for half a millisecond each. So many may come at once
+#: that one waits for seconds; longer only if a process is stopped with the lock in its hands.
+_SHARE_SECONDS = 5.0
 _BRIEF_STEP_SECONDS = 0.001
 
 
@@ -114,9 +116,12 @@ class ImageLock:
             os.close(fd)
 
 
-def _owner_in(mark: bytes) -> Owner | None:
-    fields = re.fullmatch(rb"([0-9]{1,10}) ([0-9]{1,20}) *", mark)
-    return Owner(int(fields[1]), int(fields[2])) if fields else None
+def _parsed(mark: bytes) -> tuple[Owner | None, bool]:
+    """Return who left a mark, and whether to share the image."""
+    fields = re.fullmatch(rb"([0-9]{1,10}) ([0-9]{1,20})( shared)? *", mark)
+    if fields is None:
+        return None, False
+    return Owner(int(fields[1]), int(fields[2])), fields[3] is not None
 
 
 class ImageLocks:
@@ -143,25 +148,37 @@ class ImageLocks:
             StateUnavailable: the directory was removed or replaced, or the lock file cannot be
                 made, written or locked.
         """
+        return self._acquire(image, shared=False, waits=False)
+
+    def acquire_briefly(self, image: Image, *, shared: bool) -> ImageLock:
+        """Take the lock, waiting for all who have it for a moment; not for one who has it alone.
+
+        ``shared``: for a moment, too.
+
+        Raises:
+            ImageBusy: somebody has the image alone; or the lock was not to be had for seconds.
+            StateUnavailable: see ``acquire``.
+        """
+        return self._acquire(image, shared=shared, waits=True)
+
+    def _acquire(self, image: Image, *, shared: bool, waits: bool) -> ImageLock:
+        name = image_key(image) + ".lock"
+        deadline = time.monotonic() + max(_LAST_BREATH_SECONDS, _SHARE_SECONDS)
         with own_files("the lock files"):
-            return self._acquire(image_key(image) + ".lock")
+            while True:
+                try:
+                    lock = self._take(name, shared=shared)
+                except ImageBusy:
+                    if time.monotonic() > deadline or not self._is_free_soon(name, waits=waits):
+                        raise
+                    time.sleep(_BRIEF_STEP_SECONDS)
+                else:
+                    self._await_end(lock, deadline)
+                    return lock
 
-    def _acquire(self, name: str) -> ImageLock:
-        deadline = time.monotonic() + _LAST_BREATH_SECONDS
-        while True:
-            try:
-                lock = self._take(name)
-            except ImageBusy:
-                if self._is_held_by_the_living(name) or time.monotonic() > deadline:
-                    raise
-                time.sleep(_BRIEF_STEP_SECONDS)
-            else:
-                self._await_end(lock, deadline)
-                return lock
-
-    def _take(self, name: str) -> ImageLock:
+    def _take(self, name: str, *, shared: bool) -> ImageLock:
         self._directory.require()
-        return ImageLock(self._directory.fileno(), name, self._mark())
+        return ImageLock(self._directory.fileno(), name, self._mark(shared=shared))
 
     def _await_end(self, lock: ImageLock, deadline: float) -> None:
         """Wait until whoever left a mark is quite gone.
@@ -169,7 +186,7 @@ class ImageLocks:
         The kernel closes the files of a dying process one by one: its lock may go before the
         connection does on which its last writes are, and that must not look like a living one's.
         """
-        owner = _owner_in(lock.predecessor)
+        owner, _ = _parsed(lock.predecessor)
         with contextlib.ExitStack() as held:
             held.callback(lock.release, settled=False)
             while owner and self._is_alive(owner) and self._is_leaving(owner):
@@ -178,35 +195,24 @@ class ImageLocks:
                 time.sleep(_BRIEF_STEP_SECONDS)
             held.pop_all()
 
-    def _mark(self) -> bytes:
+    def _mark(self, *, shared: bool = False) -> bytes:
         me = self._me()
-        return f"{me.pid} {me.start}".encode()
+        return f"{me.pid} {me.start}{' shared' if shared else ''}".encode()
 
-    def _is_held_by_the_living(self, name: str) -> bool:
-        """Tell whether the holder is to be believed; the kernel drops a dead one's lock soon."""
+    def _is_free_soon(self, name: str, *, waits: bool) -> bool:
+        """Tell whether the lock is worth waiting for.
+
+        A dead holder's lock the kernel drops soon; one who shares the image gives it back soon.
+        """
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             with open(os.open(name, flags, dir_fd=self._directory.fileno()), "rb") as file:
-                owner = _owner_in(file.read(_MARK_SIZE))
+                owner, shared = _parsed(file.read(_MARK_SIZE))
         except OSError:
-            owner = None
-        # Without a mark it has just been taken, or given back.
-        return owner is None or not self._is_leaving(owner)
-
-    def acquire_briefly(self, image: Image) -> ImageLock:
-        """Take the image's lock for a moment, waiting as long for others who do the same.
-
-        Raises:
-            ImageBusy: somebody has it for longer.
-        """
-        deadline = time.monotonic() + _BRIEF_SECONDS
-        while True:
-            try:
-                return self.acquire(image)
-            except ImageBusy:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_BRIEF_STEP_SECONDS)
+            owner, shared = None, False
+        if owner is None:
+            return waits  # it has just been taken, or given back
+        return (waits and shared) or self._is_leaving(owner)
 
     def prune(self) -> int:
         """Remove lock files that are idle and unmarked; return how many."""

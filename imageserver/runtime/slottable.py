@@ -228,10 +228,10 @@ class SharedTable:
         deadline = time.monotonic() + _LAST_BREATH_SECONDS
         while True:
             held = [h for h in self.holders(Kind.WRITE, Kind.OTHER) if h.image == image]
-            living = [holder for holder in held if is_alive(holder.owner)]
-            dying = any(is_leaving(holder.owner) for holder in living)
+            living = {owner for owner in {holder.owner for holder in held} if is_alive(owner)}
+            dying = any(is_leaving(owner) for owner in living)
             if not dying or time.monotonic() > deadline:
-                return {holder.operation for holder in living}
+                return {holder.operation for holder in held if holder.owner in living}
             time.sleep(_LAST_BREATH_STEP_SECONDS)
 
     def mend(self) -> None:

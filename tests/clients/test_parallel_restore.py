@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,6 +121,34 @@ def test_four_writers_never_meet_each_others_lock(parallel, workplace):
     assert answer.status == 200
     assert disk.read_bytes() == CONTENT
     assert parallel.holders() == []
+
+
+def write_at_once(server: Server, path: str, number: int, barrier: threading.Barrier) -> set[int]:
+    """Write one block a few times over one connection, at the same moments as all others."""
+    first = number * 512
+    where = {"Content-Range": f"bytes {first}-{first + 511}/*"}
+    seen = set()
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(3):
+            barrier.wait()
+            seen.add(exchange(connection, "PUT", path, bytes(512), where).status)
+    return seen
+
+
+def test_sixty_four_writers_at_once_never_refuse_one_another(workplace, tmp_path):
+    disk, many = tmp_path / "disk", 64
+    disk.write_bytes(bytes(many * 512))
+    barrier = threading.Barrier(many, timeout=60)
+    home = workplace / "many"
+    home.mkdir()
+    with (
+        qemu_nbd(disk, "--shared=0") as sock,
+        Server(home, max_writers=many, threads=many) as server,
+        ThreadPoolExecutor(many) as clients,
+    ):
+        path = server.add("many", socket=str(sock))
+        seen = clients.map(lambda n: write_at_once(server, path, n, barrier), range(many))
+        assert set.union(*seen) == {200}
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class FakeLocks:
         self._world.note("lock")
         return FakeLocks(self._world)
 
-    def acquire_briefly(self, _image: Image) -> "FakeLocks":
+    def acquire_briefly(self, _image: Image, *, shared: bool) -> "FakeLocks":
         self._world.note("lock briefly")
         return FakeLocks(self._world)
 

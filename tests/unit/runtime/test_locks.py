@@ -184,23 +184,55 @@ def test_a_refusal_does_not_disturb_the_holder_nor_its_mark(
 # For a moment
 
 
-def test_who_wants_the_image_for_a_moment_waits_as_long_for_others(
+@pytest.mark.parametrize("shared", [True, False], ids=["to-share", "alone"])
+def test_who_has_the_image_for_a_moment_is_waited_for(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    held = images.acquire_briefly(DISK, shared=True)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 1000:
+            held.release(settled=False)
+
+    monkeypatch.setattr(locks.time, "sleep", sleep)
+
+    images.acquire_briefly(DISK, shared=shared).release(settled=True)
+    assert len(waits) == 1000
+
+
+def test_who_has_the_image_alone_is_waited_for_by_nobody(
     images: ImageLocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = images.acquire(DISK)
-    monkeypatch.setattr(locks.time, "sleep", lambda _: held.release(settled=True))
-
-    images.acquire_briefly(DISK).release(settled=True)
-
-
-def test_who_wants_the_image_for_a_moment_does_not_wait_for_ever(
-    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "_BRIEF_SECONDS", 0.01)
+    monkeypatch.setattr(locks.time, "sleep", lambda _: pytest.fail("it has waited"))
     held = images.acquire(DISK)
 
     with pytest.raises(ImageBusy):
-        images.acquire_briefly(DISK)
+        images.acquire_briefly(DISK, shared=True)
+    held.release(settled=True)
+
+
+def test_who_wants_the_image_alone_waits_for_nobody(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks.time, "sleep", lambda _: pytest.fail("it has waited"))
+    held = images.acquire_briefly(DISK, shared=True)
+
+    with pytest.raises(ImageBusy):
+        images.acquire(DISK)
+    held.release(settled=True)
+
+
+def test_nobody_waits_for_a_moment_for_ever(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "_SHARE_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "_LAST_BREATH_SECONDS", 0.01)
+    held = images.acquire_briefly(DISK, shared=True)
+
+    with pytest.raises(ImageBusy):
+        images.acquire_briefly(DISK, shared=True)
     held.release(settled=True)
 
 

@@ -1,25 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One client connection, as the worker's loop sees it.
+"""One client connection: its socket, its state, and what has been read ahead from it.
 
-    accepted --> HANDSHAKE --> HEAD --complete--> WORK --answered--> IDLE --a byte--> HEAD
-                (TLS only)      |                   |
-                   |            |                   +--last answer--> LINGER --> closed
-                   +------------+--too slow, too long, wrong: refused-> LINGER
-
-    WORK, or a refusal --the client takes no more now--> SENDING --taken--> IDLE or LINGER
-
-In WORK one thread owns the connection and the loop does not touch it; in the other states
-the loop reads or sends, without waiting. So a client that is slow with its handshake or head,
-takes no answer, or will not stop sending a body nobody wants, costs a file descriptor and no
-thread. In SENDING nothing is read: a client has one answer outstanding at most.
+``states`` has the states, and who owns the connection in which. Nothing here waits.
 """
 
 import contextlib
 import socket
 import ssl
-from enum import Enum, auto
 
-from imageserver.server.wire import in_flight
+from imageserver.server.states import TRANSITIONS, Deadline, IllegalTransition, State
+from imageserver.server.wire import send_queue
 
 #: Longest head, in bytes: gunicorn's largest request line and a hundred fields of its default size
 #: would be 800 KiB; clients of an image server need a few hundred bytes.
@@ -29,25 +19,12 @@ MAX_HEAD = 64 * 1024
 _ENDS = (b"\r\n\r\n", b"\n\n", b"\n\r\n")
 _SCRATCH = 64 * 1024
 
-#: What a refused client may still send and have dropped, so that it lives to read the answer
+#: How long, and how much, a refused client may go on sending, so that it gets to read the answer
 #: (docs/api.md): many HTTP clients send their whole body before they read.
 LINGER_SECONDS = 10.0
 LINGER_BYTES = 1 << 30
 
-
-class State(Enum):
-    """What the connection waits for, and who reads from it."""
-
-    HANDSHAKE = auto()
-    HEAD = auto()
-    IDLE = auto()
-    WORK = auto()
-    SENDING = auto()
-    LINGER = auto()
-    CLOSED = auto()
-
-
-#: Where nothing of a request may have arrived.
+#: States in which no part of a request need have arrived.
 _BEFORE_REQUEST = {State.HANDSHAKE, State.HEAD, State.IDLE}
 
 
@@ -56,6 +33,7 @@ class Connection:
 
     __slots__ = (
         "_scanned",
+        "_state",
         "address",
         "bad_head",
         "buffer",
@@ -64,11 +42,10 @@ class Connection:
         "is_tls",
         "lingered",
         "listener",
-        "moved",
-        "queued",
         "requests",
+        "send_queue",
         "sock",
-        "state",
+        "taken_at",
         "unsent",
     )
 
@@ -78,7 +55,7 @@ class Connection:
         self.address = address
         self.listener = listener
         self.buffer = bytearray()
-        self.state = State.HEAD
+        self._state = State.ACCEPTED
         self.deadline = 0.0
         self.requests = 0
         #: The last head was refused before any application saw it.
@@ -88,10 +65,28 @@ class Connection:
         self.unsent = b""
         #: The connection ends with that answer.
         self.is_last = False
-        #: When the client last took a byte, and what the kernel had still to send then.
-        self.moved = 0.0
-        self.queued = b""
+        #: When the client last took a byte of it, and what the kernel had still to send then.
+        self.taken_at = 0.0
+        self.send_queue = b""
         self._scanned = 0
+
+    @property
+    def state(self) -> State:
+        """What the connection waits for."""
+        return self._state
+
+    def move(self, new: State) -> Deadline:
+        """Go on to another state; return which deadline it has.
+
+        Raises:
+            IllegalTransition: it is not in the table.
+        """
+        try:
+            _, deadline = TRANSITIONS[self._state][new]
+        except KeyError:
+            raise IllegalTransition(f"{self._state.name} to {new.name}") from None
+        self._state = new
+        return deadline
 
     @property
     def client(self) -> str:
@@ -100,13 +95,12 @@ class Connection:
 
     def is_idle(self) -> bool:
         """Tell whether no part of a request has arrived."""
-        return self.state in _BEFORE_REQUEST and not self.has_begun()
+        return self._state in _BEFORE_REQUEST and not self.has_begun()
 
     def shake_hands(self) -> None:
-        """Go on with the TLS handshake; after it a head is next."""
+        """Go on with the TLS handshake, until it is done; raises what it waits for."""
         if isinstance(self.sock, ssl.SSLSocket):
             self.sock.do_handshake()
-        self.state = State.HEAD
 
     def receive(self) -> bool:
         """Read what has arrived of a head; False where the client has closed."""
@@ -155,22 +149,22 @@ class Connection:
 
     def stalls(self, now: float, seconds: float) -> bool:
         """Tell whether the client has taken no byte of the answer for so long."""
-        queued = in_flight(self.sock)
-        if queued != self.queued:
-            self.moved, self.queued = now, queued
-        return now - self.moved >= seconds
+        queue = send_queue(self.sock)
+        if queue != self.send_queue:
+            self.taken_at, self.send_queue = now, queue
+        return now - self.taken_at >= seconds
 
-    def drop(self, scratch: memoryview) -> bool:
-        """Read and forget what a lingering client sends; False where it has stopped, or must."""
-        # Below TLS: what is dropped need not be decrypted.
+    def discard(self, scratch: memoryview) -> bool:
+        """Discard what a refused client still sends; False at its end, or the limit."""
+        # Below TLS: what is discarded need not be decrypted.
         count = socket.socket.recv_into(self.sock, scratch)
         self.lingered += count
         return count > 0 and self.lingered < LINGER_BYTES
 
-    def farewell(self) -> None:
-        """Say that nothing more is sent (close_notify of RFC 8446): what was sent is complete."""
+    def send_close_notify(self) -> None:
+        """Over TLS, tell the client that what was sent is complete (RFC 8446 section 6.1)."""
         if isinstance(self.sock, ssl.SSLSocket):
-            # It then looks for the client's own farewell, which need not have come.
+            # It then looks for the client's own close_notify, which need not have come.
             with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
 
@@ -180,6 +174,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket. Never fails, may be called twice."""
-        self.state = State.CLOSED
+        if self._state is not State.CLOSED:
+            self.move(State.CLOSED)
         with contextlib.suppress(OSError):
             self.sock.close()

@@ -90,7 +90,7 @@ class ControlServer:
             sock, _ = self._listener.accept()
         except OSError as exc:
             if exc.errno in NO_DESCRIPTOR:
-                self._loop.make_room(self._listener.fileno())
+                self._loop.free_descriptor(self._listener.fileno(), self._accept)
             return  # else another worker was quicker, or the peer has gone
         sock.settimeout(0)
         if len(self._peers) >= _PEERS:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop of a worker: everything that waits for a client and needs no thread.
 
-It accepts, reads heads, keeps idle connections, sends what clients have not taken of small
-answers, and lets refused clients finish. It never
-blocks and does no work of its own; a connection whose head is complete goes to ``dispatch``
-and is the loop's again when a thread hands it back. Epoll events are one-shot, so a
-connection is never looked at by two threads.
+It reads heads, keeps idle connections, sends what clients have not taken of small answers, and
+lets refused clients finish. It never blocks and does no work of its own: a connection whose head
+is complete goes to ``dispatch``, and comes back when a pool thread calls ``keep`` or ``linger``.
+Connections are watched for one event at a time (EPOLLONESHOT), so two threads never look at one.
 """
 
 import logging
@@ -16,15 +15,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from imageserver.core.entry import fields
-from imageserver.core.errors import NO_DESCRIPTOR
 from imageserver.observability.metrics.counted import Metrics
-from imageserver.server.connection import LINGER_SECONDS, Connection, State
-from imageserver.server.shortage import Reserve, Seldom
-from imageserver.server.tls import forget_errors, has_ended
-from imageserver.server.wire import BLOCKED, LOOKS, awaited, in_flight, refused_head
+from imageserver.server.connection import LINGER_SECONDS, Connection
+from imageserver.server.shortage import LimitedWarnings, Reserve
+from imageserver.server.states import Deadline, State
+from imageserver.server.tls import has_ended
+from imageserver.server.wire import BLOCKED, LOOKS, awaited, refused_head, send_queue
 
 log = logging.getLogger(__name__)
 
@@ -37,78 +35,64 @@ MOST_WAITING = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """How long a connection may wait, in seconds."""
 
-    head: float
+    client: float
     """For a whole head; and for a byte of an answer to be taken."""
-    idle: float
+    keepalive: float
     """Between requests."""
 
 
-def _anybody(_peer: socket.socket) -> bool:
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class Door:
-    """How a listening socket lets clients in."""
-
-    tls: ssl.SSLContext | None = None
-    """With which they speak TLS."""
-    spreads: bool = True
-    """Busy workers leave connections to the others."""
-    admits: Callable[[socket.socket], bool] = _anybody
-
-
 class Loop:
-    """Connections that wait. ``keep`` and ``linger`` may be called from any thread."""
+    """Connections that wait. ``keep``, ``refuse``, ``linger``, ``close``: from any thread."""
 
     def __init__(
         self,
-        patience: Patience,
+        timeouts: Timeouts,
         dispatch: Callable[[Connection], None],
-        hesitate: Callable[[], float],
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``hesitate``: for how long to leave a new connection to the other workers."""
         self._now = now
-        self._patience = patience
+        self._client_timeout = timeouts.client
+        self._seconds = {
+            Deadline.HEAD: timeouts.client,
+            Deadline.KEEPALIVE: timeouts.keepalive,
+            Deadline.PROGRESS: timeouts.client / LOOKS,
+            Deadline.LINGER: LINGER_SECONDS,
+        }
         self._dispatch = dispatch
-        self._hesitate = hesitate
         self._metrics = metrics
         self._epoll = select.epoll()
-        self._listeners: dict[int, Any] = {}
-        self._doors: dict[int, Door] = {}
-        self._paused: dict[int, float] = {}
-        self._events: dict[int, Callable[[], None]] = {}
+        #: What to call when a descriptor is readable.
+        self._watched: dict[int, Callable[[], None]] = {}
+        #: Descriptors not watched for a while: until when, and what to call then.
+        self._paused: dict[int, tuple[float, Callable[[], None]]] = {}
         self._waiting: dict[int, Connection] = {}
         self._arming = threading.Lock()
-        self._expired = 0.0
-        self._warnings = Seldom(log)
+        self._expired_at = 0.0
+        self._warnings = LimitedWarnings(log)
         self._reserve = Reserve()
-        #: Connections that wait at most; beyond, the one with the least time left goes.
+        #: Connections that wait at most; beyond, the one with the least time left is closed.
         self.most_waiting = MOST_WAITING
         self._scratch = memoryview(bytearray(256 * 1024))
 
-    def listen(self, listener: Any, door: Door) -> None:
-        """Accept from a listening socket."""
-        listener.setblocking(0)
-        self._doors[listener.fileno()] = door
-        self._listeners[listener.fileno()] = listener
-        self._epoll.register(listener.fileno(), select.EPOLLIN)
-
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Call back whenever ``fd`` is readable."""
-        self._events[fd] = callback
+        self._watched[fd] = callback
         self._epoll.register(fd, select.EPOLLIN)
 
     def forget(self, fd: int) -> None:
         """Stop watching ``fd``."""
-        del self._events[fd]
+        del self._watched[fd]
         self._paused.pop(fd, None)
         self._epoll.unregister(fd)
+
+    def pause(self, fd: int, seconds: float, then: Callable[[], None]) -> None:
+        """Do not watch ``fd`` for so long; then call ``then``, and watch it again."""
+        self._epoll.modify(fd, 0)
+        self._paused[fd] = self._now() + seconds, then
 
     def is_empty(self) -> bool:
         """Tell whether no connection waits."""
@@ -117,22 +101,19 @@ class Loop:
     def step(self) -> None:
         """Wait for something to happen, at most a tick, and see to it."""
         now = self._now()
-        timeout = min([TICK, *(due - now for due in self._paused.values())])
+        timeout = min([TICK, *(due - now for due, _ in self._paused.values())])
         for fd, _ in self._epoll.poll(max(0.0, timeout)):
             if fd in self._waiting:
                 self._on_connection(self._waiting[fd])
-            elif fd in self._listeners:
-                self._on_listener(fd)
-            elif fd in self._events:
-                self._events[fd]()
+            elif fd in self._watched:
+                self._watched[fd]()
         now = self._now()
-        for fd in [fd for fd, due in self._paused.items() if due <= now]:
-            del self._paused[fd]
+        for fd in [fd for fd, (due, _) in self._paused.items() if due <= now]:
+            _, then = self._paused.pop(fd)
             self._epoll.modify(fd, select.EPOLLIN)
-            if fd in self._listeners:
-                self._accept(self._listeners[fd])
-        if now - self._expired >= TICK:
-            self._expired = now
+            then()
+        if now - self._expired_at >= TICK:
+            self._expired_at = now
             self._expire(now)
             self._reserve.fill(self._epoll.fileno())
 
@@ -144,62 +125,29 @@ class Loop:
             if conn.state is State.HEAD and conn.has_begun():
                 self._metrics.refused("head_timeout")
                 self.refuse(conn, refused_head(conn.client, 408, "request head took too long"))
-            elif conn.state is State.SENDING and not conn.stalls(now, self._patience.head):
-                conn.deadline = now + self._patience.head / LOOKS
+            elif conn.state is State.SENDING and not conn.stalls(now, self._client_timeout):
+                conn.deadline = now + self._seconds[Deadline.PROGRESS]
             else:
                 self._close_silent(conn)
 
-    # Accepting
+    # Accepted connections
 
-    def _on_listener(self, fd: int) -> None:
-        seconds = self._hesitate() if self._doors[fd].spreads else 0.0
-        if seconds:
-            self._pause(fd, seconds)
-        else:
-            self._accept(self._listeners[fd])
-
-    def _pause(self, fd: int, seconds: float) -> None:
-        self._epoll.modify(fd, 0)
-        self._paused[fd] = self._now() + seconds
-
-    def _accept(self, listener: Any) -> None:
-        try:
-            sock, address = listener.accept()
-        except OSError as exc:
-            if exc.errno in NO_DESCRIPTOR:
-                self.make_room(listener.fileno())
-            return  # else another worker was quicker, or the client has gone
-        door = self._doors[listener.fileno()]
-        if not door.admits(sock):
-            self._metrics.turned_away("not_admitted")
-            sock.close()
-            return
-        sock.settimeout(0)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if door.tls:
-            try:
-                sock = door.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            except OSError:
-                forget_errors()
-                return  # the client has gone
-        if door.spreads:
-            self._metrics.accepted()
+    def add(self, conn: Connection) -> None:
+        """Take a connection that was just accepted."""
         if len(self._waiting) >= self.most_waiting:
             self._metrics.turned_away("too_many")
-            self._close_least()
-        conn = Connection(sock, address or "unix", listener.getsockname())
-        self._epoll.register(sock.fileno(), 0)
-        self._wait_for(conn, State.HANDSHAKE if door.tls else State.HEAD, self._patience.head)
+            self._evict()
+        self._epoll.register(conn.sock.fileno(), 0)
+        self._wait_in(State.HANDSHAKE if conn.is_tls else State.HEAD, conn)
 
-    def make_room(self, fd: int) -> None:
-        """Free a descriptor for who waits at the listening socket ``fd``, or let it rest."""
+    def free_descriptor(self, fd: int, accept: Callable[[], None]) -> None:
+        """Free a descriptor for a client of the listening socket ``fd``, or accept later."""
         self._metrics.turned_away("no_descriptor")
         self._warnings.warn("no file descriptor is free for another connection")
-        if not (self._close_least() or self._reserve.spend()):
-            self._pause(fd, _FULL_SECONDS)
+        if not (self._evict() or self._reserve.spend()):
+            self.pause(fd, _FULL_SECONDS, accept)
 
-    def _close_least(self) -> bool:
+    def _evict(self) -> bool:
         """Close the connection with the least time left, one without a request if any."""
         with self._arming:
             waiting = list(self._waiting.values())
@@ -213,12 +161,13 @@ class Loop:
         more, events = True, select.POLLIN
         try:
             if conn.state is State.LINGER:
-                more = conn.drop(self._scratch)
+                more = conn.discard(self._scratch)
             elif conn.state is State.HANDSHAKE:
                 conn.shake_hands()
+                self._enter(State.HEAD, conn)
             elif conn.state is State.SENDING:
                 events = select.POLLOUT
-                conn.moved = self._now()  # there is room because the client has taken something
+                conn.taken_at = self._now()  # there is room because the client has taken a byte
                 conn.send()
                 self._on_sent(conn)
                 return
@@ -229,8 +178,7 @@ class Loop:
                     return
                 # Once a request: empty lines between requests are no progress.
                 if conn.state is State.IDLE and conn.has_begun():
-                    conn.state = State.HEAD
-                    conn.deadline = self._now() + self._patience.head
+                    self._enter(State.HEAD, conn)
         except BLOCKED as exc:
             events = awaited(exc, events)
         except OSError as exc:
@@ -269,18 +217,16 @@ class Loop:
         """Wait for a connection's next request, once its client has taken the answer."""
         if conn.unsent:
             self._send(conn, is_last=False)
-        elif conn.has_begun():
-            self._wait_for(conn, State.HEAD, self._patience.head)
         else:
-            self._wait_for(conn, State.IDLE, self._patience.idle)
+            self._wait_in(State.HEAD if conn.has_begun() else State.IDLE, conn)
 
     def _send(self, conn: Connection, *, is_last: bool) -> None:
         conn.is_last = is_last
-        conn.moved, conn.queued = self._now(), in_flight(conn.sock)
-        self._wait_for(conn, State.SENDING, self._patience.head / LOOKS, select.EPOLLOUT)
+        conn.taken_at, conn.send_queue = self._now(), send_queue(conn.sock)
+        self._wait_in(State.SENDING, conn, select.EPOLLOUT)
 
     def refuse(self, conn: Connection, answer: bytes) -> None:
-        """Give a last answer without a thread."""
+        """Give a last answer that no application has made."""
         conn.unsent = answer
         try:
             conn.send()
@@ -291,26 +237,29 @@ class Loop:
         self.linger(conn)
 
     def linger(self, conn: Connection) -> None:
-        """Half-close, then read and drop, so that the answer reaches a client that still sends.
+        """End a connection after its last answer, once the client has taken that.
 
-        Once the client has taken that answer.
+        Our direction is shut down; what the client still sends is read and discarded, so that
+        the answer reaches a client that sends its whole body before it reads.
         """
         if conn.unsent:
             self._send(conn, is_last=True)
             return
-        conn.farewell()
+        conn.send_close_notify()
         try:
             conn.shutdown(socket.SHUT_WR)
         except OSError:
             self.close(conn)
         else:
-            self._wait_for(conn, State.LINGER, LINGER_SECONDS)
+            self._wait_in(State.LINGER, conn)
 
-    def _wait_for(
-        self, conn: Connection, state: State, seconds: float, events: int = select.EPOLLIN
-    ) -> None:
-        conn.state = state
-        conn.deadline = self._now() + seconds
+    def _enter(self, state: State, conn: Connection) -> None:
+        deadline = conn.move(state)
+        if deadline is not Deadline.UNCHANGED:
+            conn.deadline = self._now() + self._seconds[deadline]
+
+    def _wait_in(self, state: State, conn: Connection, events: int = select.EPOLLIN) -> None:
+        self._enter(state, conn)
         fd = conn.sock.fileno()
         with self._arming:  # before both are done, nobody may close it for its descriptor
             self._waiting[fd] = conn
@@ -319,24 +268,15 @@ class Loop:
 
     def _close_silent(self, conn: Connection) -> None:
         if conn.state in {State.HEAD, State.IDLE}:
-            conn.farewell()
+            conn.send_close_notify()
         self.close(conn)
 
     def close(self, conn: Connection) -> None:
-        """Close a connection, whoever has it."""
+        """Close a connection, whichever thread owns it."""
         self._waiting.pop(conn.sock.fileno(), None)
         conn.close()
 
     # Stopping
-
-    def close_listeners(self) -> None:
-        """Accept no more; the port is free for others at once."""
-        for fd, listener in self._listeners.items():
-            self._epoll.unregister(fd)
-            listener.close()
-        self._listeners.clear()
-        self._doors.clear()
-        self._paused.clear()
 
     def close_idle(self) -> None:
         """Close the connections of which no part of a request has arrived."""

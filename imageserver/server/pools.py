@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The threads of a worker: each serves one connection's requests, then takes another.
 
-Probes (OPTIONS, HEAD) have threads of their own, so that they never queue behind transfers,
-and those never wait: a probe that needs a back end's answer, which nobody knows yet, goes on to
-threads that may. So hung back ends delay only those who ask for them.
+Probes (OPTIONS, HEAD) have threads of their own, so that they never queue behind transfers. Probe
+threads never wait: a probe that only the back end can answer is made again on a thread that may
+wait. So a back end that hangs delays only the probes of its own images.
 
     OPTIONS, HEAD --> [ probe: 8 ] --WouldWait--> [ asking: 16 ]
     all else      --> [ transfer ]    an admin listener's --> [ admin: 2 ]
 
-A transfer that finds no thread is answered 503 at once. What comes to the admin listener has
-its own threads and its own application, and does not count as busy.
+A transfer that finds no thread is answered 503 at once. Each admin listener has threads and an
+application of its own; its connections do not count as busy.
 
-A thread that has answered stays with its connection for a moment: a client that sends its
-next request at once is served without a way through the loop, which for small requests
+A thread that has answered waits a millisecond for the connection's next request before it hands
+the connection back to the loop. For small requests, the way through the loop and another thread
 costs as much as the request itself.
 """
 
@@ -28,27 +28,28 @@ from typing import Any
 from imageserver.core.errors import ClientGone
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.observability.metrics.counted import Metrics
-from imageserver.server.connection import Connection, State
+from imageserver.server.connection import Connection
 from imageserver.server.exchange import Application, cut, serve
 from imageserver.server.loop import Loop
+from imageserver.server.states import State
 from imageserver.server.threads import NoThread, Threads
 from imageserver.server.tls import wire_over
 from imageserver.server.wire import BLOCKED, refused_head, wait
 
 log = logging.getLogger(__name__)
 
-#: Threads for probes alone, which never wait.
+#: Threads for probes that are answered at once.
 PROBE_THREADS = 8
-#: Threads for probes that a back end has to be asked for. Each may wait a second for a silent one.
+#: Threads for probes that have to ask a back end. Each may wait a second for a silent one.
 ASKING_THREADS = 16
-#: Probes that found none of those for so long are answered without: all threads wait for servers
-#: that hang, and those behind would add up to many seconds.
+#: A probe that had to wait longer than this for such a thread is answered without asking: all
+#: threads wait for servers that hang, and the waits of those in front would add up.
 _ASKING_SECONDS = 0.5
 #: Probes that may wait for a probe thread; a second's worth at the usual rate.
 _PROBE_BACKLOG = 1024
-#: How long a thread stays with a connection after an answer. A client on the same host
-#: needs 0.1 ms for its next request, one in the same building 0.5 ms.
-_STAY_SECONDS = 0.001
+#: How long a thread waits for a connection's next request. A client on the same host needs
+#: 0.1 ms for it, one in the same building 0.5 ms.
+_NEXT_REQUEST_SECONDS = 0.001
 _PROBES = (b"OPTIONS ", b"HEAD ")
 #: Threads for an admin listener. Its answers take milliseconds.
 _ADMIN_THREADS = 2
@@ -56,7 +57,7 @@ _ADMIN_BACKLOG = 64
 
 
 class _Pool:
-    """Some threads, and who is with them."""
+    """Threads, and the connections that they have or that are queued for them."""
 
     app: Application
 
@@ -67,8 +68,8 @@ class _Pool:
         #: Each answer is the last on its connection.
         self.answers_once = False
         self.connections: set[Connection] = set()
-        #: Those of them whose threads wait for a next request, and have time for another's.
-        self.staying: set[Connection] = set()
+        #: Those of them that wait for their next request: their threads are free in a moment.
+        self.between_requests: set[Connection] = set()
 
     def is_wanted(self) -> bool:
         """Tell whether connections wait for a thread."""
@@ -78,8 +79,7 @@ class _Pool:
         self._threads.start()
 
     def submit(self, work: Callable[..., None], *arguments: object) -> None:
-        # More room than threads, or one that only stays with its connection: it soon is free.
-        may_wait = self.room > self.threads or bool(self.staying)
+        may_wait = self.room > self.threads or bool(self.between_requests)
         self._threads.submit(partial(work, *arguments), may_wait=may_wait)
 
 
@@ -93,7 +93,7 @@ class Pools:
         changed: Callable[[], None],
         metrics: Metrics,
     ) -> None:
-        """``changed`` is called whenever ``busy`` may be another."""
+        """``changed`` is called whenever ``busy`` may return another number."""
         self._metrics = metrics
         self._changed = changed
         self._client_timeout = client_timeout
@@ -102,7 +102,8 @@ class Pools:
         self._asking = _Pool("asking", ASKING_THREADS, _PROBE_BACKLOG)
         #: By the name of the listener whose connections it serves.
         self._admin: dict[object, _Pool] = {}
-        self._in_hand: set[object] = set()
+        #: One token for each hand-over to a thread that is not over yet.
+        self._handovers: set[object] = set()
         self._cfg: Any
         self._loop: Loop
         self.last = False
@@ -116,7 +117,7 @@ class Pools:
         self._cfg, self._loop = cfg, loop
 
     def reserve(self, listener: object, app: Application) -> None:
-        """Give a listener's connections, by its name, threads and an application of their own."""
+        """Give a listener's connections, by its name, their own threads and application."""
         pool = self._admin[listener] = _Pool("admin", _ADMIN_THREADS, _ADMIN_BACKLOG)
         pool.app = app
         pool.answers_once = True
@@ -128,34 +129,35 @@ class Pools:
 
     def is_empty(self) -> bool:
         """Tell whether no thread has a connection."""
-        return not self._in_hand
+        return not self._handovers
 
     def dispatch(self, conn: Connection) -> None:
-        """Give a connection with a complete head to a thread."""
+        """Queue a connection with a complete head for a thread, or refuse its request."""
         pool = self._pool_of(conn)
-        if len(pool.connections) - len(pool.staying) >= pool.room:
+        if len(pool.connections) - len(pool.between_requests) >= pool.room:
             self._refuse(conn)
             return
         self._hand_to(pool, conn)
 
     def _ask_elsewhere(self, conn: Connection) -> None:
-        """Give a probe to a thread that may wait."""
+        """Queue a probe for a thread that may wait for a back end."""
         self._hand_to(self._asking, conn)
 
     def _hand_to(self, pool: _Pool, conn: Connection) -> None:
-        conn.state = State.WORK
+        conn.move(State.QUEUED)
         pool.connections.add(conn)
-        # Until it is somebody else's: a worker that drains ends when nobody has a connection.
-        in_hand = object()
-        self._in_hand.add(in_hand)
+        # Until it is back in the loop, or closed: only then may a worker that drains end. The
+        # connection itself cannot be the token: another thread may have it before this one ends.
+        handover = object()
+        self._handovers.add(handover)
         self._changed()
         try:
-            pool.submit(self._work, pool, conn, in_hand, time.monotonic())
+            pool.submit(self._work, pool, conn, handover, time.monotonic())
         except NoThread:
             pool.connections.discard(conn)
             self._changed()
             self._refuse(conn)
-            self._in_hand.discard(in_hand)
+            self._handovers.discard(handover)
 
     def _refuse(self, conn: Connection) -> None:
         self._metrics.refused("server_busy")
@@ -179,9 +181,10 @@ class Pools:
 
     # On a thread
 
-    def _work(self, pool: _Pool, conn: Connection, in_hand: object, since: float) -> None:
+    def _work(self, pool: _Pool, conn: Connection, handover: object, since: float) -> None:
         after: Callable[[Connection], None] = self._loop.close
         try:
+            conn.move(State.WORK)
             after = self._serve(pool, conn, self._may_ask(pool, since))
         except WouldWait:
             after = self._ask_elsewhere
@@ -196,7 +199,7 @@ class Pools:
             try:
                 after(conn)
             finally:
-                self._in_hand.discard(in_hand)
+                self._handovers.discard(handover)
 
     def _may_ask(self, pool: _Pool, since: float) -> Asking:
         if pool is self._probes:
@@ -206,7 +209,7 @@ class Pools:
         return Asking.NOW
 
     def _serve(self, pool: _Pool, conn: Connection, asking: Asking) -> Callable[[Connection], None]:
-        """Answer as long as requests follow at once; return what is to become of the connection.
+        """Answer as long as requests follow at once; return what to do with the connection then.
 
         Raises:
             ClientGone, WouldWait: see ``serve``.
@@ -219,12 +222,12 @@ class Pools:
         while serve(conn, wire, pool.app, self._cfg, is_last, asking=asking):
             if conn.unsent or not self._has_next(pool, conn):
                 return self._loop.keep
-            # All go on with a probe, which is no work; of transfer threads there are more.
+            # A transfer goes to the transfer threads; a probe any thread may answer.
             is_transfer = pool is not self._transfers and self._pool_of(conn) is self._transfers
             if is_transfer or pool.is_wanted():
                 return self.dispatch
             if asking is Asking.NEVER:
-                asking = Asking.NOW  # the next one has not waited yet
+                asking = Asking.NOW  # the next request has not waited yet
         if conn.bad_head:
             self._metrics.refused("bad_head")
         return self._loop.linger
@@ -235,9 +238,9 @@ class Pools:
             return True
         if pool.is_wanted() or self.last:
             return False
-        pool.staying.add(conn)
-        arrived = wait(conn.sock, select.POLLIN, _STAY_SECONDS)
-        pool.staying.discard(conn)
+        pool.between_requests.add(conn)
+        arrived = wait(conn.sock, select.POLLIN, _NEXT_REQUEST_SECONDS)
+        pool.between_requests.discard(conn)
         if not arrived:
             return False
         try:

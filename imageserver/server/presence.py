@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 
-from imageserver.server.wire import RequestInput, in_flight
+from imageserver.server.wire import RequestInput, send_queue
 
 #: How often a client that has half-closed is asked, in seconds.
 _ASK_SECONDS = 5.0
@@ -83,7 +83,7 @@ class Presence:
             if self._may_ask and now >= self._ask_at:
                 self._ask_at = now + _ASK_SECONDS
                 try:
-                    if in_flight(self._sock) == bytes(4):  # so that it goes as a whole
+                    if send_queue(self._sock) == bytes(4):  # so that it goes as a whole
                         self._sock.send(_QUESTION)
                 except OSError:
                     return True

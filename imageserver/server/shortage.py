@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a process runs out of descriptors or threads: what is held back, and what is told."""
+"""When a process runs out of descriptors or threads: descriptors in reserve, limited warnings."""
 
 import contextlib
 import logging
@@ -15,27 +15,27 @@ _SECONDS = 10.0
 
 
 class Reserve:
-    """Descriptors that stand for nothing, to be had where there is no other; for one thread."""
+    """Duplicated descriptors, closed when one is needed and none is free; for one thread."""
 
     def __init__(self) -> None:
         self._held: list[int] = []
 
     def fill(self, fd: int) -> None:
-        """Hold back copies of ``fd``, as far as descriptors are free."""
+        """Duplicate ``fd`` until the reserve is full, or no descriptor is free."""
         with contextlib.suppress(OSError):
             while len(self._held) < _HELD_BACK:
                 self._held.append(os.dup(fd))
 
     def spend(self) -> bool:
-        """Free one; False where there is none left."""
+        """Close one; False where none is left."""
         if not self._held:
             return False
         os.close(self._held.pop())
         return True
 
 
-class Seldom:
-    """Warns at most once in ten seconds; the next line says how often it would have."""
+class LimitedWarnings:
+    """At most one warning in ten seconds; the next one says how many were left out."""
 
     def __init__(self, log: logging.Logger, now: Callable[[], float] = time.monotonic) -> None:
         self._log = log

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that are made when they are first needed, and kept: some work for each, one at a time.
+"""Threads that are made when they are first needed, and kept; each does one work at a time.
 
 The system may refuse another thread (a cgroup's pids.max, systemd's TasksMax, RLIMIT_NPROC).
 ``concurrent.futures`` raises then, but keeps the work in its queue, where a thread may find it
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from imageserver.server.shortage import Seldom
+from imageserver.server.shortage import LimitedWarnings
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Threads:
         self._lock = threading.Lock()
         self._count = 0
         self._unfinished = 0
-        self._warnings = Seldom(log)
+        self._warnings = LimitedWarnings(log)
 
     def start(self) -> None:
         """Make all threads now, as far as they are to be had."""

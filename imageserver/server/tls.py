@@ -134,7 +134,7 @@ class TlsSocket(ssl.SSLSocket):
         return self._own(partial(super().send, data, flags))
 
     def unwrap(self) -> socket.socket:
-        """Say farewell."""
+        """Exchange close_notify."""
         return self._own(super().unwrap)
 
     def _own(self, action: Callable[[], T]) -> T:

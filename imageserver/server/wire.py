@@ -125,14 +125,14 @@ class _Silence:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._began = time.monotonic()
-        self._least = _count(in_flight(sock))
+        self._least = _count(send_queue(sock))
 
     def seconds(self) -> float:
         """Return it; less in flight than ever before means that the client has taken a byte.
 
         TLS answers some records by itself, so more and less than that means nothing.
         """
-        now, count = time.monotonic(), _count(in_flight(self._sock))
+        now, count = time.monotonic(), _count(send_queue(self._sock))
         if count < self._least:
             self._began, self._least = now, count
         return now - self._began
@@ -142,8 +142,8 @@ def _count(number: bytes) -> int:
     return int.from_bytes(number, sys.byteorder)
 
 
-def in_flight(sock: socket.socket) -> bytes:
-    """Return how much the kernel still has to send, or to hear of (SIOCOUTQ, tcp(7))."""
+def send_queue(sock: socket.socket) -> bytes:
+    """Return how many bytes are unsent or unacknowledged, as an int of C (SIOCOUTQ, tcp(7))."""
     return fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
 
 

@@ -33,9 +33,10 @@ from imageserver.observability import logs
 from imageserver.observability.metrics.counted import metrics_in
 from imageserver.runtime.directory import runtime_in
 from imageserver.runtime.slottable import SharedTable
+from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.admin_listener import admin_application, admin_name, admit
 from imageserver.server.control import ControlServer
-from imageserver.server.loop import MOST_WAITING, Door, Loop, Patience
+from imageserver.server.loop import MOST_WAITING, Loop, Timeouts
 from imageserver.server.pools import Pools
 from imageserver.server.tls import server_context
 from imageserver.settings import Settings
@@ -82,8 +83,9 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._table = SharedTable(self._runtime, settings.slot_limits, metrics.freed)
         self._row = self._table.claim(Kind.WORKER, Ticket("", "worker", "", ""))
         self._pools = Pools(settings.threads, settings.client_timeout, self._publish, metrics)
-        patience = Patience(settings.client_timeout, settings.keepalive)
-        self._loop = Loop(patience, self._pools.dispatch, self._hesitate, metrics)
+        timeouts = Timeouts(settings.client_timeout, settings.keepalive)
+        self._loop = Loop(timeouts, self._pools.dispatch, metrics)
+        self._acceptors = Acceptors(self._loop, self._accept_delay, metrics)
         self._loop.most_waiting = most_waiting(descriptors, settings.threads)
         files = TransferFiles(settings.config_dir, settings.config_owners, self._table.is_first)
         administration = records(settings, files).administration()
@@ -144,9 +146,9 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         elif admin is not None:
             app = admin_application(self.settings, self._table, full_ids=is_unix)
             self._pools.reserve(admin, app)
-            self._loop.listen(listener, Door(spreads=False, admits=admit))
+            self._acceptors.listen(listener, AcceptPolicy(spreads=False, admits=admit))
         else:
-            self._loop.listen(listener, Door(None if is_unix else self.tls))
+            self._acceptors.listen(listener, AcceptPolicy(None if is_unix else self.tls))
 
     def _woken(self) -> None:
         os.read(self.PIPE[0], 4096)
@@ -171,8 +173,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         state = WorkerState.ACCEPTING if self.alive else WorkerState.DRAINING
         self._row.progress(self._pools.busy(), state.value)
 
-    def _hesitate(self) -> float:
-        """Return how long to leave a new connection to less busy workers, who hear of it too."""
+    def _accept_delay(self) -> float:
+        """Return for how many seconds to leave a new connection to less busy workers."""
         accepting = WorkerState.ACCEPTING
         busy = [row.done for row in self._workers() if WorkerState.of(row) is accepting]
         excess = self._pools.busy() - min(busy, default=0)
@@ -181,7 +183,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     # Stopping
 
     def _drain(self) -> None:
-        self._loop.close_listeners()
+        self._acceptors.close()
         self._control.stop()
         self._pools.last = True
         self._publish()

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from imageserver.server import loop as module
-from imageserver.server.connection import LINGER_SECONDS, Connection, State
-from imageserver.server.loop import Door, Loop, Patience
+from imageserver.server.accepting import Acceptors, AcceptPolicy
+from imageserver.server.connection import LINGER_SECONDS, Connection
+from imageserver.server.loop import Loop, Timeouts
+from imageserver.server.states import State
 
 if TYPE_CHECKING:
     from imageserver.observability.metrics.counted import Metrics
@@ -43,14 +45,14 @@ class _World:
         self.counted = Counted()
         self.dispatched: list[Connection] = []
         self.loop = Loop(
-            Patience(HEAD_SECONDS, IDLE_SECONDS),
+            Timeouts(HEAD_SECONDS, IDLE_SECONDS),
             self.dispatched.append,
-            lambda: 0.0,
             cast("Metrics", self.counted),
             lambda: self.seconds,
         )
         self.listener = socket.create_server(str(path), family=socket.AF_UNIX)
-        self.loop.listen(self.listener, Door(spreads=False))
+        self.acceptors = Acceptors(self.loop, lambda: 0.0, cast("Metrics", self.counted))
+        self.acceptors.listen(self.listener, AcceptPolicy(spreads=False))
         self.client = socket.socket(socket.AF_UNIX)
         self.client.settimeout(5)
         self.client.connect(str(path))
@@ -70,7 +72,8 @@ class _World:
     def answers(self, answer: bytes, *, last: bool = False) -> None:
         """Do as a thread does that has a request and an answer."""
         conn = self.dispatched.pop()
-        conn.state = State.WORK
+        conn.move(State.QUEUED)
+        conn.move(State.WORK)
         conn.requests += 1
         conn.buffer.clear()
         conn.unsent = answer
@@ -82,7 +85,7 @@ class _World:
         return self.conn.state is not State.CLOSED
 
     def close(self) -> None:
-        self.loop.close_listeners()
+        self.acceptors.close()
         self.loop.close_all()
         self.client.close()
         for conn in self.dispatched:

@@ -14,7 +14,8 @@ from gunicorn.config import Config
 
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.server import pools as module
-from imageserver.server.loop import Door, Loop, Patience
+from imageserver.server.accepting import Acceptors, AcceptPolicy
+from imageserver.server.loop import Loop, Timeouts
 from imageserver.server.pools import ASKING_THREADS, PROBE_THREADS, Pools
 from imageserver.web.body import ASKING
 from tests.unit.server.test_loop import Counted
@@ -47,8 +48,10 @@ class _World:
         self.go_on = threading.Event()
         metrics = cast("Metrics", Counted())
         self.pools = Pools(THREADS, 60.0, lambda: None, metrics)
-        self._loop = Loop(Patience(60.0, 60.0), self.pools.dispatch, lambda: 0.0, metrics)
-        self._loop.listen(socket.create_server(str(path), family=socket.AF_UNIX), Door())
+        self._loop = Loop(Timeouts(60.0, 60.0), self.pools.dispatch, metrics)
+        self._acceptors = Acceptors(self._loop, lambda: 0.0, metrics)
+        listener = socket.create_server(str(path), family=socket.AF_UNIX)
+        self._acceptors.listen(listener, AcceptPolicy())
         cfg = Config()
         cfg.set("http_parser", "python")
         self.pools.start(self._app, cfg, self._loop)
@@ -98,7 +101,7 @@ class _World:
         self.pools.abort(10)
         self._ended = True
         self._thread.join()
-        self._loop.close_listeners()
+        self._acceptors.close()
         self._loop.close_all()
 
 

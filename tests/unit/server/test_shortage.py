@@ -20,10 +20,11 @@ from imageserver.core.errors import Exhausted
 from imageserver.core.ports import Intent
 from imageserver.core.transfer import FileImage
 from imageserver.server import loop as module
+from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.control import ControlServer
-from imageserver.server.loop import MOST_WAITING, Door, Loop, Patience
+from imageserver.server.loop import MOST_WAITING, Loop, Timeouts
 from imageserver.server.pools import Pools
-from imageserver.server.shortage import Reserve, Seldom
+from imageserver.server.shortage import LimitedWarnings, Reserve
 from imageserver.server.worker import most_waiting
 from tests.unit.shortages import no_descriptors, no_threads
 
@@ -75,14 +76,14 @@ class World:
         self.dispatched: list[Connection] = []
         self.dispatch: Callable[[Connection], None] = self.dispatched.append
         self.loop = Loop(
-            Patience(50.0, 100.0),
+            Timeouts(50.0, 100.0),
             lambda conn: self.dispatch(conn),  # noqa: PLW0108 - whatever it is by then
-            lambda: 0.0,
             cast("Any", self.counted),
         )
+        self.acceptors = Acceptors(self.loop, lambda: 0.0, cast("Any", self.counted))
         self.path = path
         self.listener = Full(socket.create_server(str(path), family=socket.AF_UNIX), 0)
-        self.loop.listen(self.listener, Door(spreads=False))
+        self.acceptors.listen(self.listener, AcceptPolicy(spreads=False))
         self.clients: list[socket.socket] = []
 
     def client(self, data: bytes = b"") -> socket.socket:
@@ -104,7 +105,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(module, "TICK", 0.01)
     made = World(tmp_path / "sock")
     yield made
-    made.loop.close_listeners()
+    made.acceptors.close()
     made.loop.close_all()
     while made.loop._reserve.spend():
         pass
@@ -273,13 +274,13 @@ def test_what_is_held_back_can_be_spent_once():
 
 def test_warnings_come_seldom_and_say_how_many_are_left_out(caplog):
     seconds = 1000.0
-    seldom = Seldom(logging.getLogger("x"), lambda: seconds)
+    warnings = LimitedWarnings(logging.getLogger("x"), lambda: seconds)
     for _ in range(100):
-        seldom.warn("no %s", "thread")
+        warnings.warn("no %s", "thread")
     seconds += 10
-    seldom.warn("no %s", "thread")
+    warnings.warn("no %s", "thread")
     seconds += 10
-    seldom.warn("no %s", "thread")
+    warnings.warn("no %s", "thread")
 
     assert caplog.messages == [
         "no thread",

@@ -277,7 +277,7 @@ def test_many_clients_hang_up_and_the_next_one_of_the_thread_is_served(pki, cont
                 leaving.close()
                 with pytest.raises(ClientGone):
                     TlsWire(theirs, 10).send(bytes(16 << 20))
-                Connection(theirs, ("client", 1), ("server", 2)).farewell()
+                Connection(theirs, ("client", 1), ("server", 2)).send_close_notify()
             with pytest.raises(ssl.SSLWantReadError):
                 ours.recv(1)
             TlsWire(ours, 10).send(bytes([number]))

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listening sockets on the worker's loop: which clients are let in, and when.
+
+All workers accept from the same sockets. A busy one leaves a new connection for a moment to the
+others, who hear of it too: otherwise the kernel gives most of them to one worker.
+"""
+
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from imageserver.core.errors import NO_DESCRIPTOR
+from imageserver.observability.metrics.counted import Metrics
+from imageserver.server.connection import Connection
+from imageserver.server.loop import Loop
+from imageserver.server.tls import forget_errors
+
+
+def _admit_all(_client: socket.socket) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptPolicy:
+    """How a listening socket lets clients in."""
+
+    tls: ssl.SSLContext | None = None
+    """With which they speak TLS."""
+    spreads: bool = True
+    """Busy workers leave connections to the others."""
+    admits: Callable[[socket.socket], bool] = _admit_all
+
+
+class Acceptors:
+    """The listening sockets of a worker; on the loop's thread."""
+
+    def __init__(self, loop: Loop, accept_delay: Callable[[], float], metrics: Metrics) -> None:
+        """``accept_delay``: for how many seconds to leave a new connection to other workers."""
+        self._loop = loop
+        self._accept_delay = accept_delay
+        self._metrics = metrics
+        self._listeners: list[Any] = []
+
+    def listen(self, listener: Any, policy: AcceptPolicy) -> None:
+        """Accept from a listening socket."""
+        listener.setblocking(0)
+        self._listeners.append(listener)
+        self._loop.watch(listener.fileno(), partial(self._on_client, listener, policy))
+
+    def close(self) -> None:
+        """Accept no more; the port is free for others at once."""
+        for listener in self._listeners:
+            self._loop.forget(listener.fileno())
+            listener.close()
+        self._listeners.clear()
+
+    def _on_client(self, listener: Any, policy: AcceptPolicy) -> None:
+        seconds = self._accept_delay() if policy.spreads else 0.0
+        if seconds:
+            accept = partial(self._accept, listener, policy)
+            self._loop.pause(listener.fileno(), seconds, accept)
+        else:
+            self._accept(listener, policy)
+
+    def _accept(self, listener: Any, policy: AcceptPolicy) -> None:
+        try:
+            sock, address = listener.accept()
+        except OSError as exc:
+            if exc.errno in NO_DESCRIPTOR:
+                accept = partial(self._accept, listener, policy)
+                self._loop.free_descriptor(listener.fileno(), accept)
+            return  # else another worker was quicker, or the client has gone
+        if not policy.admits(sock):
+            self._metrics.turned_away("not_admitted")
+            sock.close()
+            return
+        sock.settimeout(0)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if policy.tls:
+            try:
+                sock = policy.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except OSError:
+                forget_errors()
+                return  # the client has gone
+        if policy.spreads:
+            self._metrics.accepted()
+        self._loop.add(Connection(sock, address or "unix", listener.getsockname()))

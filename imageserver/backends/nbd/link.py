@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import nbd
 
@@ -96,7 +95,7 @@ def _handshake(
     contexts: Sequence[str],
     deadline: float,
     check: Check,
-) -> Any:
+) -> nbd.NBD:
     handle = nbd.NBD()
     try:
         if image.export:
@@ -122,10 +121,10 @@ def _handshake(
     finally:
         # A connection is closed when nothing refers to it, a traceback included: an error
         # that somebody keeps must not keep a place in the server's queue with it.
-        handle = None
+        del handle
 
 
-def _refused(exc: Any, handle: Any, name: str) -> ImageServerError:
+def _refused(exc: nbd.Error, handle: nbd.NBD, name: str) -> ImageServerError:
     """Return what a failed handshake is for us."""
     # EINVAL: libnbd was left waiting by EAGAIN, and cannot poll a socket that is nowhere.
     if exc.errnum == errno.EINVAL and handle.aio_is_connecting():
@@ -135,7 +134,7 @@ def _refused(exc: Any, handle: Any, name: str) -> ImageServerError:
     return translated(exc, name)
 
 
-def _size(handle: Any, name: str) -> int:
+def _size(handle: nbd.NBD, name: str) -> int:
     """Return the export's size in bytes; libnbd shows the 64 bits of the wire as a signed number.
 
     Raises:
@@ -157,12 +156,13 @@ class Link:
     """A connected export."""
 
     def __init__(
-        self, handle: Any, name: str, server: tuple[int, ...], tuning: Tuning, check: Check
+        self, handle: nbd.NBD, name: str, server: tuple[int, ...], tuning: Tuning, check: Check
     ) -> None:
         self._handle = handle
         self.name = name
         #: Which server it is: the same socket, as it was bound.
         self.server = server
+        self._is_closed = False
         self._stopped = False
         self._check = check
         #: A request that is quick is answered before its client is looked at.
@@ -310,8 +310,12 @@ class Link:
         So that the next client of a server with room for one finds room, and no server ever
         sees more of us than the limits allow. Never fails, may be called twice.
         """
-        handle, self._handle = self._handle, None
-        if handle is None or self._is_silent:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        handle = self._handle
+        del self._handle  # the connection ends with the last reference
+        if self._is_silent:
             return
         deadline = time.monotonic() + DISCONNECT_SECONDS
         with contextlib.suppress(nbd.Error):  # it is gone: that is what we want

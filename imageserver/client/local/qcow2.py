@@ -26,7 +26,9 @@ from typing import Self
 try:
     import nbd
 except ModuleNotFoundError:  # all but qcow2 works without
-    nbd = None
+    _HAS_LIBNBD = False
+else:
+    _HAS_LIBNBD = True
 
 from imageserver.client.failures import LocalFailure
 from imageserver.client.local.chain import Chain, Member, OpenFile
@@ -294,7 +296,7 @@ def _create(base: Chain | None) -> list[str]:
 
 
 def _require_libnbd() -> None:
-    if nbd is not None:
+    if _HAS_LIBNBD:
         return
     lack = "qcow2 needs libnbd's Python module, which this Python has not: install python3-libnbd"
     if sys.prefix != sys.base_prefix:

@@ -173,7 +173,7 @@ def test_temporary_files_may_lie_deep(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_module_that_is_hidden_is_told_from_one_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_hidden: bool
 ):
-    monkeypatch.setattr(qcow2, "nbd", None)
+    monkeypatch.setattr(qcow2, "_HAS_LIBNBD", False)
     monkeypatch.setattr(sys, "prefix", "/venv" if is_hidden else sys.base_prefix)
     with pytest.raises(LocalFailure, match="install python3-libnbd") as raised:
         Qcow2.create(str(tmp_path / "image"), MIB, 1)

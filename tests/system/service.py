@@ -80,7 +80,7 @@ def another_source(machine: Machine, path: str) -> Path:
     source.mkdir()
     for part in ("scripts", "conf", "docs", "imageserver"):
         shutil.copytree(ROOT / part, source / part)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "gunicorn.conf.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "gunicorn.conf.py", "constraints.txt"):
         shutil.copy(ROOT / name, source)
     return source
 

@@ -3,13 +3,12 @@
 
 The master binds its addresses with all others, so gunicorn hands them over in an upgrade and
 closes them on stop; every worker accepts from them. They speak plain HTTP, have threads of
-their own (``pools``), and go past what spreads transfers over the workers (``loop``).
+their own (``pools``), and are not spread over the workers (``accepting``).
 """
 
 import contextlib
 import os
 import socket
-import struct
 from typing import Any
 
 from gunicorn.util import parse_address
@@ -17,14 +16,12 @@ from gunicorn.util import parse_address
 from imageserver.observability.metrics.shown import Sources, exposition
 from imageserver.runtime.directory import runtime_in
 from imageserver.runtime.slottable import SharedTable
+from imageserver.server.credentials import peer_of
 from imageserver.server.readiness import checks
 from imageserver.settings import Settings
 from imageserver.transfers.files import TransferFiles
 from imageserver.web.admin_app import Sights, create_admin_app
 from imageserver.web.app import App
-
-#: struct ucred (unix(7)): pid, uid, gid.
-_UCRED = struct.Struct("=iII")
 
 
 def admin_name(listener: Any, addresses: tuple[str, ...]) -> object:
@@ -65,9 +62,7 @@ def admit(peer: socket.socket) -> bool:
     """
     if peer.family != socket.AF_UNIX:
         return True
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _, uid, _ = _UCRED.unpack(credentials)
-    return uid in {0, os.geteuid()}
+    return peer_of(peer).uid in {0, os.geteuid()}
 
 
 def admin_application(settings: Settings, slots: SharedTable, *, full_ids: bool) -> App:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket: peers accepted, asked who they are, heard, answered (docs/api.md).
+"""The control socket: accept a peer, check its user, read one request, answer (docs/api.md).
 
 The master binds the socket with all others, so gunicorn hands it over in an upgrade and
-closes it on stop; every worker's loop accepts from it. What follows may wait, so each peer
-has a thread of its own, none of which ever serves HTTP. A peer that is slow or silent keeps
-its thread for the client timeout at most; one that waits for the end of a transfer, until it
-hangs up.
+closes it on stop; every worker's loop accepts from it. Each peer has a thread of its own, which
+may wait; none of these threads serves HTTP. A peer that is slow or silent keeps its thread for
+the client timeout at most; one that waits for the end of a transfer, until it hangs up.
 """
 
 import contextlib
@@ -15,34 +14,30 @@ import os
 import select
 import socket
 import stat
-import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from imageserver.core import control_protocol
-from imageserver.core.control_protocol import MAX_REQUEST, InvalidCommand, Peer
+from imageserver.core.control_protocol import MAX_REQUEST, InvalidCommand
 from imageserver.core.entry import fields
 from imageserver.core.errors import NO_DESCRIPTOR, StateUnavailable
+from imageserver.server.credentials import peer_of
 from imageserver.server.loop import Loop
 from imageserver.server.threads import NoThread, Threads
+from imageserver.server.wire import wait
 from imageserver.transfers.actions import Administration
 
 log = logging.getLogger(__name__)
 
 #: Peers that a worker serves at once; threads are made when first needed.
-_PEERS = 64
-#: A peer that was refused before it had said all may go on for so long, to get the answer.
+_MAX_PEERS = 64
+#: How long a peer that was refused early may go on sending, so that it gets to read the answer.
 _LINGER_SECONDS = 1.0
-#: ... and say no more than so many times the largest request, 64 MiB.
+#: ... and how many times the largest request it may send, 64 MiB in all.
 _LINGER_READS = 512
-#: struct ucred (unix(7)): pid, uid, gid.
-_UCRED = struct.Struct("=iII")
-#: asm-generic/socket.h; as many groups as ``socket.getsockopt`` has room for.
-_SO_PEERGROUPS = 59
-_GROUPS_SIZE = 1024
-#: How long the workers of a server that was killed may take to let the socket go.
+#: How long the workers of a server that was killed may take to close the socket.
 _TAKEOVER_SECONDS = 2.0
 
 
@@ -51,15 +46,23 @@ class UnusableSocket(Exception):
 
 
 class ControlServer:
-    """What a worker does for the control socket; ``listen`` and ``stop`` on the loop's thread."""
+    """The control socket of a worker; ``listen`` and ``stop`` on the loop's thread."""
 
-    def __init__(self, administration: Administration, timeout: float) -> None:
+    def __init__(
+        self,
+        administration: Administration,
+        timeout: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``timeout``: seconds in which a peer must have sent its request, or taken the answer."""
         self._administration = administration
         self._timeout = timeout
-        self._threads = Threads("control", _PEERS)
+        self._now = now
+        self._threads = Threads("control", _MAX_PEERS)
         self._listener: Any = None
         self._loop: Loop
         self._peers: set[socket.socket] = set()
+        #: Peers whose request has not arrived.
         self._silent: set[socket.socket] = set()
 
     def listen(self, listener: Any, loop: Loop) -> None:
@@ -80,7 +83,7 @@ class ControlServer:
             listener.close()
 
     def close_silent(self) -> None:
-        """Hang up on those who have not asked for anything yet."""
+        """Hang up on the peers whose request has not arrived."""
         for sock in list(self._silent):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -93,7 +96,7 @@ class ControlServer:
                 self._loop.free_descriptor(self._listener.fileno(), self._accept)
             return  # else another worker was quicker, or the peer has gone
         sock.settimeout(0)
-        if len(self._peers) >= _PEERS:
+        if len(self._peers) >= _MAX_PEERS:
             _refuse(sock)
             return
         self._peers.add(sock)
@@ -108,11 +111,11 @@ class ControlServer:
     # On a thread
 
     def _serve(self, sock: socket.socket) -> None:
-        patience = _LINGER_SECONDS
+        linger = _LINGER_SECONDS
         try:
-            peer = _peer(sock)
+            peer = peer_of(sock)
             if peer.may_control(os.geteuid(), os.getegid()):
-                patience = self._converse(sock)
+                linger = self._serve_one(sock)
             else:
                 log.warning("control: refused: uid=%d", peer.uid)
                 _send(sock, control_protocol.failed("permission denied"))
@@ -123,24 +126,24 @@ class ControlServer:
             _send(sock, control_protocol.failed("internal error"))
         finally:
             self._silent.discard(sock)
-            _hang_up(sock, patience)
+            _hang_up(sock, linger)
             self._peers.discard(sock)
 
-    def _converse(self, sock: socket.socket) -> float:
-        """Hear and answer one request; return for how long the peer may go on after that."""
-        patience = _LINGER_SECONDS
+    def _serve_one(self, sock: socket.socket) -> float:
+        """Read and answer one request; return for how many seconds the peer may go on sending."""
+        linger = _LINGER_SECONDS
         try:
             text = self._request(sock)
-            patience = 0.0
+            linger = 0.0
             self._silent.discard(sock)
             command = control_protocol.parse_command(text)
         except InvalidCommand as exc:
             answer = control_protocol.failed(str(exc))
         else:
             answer = self._carry_out(command, sock)
-            _report(command, answer)
+            _log(command, answer)
         self._send_all(sock, answer)
-        return patience
+        return linger
 
     def _carry_out(self, command: control_protocol.Command, sock: socket.socket) -> bytes:
         try:
@@ -153,11 +156,15 @@ class ControlServer:
             return control_protocol.failed("internal error")
 
     def _request(self, sock: socket.socket) -> bytes:
-        """Return what comes up to the first newline, or the end."""
-        deadline = time.monotonic() + self._timeout
+        """Return what arrives up to the first newline, or the end.
+
+        Raises:
+            InvalidCommand: it is too large, or takes too long.
+        """
+        deadline = self._now() + self._timeout
         text = b""
         while True:
-            if not _wait(sock, select.POLLIN, deadline - time.monotonic()):
+            if not wait(sock, select.POLLIN, deadline - self._now()):
                 raise InvalidCommand("request took too long")
             data = sock.recv(MAX_REQUEST)
             line, newline, _ = data.partition(b"\n")
@@ -169,23 +176,23 @@ class ControlServer:
 
     def _send_all(self, sock: socket.socket, answer: bytes) -> None:
         """Send an answer, of which a list may be larger than the socket's buffer."""
-        deadline = time.monotonic() + self._timeout
+        deadline = self._now() + self._timeout
         rest = memoryview(answer)
-        while rest and _wait(sock, select.POLLOUT, deadline - time.monotonic()):
+        while rest and wait(sock, select.POLLOUT, deadline - self._now()):
             rest = rest[sock.send(rest) :]
 
 
-def _report(command: control_protocol.Command, answer: bytes) -> None:
+def _log(command: control_protocol.Command, answer: bytes) -> None:
     if isinstance(command, control_protocol.List):  # its answer would fill the log
         log.debug("control: list", extra=fields(after=command.after))
         return
     level = logging.DEBUG if isinstance(command, control_protocol.Status) else logging.INFO
     if isinstance(command, control_protocol.Register) and command.transfer.ignored:
         level = logging.WARNING  # the answer has them
-    log.log(level, "control: %s", answer.decode().rstrip(), extra=_told(command))
+    log.log(level, "control: %s", answer.decode().rstrip(), extra=_fields(command))
 
 
-def _told(
+def _fields(
     command: control_protocol.Status | control_protocol.Register | control_protocol.Unregister,
 ) -> dict[str, Mapping[str, object]]:
     action = type(command).__name__.lower()
@@ -194,32 +201,16 @@ def _told(
     return fields(action=action, transfer=command.transfer_id)
 
 
-def _peer(sock: socket.socket) -> Peer:
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    _, uid, gid = _UCRED.unpack(credentials)
-    try:
-        groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_SIZE)
-    except OSError:  # more groups than fit: the first one must do
-        groups = b""
-    return Peer(uid, frozenset({gid, *struct.unpack(f"={len(groups) // 4}I", groups)}))
-
-
-def _wait(sock: socket.socket, events: int, seconds: float) -> bool:
-    poller = select.poll()
-    poller.register(sock, events)
-    return bool(poller.poll(max(0.0, seconds) * 1000))
-
-
 def _has_gone(sock: socket.socket) -> bool:
-    """Tell whether the peer has closed its socket; one that has said all has not."""
+    """Tell whether the peer has closed its socket, not only its sending direction."""
     poller = select.poll()
     poller.register(sock, 0)
     return bool(poller.poll(0))
 
 
 def _send(sock: socket.socket, answer: bytes) -> None:
-    with contextlib.suppress(OSError):  # a peer that is gone gets none
-        sock.send(answer)  # below any socket buffer, into an empty one: never partial
+    with contextlib.suppress(OSError):  # the peer has gone
+        sock.send(answer)  # smaller than any socket's buffer, into an empty one: never partial
 
 
 def _refuse(sock: socket.socket) -> None:
@@ -227,14 +218,17 @@ def _refuse(sock: socket.socket) -> None:
     sock.close()
 
 
-def _hang_up(sock: socket.socket, patience: float) -> None:
-    """Close, but not on what the peer still says: it would not get to read the answer."""
-    deadline = time.monotonic() + patience
+def _hang_up(sock: socket.socket, linger: float) -> None:
+    """Close, after reading what arrives within ``linger`` seconds.
+
+    A socket that is closed with unread bytes is reset: the peer would not get the answer.
+    """
+    deadline = time.monotonic() + linger
     with contextlib.suppress(OSError), sock:
         sock.shutdown(socket.SHUT_WR)
         for _ in range(_LINGER_READS):
             left = deadline - time.monotonic()
-            if not (_wait(sock, select.POLLIN, left) and sock.recv(MAX_REQUEST)):
+            if not (wait(sock, select.POLLIN, left) and sock.recv(MAX_REQUEST)):
                 break
 
 
@@ -242,7 +236,7 @@ def _hang_up(sock: socket.socket, patience: float) -> None:
 
 
 def check_socket(path: str) -> None:
-    """Prove that the socket can be made, or is there.
+    """Check that the socket can be made, or exists.
 
     Raises:
         UnusableSocket: it cannot.
@@ -255,7 +249,7 @@ def check_socket(path: str) -> None:
 
 
 def take_over(path: str) -> None:
-    """Wait for the workers of a dead predecessor; the file itself gunicorn replaces.
+    """Wait until the workers of a killed server have closed the socket; gunicorn replaces the file.
 
     Raises:
         UnusableSocket: a living server listens there.

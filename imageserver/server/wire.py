@@ -51,7 +51,7 @@ def wait(sock: HasFileno, events: int, seconds: float, until: HasFileno | None =
     poller.register(sock, events)
     if until:
         poller.register(until, select.POLLIN)
-    return bool(poller.poll(seconds * 1000))
+    return bool(poller.poll(max(0.0, seconds) * 1000))
 
 
 def awaited(blocked: OSError, usual: int) -> int:

@@ -96,25 +96,8 @@ def seconds_until_408(server: Server, pieces: bytes, pause: float) -> float:
     raise AssertionError("never cut off")
 
 
-@pytest.mark.parametrize("pause", [0.05, 3], ids=["a byte now and then", "silence"])
-def test_a_head_slower_than_the_client_timeout_is_cut_off(server, pause):
-    assert 0.7 < seconds_until_408(server, b"G" + b"E" * 200, pause) < 2.5
-
-
-def test_a_client_that_never_says_anything_is_cut_off(server):
-    with server.raw() as sock:
-        sock.settimeout(3)
-        began = time.monotonic()
-        assert sock.recv(1000) == b""
-        assert 0.7 < time.monotonic() - began < 2.5
-
-
-def test_a_slow_second_head_is_cut_off_like_the_first(server):
-    with server.raw(LINE + b"Host: x\r\n\r\nGET /im") as sock, sock.makefile("rb") as stream:
-        assert read_answer(stream).body == b"image"
-        began = time.monotonic()
-        assert read_answer(stream).refusal == (408, "request head took too long")
-        assert time.monotonic() - began < 2.5
+def test_a_head_slower_than_the_client_timeout_is_cut_off(server):
+    assert 0.7 < seconds_until_408(server, b"G" + b"E" * 200, 0.05) < 2.5
 
 
 def test_slow_heads_by_the_hundred_keep_nobody_from_being_answered(server):

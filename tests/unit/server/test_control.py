@@ -157,6 +157,8 @@ def test_what_is_no_command_is_told_so(fields: dict[str, object], message: str) 
     [
         (b"", "invalid JSON: Expecting value at character 0"),
         (b"{", "invalid JSON: "),
+        (b'{"action":"sta', "invalid JSON: "),
+        (b'{"action":"status"}{"action":"status"}', "invalid JSON: "),
         (b"status", "invalid JSON: "),
         (b'{"action":NaN}', "invalid JSON: NaN is not a JSON value"),
         (b"\xff\xfe", "invalid JSON: not UTF-8 at byte 0"),

@@ -246,6 +246,16 @@ def test_a_head_byte_by_byte_has_the_client_timeout_in_all(world: _World, reques
     assert world.counted.reasons == ["head_timeout"]
 
 
+def test_a_head_that_stops_half_way_has_the_client_timeout(world: _World) -> None:
+    world.says(REQUEST[:10])
+    world.pass_by(HEAD_SECONDS - 1)
+    assert world.conn.state is State.HEAD
+    world.pass_by(1)
+
+    assert world.client.recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert world.client.recv(1) == b""
+
+
 def test_a_lingering_client_that_goes_on_sending_is_closed_all_the_same(world: _World) -> None:
     world.says(REQUEST)
     world.answers(b"answer", last=True)

@@ -125,6 +125,22 @@ def open_private(directory: str, name: str) -> int:
     return os.open(os.path.join(directory, name), flags, 0o600)
 
 
+def read_regular(path: str, most: int) -> bytes | None:
+    """Return a file's first ``most`` bytes; None where this is a link, or no regular file."""
+    # O_NONBLOCK: a FIFO must not stop us before fstat has seen what it is.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            return None
+        raise
+    try:
+        return os.read(fd, most) if stat.S_ISREG(os.fstat(fd).st_mode) else None
+    finally:
+        os.close(fd)
+
+
 @contextlib.contextmanager
 def own_files(what: str) -> Iterator[None]:
     """Translate what the system says of the server's own files; ``what`` names them in a sentence.

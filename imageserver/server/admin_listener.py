@@ -13,6 +13,8 @@ from typing import Any
 
 from gunicorn.util import parse_address
 
+from imageserver.core.ports import Exposition
+from imageserver.observability.metrics.counted import metrics_in
 from imageserver.observability.metrics.shown import Sources, exposition
 from imageserver.runtime.directory import runtime_in
 from imageserver.runtime.slottable import SharedTable
@@ -70,7 +72,12 @@ def admin_application(settings: Settings, slots: SharedTable, *, full_ids: bool)
     files = TransferFiles(settings.config_dir, settings.config_owners)
     proofs = checks(settings, files, slots, runtime_in(settings.runtime_dir))
     sources = Sources(settings.metrics_dir, slots, settings.slot_limits, settings.threads, proofs)
-    sights = Sights(slots, proofs, lambda: exposition(sources))
+
+    def metrics() -> Exposition:
+        metrics_in(settings.metrics_dir).flush()
+        return exposition(sources)
+
+    sights = Sights(slots, proofs, metrics)
     return create_admin_app(sights, full_ids=full_ids)
 
 

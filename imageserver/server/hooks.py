@@ -184,7 +184,6 @@ def child_exit(_arbiter: Any, _worker: Any) -> None:
 def _sweep(settings: Settings, *, prune: bool = False) -> None:
     # Mapped for this one sweep: a file that others cut short would end the master.
     metrics = LateMetrics(settings.metrics_dir)
-    metrics.flush()  # else a master, which counts deaths only, would never make up for losses
     runtime = runtime_in(settings.runtime_dir)
     table = SharedTable(runtime, settings.slot_limits, metrics.freed)
     try:
@@ -193,6 +192,7 @@ def _sweep(settings: Settings, *, prune: bool = False) -> None:
             ImageLocks(runtime.locks, is_leaving, table.owner).prune()
     finally:
         table.close()
+        metrics.flush()  # a master does so at no other time
 
 
 def on_reload(arbiter: Any) -> None:

@@ -10,12 +10,10 @@ seen by any later ``remove``. Changes hold a lock, which the kernel drops with i
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import secrets
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +30,7 @@ from imageserver.core.transfer import (
     to_fields,
 )
 from imageserver.runtime.guard import guarded
-from imageserver.runtime.private import open_private, own_files
+from imageserver.runtime.private import open_private, own_files, read_regular
 from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.usage import ActivityFiles
 
@@ -210,23 +208,8 @@ class RegistrationFiles:
 
     def _id_of(self, name: str) -> str | None:
         """Return whose file this is; None where it is none of ours."""
-        transfer_id = parse_id(self._text_of(name))
+        transfer_id = parse_id(read_regular(self._path(name), MAX_TRANSFER_SIZE) or b"")
         return transfer_id if transfer_id and id_hash(transfer_id) == name else None
-
-    def _text_of(self, name: str) -> bytes:
-        # O_NONBLOCK: a FIFO must not stop us before fstat has seen what it is.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            fd = os.open(self._path(name), flags)
-        except OSError as exc:
-            if exc.errno == errno.ELOOP:  # a link
-                return b""
-            raise
-        try:
-            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-            return os.read(fd, MAX_TRANSFER_SIZE) if is_file else b""
-        finally:
-            os.close(fd)
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)

@@ -4,7 +4,6 @@
 import contextlib
 import json
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -110,14 +109,22 @@ def test_others_are_kept_out_by_mode_and_by_name(server, unix, workplace):
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 
+BUG = """
+from imageserver.observability.metrics import shown
+
+def fail(_sources):
+    raise ZeroDivisionError("a bug")
+
+shown.exposition = fail
+"""
+
+
 def test_a_failure_of_our_own_is_logged_in_our_form_and_answered_in_json(home):
     admin = Admin(free_port())
-    with Server(home, workers=1, admin_bind=admin.bind, log_format="json") as server:
-        # Counts of a metric without a name: a file that reads well, and cannot be shown.
-        key = b'["","x",{},""]'
-        entry = struct.pack("=i", len(key)) + key + bytes(8 - (len(key) + 4) % 8) + bytes(16)
-        made = struct.pack("=ii", 8 + len(entry), 0) + entry
-        (server.runtime / "metrics" / "counter_77.db").write_bytes(made)
+    server = Server(home, workers=1, admin_bind=admin.bind, log_format="json")
+    (home / "sitecustomize.py").write_text(BUG)  # imported by Python at its start (site)
+    server.env["PYTHONPATH"] = str(home)
+    with server:
         answer = admin.ask("/metrics")
         assert (answer.status, answer.json) == (500, {"error": "internal error"})
         assert answer.headers["Content-Type"] == "application/json"

@@ -20,7 +20,8 @@ from imageserver.observability.metrics.counted import metrics_in
 metrics = metrics_in(sys.argv[1])
 for _ in sys.stdin:
     metrics.accepted()
-    print(metrics._store._numbers.number, flush=True)
+    metrics.flush()
+    print(metrics._store._number.value, flush=True)
 """
 
 

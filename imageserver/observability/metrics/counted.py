@@ -1,31 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process counts: one object a process, over files that /metrics adds up.
+"""What a process counts: one object a process, over a file that /metrics adds up with others.
 
-Each value has its place in a file (``stored``), so that it outlives the process. ``numbers`` says
-which files.
-
-To write one costs microseconds, and a request has a handful of them: a tenth of a probe. So
-finished requests are added up in memory, and written at most ``FLUSH_SECONDS`` later; what is
-rarer or larger, at once.
+``stored`` keeps the numbers, ``layout`` knows their places. A request, a connection and a piece of
+an image add to a number in memory, under a lock; nothing is looked up twice.
 """
 
-import math
-import time
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import cache
-from itertools import product
 from threading import Lock
-from typing import Any
-
-from prometheus_client import Counter, values
-from prometheus_client.utils import floatToGoString
 
 from imageserver.core import errors
 from imageserver.core.entry import Entry
 from imageserver.core.slots import Holder, Kind
 from imageserver.observability.metrics import declared
 from imageserver.observability.metrics.declared import OTHER, Metric
+from imageserver.observability.metrics.layout import ENDS, SUM, place_of
 from imageserver.observability.metrics.stored import Store
 
 #: Why a request is refused, by the error's class.
@@ -56,77 +46,46 @@ BACKEND_ERRORS: dict[type[errors.ImageServerError], str] = {
 }
 CLIENT_ERRORS: tuple[type[errors.ImageServerError], ...] = (errors.ClientGone, errors.ShortBody)
 
-#: How long a finished request may be missing from the files. A process killed takes it along.
-FLUSH_SECONDS = 0.25
-
 _REFUSALS = {cls.__name__: reason for cls, reason in REFUSALS.items()}
 _BACKEND_ERRORS = {cls.__name__: kind for cls, kind in BACKEND_ERRORS.items()}
 _CLIENT_ERRORS = {cls.__name__ for cls in CLIENT_ERRORS}
 _DIRECTIONS = {"read": "read", "write": "write", "replace": "write", "zero": "zero"}
+#: Where an operation's durations are counted: their sum, and each bucket.
+_DURATIONS = {
+    operation: (
+        place_of(declared.DURATION, operation, part=SUM),
+        [place_of(declared.DURATION, operation, part=end) for end in ENDS],
+    )
+    for operation in declared.OPERATIONS
+}
 
 
 class Metrics:
     """The counters of this process; every method may be called from any thread."""
 
     def __init__(self, directory: str) -> None:
-        """Count in files of ``directory``, where that is possible."""
+        """Count in a file of ``directory``, where that is possible."""
         self._store = Store(directory)
-        # The library asks for this name whenever it makes a value.
-        values.ValueClass = self._store.value
-        self._requests = _counter(declared.REQUESTS)
-        self._durations = {
-            operation: _Durations(self._store.value, operation) for operation in declared.OPERATIONS
-        }
-        self._bytes = _counter(declared.BYTES)
-        self._refused = _counter(declared.REFUSED)
-        self._conflicts = _counter(declared.CONFLICTS)
-        self._backend_failures = _counter(declared.BACKEND_FAILURES)
-        self._clients_gone = _counter(declared.CLIENTS_GONE)
-        self._reclaimed = _counter(declared.RECLAIMED)
-        self._worker_deaths = _counter(declared.WORKER_DEATHS)
-        self._connections = _counter(declared.CONNECTIONS)
-        self._connections_refused = _counter(declared.CONNECTIONS_REFUSED)
-        self._tls_failures = _counter(declared.TLS_FAILURES)
-        self._pending = Lock()
-        self._due = 0.0
-        self._ended: dict[tuple[str, int], int] = {}
-        self._took = _no_times()
 
     def begin(self) -> None:
-        """Take files of this process's own now, not with the first thing that is counted."""
-        self._connections.inc(0)
+        """Take a file of this process's own now, not with the first thing that is counted."""
+        self._store.flush()
 
     # Requests: ``ports.Journal``, ``ports.Meter``
 
     def finished(self, entry: Entry) -> None:
         """Count a finished request."""
         operation = entry.operation if entry.operation in declared.OPERATIONS else OTHER
-        ended = entry.method if entry.method in declared.METHODS else OTHER, entry.status
-        with self._pending:
-            self._ended[ended] = self._ended.get(ended, 0) + 1
-            self._took[operation].add(entry.seconds)
+        method = entry.method if entry.method in declared.METHODS else OTHER
+        status = entry.status if 100 <= entry.status < 600 else 0  # noqa: PLR2004 - HTTP's
+        sum_at, buckets_at = _DURATIONS[operation]
+        self._store.add(
+            (place_of(declared.REQUESTS, method, str(status)), 1),
+            (buckets_at[bisect_left(declared.BUCKETS, entry.seconds)], 1),
+            (sum_at, entry.seconds),
+        )
         if entry.error:
             self._failed(entry, operation)
-        self.flush_if_due()
-
-    def flush_if_due(self) -> None:
-        """Write finished requests to the files, where that was done a moment ago or longer."""
-        if time.monotonic() >= self._due:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write finished requests to the files, and what could not be written before."""
-        self._store.mend()
-        with self._pending:
-            self._due = time.monotonic() + FLUSH_SECONDS
-            if not self._ended:
-                return
-            ended, self._ended = self._ended, {}
-            took, self._took = self._took, _no_times()
-        for (method, status), number in ended.items():
-            self._requests.labels(method, str(status)).inc(number)
-        for operation, times in took.items():
-            self._durations[operation].add(times)
 
     def _failed(self, entry: Entry, operation: str) -> None:
         error = entry.error
@@ -135,94 +94,64 @@ class Metrics:
         elif error in _REFUSALS:
             self.refused(_REFUSALS[error])
             if error == errors.ImageBusy.__name__ and operation in declared.RUNNING:
-                self._conflicts.labels(operation).inc()
+                self._count(declared.CONFLICTS, operation)
         elif error in _CLIENT_ERRORS:
-            self._clients_gone.labels(operation).inc()
+            self._count(declared.CLIENTS_GONE, operation)
         elif entry.backend in declared.BACKENDS:
             kind = _BACKEND_ERRORS.get(error, OTHER)
-            self._backend_failures.labels(entry.backend, kind).inc()
+            self._count(declared.BACKEND_FAILURES, entry.backend, kind)
 
     def meter(self, operation: str, backend: str) -> Callable[[int], None]:
         """Return what is told of each piece that an operation has moved: see ``ports.Meter``."""
         direction = _DIRECTIONS.get(operation)
         if direction is None or backend not in declared.BACKENDS:
             return _uncounted
-        return self._bytes.labels(direction, backend).inc
+        place, add = place_of(declared.BYTES, direction, backend), self._store.add
+        return lambda moved: add((place, moved))
 
     # What happens outside the application
 
     def refused(self, reason: str) -> None:
         """Count a request that was refused, for one of ``declared.REFUSALS``."""
-        self._refused.labels(_known(reason, declared.REFUSALS)).inc()
+        self._count(declared.REFUSED, reason)
 
     def freed(self, holder: Holder | None) -> None:
         """Count what a sweep has freed; None: a damaged record."""
         if holder is None:
-            self._reclaimed.labels("damaged").inc()
+            self._count(declared.RECLAIMED, "damaged")
         elif holder.kind is Kind.WORKER:
-            self._worker_deaths.inc()
+            self._count(declared.WORKER_DEATHS)
         else:
-            self._reclaimed.labels(holder.kind.name.lower()).inc()
+            self._count(declared.RECLAIMED, holder.kind.name.lower())
 
     def accepted(self) -> None:
         """Count a connection."""
-        self._connections.inc()
+        self._count(declared.CONNECTIONS)
 
     def turned_away(self, reason: str) -> None:
         """Count a connection refused for one of ``declared.CONNECTION_REFUSALS``."""
-        self._connections_refused.labels(_known(reason, declared.CONNECTION_REFUSALS)).inc()
+        self._count(declared.CONNECTIONS_REFUSED, reason)
 
     def tls_failed(self) -> None:
         """Count a failed handshake."""
-        self._tls_failures.inc()
+        self._count(declared.TLS_FAILURES)
+
+    def _count(self, metric: Metric, *labels: str) -> None:
+        self._store.add((place_of(metric, *labels), 1))
+
+    # Files
+
+    def flush(self) -> None:
+        """Write what was counted to the file, and what could not be written before."""
+        self._store.flush()
+
+    def flush_if_due(self) -> None:
+        """Write what was counted, where that was done a moment ago or longer."""
+        self._store.flush_if_due()
 
     def close(self) -> None:
-        """Let the files go. Nothing can be counted any more."""
-        self.flush()
+        """Write what was counted and let the file go. Nothing can be counted any more."""
         self._store.close()
-
-
-class _Times:
-    """Durations of one operation, by bucket, and their sum."""
-
-    def __init__(self) -> None:
-        self.numbers = [0] * (len(declared.BUCKETS) + 1)
-        self.seconds = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.numbers[bisect_left(declared.BUCKETS, seconds)] += 1
-        self.seconds += seconds
-
-
-def _no_times() -> dict[str, _Times]:
-    return {operation: _Times() for operation in declared.OPERATIONS}
-
-
-class _Durations:
-    """One operation's part of the histogram. The library's own takes durations one by one."""
-
-    def __init__(self, make: Callable[..., Any], operation: str) -> None:
-        metric = declared.DURATION
-        names, labels = metric.label_names, (operation,)
-        fixed = (metric.type.value, metric.name)
-        self._sum = make(*fixed, f"{metric.name}_sum", names, labels, metric.help)
-        self._buckets = [
-            make(
-                *fixed,
-                f"{metric.name}_bucket",
-                (*names, "le"),
-                (*labels, floatToGoString(end)),  # type: ignore[no-untyped-call]
-                metric.help,
-            )
-            for end in (*declared.BUCKETS, math.inf)
-        ]
-
-    def add(self, times: _Times) -> None:
-        for bucket, number in zip(self._buckets, times.numbers, strict=True):
-            if number:
-                bucket.inc(number)
-        if times.seconds:
-            self._sum.inc(times.seconds)
 
 
 class LateMetrics:
@@ -262,22 +191,6 @@ def metrics_in(directory: str) -> Metrics:
     """
     with _making:
         return _made(directory)
-
-
-def _counter(metric: Metric) -> Counter:
-    counter = Counter(metric.name, metric.help, metric.label_names, registry=None)
-    # Each value that is known beforehand begins with a zero.
-    sets = [found for _, found in metric.labels if found is not None]
-    if metric.labels and len(sets) == len(metric.labels):
-        for labels in product(*sets):
-            counter.labels(*labels)
-    return counter
-
-
-def _known(value: str, among: tuple[str, ...]) -> str:
-    if value not in among:
-        raise ValueError(f"{value} is not declared")
-    return value
 
 
 def _uncounted(_count: int) -> None:

@@ -8,20 +8,34 @@ processes that live, so that nothing remains of one that has died.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.core import Metric as Family
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from imageserver import __version__
 from imageserver.core.ports import Exposition, Living
 from imageserver.core.slots import Holder, Kind, WorkerState
 from imageserver.observability.metrics import declared
-from imageserver.observability.metrics.declared import Metric
-from imageserver.observability.metrics.numbers import files, is_sound
+from imageserver.observability.metrics.declared import Metric, Type
+from imageserver.observability.metrics.layout import (
+    COUNTED,
+    ENDS,
+    SUM,
+    Counts,
+    add_up,
+    counts_of,
+    labels_of,
+    place_of,
+)
+from imageserver.observability.metrics.numbers import read_all
 
 _LIMITED = (Kind.READ, Kind.WRITE, Kind.OTHER)
 
@@ -51,15 +65,41 @@ class _Shown(Collector):
         self._sources = sources
 
     def collect(self) -> Iterable[Family]:
-        found = files(self._sources.directory)
-        sound = [path for path in found if is_sound(path)]
-        yield from MultiProcessCollector.merge(sound)  # type: ignore[no-untyped-call]
-        yield _single(declared.DAMAGED_FILES, len(found) - len(sound))
+        found, damaged = read_all(self._sources.directory)
+        if found:
+            yield from _counted(add_up(found))
+        yield _single(declared.DAMAGED_FILES, damaged)
         yield _gauge(declared.BUILD, {__version__: 1})
         yield from _running(self._sources, time.monotonic_ns())
         yield from _workers(self._sources)
         ready = {name: float(not check()) for name, check in self._sources.checks.items()}
         yield _gauge(declared.READY, ready)
+
+
+def _counted(counts: "Counts") -> Iterator[Family]:
+    for metric in COUNTED:
+        shown = _histogram if metric.type is Type.HISTOGRAM else _counter
+        family = shown(metric, counts)
+        if family.samples:
+            yield family
+
+
+def _counter(metric: Metric, counts: "Counts") -> Family:
+    family = CounterMetricFamily(metric.name, metric.help, labels=metric.label_names)
+    is_open = any(found is None for _, found in metric.labels)
+    for labels, value in counts_of(metric, counts):
+        if value or not is_open:  # of those that are not known beforehand, what was counted
+            family.add_metric(labels, value)
+    return family
+
+
+def _histogram(metric: Metric, counts: "Counts") -> Family:
+    family = HistogramMetricFamily(metric.name, metric.help, labels=metric.label_names)
+    for labels in labels_of(metric):
+        numbers = accumulate(counts[place_of(metric, *labels, part=end)] for end in ENDS)
+        buckets = [*zip(ENDS, numbers, strict=True)]
+        family.add_metric(labels, buckets, counts[place_of(metric, *labels, part=SUM)])
+    return family
 
 
 def _running(sources: Sources, now_ns: int) -> Iterator[Family]:

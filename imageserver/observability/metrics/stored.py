@@ -1,235 +1,167 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the counts of a process are kept: in memory, and written through to files of its own.
+"""Where the counts of a process are kept: in memory, and written to a file of its own.
 
-The files are those of prometheus_client's multiprocess mode, whose reader adds them up:
+To count costs no system call. What was counted is written at most ``FLUSH_SECONDS`` later, all
+series at once, so a process that is killed takes no more than that along.
 
-    used, unused                    two integers of four bytes
-    length, key, blanks to align    an entry: the key is JSON
-    value, timestamp                two floats; the next entry begins where ``used`` ends
-
-Its own writer maps them, and a mapped file that others cut short, or that a full disk has no
-room for, kills the process that counts (SIGBUS). Ours writes (pwrite(2), as quick where there
-is a page), and what could not be written is written later: counting never stops work.
+The file is written with pwrite(2), not mapped: a mapped file that others cut short, or for which
+a full disk has no room, kills the process that counts (SIGBUS). What cannot be written now is
+written later: counting never stops work.
 """
 
 import contextlib
 import logging
 import os
-import struct
-from collections.abc import Callable
+import time
 from threading import Lock
-from typing import Any
+from weakref import WeakSet
 
-from prometheus_client.mmap_dict import mmap_key
-
-from imageserver.observability.metrics.numbers import (
-    FILE_SIZE,
+from imageserver.observability.metrics.layout import (
+    SIZE,
     DamagedFile,
-    Numbers,
+    add_up,
+    no_counts,
+    pack_counts,
     parse_counts,
-    path_of,
-    used_size,
 )
+from imageserver.observability.metrics.numbers import Number
 from imageserver.runtime.private import open_private
 
 log = logging.getLogger(__name__)
 
-_INT = struct.Struct("=i")
-_PAIR = struct.Struct("=dd")
-_FIRST = 8
+#: How long what was counted may be missing from the file.
+FLUSH_SECONDS = 0.25
 
 
-class CountFile:
-    """One file, and the same in memory."""
+class Store:
+    """The counts of a process; any thread may count. A forked child begins at zero."""
 
-    def __init__(self, path: str) -> None:
-        """Go on with the file at ``path``, which is sound, empty or missing; "": have no file."""
-        self._path = path
+    def __init__(self, directory: str) -> None:
+        """Keep a file in ``directory``, as long as that is possible."""
+        self._number = Number(directory)
         self._fd = -1
-        self._image = bytearray(_INT.pack(_FIRST) + bytes(_INT.size))
-        self._positions: dict[str, int] = {}
-        self._is_whole = False
         self._was_told = False
-        if path:
-            self._open()
-            self._load()
-            self.mend()
+        self._begin()
+        _stores.add(self)
 
-    def _open(self) -> None:
+    def _begin(self) -> None:
+        self._counts = no_counts()
+        self._due = 0.0
+        #: The file has all that was counted, as far as this process knows.
+        self._is_written = False
+        self._counting = Lock()
+        self._writing = Lock()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: count in a file of its own from now on."""
+        self._number.close()
+        self._close()
+        self._begin()
+
+    def add(self, *amounts: tuple[int, float]) -> None:
+        """Add to the numbers at these places."""
+        with self._counting:
+            for place, amount in amounts:
+                self._counts[place] += amount
+            self._is_written = False
+        self.flush_if_due()
+
+    def flush_if_due(self) -> None:
+        """Write what was counted, where that was last done ``FLUSH_SECONDS`` ago or longer."""
+        if time.monotonic() >= self._due:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was counted, and anew what others have removed or cut short."""
+        with self._writing:
+            self._due = time.monotonic() + FLUSH_SECONDS
+            if not self._has_file():
+                return
+            with self._counting:
+                if self._is_written:
+                    return
+                counts = pack_counts(self._counts)
+                self._is_written = True
+            self._write(counts)
+
+    def _has_file(self) -> bool:
+        """Make sure that there is a whole file of this process's own; False: it cannot be had."""
+        if self._number.is_lost():
+            self._number.take()
+            if self._number.value < 0:
+                return False
+            self._open(is_new=True)
+        elif self._fd < 0 or (found := os.fstat(self._fd)).st_nlink == 0:
+            self._open(is_new=False)
+        elif found.st_size < SIZE:
+            self._reserve()
+        return self._fd >= 0
+
+    def _open(self, *, is_new: bool) -> None:
+        """Open the number's file; where the number is new, go on with what its last owner left."""
+        before, self._fd = self._fd, -1
+        self._is_written = False
         try:
-            self._fd = open_private(*os.path.split(self._path))
+            self._fd = open_private(*os.path.split(self._number.path))
+            is_same = before >= 0 and os.path.samestat(os.fstat(before), os.fstat(self._fd))
+            if is_new and not is_same:
+                self._go_on()
             self._reserve()
         except OSError as exc:
             self._failed(exc)
+        finally:
+            if before >= 0:
+                os.close(before)
+
+    def _go_on(self) -> None:
+        # It was sound when the number was taken, and may have been damaged since.
+        with contextlib.suppress(DamagedFile):
+            left = parse_counts(os.pread(self._fd, SIZE, 0))
+            if left is not None:
+                with self._counting:
+                    self._counts = add_up((self._counts, left))
 
     def _reserve(self) -> None:
-        """Give the file its size; on a full disk it has no room yet."""
+        """Give the file its size now, so that it has room on a disk that is full later."""
+        self._is_written = False
         try:
-            os.posix_fallocate(self._fd, 0, FILE_SIZE)
+            os.posix_fallocate(self._fd, 0, SIZE)
         except OSError as exc:
             self._failed(exc)
-            os.ftruncate(self._fd, max(FILE_SIZE, os.fstat(self._fd).st_size))
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, max(SIZE, os.fstat(self._fd).st_size))
 
-    def _load(self) -> None:
-        data = b""
-        with contextlib.suppress(OSError):
-            data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
-        # It was sound when the number was taken, and may have been spoilt since.
-        with contextlib.suppress(DamagedFile):
-            self._positions = parse_counts(data)
-            if self._positions:
-                self._image = bytearray(data[: used_size(data)])
-
-    def read(self, key: str) -> float:
-        """Return a value; one that is new begins with zero."""
-        position = self._positions.get(key)
-        if position is None:
-            self._append(key)
-            return 0.0
-        value, _ = _PAIR.unpack_from(self._image, position)
-        return float(value)
-
-    def _append(self, key: str) -> None:
-        encoded = key.encode()
-        start = len(self._image)
-        self._image += _INT.pack(len(encoded)) + encoded + b" " * (8 - (len(encoded) + 4) % 8)
-        self._positions[key] = len(self._image)
-        self._image += _PAIR.pack(0.0, 0.0)
-        _INT.pack_into(self._image, 0, len(self._image))
-        self._write(start, len(self._image))
-        self._write(0, _INT.size)  # last: a reader goes no further than it says
-
-    def write(self, key: str, value: float) -> None:
-        """Set a value that has been read before."""
-        position = self._positions[key]
-        _PAIR.pack_into(self._image, position, value, 0.0)
-        self._write(position, position + _PAIR.size)
-
-    def _write(self, start: int, end: int) -> None:
-        if self._fd < 0:
-            return
+    def _write(self, counts: bytes) -> None:
         try:
-            if os.pwrite(self._fd, self._image[start:end], start) < end - start:
-                self._is_whole = False
+            if os.pwrite(self._fd, counts, 0) < len(counts):
+                self._is_written = False
         except OSError as exc:
             self._failed(exc)
 
     def _failed(self, exc: OSError) -> None:
-        self._is_whole = False
+        self._is_written = False
         if not self._was_told:
-            log.warning("metrics: %s cannot be written now: %s", self._path, exc.strerror)
+            log.warning("metrics: %s cannot be written now: %s", self._number.path, exc.strerror)
         self._was_told = True
 
-    def mend(self) -> None:
-        """Write anew what others have removed or cut short, or could not be written before."""
-        if not self._path or (self._is_whole and self._is_in_place()):
-            return
-        if self._fd < 0 or os.fstat(self._fd).st_nlink == 0:
-            self.close()
-            self._open()
-        elif os.fstat(self._fd).st_size < FILE_SIZE:
-            with contextlib.suppress(OSError):
-                self._reserve()
-        self._is_whole = self._fd >= 0
-        self._write(_INT.size, len(self._image))
-        self._write(0, _INT.size)
-
-    def _is_in_place(self) -> bool:
-        found = os.fstat(self._fd)
-        return found.st_nlink > 0 and found.st_size >= FILE_SIZE
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def close(self) -> None:
-        """Let the file go. May be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+        """Write what was counted, and let the file and the number go."""
+        self.flush()
+        self._close()
+        self._number.close()
 
 
-class Store:
-    """All values of a process. It makes them for prometheus_client; any thread may count."""
-
-    def __init__(self, directory: str) -> None:
-        """Keep files in ``directory``, as long as that is possible."""
-        self._directory = directory
-        self._numbers = Numbers(directory)
-        self._files: dict[str, CountFile] = {}
-        self._values: list[_Value] = []
-        self._lock = Lock()
-
-    def value(self, kind: str, *naming: Any) -> "_Value":  # noqa: ANN401 - the library's
-        """Make a value: what ``prometheus_client.values.ValueClass`` is for its counters."""
-        key = mmap_key(*naming)
-        with self._lock:
-            value = _Value(kind, key, self._add)
-            self._follow()
-            self._attach(value)
-            self._values.append(value)
-        return value
-
-    def _add(self, value: "_Value", amount: float) -> None:
-        with self._lock:
-            self._follow()
-            value.amount += amount
-            value.file.write(value.key, value.amount)
-
-    def _follow(self) -> None:
-        """Go on in files of this process's own after a fork, with what they say."""
-        if self._numbers.is_mine():
-            return
-        self._numbers.take()
-        for value in self._values:
-            value.amount = 0.0
-        self._reattach()
-
-    def mend(self) -> None:
-        """Make up for what could not be written, or was removed; asked for now and then."""
-        with self._lock:
-            self._follow()
-            if self._numbers.is_lost():
-                before = self._numbers.number
-                self._numbers.take()
-                if (before, self._numbers.number) != (-1, -1):
-                    self._reattach()
-            for file in self._files.values():
-                file.mend()
-
-    def _reattach(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-        for value in self._values:
-            self._attach(value)
-
-    def _attach(self, value: "_Value") -> None:
-        """Add a value to what its file has of it, from those who had the number before."""
-        if value.kind not in self._files:
-            number = self._numbers.number
-            path = path_of(self._directory, value.kind, number) if number >= 0 else ""
-            self._files[value.kind] = CountFile(path)
-        value.file = self._files[value.kind]
-        found = value.file.read(value.key)
-        if value.amount:
-            value.file.write(value.key, found + value.amount)
-        value.amount += found
-
-    def close(self) -> None:
-        """Let the files and the number go."""
-        with self._lock:
-            for file in self._files.values():
-                file.close()
-            self._numbers.close()
+_stores: WeakSet[Store] = WeakSet()
 
 
-class _Value:
-    """A value as prometheus_client's counters know it."""
+def _leave_all() -> None:
+    for store in _stores:
+        store.leave_to_parent()
 
-    file: CountFile
 
-    def __init__(self, kind: str, key: str, add: Callable[["_Value", float], None]) -> None:
-        self.kind, self.key = kind, key
-        self.amount = 0.0
-        self._add = add
-
-    def inc(self, amount: float) -> None:
-        """Add to it."""
-        self._add(self, amount)
+os.register_at_fork(after_in_child=_leave_all)

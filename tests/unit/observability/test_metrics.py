@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from prometheus_client import values
 from prometheus_client.parser import text_string_to_metric_families
 
 from imageserver.core import errors
 from imageserver.core.entry import Entry
 from imageserver.core.errors import ImageServerError
 from imageserver.core.slots import Holder, Kind, Owner, WorkerState
-from imageserver.observability.metrics import counted as counted_module
-from imageserver.observability.metrics import declared
+from imageserver.observability.metrics import declared, stored
 from imageserver.observability.metrics.counted import (
     BACKEND_ERRORS,
     CLIENT_ERRORS,
@@ -36,8 +34,7 @@ Sample = tuple[str, tuple[tuple[str, str], ...]]
 
 
 @pytest.fixture
-def metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metrics]:
-    monkeypatch.setattr(values, "ValueClass", values.ValueClass)  # to be put back
+def metrics(tmp_path: Path) -> Iterator[Metrics]:
     made = Metrics(str(tmp_path))
     yield made
     made.close()
@@ -59,7 +56,7 @@ def sources(directory: Path, *rows: Holder) -> Sources:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counted_module, "FLUSH_SECONDS", -1)
+    monkeypatch.setattr(stored, "FLUSH_SECONDS", -1)
 
 
 def shown(directory: Path, *rows: Holder) -> dict[Sample, float]:
@@ -92,9 +89,12 @@ def test_a_finished_request_is_counted_by_method_and_status(
     metrics.finished(ENTRY)
     metrics.finished(ENTRY)
     metrics.finished(replace(ENTRY, method="BREW", status=405))
+    metrics.finished(replace(ENTRY, status=0))
+    metrics.finished(replace(ENTRY, status=999))
 
     assert counted(tmp_path) == {
         "imageserver_requests_total{GET,206}": 2,
+        "imageserver_requests_total{GET,0}": 2,
         "imageserver_requests_total{other,405}": 1,
     }
 
@@ -120,17 +120,35 @@ def test_its_duration_falls_into_a_bucket_of_its_operation(
     assert shown(tmp_path)[f"{name}_sum", (("operation", "read"),)] == 7200.02
 
 
-def test_finished_requests_are_written_a_moment_later_or_when_asked_for(
+def test_what_is_counted_is_written_a_moment_later_or_when_asked_for(
     metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(counted_module, "FLUSH_SECONDS", 60)
+    monkeypatch.setattr(stored, "FLUSH_SECONDS", 60)
     metrics.finished(ENTRY)  # the first one: that long nothing was written
     metrics.finished(ENTRY)
+    metrics.accepted()
     metrics.flush_if_due()
 
-    assert counted(tmp_path) == {"imageserver_requests_total{GET,206}": 1}
+    first = {"imageserver_requests_total{GET,206}": 1}
+    assert counted(tmp_path) == first
     metrics.flush()
-    assert counted(tmp_path) == {"imageserver_requests_total{GET,206}": 2}
+    assert counted(tmp_path) == {
+        "imageserver_requests_total{GET,206}": 2,
+        "imageserver_connections_total{}": 1,
+    }
+
+
+def test_to_count_makes_no_system_call_but_when_it_is_due(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "FLUSH_SECONDS", 60)
+    metrics.flush()
+    for name in ("getpid", "fstat", "open", "pwrite"):
+        monkeypatch.delattr(stored.os, name)
+    metrics.finished(replace(ENTRY, error="NoSlot"))
+    metrics.meter("read", "nbd")(1)
+    metrics.accepted()
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import values
 
+from imageserver.observability.metrics import numbers
 from imageserver.observability.metrics.counted import Metrics
-from imageserver.observability.metrics.numbers import (
-    FILE_SIZE,
+from imageserver.observability.metrics.layout import (
+    PLACES,
+    SIZE,
     DamagedFile,
-    Numbers,
-    clear_if_alone,
-    files,
-    is_sound,
+    no_counts,
+    pack_counts,
     parse_counts,
 )
-from imageserver.observability.metrics.stored import CountFile
+from imageserver.observability.metrics.numbers import Number, clear_if_alone, files, read_counts
 from tests.unit.counting import ROOT, Process, damaged, processes, total
 
 #: A parent that counts once, then forks a child that does; both say their numbers.
@@ -31,13 +30,15 @@ import os, sys
 from imageserver.observability.metrics.counted import metrics_in
 metrics = metrics_in(sys.argv[1])
 metrics.accepted()
+metrics.accepted()  # not written yet
 if os.fork() == 0:
     metrics_in(sys.argv[1]).accepted()
-    print(metrics._store._numbers.number, flush=True)
+    print(metrics._store._number.value, flush=True)
     os._exit(0)
 os.wait()
 metrics.accepted()
-print(metrics._store._numbers.number, flush=True)
+metrics.flush()
+print(metrics._store._number.value, flush=True)
 """
 
 
@@ -83,7 +84,7 @@ def test_there_are_no_more_files_than_processes_have_lived_at_once(
     assert total(tmp_path) == 8
 
 
-_NAMES = [("", ""), ("counter_", ".db"), ("histogram_", ".db")]
+_NAMES = [("", ""), ("counter_", ".db")]
 
 
 def test_a_forked_child_counts_in_files_of_its_own(tmp_path: Path) -> None:
@@ -93,19 +94,19 @@ def test_a_forked_child_counts_in_files_of_its_own(tmp_path: Path) -> None:
     )  # fmt: skip
 
     assert done.stdout.split() == ["1", "0"]
-    assert total(tmp_path) == 3
+    assert total(tmp_path) == 4
 
 
 def test_a_number_is_free_again_once_it_is_given_back(tmp_path: Path) -> None:
-    one, two = Numbers(str(tmp_path)), Numbers(str(tmp_path))
+    one, two = Number(str(tmp_path)), Number(str(tmp_path))
 
     one.take()
     two.take()
-    assert (one.number, two.number) == (0, 1)
+    assert (one.value, two.value) == (0, 1)
     one.close()
-    three = Numbers(str(tmp_path))
+    three = Number(str(tmp_path))
     three.take()
-    assert three.number == 0
+    assert three.value == 0
     two.close()
     three.close()
 
@@ -143,9 +144,8 @@ def test_counts_stay_where_somebody_counts(tmp_path: Path, start: Callable[[], P
 
 
 @pytest.fixture
-def counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def counter(tmp_path: Path) -> Path:
     """Return a file in which one connection was counted, by a process that is gone."""
-    monkeypatch.setattr(values, "ValueClass", values.ValueClass)
     metrics = Metrics(str(tmp_path))
     metrics.accepted()
     metrics.close()
@@ -153,25 +153,16 @@ def counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_files_are_allocated_whole_and_hold_all_that_is_declared(counter: Path) -> None:
-    sizes = [os.stat(path) for path in files(str(counter.parent))]
+    assert files(str(counter.parent)) == [str(counter)]
+    found = counter.stat()
 
-    assert [(found.st_size, found.st_blocks * 512 >= FILE_SIZE) for found in sizes] == [
-        (FILE_SIZE, True)
-    ] * 2
-    assert is_sound(str(counter))
+    assert (found.st_size, found.st_blocks * 512 >= SIZE) == (SIZE, True)
+    assert read_counts(str(counter)) is not None
 
 
 def _put(at: int, data: bytes) -> Callable[[bytearray], None]:
     def spoil(content: bytearray) -> None:
         content[at : at + len(data)] = data
-
-    return spoil
-
-
-def _at_value(data: bytes) -> Callable[[bytearray], None]:
-    def spoil(content: bytearray) -> None:
-        (used,) = struct.unpack_from("=i", content)
-        content[used - 16 : used - 16 + len(data)] = data
 
     return spoil
 
@@ -182,15 +173,11 @@ def _at_value(data: bytes) -> Callable[[bytearray], None]:
         pytest.param(lambda content: content.clear(), id="empty"),
         pytest.param(lambda content: content.__delitem__(slice(100, None)), id="cut-off"),
         pytest.param(lambda content: content.__delitem__(slice(3, None)), id="cut-off-early"),
-        pytest.param(_put(0, struct.pack("=i", 1 << 30)), id="used-beyond-the-end"),
-        pytest.param(_put(0, struct.pack("=i", -1)), id="used-negative"),
-        pytest.param(_put(8, struct.pack("=i", -64)), id="key-of-negative-length"),
-        pytest.param(_put(8, struct.pack("=i", 0)), id="key-of-no-length"),
-        pytest.param(_put(8, struct.pack("=i", 1 << 30)), id="key-beyond-the-end"),
-        pytest.param(_put(12, b"\xff\xff"), id="key-no-text"),
-        pytest.param(_put(12, b"{}"), id="key-no-json"),
-        pytest.param(_at_value(struct.pack("=d", float("nan"))), id="not-a-number"),
-        pytest.param(_at_value(struct.pack("=d", -1.0)), id="negative"),
+        pytest.param(_put(0, b"\xff" * 100), id="header-written-over"),
+        pytest.param(_put(0, bytes(8)), id="header-half-zero"),
+        pytest.param(_put(16, struct.pack("=d", float("nan"))), id="not-a-number"),
+        pytest.param(_put(SIZE - 8, struct.pack("=d", float("inf"))), id="not-finite"),
+        pytest.param(_put(16, struct.pack("=d", -1.0)), id="negative"),
     ],
 )
 def test_a_damaged_file_is_left_out_and_replaced_by_the_next_process(
@@ -205,12 +192,21 @@ def test_a_damaged_file_is_left_out_and_replaced_by_the_next_process(
     assert (damaged(counter.parent), total(counter.parent)) == (0, 1)
 
 
-def test_what_was_not_yet_in_use_when_a_process_died_is_no_damage(counter: Path) -> None:
+def test_a_file_in_which_nothing_was_written_is_no_damage(counter: Path) -> None:
+    counter.write_bytes(bytes(SIZE))
+
+    assert (damaged(counter.parent), total(counter.parent)) == (0, -1)
+
+
+def test_a_file_of_another_version_is_left_out_and_replaced_by_the_next_process(
+    counter: Path, start: Callable[[], Process]
+) -> None:
     content = bytearray(counter.read_bytes())
-    (used,) = struct.unpack_from("=i", content)
-    content[used : used + 30] = b"\x10\0\0\0half of an entry that was bein"
+    content[8:16] = b"another."
     counter.write_bytes(content)
 
+    assert (damaged(counter.parent), total(counter.parent)) == (0, -1)
+    start().count()
     assert (damaged(counter.parent), total(counter.parent)) == (0, 1)
 
 
@@ -218,31 +214,41 @@ def test_whatever_the_bytes_a_file_is_read_or_damaged_and_nothing_else_happens(
     counter: Path,
 ) -> None:
     data = counter.read_bytes()
-    positions = parse_counts(data)
-    (used,) = struct.unpack_from("=i", data)
     choose = random.Random(15)  # noqa: S311 - no secret
     spoilt = 0
     for _ in range(300):
-        content = bytearray(data[: used + 64])
+        content = bytearray(data)
         for _ in range(choose.randrange(1, 5)):
             content[choose.randrange(len(content))] = choose.randrange(256)
         try:
-            parse_counts(bytes(content[: choose.randrange(len(content))]))
+            parse_counts(bytes(content[: choose.randrange(2 * len(content))]))
         except DamagedFile:
             spoilt += 1
-    assert (len(positions) > 1, spoilt > 100) == (True, True)
+    assert 100 < spoilt < 300
 
 
-def test_labels_that_are_none_are_damage() -> None:
-    key = b'["a", "b", 7, "c"]'
-    padded = key + b" " * (8 - (len(key) + 4) % 8)
-    entry = struct.pack("=i", len(key)) + padded + struct.pack("=dd", 1.0, 0.0)
-    with pytest.raises(DamagedFile):
-        parse_counts(struct.pack("=ii", 8 + len(entry), 0) + entry)
+def test_what_is_no_file_is_damage(counter: Path) -> None:
+    (counter.parent / "counter_7.db").mkdir()
+    (counter.parent / "counter_8.db").symlink_to(counter)
+    os.mkfifo(counter.parent / "counter_9.db")
+
+    assert (damaged(counter.parent), total(counter.parent)) == (3, 1)
 
 
-def test_a_file_spoilt_after_it_was_found_sound_begins_anew(counter: Path) -> None:
-    counter.write_bytes(b"\xff" * 300)
-    file = CountFile(str(counter))
-    assert file.read("key") == 0.0
-    file.close()
+def test_a_file_spoilt_after_it_was_found_sound_begins_anew(
+    counter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter.write_bytes(b"\xff" * SIZE)
+    monkeypatch.setattr(numbers, "read_counts", lambda _path: None)
+    metrics = Metrics(str(counter.parent))
+    metrics.accepted()
+    metrics.close()
+    monkeypatch.undo()
+
+    assert (damaged(counter.parent), total(counter.parent)) == (0, 1)
+
+
+def test_every_series_has_a_place_of_its_own() -> None:
+    assert parse_counts(pack_counts(no_counts())) == no_counts()
+    assert len(pack_counts(no_counts())) == SIZE
+    assert sorted(PLACES.values()) == [*range(len(PLACES))]

@@ -3,13 +3,14 @@
 
 The layers, each importing only what stands below it (``pyproject.toml`` holds the contract):
 
-    __main__, client           the command lines; imagectl uses core alone
+    __main__, client           the command lines; imagectl uses core, and the kinds of images
     server                     gunicorn: processes, connections, threads
     process                    one process's application, put together
     web                        HTTP in, operations out
     images                     the right to an image, and what is done with it
     transfers                  which ids count
-    backends, observability    the bytes of images; logs and metrics
+    observability              logs and metrics
+    backends                   the bytes of images: one table has the kinds
     runtime                    what processes share
     settings                   every setting, declared once
     core                       values and rules; no I/O, no clock, no threads

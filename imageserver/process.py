@@ -3,10 +3,7 @@
 
 import os
 
-from imageserver.backends.file.image import ImageFiles
-from imageserver.backends.nbd.exports import NbdExports
-from imageserver.backends.nbd.link import Tuning
-from imageserver.backends.open import AnyBackend, stamp
+from imageserver.backends.table import AnyBackend
 from imageserver.images.probing import Inspector
 from imageserver.images.sessions import Sessions
 from imageserver.observability.logs import OperationLog
@@ -36,10 +33,7 @@ def create() -> App:
 def application(settings: Settings, slots: SharedTable) -> App:
     """Build the application for one process."""
     metrics = LateMetrics(settings.metrics_dir)
-    backends = AnyBackend(
-        nbd=NbdExports(Tuning(settings.chunk_size, settings.queue_depth, settings.backend_timeout)),
-        file=ImageFiles(settings.chunk_size, settings.file_roots),
-    )
+    backends = AnyBackend(settings)
     files = TransferFiles(settings.config_dir, settings.config_owners, slots.is_first)
     directory = runtime_in(settings.runtime_dir).locks
     locks = ImageLocks(directory, is_leaving, slots.owner, is_alive)
@@ -48,10 +42,9 @@ def application(settings: Settings, slots: SharedTable) -> App:
         Sessions(
             *(locks, slots, backends, image_key),
             shares_lock=settings.max_writers > 1,
-            stamp=stamp,
             meter=metrics,
         ),
-        Inspector(backends, stamp),
+        Inspector(backends),
         Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
         journals=(OperationLog(), metrics),
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from imageserver.core.jsontext import InvalidJson, parse_json
+from imageserver.core.kinds import Kinds
 from imageserver.core.transfer import (
     InvalidTransfer,
     Transfer,
@@ -83,7 +84,7 @@ class Peer:
         return self.uid in {0, uid} or gid in self.groups
 
 
-def parse_command(text: bytes) -> Command:
+def parse_command(text: bytes, kinds: Kinds) -> Command:
     """Parse a request, without the line's end.
 
     Raises:
@@ -98,6 +99,8 @@ def parse_command(text: bytes) -> Command:
     action = fields.get("action")
     if action is None:
         raise InvalidCommand("missing action")
+    if action == "register":
+        return _register(fields, kinds)
     parse = _ACTIONS.get(action) if isinstance(action, str) else None
     if parse is None:
         raise InvalidCommand(f"unknown action: {_shown(action)}")
@@ -114,7 +117,7 @@ def _status(fields: Mapping[str, object]) -> Status:
     return Status(None if value is None else _id(value))
 
 
-def _register(fields: Mapping[str, object]) -> Register:
+def _register(fields: Mapping[str, object], kinds: Kinds) -> Register:
     value, config = fields.get("transfer_id"), fields.get("config")
     if value is None or config is None:
         raise InvalidCommand("missing transfer_id or config")
@@ -122,7 +125,7 @@ def _register(fields: Mapping[str, object]) -> Register:
     if not isinstance(config, dict):
         raise InvalidCommand("invalid config: not a JSON object")
     try:
-        return Register(transfer_from_fields(transfer_id, config))
+        return Register(transfer_from_fields(transfer_id, config, kinds))
     except UnsupportedBackend as exc:
         raise InvalidCommand(f"unsupported backend: {exc.backend}") from exc
     except InvalidTransfer as exc:
@@ -143,7 +146,6 @@ def _list(fields: Mapping[str, object]) -> List:
 
 _ACTIONS: dict[str, Callable[[Mapping[str, object]], Command]] = {
     "status": _status,
-    "register": _register,
     "unregister": _unregister,
     "list": _list,
 }

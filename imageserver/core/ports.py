@@ -8,12 +8,13 @@ bounded by the back-end timeout. One ``Backend`` serves one request, on one thre
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from imageserver.core.entry import Entry
 from imageserver.core.extents import Extent
+from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.slots import Holder, Kind
-from imageserver.core.transfer import Image, Transfer
+from imageserver.core.transfer import Transfer
 
 
 class Intent(Enum):
@@ -36,18 +37,6 @@ class Ticket:
     operation: str
     image: str
     client: str
-
-
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
-    """What an image can do, as its back end says."""
-
-    size: int
-    read_only: bool
-    can_zero: bool
-    can_flush: bool
-    multi_conn: bool = False  # several connections may write at once
-    flushes_image: bool = False  # a flush covers what other connections have written
 
 
 class HasFileno(Protocol):
@@ -206,10 +195,13 @@ def no_client() -> None:
     """Check nothing: whoever asks waits for the answer, whatever happens."""
 
 
-class Backends(Protocol):
+_Image_contra = TypeVar("_Image_contra", bound=Image, contravariant=True)
+
+
+class Backends(Protocol[_Image_contra]):
     """Opens images, which call ``check`` whenever they wait long, but not to settle writes."""
 
-    def settle(self, image: Image, check: Check = no_client) -> None:
+    def settle(self, image: _Image_contra, check: Check = no_client) -> None:
         """Wait, within the back-end timeout, until no write of a dead holder can land any more.
 
         Raises:
@@ -217,7 +209,7 @@ class Backends(Protocol):
         """
         ...
 
-    def open(self, image: Image, intent: Intent, check: Check = no_client) -> Backend:
+    def open(self, image: _Image_contra, intent: Intent, check: Check = no_client) -> Backend:
         """Open an image; bounded by the connect timeout.
 
         Raises:

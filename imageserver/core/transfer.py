@@ -2,26 +2,23 @@
 """Transfers: the right to one image, as a control program wrote it down.
 
 A transfer is a JSON object in a file named by the transfer's id. Here live the two parsers,
-of the id and of the object, and the images that come out. No file is opened here.
+of the id and of the object; what an object says of its image is for the image's kind (``kinds``).
+No file is opened here.
 """
 
 import difflib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from imageserver.core.extents import dirty_context
 from imageserver.core.jsontext import InvalidJson, parse_json
+from imageserver.core.kinds import Image, ImageKind, Kinds
 
 #: Largest transfer file, in bytes.
 MAX_TRANSFER_SIZE = 64 * 1024
 #: Longest file name of Linux (NAME_MAX), in bytes; a longer id cannot have a file.
 MAX_ID_SIZE = 255
-#: Longest path of a Unix socket: sizeof(sun_path) less its NUL (unix(7)), in bytes.
-MAX_SOCKET_PATH = 107
-#: NBD protocol, "String values": names are at most 4096 bytes.
-MAX_NAME = 4096
 #: What an idle timeout below one second means (docs/api.md).
 DAY_SECONDS = 86400
 #: Longest idle timeout, and what a longer one means: 68 years.
@@ -38,30 +35,10 @@ class InvalidTransfer(Exception):
 class UnsupportedBackend(InvalidTransfer):
     """There is no back end of this name."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, kinds: Kinds) -> None:
         self.backend = _quoted(backend)
-        super().__init__(f'unsupported backend: {self.backend}; "backend" must be "nbd" or "file"')
-
-
-@dataclass(frozen=True, slots=True)
-class NbdImage:
-    """An export of an NBD server behind a Unix socket."""
-
-    socket: str
-    export: str = ""
-    bitmap: str | None = None
-    flushes_image: bool = False
-    """A flush covers what other connections have written, though the server does not say so."""
-
-
-@dataclass(frozen=True, slots=True)
-class FileImage:
-    """The bytes of a file or block device."""
-
-    path: str
-
-
-Image = NbdImage | FileImage
+        known = " or ".join(f'"{name}"' for name in kinds)
+        super().__init__(f'unsupported backend: {self.backend}; "backend" must be {known}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +69,7 @@ def is_valid_id(text: str) -> bool:
         return False
 
 
-def parse_transfer(transfer_id: str, text: bytes) -> Transfer:
+def parse_transfer(transfer_id: str, text: bytes, kinds: Kinds) -> Transfer:
     """Parse a transfer file.
 
     Raises:
@@ -104,38 +81,32 @@ def parse_transfer(transfer_id: str, text: bytes) -> Transfer:
         raise InvalidTransfer(f"not valid JSON: {exc}") from exc
     if not isinstance(fields, dict):
         raise InvalidTransfer("not a JSON object")
-    return transfer_from_fields(transfer_id, fields)
+    return transfer_from_fields(transfer_id, fields, kinds)
 
 
-def transfer_from_fields(transfer_id: str, fields: Mapping[str, object]) -> Transfer:
+def transfer_from_fields(transfer_id: str, fields: Mapping[str, object], kinds: Kinds) -> Transfer:
     """Build a transfer from a parsed object.
 
     Raises:
         InvalidTransfer: a field is missing, blank or ill-typed.
     """
-    backend = _text(fields, "backend", default="nbd")
-    parse = _BACKENDS.get(backend.lower())
-    if parse is None:
-        raise UnsupportedBackend(backend)
-    ignored = _ignored(fields, backend.lower())
+    backend = parse_text(fields, "backend", default=next(iter(kinds)))
+    kind = kinds.get(backend.lower())
+    if kind is None:
+        raise UnsupportedBackend(backend, kinds)
+    ignored = _ignored(fields, kind, kinds)
     read_only = fields.get("read_only")
     if read_only is not None and not isinstance(read_only, bool):
         raise InvalidTransfer('"read_only" must be true or false')
     idle = _idle_seconds(fields)
-    return Transfer(transfer_id, parse(fields), bool(read_only), idle, ignored=ignored)
+    return Transfer(transfer_id, kind.parse(fields), bool(read_only), idle, ignored=ignored)
 
 
 def to_fields(transfer: Transfer) -> dict[str, object]:
     """Return the object that ``transfer_from_fields`` turns into this transfer."""
     image = transfer.image
-    if isinstance(image, FileImage):
-        fields: dict[str, object] = {"backend": "file", "file": image.path}
-    else:
-        fields = {"backend": "nbd", "socket": image.socket, "export": image.export}
-        fields["export_bitmap"] = image.bitmap
-        fields["flush"] = "image" if image.flushes_image else "connection"
-    idle = transfer.idle_seconds
-    return fields | {"read_only": transfer.read_only, "idle_timeout_seconds": idle}
+    common = {"read_only": transfer.read_only, "idle_timeout_seconds": transfer.idle_seconds}
+    return {"backend": image.kind.name} | image.fields() | common
 
 
 def has_expired(transfer: Transfer, unused_ns: int) -> bool:
@@ -173,52 +144,35 @@ def _quoted(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:_MAX_QUOTED])
 
 
-def _nbd(fields: Mapping[str, object]) -> NbdImage:
-    socket = _path(fields, "socket")
-    if len(socket.encode()) > MAX_SOCKET_PATH:
-        raise InvalidTransfer(f'"socket" must be at most {MAX_SOCKET_PATH} bytes long')
-    export = _text(fields, "export", default="")
-    bitmap = _text(fields, "export_bitmap", default="")
-    for name, value in (("export", export), ("export_bitmap", dirty_context(bitmap))):
-        if len(value.encode()) > MAX_NAME:
-            raise InvalidTransfer(f'"{name}" makes a name of over {MAX_NAME} bytes')
-    flush = _text(fields, "flush", default="connection")
-    if flush not in {"connection", "image"}:
-        raise InvalidTransfer('"flush" must be "connection" or "image"')
-    return NbdImage(socket, export, bitmap or None, flush == "image")
-
-
-def _file(fields: Mapping[str, object]) -> FileImage:
-    return FileImage(_path(fields, "file"))
-
-
-_BACKENDS: dict[str, Callable[[Mapping[str, object]], Image]] = {"nbd": _nbd, "file": _file}
-#: The fields that a back end has for itself.
-_OWN_FIELDS = {"nbd": ("socket", "export", "export_bitmap", "flush"), "file": ("file",)}
 #: The fields of every transfer; the server's own files have their id as well.
 _COMMON_FIELDS = ("backend", "read_only", "idle_timeout_seconds", "transfer_id")
 
 
-def _ignored(fields: Mapping[str, object], backend: str) -> tuple[str, ...]:
-    """Return a sentence on each field that this back end does not know; ``null`` is none."""
-    known = (*_COMMON_FIELDS, *_OWN_FIELDS[backend])
+def _ignored(fields: Mapping[str, object], kind: ImageKind, kinds: Kinds) -> tuple[str, ...]:
+    """Return a sentence on each field that this kind does not have; ``null`` is none."""
+    known = (*_COMMON_FIELDS, *kind.own_fields)
     unknown = [name for name in fields if name not in known and fields[name] is not None]
-    told = [_told(name, known) for name in unknown[:_MAX_NAMED]]
+    told = [_told(name, known, kinds) for name in unknown[:_MAX_NAMED]]
     if len(unknown) > _MAX_NAMED:
         told.append(f"and {len(unknown) - _MAX_NAMED} more")
     return tuple(told)
 
 
-def _told(name: str, known: tuple[str, ...]) -> str:
-    for backend, own in _OWN_FIELDS.items():
-        if name in own:
-            return f'field "{name}" is of backend "{backend}"'
+def _told(name: str, known: tuple[str, ...], kinds: Kinds) -> str:
+    for kind in kinds.values():
+        if name in kind.own_fields:
+            return f'field "{name}" is of backend "{kind.name}"'
     near = difflib.get_close_matches(name[:_MAX_QUOTED].lower(), known, 1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     return f'unknown field "{_quoted(name)}"{hint}'
 
 
-def _text(fields: Mapping[str, object], name: str, default: str | None = None) -> str:
+def parse_text(fields: Mapping[str, object], name: str, default: str | None = None) -> str:
+    """Return a field that is a string; without ``default`` it must be there.
+
+    Raises:
+        InvalidTransfer: it is missing, or not a string that UTF-8 and C can hold.
+    """
     value = fields.get(name)
     if value is None:
         if default is None:
@@ -235,8 +189,13 @@ def _text(fields: Mapping[str, object], name: str, default: str | None = None) -
     return value
 
 
-def _path(fields: Mapping[str, object], name: str) -> str:
-    value = _text(fields, name).strip()
+def parse_path(fields: Mapping[str, object], name: str) -> str:
+    """Return a field that is an absolute path, without blanks around it.
+
+    Raises:
+        InvalidTransfer: it is missing, or no such path.
+    """
+    value = parse_text(fields, name).strip()
     if not value:
         raise InvalidTransfer(f'"{name}" must not be blank')
     if not PurePosixPath(value).is_absolute():

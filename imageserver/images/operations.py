@@ -10,7 +10,8 @@ from contextlib import closing
 
 from imageserver.core.errors import BadRequest, MethodNotAllowed
 from imageserver.core.extents import Extent
-from imageserver.core.ports import ImageInfo, Source
+from imageserver.core.kinds import ImageInfo
+from imageserver.core.ports import Source
 from imageserver.core.ranges import Span, whole
 from imageserver.images.sessions import Session
 

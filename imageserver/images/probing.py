@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from imageserver.core.errors import BackendError, BackendTimeout, Exhausted, ImageServerError
-from imageserver.core.ports import Backends, ImageInfo, Intent
-from imageserver.core.transfer import FileImage, Image
+from imageserver.core.kinds import Image, ImageInfo
+from imageserver.core.ports import Backends, Intent
 
 #: How long OPTIONS may remember an answer, in seconds (docs/api.md).
 MEMORY_SECONDS = 1.0
@@ -70,8 +70,8 @@ class Inspector:
 
     def __init__(
         self,
-        backends: Backends,
-        stamp: Callable[[Image], object],
+        backends: Backends[Image],
+        stamp: Callable[[Image], object] = lambda image: image.stamp(),
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """``stamp`` changes when the thing that an image names is another one."""
@@ -90,7 +90,7 @@ class Inspector:
             BackendError, BackendTimeout, FileAccessError: as opening it does.
             WouldWait, Exhausted: see ``Asking``.
         """
-        if isinstance(image, FileImage):
+        if not image.kind.asks_server:
             return self._look_at(image, asking)
         stamp = self._stamp(image)
         with self._lock:
@@ -141,7 +141,7 @@ class Inspector:
             with self._lock:
                 self._asking_again -= query.silence is not None
 
-    def _look_at(self, image: FileImage, asking: Asking) -> ImageInfo:
+    def _look_at(self, image: Image, asking: Asking) -> ImageInfo:
         """Return what a file says: a stat(2), with nothing to share."""
         if asking is Asking.NOW:
             return self._ask(image)

@@ -29,11 +29,11 @@ from dataclasses import dataclass
 from typing import Self
 
 from imageserver.core.errors import ClientGone, ImageBusy
+from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import (
     Backend,
     Backends,
     Check,
-    ImageInfo,
     Intent,
     Lock,
     Locks,
@@ -44,7 +44,7 @@ from imageserver.core.ports import (
 )
 from imageserver.core.ranges import Span
 from imageserver.core.slots import Kind
-from imageserver.core.transfer import Image, NbdImage, Transfer
+from imageserver.core.transfer import Transfer
 from imageserver.transfers.visits import UNTRACKED, Visit
 
 
@@ -138,11 +138,11 @@ class Sessions:
         self,
         locks: Locks,
         slots: Slots,
-        backends: Backends,
+        backends: Backends[Image],
         key: Callable[[Image], str],
         *,
         shares_lock: bool = False,
-        stamp: Callable[[Image], object] = lambda _: None,
+        stamp: Callable[[Image], object] = lambda image: image.stamp(),
         meter: Meter | None = None,
     ) -> None:
         """``shares_lock``: range writes, zero and flush of one export may run side by side.
@@ -192,15 +192,14 @@ class Sessions:
             session = Session(backend, slot, held.pop_all(), visit, need.kind)
             session.shared = shared
             if self._meter:
-                backend_name = "nbd" if isinstance(transfer.image, NbdImage) else "file"
-                session.moved = self._meter.meter(need.operation, backend_name)
+                session.moved = self._meter.meter(need.operation, transfer.image.kind.name)
             return session
         raise AssertionError  # an ExitStack swallows nothing
 
     def _take_or_share(self, held: ExitStack, request: "_Request") -> tuple[Backend, Slot, bool]:
         """Take what the session holds; True: others may write to the image at the same time."""
         image = request.image
-        if not (request.need.shares and self._shares_lock and isinstance(image, NbdImage)):
+        if not (request.need.shares and self._shares_lock and image.kind.shares_writers):
             backend, slot, _ = self._take(held, request)
             return backend, slot, False
         is_new = not self._is_single(image)

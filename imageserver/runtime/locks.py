@@ -12,7 +12,6 @@ pruned by ``prune``, under their own lock; who takes an unlinked file starts ove
 """
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -22,15 +21,13 @@ from collections.abc import Callable
 from filelock import lock_descriptor, unlock_descriptor
 
 from imageserver.core.errors import ImageBusy
+from imageserver.core.kinds import Image
 from imageserver.core.slots import Owner
-from imageserver.core.transfer import FileImage, Image, path_bytes
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.private import own_files
 
 #: How long a lock may outlive its holder: a thread in the middle of a write(2) ends with that.
 _LAST_BREATH_SECONDS = 5.0
-#: How often a path is looked at that changes meanwhile.
-_LOOKS = 10
 #: A mark is two numbers: see ``_mark``.
 _MARK_SIZE = 64
 #: A lock file nobody has touched for this long is pruned.
@@ -43,28 +40,8 @@ _BRIEF_STEP_SECONDS = 0.001
 
 def image_key(image: Image) -> str:
     """Return the identity of an image, 32 hexadecimal digits: ids of one image share it."""
-    if isinstance(image, FileImage):
-        parts = [b"file", _real(image.path)]
-    else:
-        parts = [b"nbd", _real(image.socket), image.export.encode()]
+    parts = [image.kind.name.encode(), *image.identity()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-
-
-def _real(path: str) -> bytes:
-    name = path_bytes(path)
-    for _ in range(_LOOKS):
-        with contextlib.suppress(OSError):  # a link that is none any more when it is read
-            return _resolved(name)
-    return os.path.normpath(name)  # it changes all the time, and will not be opened either
-
-
-def _resolved(name: bytes) -> bytes:
-    try:
-        return os.path.realpath(name, strict=True)
-    except OSError as exc:
-        if exc.errno == errno.EINVAL:  # readlink(2): no link; else Python 3.14 would ignore it
-            raise
-        return os.path.realpath(name)  # not all of it is there
 
 
 class ImageLock:

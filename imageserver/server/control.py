@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from imageserver.backends.table import KINDS
 from imageserver.core import control_protocol
 from imageserver.core.control_protocol import MAX_REQUEST, InvalidCommand
 from imageserver.core.entry import fields
@@ -136,7 +137,7 @@ class ControlServer:
             text = self._request(sock)
             linger = 0.0
             self._silent.discard(sock)
-            command = control_protocol.parse_command(text)
+            command = control_protocol.parse_command(text, KINDS)
         except InvalidCommand as exc:
             answer = control_protocol.failed(str(exc))
         else:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+from imageserver.backends.table import KINDS
 from imageserver.core.errors import NO_DESCRIPTOR, Exhausted, StateUnavailable, UnknownImage
 from imageserver.core.transfer import (
     MAX_TRANSFER_SIZE,
@@ -184,7 +185,7 @@ class TransferFiles:
             while len(text) <= MAX_TRANSFER_SIZE:
                 piece = os.read(fd, MAX_TRANSFER_SIZE + 1 - len(text))
                 if not piece:
-                    transfer = parse_transfer(transfer_id, text)
+                    transfer = parse_transfer(transfer_id, text, KINDS)
                     return _version(found), replace(transfer, changed_ns=found.st_ctime_ns)
                 text += piece
             raise InvalidTransfer(f"larger than {MAX_TRANSFER_SIZE} bytes")

@@ -14,7 +14,7 @@ import falcon
 from imageserver.core.errors import BadRequest
 from imageserver.core.extents import Extent
 from imageserver.core.ranges import whole
-from imageserver.core.transfer import FileImage, Transfer
+from imageserver.core.transfer import Transfer
 from imageserver.images import operations, sessions
 from imageserver.images.sessions import Sessions
 from imageserver.web.body import StreamedBody
@@ -39,8 +39,8 @@ class ExtentsResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send the list of extents."""
-        if isinstance(transfer.image, FileImage):
-            raise BadRequest("extents not supported for file backend")
+        if refusal := transfer.image.kind.extents_refusal:
+            raise BadRequest(refusal)
         context = req.get_param("context", default="zero")
         if context not in _CONTEXTS:
             raise BadRequest('unsupported context; only "zero" and "dirty" are supported')

@@ -14,9 +14,9 @@ from imageserver.core import patches
 from imageserver.core.bounds import MAX_SIZE
 from imageserver.core.entry import fields
 from imageserver.core.errors import BackendError, BadRequest, Exhausted, UnsupportedMediaType
-from imageserver.core.ports import ImageInfo
+from imageserver.core.kinds import Announcement, ImageInfo
 from imageserver.core.ranges import parse_content_range, parse_range, whole
-from imageserver.core.transfer import FileImage, Transfer
+from imageserver.core.transfer import Transfer
 from imageserver.images import operations, sessions
 from imageserver.images.operations import READ_ONLY_METHODS, check_writable
 from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector
@@ -46,8 +46,9 @@ class Limits:
     unix_socket: str | None
 
 
-#: What the server assumes of an NBD server that it cannot reach (docs/api.md).
-_ASSUMED = ImageInfo(size=0, read_only=False, can_zero=True, can_flush=True)
+#: What OPTIONS of the server itself says but for the limits: all that any image may have.
+_FEATURES = ("extents", "zero", "flush")
+_METHODS = ("GET", "PUT", "PATCH", "POST", "OPTIONS")
 
 
 class ImageResource:
@@ -60,19 +61,20 @@ class ImageResource:
 
     def check_method(self, method: str, transfer: Transfer) -> None:
         """Refuse a method that this image lacks, before anything is opened."""
-        if method == "PATCH" and isinstance(transfer.image, FileImage):
-            raise BadRequest(
-                "range writes and PATCH not supported for file backend; use PUT for full upload"
-            )
+        kind = transfer.image.kind
+        if method == "PATCH" and kind.patch_refusal:
+            raise BadRequest(kind.patch_refusal)
         methods: tuple[str, ...] = READ_ONLY_METHODS
         if not transfer.read_only:
-            methods += ("PUT",) if isinstance(transfer.image, FileImage) else ("PUT", "PATCH")
+            methods += ("PUT", "PATCH") if kind.writes_ranges else ("PUT",)
         check_method(method, methods)
 
     def on_options(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Say what the image can do; no lock, no slot."""
-        info = self._info(transfer, _asking(req))
-        announce(resp, _announcement(transfer, info, self._limits.max_writers), self._limits)
+        kind, read_only = transfer.image.kind, transfer.read_only
+        info = self._info(transfer, _asking(req)) if kind.asks_server else kind.assumed
+        told = kind.announcement(info, self._limits.max_writers, read_only=read_only)
+        announce(resp, told, self._limits)
 
     def on_head(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send GET's headers for the whole image; no slot."""
@@ -100,7 +102,7 @@ class ImageResource:
     def on_put(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Replace the whole image by the body, or with ``Content-Range`` a part of it."""
         flush = read_flush(req)
-        if req.get_header("Content-Range") and not isinstance(transfer.image, FileImage):
+        if req.get_header("Content-Range") and transfer.image.kind.writes_ranges:
             answer = self._put_range(req, transfer, flush=flush)
         else:
             answer = self._put_whole(req, transfer, flush=flush)
@@ -112,10 +114,10 @@ class ImageResource:
         length = full_body_length(req)
         with self._open(req, transfer, sessions.REPLACE) as session:
             check_writable(session.info)
-            if isinstance(transfer.image, FileImage):
-                _check_bound(length)
-            else:
+            if transfer.image.kind.has_fixed_size:
                 _check_size(length, session.size)
+            else:
+                _check_bound(length)
             source = RequestSource(req, length)
             done = operations.replace(session, length, source, flush=bool(flush))
         return _written(length, flush, done)
@@ -181,14 +183,12 @@ class ImageResource:
         return open_session(self._sessions, req, transfer, need)
 
     def _info(self, transfer: Transfer, asking: Asking) -> ImageInfo:
-        if isinstance(transfer.image, FileImage):
-            return _ASSUMED
         try:
             return self._inspector.inspect(transfer.image, MEMORY_SECONDS, asking)
         except (BackendError, Exhausted) as exc:
             told = fields(transfer=transfer.id, detail=exc)
             log.warning("options answered from configuration", extra=told)
-            return _ASSUMED
+            return transfer.image.kind.assumed
 
 
 def _asking(req: falcon.Request) -> Asking:
@@ -197,31 +197,11 @@ def _asking(req: falcon.Request) -> Asking:
     return asking
 
 
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """What OPTIONS says of one kind of image."""
-
-    features: tuple[str, ...]
-    writers: int
-    methods: str
-
-
-def _announcement(transfer: Transfer, info: ImageInfo, writers: int) -> Announcement:
-    read_only = transfer.read_only or info.read_only
-    if isinstance(transfer.image, FileImage):
-        if read_only:
-            return Announcement(("flush",), 0, "GET, POST, OPTIONS")
-        return Announcement(("flush",), 1, "GET, PUT, POST, OPTIONS")
-    if read_only:
-        return Announcement(("extents",), 0, "GET, OPTIONS")
-    features = ("extents", *["zero"] * info.can_zero, *["flush"] * info.can_flush)
-    return Announcement(features, writers if info.multi_conn else 1, "GET, PUT, PATCH, OPTIONS")
-
-
 def announce(resp: falcon.Response, what: Announcement, limits: Limits) -> None:
     """Answer OPTIONS."""
-    resp.set_header("Allow", what.methods.replace("GET", "GET, HEAD"))
-    resp.set_header("Access-Control-Allow-Methods", what.methods)
+    methods = ", ".join(what.methods)
+    resp.set_header("Allow", methods.replace("GET", "GET, HEAD"))
+    resp.set_header("Access-Control-Allow-Methods", methods)
     answer = {
         "unix_socket": limits.unix_socket,
         "features": what.features,
@@ -239,11 +219,7 @@ class ServerResource:
 
     def on_options(self, _req: falcon.Request, resp: falcon.Response) -> None:
         """Answer from the settings alone: what a load balancer probes."""
-        everything = Announcement(
-            ("extents", "zero", "flush"),
-            self._limits.max_writers,
-            "GET, PUT, PATCH, POST, OPTIONS",
-        )
+        everything = Announcement(_FEATURES, _METHODS, self._limits.max_writers)
         announce(resp, everything, self._limits)
 
 

@@ -17,7 +17,7 @@ from imageserver.core.entry import Entry
 from imageserver.core.errors import ClientGone
 from imageserver.core.ports import Journal
 from imageserver.core.slots import Kind
-from imageserver.core.transfer import FileImage, Transfer
+from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Need, Session
 
 #: An id that a client or proxy has chosen: what is safe in a header and in a log line.
@@ -54,7 +54,7 @@ class Trace:
 
     def found(self, transfer: Transfer) -> None:
         """Note the transfer."""
-        self._backend = "file" if isinstance(transfer.image, FileImage) else "nbd"
+        self._backend = transfer.image.kind.name
 
     def needs(self, need: Need) -> None:
         """Note the operation that a session is to be opened for."""

@@ -7,19 +7,13 @@
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.extents import Extent
-from imageserver.core.ports import (
-    Account,
-    Check,
-    ImageInfo,
-    Intent,
-    Owned,
-    Source,
-    Ticket,
-    no_client,
-)
+from imageserver.core.kinds import Image, ImageInfo
+from imageserver.core.ports import Account, Check, Intent, Owned, Source, Ticket, no_client
 from imageserver.core.slots import Kind
-from imageserver.core.transfer import FileImage, Image, NbdImage, Transfer
+from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Sessions
 
 DISK = NbdImage("/run/disk.sock", "vda")

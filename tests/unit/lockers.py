@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import ImageBusy
 from imageserver.core.slots import Owner
-from imageserver.core.transfer import NbdImage
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.locks import ImageLocks
 from imageserver.runtime.processes import is_leaving, owner_of
@@ -24,7 +24,7 @@ import os, sys
 from imageserver.runtime.locks import ImageLocks
 from imageserver.runtime.processes import is_leaving, owner_of
 from imageserver.runtime.directory import KeptDirectory
-from imageserver.core.transfer import NbdImage
+from imageserver.backends.nbd.kind import NbdImage
 locks = ImageLocks(KeptDirectory(sys.argv[1]), is_leaving, lambda: owner_of(os.getpid()))
 lock = locks.acquire(NbdImage("/run/disk.sock", "vda"))
 print("held", flush=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import UnknownImage
-from imageserver.core.transfer import FileImage
 from imageserver.transfers.files import TransferFiles
 
 SECOND = 1_000_000_000

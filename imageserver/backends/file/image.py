@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import SimpleQueue
 
+from imageserver.backends.file.kind import FileImage
 from imageserver.backends.file.places import Place, find
 from imageserver.backends.file.replacement import NewFile, check_target, copy_attributes, sweep
 from imageserver.backends.ring import Ring, Side, fill
@@ -29,8 +30,9 @@ from imageserver.core.errors import (
     ShortBody,
 )
 from imageserver.core.extents import Extent
-from imageserver.core.ports import ImageInfo, Intent, Source
-from imageserver.core.transfer import FileImage, path_bytes, path_text
+from imageserver.core.kinds import ImageInfo
+from imageserver.core.ports import Check, Intent, Source, no_client
+from imageserver.core.transfer import path_bytes, path_text
 
 #: Holes are looked for in steps of this size, the default cluster of qcow2 and the usual
 #: extent granularity; a step that is all zeros is skipped, not written.
@@ -53,7 +55,7 @@ class ImageFiles:
         self._chunk_size = chunk_size
         self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
 
-    def open(self, image: FileImage, intent: Intent) -> "ImageFile":
+    def open(self, image: FileImage, intent: Intent, _check: Check = no_client) -> "ImageFile":
         """Open a regular file or block device.
 
         Raises:
@@ -67,6 +69,9 @@ class ImageFiles:
             return ImageFile(place, intent, self._chunk_size)
         except OSError as exc:
             raise _failure(path, exc) from exc
+
+    def settle(self, image: FileImage, check: Check = no_client) -> None:
+        """Return at once: the writes of a dead process end with it."""
 
 
 def _failure(path: bytes, exc: OSError) -> ImageServerError:

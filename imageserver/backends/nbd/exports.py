@@ -10,14 +10,15 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from imageserver.backends.nbd import status, transfer, zeroing
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.link import Link, Tuning, connect
 from imageserver.backends.nbd.opening import Openings
 from imageserver.backends.nbd.peers import has_orphans
 from imageserver.core import extents
 from imageserver.core.errors import BackendTimeout
 from imageserver.core.extents import Extent
-from imageserver.core.ports import Check, ImageInfo, Intent, Source, no_client
-from imageserver.core.transfer import NbdImage
+from imageserver.core.kinds import ImageInfo
+from imageserver.core.ports import Check, Intent, Source, no_client
 
 CONNECT_SECONDS = 10.0
 #: How long an OPTIONS or HEAD may wait for a server (docs/api.md).

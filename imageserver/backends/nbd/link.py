@@ -11,7 +11,6 @@ A link is used by one thread at a time; only ``stopped`` is for another one.
 
 import contextlib
 import errno
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,12 @@ from functools import cached_property
 import nbd
 
 from imageserver.backends.nbd.failures import Stopped, TryAgain, TurnedAway, translated
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import BackendError, BackendTimeout, ImageServerError
 from imageserver.core.extents import Reply
-from imageserver.core.ports import Check, ImageInfo, no_client
-from imageserver.core.transfer import NbdImage, path_bytes
+from imageserver.core.kinds import ImageInfo
+from imageserver.core.ports import Check, no_client
+from imageserver.core.transfer import path_bytes
 
 #: How long an orderly good-bye may take. A server that does not answer one is hanging.
 DISCONNECT_SECONDS = 1.0
@@ -66,7 +67,7 @@ def connect(
     deadline = time.monotonic() + seconds
     name = f"{image.socket} export {image.export!r}"
     while True:
-        server = _bound(image.socket)
+        server = image.stamp() or ()
         try:
             handle = _handshake(image, name, contexts, deadline, check)
             return Link(handle, name, server, tuning, check)
@@ -78,15 +79,6 @@ def connect(
                 raise
         time.sleep(_RETRY_SECONDS)
         check()
-
-
-def _bound(path: str) -> tuple[int, ...]:
-    """Return which socket that is: another server at the same path has another one."""
-    try:
-        found = os.stat(path_bytes(path))
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _handshake(

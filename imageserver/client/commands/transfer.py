@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from imageserver.backends.table import KINDS
 from imageserver.client.commands.cli import MAX_WAIT, Seconds
 from imageserver.client.http.access import Access
 from imageserver.client.local.control_client import Directory, Socket
 from imageserver.client.showing.terminal import write
 from imageserver.client.showing.units import plain_text
 from imageserver.core.transfer import (
-    FileImage,
     InvalidTransfer,
     Transfer,
     is_valid_id,
@@ -119,7 +119,7 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     where = Access(f"{url.rstrip('/')}/images/") if url else None  # a wrong one adds nothing
     try:
         transfer = transfer_from_fields(
-            _id(str(uuid.uuid4()) if transfer_id is None else transfer_id), fields
+            _id(str(uuid.uuid4()) if transfer_id is None else transfer_id), fields, KINDS
         )
     except InvalidTransfer as exc:
         raise click.UsageError(f"no server would take this: {exc}.") from exc
@@ -179,12 +179,7 @@ def list_command(*, control_socket: str | None, config_dir: str | None, as_json:
 
 
 def _row(transfer: Transfer) -> tuple[str, str, str, str, str]:
-    image, bitmap = transfer.image, ""
-    if isinstance(image, FileImage):
-        place = image.path
-    else:
-        place = f"nbd:{image.socket}" + (f" {image.export}" if image.export else "")
-        bitmap = image.bitmap or ""
+    place, bitmap = str(transfer.image), str(to_fields(transfer).get("export_bitmap") or "")
     expires = "never" if transfer.idle_seconds is None else f"{transfer.idle_seconds} s unused"
     access = "read" if transfer.read_only else "read, write"
     return plain_text(transfer.id), plain_text(place), plain_text(bitmap), access, expires

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from imageserver.backends.table import KINDS
 from imageserver.client.failures import Busy, Failed, LocalFailure, Refused, Unreachable
 from imageserver.core.transfer import (
     MAX_TRANSFER_SIZE,
@@ -71,7 +72,7 @@ class Socket:
             answer = self._ask({"action": "list"} | more, self.timeout_seconds)
             try:
                 page = [
-                    transfer_from_fields(each["transfer_id"], each["config"])
+                    transfer_from_fields(each["transfer_id"], each["config"], KINDS)
                     for each in answer["transfers"]
                 ]
             except (KeyError, TypeError, InvalidTransfer) as exc:
@@ -151,7 +152,7 @@ class Directory:
         found = []
         for name in names:
             with contextlib.suppress(OSError, InvalidTransfer):
-                found.append(parse_transfer(name, _contents(self._path(name))))
+                found.append(parse_transfer(name, _contents(self._path(name)), KINDS))
         return found
 
     def _path(self, name: str) -> bytes:

@@ -8,6 +8,7 @@ values, all known beforehand but for HTTP's statuses: never an id, a client or a
 from dataclasses import dataclass
 from enum import Enum
 
+from imageserver.backends.table import KINDS
 from imageserver.core.slots import Kind, WorkerState
 
 
@@ -41,7 +42,7 @@ STATUSES = ("0", *map(str, range(100, 600)))
 #: What sessions are asked for; probes; and requests that ended before it was clear.
 RUNNING = ("read", "write", "replace", "zero", "flush", "extents")
 OPERATIONS = (*RUNNING, "options", "head", OTHER)
-BACKENDS = ("nbd", "file")
+BACKENDS = tuple(KINDS)
 DIRECTIONS = ("read", "write", "zero")
 BACKEND_ERRORS = ("error", "timeout", "access", "no_space", OTHER)
 REFUSALS = (

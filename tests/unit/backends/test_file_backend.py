@@ -12,9 +12,9 @@ import pytest
 
 from imageserver.backends.file import replacement
 from imageserver.backends.file.image import ImageFiles
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import FileAccessError, NoSpace
 from imageserver.core.ports import HasFileno, Intent
-from imageserver.core.transfer import FileImage
 
 OLD, NEW = b"old", b"new!"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from imageserver.backends.nbd.exports import NbdExports
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.link import Tuning
 from imageserver.core.errors import BackendError, ClientGone, Exhausted
 from imageserver.core.extents import Extent
 from imageserver.core.ports import Backend, Check, Intent, no_client
-from imageserver.core.transfer import NbdImage
 from tests.unit.fakes import Bytes
 from tests.unit.nbd_liar import CAN_FLUSH, DISCONNECT, HAS_FLAGS, STATUS, ZERO, Liar, lying
 from tests.unit.shortages import no_descriptors

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
+from imageserver.backends.table import KINDS
 from imageserver.client.failures import Busy, Failed, LocalFailure, Refused, Unreachable
 from imageserver.client.local.control_client import Directory, Socket
-from imageserver.core.transfer import FileImage, NbdImage, Transfer, parse_transfer
+from imageserver.core.transfer import Transfer, parse_transfer
 
 ONE = Transfer("one", NbdImage("/s", "e", "b"), read_only=True, idle_seconds=60)
 TWO = Transfer("two \u00fc", FileImage("/images/a"))
@@ -24,7 +27,7 @@ def test_a_file_says_what_the_server_understands(tmp_path: Path) -> None:
     for transfer in (ONE, TWO):
         Directory(str(tmp_path)).add(transfer)
         text = (tmp_path / transfer.id).read_bytes()
-        assert parse_transfer(transfer.id, text) == transfer
+        assert parse_transfer(transfer.id, text, KINDS) == transfer
     assert sorted(os.listdir(tmp_path)) == ["one", "two \u00fc"]
 
 
@@ -46,7 +49,7 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
     place.add(ONE)
     with (tmp_path / "one").open("rb") as old:
         place.add(Transfer("one", FileImage("/b")))
-        assert parse_transfer("one", old.read()) == ONE
+        assert parse_transfer("one", old.read(), KINDS) == ONE
     assert place.list() == [Transfer("one", FileImage("/b"))]
 
 

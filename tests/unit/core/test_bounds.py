@@ -7,6 +7,7 @@ import falcon
 import pytest
 from falcon import testing
 
+from imageserver.backends.table import KINDS
 from imageserver.core.bounds import BEYOND, MAX_SIZE, cut_short
 from imageserver.core.control_protocol import Unregister, parse_command
 from imageserver.core.errors import BadRequest, RangeOutsideImage
@@ -39,12 +40,13 @@ def _zero(digits: str, name: str) -> Span:
 
 def _idle(digits: str) -> int | None:
     text = f'{{"backend":"file","file":"/x","idle_timeout_seconds":{digits}}}'
-    return parse_transfer("x", text.encode()).idle_seconds
+    return parse_transfer("x", text.encode(), KINDS).idle_seconds
 
 
 def _timeout(digits: str) -> float | None:
     command = parse_command(
-        f'{{"action":"unregister","transfer_id":"x","timeout":{digits}}}'.encode()
+        f'{{"action":"unregister","transfer_id":"x","timeout":{digits}}}'.encode(),
+        KINDS,
     )
     assert isinstance(command, Unregister)
     return command.timeout

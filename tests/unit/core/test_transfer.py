@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
+from imageserver.backends.table import KINDS
 from imageserver.core.transfer import (
-    FileImage,
     InvalidTransfer,
-    NbdImage,
     Transfer,
     is_valid_id,
     parse_transfer,
@@ -24,7 +25,7 @@ LONGEST_SOCKET = "/" + "s" * 106
 
 
 def _parse(fields: object) -> Transfer:
-    return parse_transfer("t", json.dumps(fields).encode())
+    return parse_transfer("t", json.dumps(fields).encode(), KINDS)
 
 
 @pytest.mark.parametrize(
@@ -228,18 +229,18 @@ def test_a_message_stays_on_one_line_whatever_the_file_says() -> None:
 )
 def test_a_text_that_is_not_json_is_refused_as_such(text: bytes) -> None:
     with pytest.raises(InvalidTransfer, match="not valid JSON"):
-        parse_transfer("t", text)
+        parse_transfer("t", text, KINDS)
 
 
 def test_a_surrogate_in_the_bytes_of_a_path_is_refused() -> None:
     with pytest.raises(InvalidTransfer):
-        parse_transfer("t", b'{"socket":"/\xed\xa0\x80"}')
+        parse_transfer("t", b'{"socket":"/\xed\xa0\x80"}', KINDS)
 
 
 @pytest.mark.parametrize("text", [b"[]", b'"/run/x.sock"', b"5", b"null", b"true", b'[{"a":1}]'])
 def test_json_that_is_no_object_is_refused(text: bytes) -> None:
     with pytest.raises(InvalidTransfer, match="not a JSON object"):
-        parse_transfer("t", text)
+        parse_transfer("t", text, KINDS)
 
 
 @pytest.mark.parametrize(
@@ -264,7 +265,7 @@ def test_json_that_is_no_object_is_refused(text: bytes) -> None:
 def test_fields_that_are_ignored_are_named_with_the_nearest(
     fields: dict[str, object], told: list[str]
 ) -> None:
-    transfer = transfer_from_fields("t", {"socket": "/a.sock"} | fields)
+    transfer = transfer_from_fields("t", {"socket": "/a.sock"} | fields, KINDS)
 
     assert list(transfer.ignored) == told
 
@@ -273,10 +274,10 @@ def test_fields_that_are_ignored_are_named_with_the_nearest(
     ("flush", "trusted"), [("image", True), ("connection", False), (None, False)]
 )
 def test_a_transfer_may_say_that_any_flush_covers_the_image(flush: object, trusted: bool) -> None:
-    transfer = transfer_from_fields("t", {"socket": "/a.sock", "flush": flush})
+    transfer = transfer_from_fields("t", {"socket": "/a.sock", "flush": flush}, KINDS)
 
     assert transfer.image == NbdImage("/a.sock", flushes_image=trusted)
-    assert transfer_from_fields("t", to_fields(transfer)) == transfer
+    assert transfer_from_fields("t", to_fields(transfer), KINDS) == transfer
 
 
 @pytest.mark.parametrize("flush", ["", "Image", "all", True, 1, ["image"]], ids=repr)
@@ -284,11 +285,11 @@ def test_any_other_word_on_flushes_is_refused(flush: object) -> None:
     with pytest.raises(
         InvalidTransfer, match=r'^"flush" must be "connection" or "image"$|must be a string$'
     ):
-        transfer_from_fields("t", {"socket": "/a.sock", "flush": flush})
+        transfer_from_fields("t", {"socket": "/a.sock", "flush": flush}, KINDS)
 
 
 def test_a_field_of_the_other_backend_is_ignored() -> None:
-    transfer = transfer_from_fields("t", {"backend": "FILE", "file": "/a", "export": "vda"})
+    transfer = transfer_from_fields("t", {"backend": "FILE", "file": "/a", "export": "vda"}, KINDS)
 
     assert transfer.ignored == ('field "export" is of backend "nbd"',)
 
@@ -296,7 +297,7 @@ def test_a_field_of_the_other_backend_is_ignored() -> None:
 def test_of_a_field_that_comes_twice_the_last_counts() -> None:
     twice = b'{"socket":"/a","socket":"/b","read_only":false,"read_only":true}'
 
-    assert parse_transfer("t", twice) == Transfer("t", NbdImage("/b"), True)
+    assert parse_transfer("t", twice, KINDS) == Transfer("t", NbdImage("/b"), True)
 
 
 _FIELDS = st.sampled_from(
@@ -313,7 +314,7 @@ _VALUES = (
 @given(fields=st.dictionaries(_FIELDS, _VALUES))
 def test_any_object_is_a_transfer_or_refused(fields: dict[str, object]) -> None:
     try:
-        transfer = transfer_from_fields("t", fields)
+        transfer = transfer_from_fields("t", fields, KINDS)
     except InvalidTransfer:
         return
 
@@ -328,7 +329,7 @@ def test_any_object_is_a_transfer_or_refused(fields: dict[str, object]) -> None:
 @given(text=st.binary(max_size=64))
 def test_any_bytes_are_a_transfer_or_refused(text: bytes) -> None:
     with pytest.raises(InvalidTransfer):
-        parse_transfer("t", text)
+        parse_transfer("t", text, KINDS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 import pytest
 
 from imageserver.core.errors import BackendError, BadRequest, ClientGone, MethodNotAllowed
-from imageserver.core.ports import ImageInfo
+from imageserver.core.kinds import ImageInfo
 from imageserver.core.ranges import Span, whole
 from imageserver.images import operations, sessions
 from imageserver.images.sessions import Need, Session

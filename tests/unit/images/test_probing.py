@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import (
     BackendError,
     BackendTimeout,
@@ -15,8 +17,8 @@ from imageserver.core.errors import (
     FileAccessError,
     ImageServerError,
 )
-from imageserver.core.ports import ImageInfo, Intent
-from imageserver.core.transfer import FileImage, Image, NbdImage
+from imageserver.core.kinds import Image, ImageInfo
+from imageserver.core.ports import Intent
 from imageserver.images import probing
 from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector, WouldWait
 

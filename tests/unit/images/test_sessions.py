@@ -12,7 +12,8 @@ from imageserver.core.errors import (
     NoSlot,
     StateUnavailable,
 )
-from imageserver.core.ports import ImageInfo, Ticket
+from imageserver.core.kinds import ImageInfo
+from imageserver.core.ports import Ticket
 from imageserver.core.ranges import Span
 from imageserver.core.slots import Kind
 from imageserver.images import sessions

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import ImageBusy, StateUnavailable
-from imageserver.core.transfer import FileImage, NbdImage
 from imageserver.runtime import locks
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.locks import ImageLocks, image_key

@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
+from imageserver.backends.table import KINDS
 from imageserver.core.control_protocol import (
     InvalidCommand,
     List,
@@ -20,13 +23,13 @@ from imageserver.core.control_protocol import (
     parse_command,
     succeeded,
 )
-from imageserver.core.transfer import DAY_SECONDS, FileImage, NbdImage, Transfer
+from imageserver.core.transfer import DAY_SECONDS, Transfer
 
 FILE = {"backend": "file", "file": "/images/a"}
 
 
 def parse(**fields: object) -> object:
-    return parse_command(json.dumps(fields).encode())
+    return parse_command(json.dumps(fields).encode(), KINDS)
 
 
 @pytest.mark.parametrize(
@@ -171,14 +174,14 @@ def test_what_is_no_command_is_told_so(fields: dict[str, object], message: str) 
 )
 def test_what_is_no_object_is_told_so(text: bytes, message: str) -> None:
     with pytest.raises(InvalidCommand) as raised:
-        parse_command(text)
+        parse_command(text, KINDS)
     assert str(raised.value).startswith(message)
 
 
 @given(st.binary() | st.recursive(st.none() | st.text(), st.lists).map(lambda v: repr(v).encode()))
 def test_no_text_does_anything_else(text: bytes) -> None:
     with pytest.raises(InvalidCommand):
-        parse_command(text)
+        parse_command(text, KINDS)
 
 
 def test_an_answer_is_one_line_whatever_it_says() -> None:

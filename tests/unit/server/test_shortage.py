@@ -16,9 +16,9 @@ import pytest
 from gunicorn.config import Config
 
 from imageserver.backends.file.image import ImageFiles
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import Exhausted
 from imageserver.core.ports import Intent
-from imageserver.core.transfer import FileImage
 from imageserver.server import loop as module
 from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.control import ControlServer

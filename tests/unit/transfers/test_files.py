@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import Exhausted, StateUnavailable
-from imageserver.core.transfer import FileImage, Transfer
+from imageserver.core.kinds import Kinds
+from imageserver.core.transfer import Transfer
 from imageserver.transfers import files
 from tests.unit.places import NOW, OLD, SECOND, A, B, Place
 from tests.unit.shortages import no_descriptors
@@ -27,9 +29,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids: list[str] = []
     real = files.parse_transfer
 
-    def parse(transfer_id: str, text: bytes) -> Transfer:
+    def parse(transfer_id: str, text: bytes, kinds: Kinds) -> Transfer:
         ids.append(transfer_id)
-        return real(transfer_id, text)
+        return real(transfer_id, text, kinds)
 
     monkeypatch.setattr(files, "parse_transfer", parse)
     return ids

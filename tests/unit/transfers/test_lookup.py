@@ -3,9 +3,10 @@
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import StateUnavailable, UnknownImage
 from imageserver.core.ports import Activity, Owned
-from imageserver.core.transfer import FileImage, Transfer
+from imageserver.core.transfer import Transfer
 from imageserver.transfers.visits import Catalogue, Found
 
 PLAIN = Transfer("plain", FileImage("/images/plain"))

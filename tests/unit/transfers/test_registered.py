@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import StateFull, StateUnavailable
-from imageserver.core.transfer import FileImage, Transfer, id_hash
+from imageserver.core.transfer import Transfer, id_hash
 from imageserver.runtime.private import open_private
 from imageserver.transfers import registered as module
 from imageserver.transfers.registered import RegistrationFiles, parse_id

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import Exhausted, StateFull, StateUnavailable, UnknownImage
 from imageserver.core.ports import Account, Owned
 from imageserver.core.slots import Kind
-from imageserver.core.transfer import FileImage, Transfer, id_hash
+from imageserver.core.transfer import Transfer, id_hash
 from imageserver.transfers.fileage import FileAge
 from imageserver.transfers.usage import ActivityFiles
 from imageserver.transfers.visits import UNTRACKED, Catalogue, TrackedVisit, Visits

@@ -10,7 +10,7 @@ import pytest
 from falcon import testing
 
 from imageserver.core.errors import BackendError, ImageBusy
-from imageserver.core.ports import ImageInfo
+from imageserver.core.kinds import ImageInfo
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.web.body import ASKING
 from imageserver.web.image_resource import Limits

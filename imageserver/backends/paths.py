@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One name for each path, whatever links lead to it."""
+
+import contextlib
+import errno
+import os
+
+from imageserver.core.transfer import path_bytes
+
+#: How often a path is resolved that changes meanwhile.
+_LOOKS = 10
+
+
+def resolved(path: str) -> bytes:
+    """Return a path without links. What is missing at its end is no error."""
+    name = path_bytes(path)
+    for _ in range(_LOOKS):
+        with contextlib.suppress(OSError):  # a link that is none any more when it is read
+            return _resolved(name)
+    return os.path.normpath(name)  # it changes all the time, and will not be opened either
+
+
+def _resolved(name: bytes) -> bytes:
+    try:
+        return os.path.realpath(name, strict=True)
+    except OSError as exc:
+        if exc.errno == errno.EINVAL:  # readlink(2): no link; else Python 3.14 would ignore it
+            raise
+        return os.path.realpath(name)  # not all of it is there

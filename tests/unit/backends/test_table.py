@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of kinds: what its rows say agrees, and an image that is written down comes back."""
+
+import pytest
+
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
+from imageserver.backends.table import KINDS, TABLE
+from imageserver.core.kinds import Image, ImageKind
+from imageserver.core.transfer import Transfer, to_fields, transfer_from_fields
+
+kinds = pytest.mark.parametrize("kind", TABLE, ids=lambda kind: kind.name)
+
+
+@kinds
+def test_what_a_kind_announces_is_not_refused(kind: ImageKind) -> None:
+    assert ("PATCH" in kind.methods) is kind.writes_ranges
+    assert ("extents" in kind.features) is (not kind.extents_refusal)
+    assert ("extents" in kind.read_only_features) is (not kind.extents_refusal)
+
+
+@kinds
+def test_a_read_only_image_has_a_part_of_what_a_writable_one_has(kind: ImageKind) -> None:
+    assert set(kind.read_only_methods) < set(kind.methods)
+    assert set(kind.read_only_features) <= set(kind.features)
+    assert not {"PUT", "PATCH"} & set(kind.read_only_methods)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [FileImage("/a"), NbdImage("/s"), NbdImage("/s", "e", "b", flushes_image=True)],
+    ids=str,
+)
+def test_an_image_comes_back_from_its_fields(image: Image) -> None:
+    fields = to_fields(Transfer("t", image))
+
+    assert transfer_from_fields("t", fields, KINDS) == Transfer("t", image)
+    assert set(image.fields()) == set(image.kind.own_fields)

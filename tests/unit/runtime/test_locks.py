@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,7 +199,8 @@ def test_who_has_the_image_for_a_moment_is_waited_for(
         if len(waits) == 1000:
             held.release(settled=False)
 
-    monkeypatch.setattr(locks.time, "sleep", sleep)
+    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)  # other threads sleep, too
+    monkeypatch.setattr(locks, "time", clock)
 
     images.acquire_briefly(DISK, shared=shared).release(settled=True)
     assert len(waits) == 1000

@@ -29,6 +29,8 @@ WHERE = [
     "/usr/local/lib/systemd/system/imageserver.socket",
     "/usr/local/lib/tmpfiles.d/imageserver.conf",
     "/run/imageserver-install.lock",
+    "/usr/local/share/man/man1/imageserver.1",
+    "/usr/local/share/man/man1/imagectl.1",
 ]
 #: What installs in the machine, which asks no package index.
 WITH_CLIENT = [INSTALL, "--with-client", "--wheels", WHEELS]
@@ -78,7 +80,7 @@ def test_words_that_make_no_sense_install_nothing(
 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"install: {said}")
-    assert [path for path in WHERE if machine.path(path).exists()] == []
+    assert [path for path in WHERE if os.path.lexists(machine.path(path))] == []
 
 
 def test_the_umask_of_who_installs_hides_nothing_from_the_service(service: Service) -> None:
@@ -101,6 +103,12 @@ def test_anybody_can_download_with_the_client_that_was_asked_for(service: Servic
     assert re.fullmatch(r"imagectl, version [0-9.]+\n", version)
     assert re.fullmatch(rf"{copy}: 1 MiB, of which 1 MiB data; .*, verified\n", said)
     assert machine.path(copy).read_bytes() == DATA
+
+
+def test_anybody_can_read_the_manual(service: Service) -> None:
+    page = service.machine.run(*NOBODY, "cat", "/usr/local/share/man/man1/imagectl.1")
+
+    assert ".TH IMAGECTL 1" in page
 
 
 def test_an_upgrade_that_does_not_start_leaves_all_as_it_was(service: Service) -> None:
@@ -193,7 +201,7 @@ def test_uninstalling_leaves_edited_settings_and_nothing_else(service: Service) 
     assert machine.processes(UNIT) == []
     machine.run("systemctl", "stop", "other")
     assert machine.run(INSTALL, "--uninstall") == f"{edited}install: removed.\n"
-    assert [path for path in WHERE if machine.path(path).exists()] == ["/etc/imageserver"]
+    assert [path for path in WHERE if os.path.lexists(machine.path(path))] == ["/etc/imageserver"]
     assert os.listdir(machine.path("/etc/imageserver")) == ["imageserver.env"]
     assert machine.run("ps", "-e", "-o", "uid=").split().count(uid) == 0
     for names in ("/etc/passwd", "/etc/group"):
@@ -212,4 +220,4 @@ def test_uninstalling_knows_settings_that_nobody_has_edited_without_a_current_re
     (opt / "current").unlink()
 
     assert machine.run(INSTALL, "--uninstall") == "install: removed.\n"
-    assert [path for path in WHERE if machine.path(path).exists()] == []
+    assert [path for path in WHERE if os.path.lexists(machine.path(path))] == []

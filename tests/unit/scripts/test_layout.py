@@ -79,6 +79,26 @@ def test_the_table_of_entries_has_a_slash_behind_packages_only():
     assert names == [f"{n.rstrip('/')}/" if (PACKAGE / n).is_dir() else n for n in names]
 
 
+def test_the_journey_of_a_request_goes_through_places_that_are_there():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text.partition("\n## A request's journey\n")[2].partition("\n## ")[0]
+    pictures = re.findall(r"^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    for picture in pictures:
+        places = re.findall(r"(?<![\w/])([a-z]+/[\w/]*)", picture)
+        assert [place for place in places if not is_there(place)] == []
+        assert {place.partition("/")[0] for place in places} >= {
+            *("server", "web", "images", "backends", "runtime", "observability")
+        }
+    assert len(pictures) == 2
+
+
+def is_there(place: str) -> bool:
+    """Tell whether a place is a module, or with a slash behind it a package."""
+    return (
+        (PACKAGE / place).is_dir() if place.endswith("/") else (PACKAGE / f"{place}.py").is_file()
+    )
+
+
 def test_the_contract_names_what_is_there():
     assert set.union(*LAYERS) == entries(PACKAGE)
     assert set.union(*contract("imageserver.client")) == entries(PACKAGE / "client")

@@ -10,7 +10,7 @@ from imageserver.observability.logs import OperationLog
 from imageserver.observability.metrics.counted import LateMetrics
 from imageserver.runtime.directory import runtime_in
 from imageserver.runtime.locks import ImageLocks, image_key
-from imageserver.runtime.processes import is_alive, is_leaving
+from imageserver.runtime.processes import is_alive, is_exiting
 from imageserver.runtime.slottable import SharedTable
 from imageserver.settings import Settings
 from imageserver.transfers.files import TransferFiles
@@ -36,7 +36,7 @@ def application(settings: Settings, slots: SharedTable) -> App:
     backends = AnyBackend(settings)
     files = TransferFiles(settings.config_dir, settings.config_owners, slots.is_first)
     directory = runtime_in(settings.runtime_dir).locks
-    locks = ImageLocks(directory, is_leaving, slots.owner, is_alive)
+    locks = ImageLocks(directory, is_exiting, slots.owner, is_alive)
     return create_app(
         records(settings, files).visits(),
         Sessions(

@@ -2,13 +2,14 @@
 """The runtime directory as a server has it: opened once, and known by its inode from then on.
 
     path          opened and locked, shared (flock(2)), so that no cleaner removes it for its age
-    path/locks    and the other ``SUBDIRECTORIES``, the same
-    path/slots    kept open: who inherits the descriptor opens the same file, whatever its name says
+    path/locks    and the other ``SUBDIRECTORIES``: the same
+    path/slots    kept open: a child opens the file it has inherited, whatever is at the path now
 
-A directory that has been removed or replaced since is never made again by a running server: two
-processes would have locks and slots in two places.
+A running server never makes a directory again that was removed or replaced: its processes would
+have locks and slots in two places.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -17,25 +18,27 @@ from functools import cache
 
 from imageserver.core.errors import StateUnavailable
 from imageserver.runtime.flock import wait_flock
-from imageserver.runtime.private import SUBDIRECTORIES, UnusableDirectory, prepare_directory
+from imageserver.runtime.private import (
+    SUBDIRECTORIES,
+    UnusableDirectory,
+    is_at,
+    prepare_directory,
+)
 
 log = logging.getLogger(__name__)
 
-#: systemd-tmpfiles holds a directory alone for as long as it looks through it.
+#: systemd-tmpfiles locks a directory exclusively for as long as it looks through it.
 _HOLD_SECONDS = 2.0
 
 
 class KeptDirectory:
-    """A directory that is opened at first use, and is that one from then on.
-
-    A forked child goes on with its parent's.
-    """
+    """A directory that is opened at first use. A forked child goes on with its parent's."""
 
     def __init__(self, path: str) -> None:
         """Name the directory."""
         self.path = path
         self._fd = -1
-        self._identity = (-1, -1)
+        self._opened: os.stat_result | None = None
         self._opening = threading.Lock()
 
     def fileno(self) -> int:
@@ -56,12 +59,11 @@ class KeptDirectory:
             fd = os.open(self.path, flags)
         except OSError as exc:
             raise StateUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
-        found = os.fstat(fd)
-        self._identity = (found.st_dev, found.st_ino)
+        self._opened = os.fstat(fd)
         self._fd = fd
 
     def hold(self) -> None:
-        """Open the directory and lock it, shared, against cleaners; those who clean now may end.
+        """Open the directory and lock it, shared, against cleaners; wait for one at work.
 
         Raises:
             StateUnavailable: it cannot be opened.
@@ -70,12 +72,10 @@ class KeptDirectory:
 
     def is_in_place(self) -> bool:
         """Tell whether the path still leads to the directory that was opened: one stat(2)."""
-        try:
-            self.fileno()
-            found = os.stat(self.path, follow_symlinks=False)
-        except (OSError, StateUnavailable):
-            return False
-        return (found.st_dev, found.st_ino) == self._identity
+        if self._opened is None:
+            with contextlib.suppress(StateUnavailable):
+                self.fileno()
+        return self._opened is not None and is_at(self.path, self._opened)
 
     def require(self) -> None:
         """Prove that it is in place.
@@ -103,6 +103,7 @@ class RuntimeDirectory:
         self.locks, self.registered, self.activity, self.metrics = (
             KeptDirectory(os.path.join(path, name)) for name in SUBDIRECTORIES
         )
+        self._kept = (self.top, self.locks, self.registered, self.activity, self.metrics)
         self._files: dict[str, int] = {}
         self._told = ""
 
@@ -116,7 +117,7 @@ class RuntimeDirectory:
         for name in SUBDIRECTORIES:
             prepare_directory(os.path.join(self.path, name))
         try:
-            for directory in (self.top, self.locks, self.registered, self.activity, self.metrics):
+            for directory in self._kept:
                 directory.hold()
         except StateUnavailable as exc:
             raise UnusableDirectory(f"{exc}; choose another") from exc
@@ -132,19 +133,13 @@ class RuntimeDirectory:
 
     def problem(self) -> str:
         """Say which directory was removed or replaced since; "": none that matters."""
-        needed = (self.top, self.locks, self.registered, self.activity)
+        needed = (kept for kept in self._kept if kept is not self.metrics)
         lost = [directory.path for directory in needed if not directory.is_in_place()]
         return f"{lost[0]} was removed or replaced" if lost else ""
 
     def _is_table_in_place(self) -> bool:
         fd = self._files.get("slots")
-        if fd is None:
-            return True
-        try:
-            found = os.stat(os.path.join(self.path, "slots"), follow_symlinks=False)
-        except OSError:
-            return False
-        return os.path.samestat(found, os.fstat(fd))
+        return fd is None or is_at(os.path.join(self.path, "slots"), os.fstat(fd))
 
     def require_records(self) -> None:
         """Prove that what is known of transfers is what other processes know.
@@ -175,7 +170,7 @@ class RuntimeDirectory:
         files, self._files = self._files, {}
         for fd in files.values():
             os.close(fd)
-        for directory in (self.top, self.locks, self.registered, self.activity, self.metrics):
+        for directory in self._kept:
             directory.close()
 
 

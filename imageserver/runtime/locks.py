@@ -2,13 +2,14 @@
 """Image locks: one lock file per image, held through filelock, in a directory opened once.
 
 The kernel drops a lock with its holder, however that dies. What the kernel cannot tell is
-whether the holder was done: so a holder writes its name into the file as a mark, and takes it
-away when it gives the image back with nothing left in flight. Who finds a mark knows that the dead
-holder's last writes may still be on their way (``Lock.abandoned``). The mark also says whether the
-holder has the lock for a moment only, to share the image, or as long as it has the image alone.
+whether the holder's writes were complete. So the holder writes its pid and start time into the
+file, as a mark, and removes the mark when it gives the image back with no write in flight. The
+next holder that finds a mark knows that writes of the last one may still reach the image
+(``ImageLock.abandoned``). The mark also says whether the holder has the lock for a moment only, to
+share the image, or as long as it has the image alone.
 
-The file's name is a hash, for sockets, exports and paths exceed file names. Idle files are
-pruned by ``prune``, under their own lock; who takes an unlinked file starts over.
+The file's name is a hash, for sockets, exports and paths exceed file names. ``prune`` removes
+idle files, under their own lock; a process that locks an unlinked file starts over.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ from imageserver.core.kinds import Image
 from imageserver.core.slots import Owner
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.private import own_files
+from imageserver.runtime.processes import EXIT_SECONDS
 
-#: How long a lock may outlive its holder: a thread in the middle of a write(2) ends with that.
-_LAST_BREATH_SECONDS = 5.0
-#: A mark is two numbers: see ``_mark``.
+#: Bytes of a mark, which is two numbers and blanks: see ``_mark``.
 _MARK_SIZE = 64
 #: A lock file nobody has touched for this long is pruned.
 _IDLE_SECONDS = 3600.0
-#: Those who share an image have its lock for half a millisecond each. So many may come at once
-#: that one waits for seconds; longer only if a process is stopped with the lock in its hands.
+#: Requests that share an image have its lock for half a millisecond each. So many may come at once
+#: that one waits for seconds; longer only if a process is stopped while it holds the lock.
 _SHARE_SECONDS = 5.0
 _BRIEF_STEP_SECONDS = 0.001
+_LOCK_FILES = own_files("the lock files")
 
 
 def image_key(image: Image) -> str:
@@ -45,25 +46,25 @@ def image_key(image: Image) -> str:
 
 
 class ImageLock:
-    """An image held by this request; made by ``ImageLocks.acquire``."""
+    """The lock of an image that this request holds; made by ``ImageLocks.acquire``."""
 
     def __init__(self, directory: int, name: str, mark: bytes) -> None:
         """Take the lock, leaving ``mark`` in its file, which is made where it is missing.
 
         Raises:
-            ImageBusy: somebody has it.
+            ImageBusy: another request holds it.
             FileNotFoundError: the directory was removed.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._fd = os.open(name, flags, 0o600, dir_fd=directory)
         try:
             while not self._is_taken():
-                os.close(self._fd)  # pruned between the two calls
+                os.close(self._fd)  # pruned between open(2) and flock(2)
                 self._fd = -1
                 self._fd = os.open(name, flags, 0o600, dir_fd=directory)
             self.predecessor = os.pread(self._fd, _MARK_SIZE, 0)
             self.abandoned = self.predecessor != b""
-            # In one go and over the old one, so that at no moment there is none.
+            # One write(2) over the old mark, so that the file has a mark at every moment.
             os.pwrite(self._fd, mark.ljust(_MARK_SIZE), 0)
         except BaseException:
             self._close()
@@ -75,7 +76,7 @@ class ImageLock:
         return self.is_in_place()
 
     def is_in_place(self) -> bool:
-        """Tell whether who comes next meets this lock; False: its file was removed."""
+        """Tell whether the next request would find this lock; False: its file was removed."""
         return os.fstat(self._fd).st_nlink > 0
 
     def release(self, *, settled: bool) -> None:
@@ -94,7 +95,7 @@ class ImageLock:
 
 
 def _parsed(mark: bytes) -> tuple[Owner | None, bool]:
-    """Return who left a mark, and whether to share the image."""
+    """Return the process that left a mark, and whether it shares the image."""
     fields = re.fullmatch(rb"([0-9]{1,10}) ([0-9]{1,20})( shared)? *", mark)
     if fields is None:
         return None, False
@@ -107,13 +108,13 @@ class ImageLocks:
     def __init__(
         self,
         directory: KeptDirectory,
-        is_leaving: Callable[[Owner], bool],
+        is_exiting: Callable[[Owner], bool],
         me: Callable[[], Owner],
         is_alive: Callable[[Owner], bool] = lambda _: False,
     ) -> None:
         """``me`` names this process, in the marks it leaves."""
         self._directory = directory
-        self._is_leaving = is_leaving
+        self._is_exiting = is_exiting
         self._is_alive = is_alive
         self._me = me
 
@@ -121,27 +122,27 @@ class ImageLocks:
         """Take the image's lock.
 
         Raises:
-            ImageBusy: somebody holds it.
+            ImageBusy: another request holds it.
             StateUnavailable: the directory was removed or replaced, or the lock file cannot be
                 made, written or locked.
         """
         return self._acquire(image, shared=False, waits=False)
 
     def acquire_briefly(self, image: Image, *, shared: bool) -> ImageLock:
-        """Take the lock, waiting for all who have it for a moment; not for one who has it alone.
+        """Take the lock, waiting for requests that share the image; not for one that has it alone.
 
-        ``shared``: for a moment, too.
+        ``shared``: this request shares the image, too.
 
         Raises:
-            ImageBusy: somebody has the image alone; or the lock was not to be had for seconds.
+            ImageBusy: another request has the image alone, or the lock was held for seconds.
             StateUnavailable: see ``acquire``.
         """
         return self._acquire(image, shared=shared, waits=True)
 
     def _acquire(self, image: Image, *, shared: bool, waits: bool) -> ImageLock:
         name = image_key(image) + ".lock"
-        deadline = time.monotonic() + max(_LAST_BREATH_SECONDS, _SHARE_SECONDS)
-        with own_files("the lock files"):
+        deadline = time.monotonic() + max(EXIT_SECONDS, _SHARE_SECONDS)
+        with _LOCK_FILES:
             while True:
                 try:
                     lock = self._take(name, shared=shared)
@@ -150,23 +151,23 @@ class ImageLocks:
                         raise
                     time.sleep(_BRIEF_STEP_SECONDS)
                 else:
-                    self._await_end(lock, deadline)
+                    self._await_exit(lock, deadline)
                     return lock
 
     def _take(self, name: str, *, shared: bool) -> ImageLock:
         self._directory.require()
         return ImageLock(self._directory.fileno(), name, self._mark(shared=shared))
 
-    def _await_end(self, lock: ImageLock, deadline: float) -> None:
-        """Wait until whoever left a mark is quite gone.
+    def _await_exit(self, lock: ImageLock, deadline: float) -> None:
+        """Wait until the process that left a mark has no thread and no file any more.
 
-        The kernel closes the files of a dying process one by one: its lock may go before the
-        connection does on which its last writes are, and that must not look like a living one's.
+        The kernel closes the files of a killed process one by one: its lock may go before the
+        connection on which its last writes are, which must not look like a living process's.
         """
         owner, _ = _parsed(lock.predecessor)
         with contextlib.ExitStack() as held:
             held.callback(lock.release, settled=False)
-            while owner and self._is_alive(owner) and self._is_leaving(owner):
+            while owner and self._is_alive(owner) and self._is_exiting(owner):
                 if time.monotonic() > deadline:
                     raise ImageBusy
                 time.sleep(_BRIEF_STEP_SECONDS)
@@ -177,10 +178,7 @@ class ImageLocks:
         return f"{me.pid} {me.start}{' shared' if shared else ''}".encode()
 
     def _is_free_soon(self, name: str, *, waits: bool) -> bool:
-        """Tell whether the lock is worth waiting for.
-
-        A dead holder's lock the kernel drops soon; one who shares the image gives it back soon.
-        """
+        """Tell whether the lock is free in a moment: its holder exits, or shares the image."""
         try:
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             with open(os.open(name, flags, dir_fd=self._directory.fileno()), "rb") as file:
@@ -188,8 +186,8 @@ class ImageLocks:
         except OSError:
             owner, shared = None, False
         if owner is None:
-            return waits  # it has just been taken, or given back
-        return (waits and shared) or self._is_leaving(owner)
+            return waits  # it was taken or given back a moment ago
+        return (waits and shared) or self._is_exiting(owner)
 
     def prune(self) -> int:
         """Remove lock files that are idle and unmarked; return how many."""
@@ -198,13 +196,13 @@ class ImageLocks:
         for name in os.listdir(directory):
             with contextlib.suppress(FileNotFoundError, ImageBusy):
                 found = os.stat(name, dir_fd=directory, follow_symlinks=False)
-                # The system's clock may have been set: then one that is idle is pruned at a later
-                # start, or one that is not is asked for its lock.
+                # Where the system's clock has been set, an idle file is pruned at a later start,
+                # and one in use is kept by its lock.
                 if time.time() - found.st_mtime < _IDLE_SECONDS or found.st_size:
                     continue
                 lock = ImageLock(directory, name, self._mark())
                 try:
-                    if not lock.abandoned:  # nor has it been marked since it was listed
+                    if not lock.abandoned:  # it may have got a mark since it was listed
                         os.unlink(name, dir_fd=directory)
                         pruned += 1
                 finally:

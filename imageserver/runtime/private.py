@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private files: the runtime directory and what lies in it, ours alone or not used.
+"""Private files: the runtime directory and its files, which nobody but the server's user may use.
 
-What was not made here is never changed: a directory that does not suit is refused.
+The server changes no directory that it has not made: one with other owners or modes is refused.
 """
 
 import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
 
 from imageserver.core.errors import NO_DESCRIPTOR, Exhausted, StateFull, StateUnavailable
 
@@ -119,6 +118,14 @@ def _unusable(path: str, exc: OSError) -> UnusableDirectory:
     return UnusableDirectory(f"{path} cannot be made or used ({exc.strerror}); choose another")
 
 
+def is_at(path: str, opened: os.stat_result) -> bool:
+    """Tell whether a path leads, by no link, to the file that was opened: one stat(2)."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), opened)
+    except OSError:
+        return False
+
+
 def open_private(directory: str, name: str) -> int:
     """Open a file of the runtime directory for reading and writing, 0600, following no link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -141,21 +148,29 @@ def read_regular(path: str, most: int) -> bytes | None:
         os.close(fd)
 
 
-@contextlib.contextmanager
-def own_files(what: str) -> Iterator[None]:
-    """Translate what the system says of the server's own files; ``what`` names them in a sentence.
+class own_files(contextlib.ContextDecorator):  # noqa: N801 - used as a statement
+    """Translate the system's errors about the server's own files. Has no state: use it again.
 
     Raises:
         StateFull: there is no room for them.
         Exhausted: no descriptor is free.
         StateUnavailable: they cannot be opened, read, written or locked for another reason.
     """
-    try:
-        yield
-    except OSError as exc:
+
+    def __init__(self, what: str) -> None:
+        """``what`` names the files in the error's sentence."""
+        self._what = what
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, _cls: object, exc: BaseException | None, _traceback: object) -> None:
+        """Translate an error of the system; others pass."""
+        if not isinstance(exc, OSError):
+            return
         error: type[StateUnavailable] = StateUnavailable
         if exc.errno in _FULL:
             error = StateFull
         elif exc.errno in NO_DESCRIPTOR:
             error = Exhausted
-        raise error(f"{what} cannot be used now: {exc.strerror or exc}") from exc
+        raise error(f"{self._what} cannot be used now: {exc.strerror or exc}") from exc

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which processes live: told from /proc, by pid and start time, for pids are reused (proc(5))."""
+"""Which processes live: told from /proc, by pid and start time, for pids are reused (proc(5)).
+
+A process that is being killed is alive and exiting at once: its last thread may be in a write(2).
+"""
 
 import contextlib
 import os
@@ -7,8 +10,11 @@ from pathlib import Path
 
 from imageserver.core.slots import Owner
 
-#: proc(5), field 9: on its way out, though its last thread may not be done yet.
+#: proc(5), field 9: the kernel is ending the process, though its last thread may not be done yet.
 _PF_EXITING = 0x4
+#: How long a killed process may go on holding what it held.
+EXIT_SECONDS = 5.0
+EXIT_STEP_SECONDS = 0.001
 
 
 def boot_id() -> bytes:
@@ -18,7 +24,7 @@ def boot_id() -> bytes:
 
 
 def namespace() -> int:
-    """Return 64 bits that differ between namespaces in which pids or start times mean another."""
+    """Return 64 bits that differ between namespaces in which pids or start times differ."""
     inodes = [0, 0]
     for index, name in enumerate(("pid", "time")):  # namespaces(7); the latter since Linux 5.6
         with contextlib.suppress(FileNotFoundError):
@@ -27,7 +33,7 @@ def namespace() -> int:
 
 
 def is_proc_ours() -> bool:
-    """Tell whether /proc speaks of this process's PID namespace: else no pid in it is right."""
+    """Tell whether /proc is of this process's PID namespace: else no pid in it can be used."""
     try:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
@@ -57,12 +63,12 @@ def owner_of(pid: int) -> Owner | None:
 
 
 def is_alive(owner: Owner) -> bool:
-    """Tell whether this very process still runs, be it with its last thread."""
+    """Tell whether this very process still has a thread."""
     return owner_of(owner.pid) == owner
 
 
-def is_leaving(owner: Owner) -> bool:
-    """Tell whether a process is dead or dying: what it holds is free in a moment."""
+def is_exiting(owner: Owner) -> bool:
+    """Tell whether a process is gone or ending: the kernel drops its locks in a moment."""
     fields = _status(owner.pid)
     if fields is None or int(fields[19]) != owner.start:
         return True

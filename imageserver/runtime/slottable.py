@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot table between processes: the guard, and who is alive.
 
-``core/slots.py`` has the rules; here is what they need from the system. Every process maps the
-same small file (``tablefile.py``) and claims under a guard (``guard.py``). A descriptor inherited
-over fork would share its parent's flock(2), so each process opens the file itself, after the fork.
+``core/slots.py`` has the rules; this module gives them the system. Every process maps the same
+small file (``tablefile.py``) and claims under a guard (``guard.py``). A descriptor inherited over
+fork would share its parent's flock(2), so each process opens the file itself, after the fork.
 """
 
 import contextlib
@@ -23,19 +23,22 @@ from imageserver.core.slots import Holder, IncompatibleTable, Kind, Owner, SlotT
 from imageserver.runtime import tablefile
 from imageserver.runtime.directory import RuntimeDirectory
 from imageserver.runtime.guard import Guard
-from imageserver.runtime.private import own_files
-from imageserver.runtime.processes import is_alive, is_leaving, owner_of
+from imageserver.runtime.private import is_at, own_files
+from imageserver.runtime.processes import (
+    EXIT_SECONDS,
+    EXIT_STEP_SECONDS,
+    is_alive,
+    is_exiting,
+    owner_of,
+)
 
 log = logging.getLogger(__name__)
 
-#: The guard is held for microseconds. Only a process stopped inside it can make us wait.
+#: The guard is held for microseconds: only a process stopped inside it makes others wait.
 _GUARD_SECONDS = 5.0
-#: A line in the log does not wait for a guard that is stuck.
+#: ... as long as this, where all that depends on it is a line in the log.
 _NOTE_SECONDS = 0.05
 _WHAT = "the slot table"
-#: How long what a killed process holds may outlive it: its last thread may be in a write(2).
-_LAST_BREATH_SECONDS = 5.0
-_LAST_BREATH_STEP_SECONDS = 0.001
 
 
 class ClaimedSlot:
@@ -72,8 +75,7 @@ class _Mapping:
             opened.callback(os.close, use)
             opened.callback(os.close, self.file)
             self._guard = Guard(self.file, _WHAT, _GUARD_SECONDS)
-            found = os.fstat(self.file)
-            self._identity = (found.st_dev, found.st_ino)
+            self._found = os.fstat(self.file)
             self._map, self.table = tablefile.map_kept(self.file)
             opened.callback(self._map.close)
             opened.callback(self.table.close)
@@ -81,11 +83,7 @@ class _Mapping:
 
     def is_in_place(self) -> bool:
         """Tell whether the table's path still leads to this very file: one stat(2)."""
-        try:
-            found = os.stat(self._path, follow_symlinks=False)
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == self._identity
+        return is_at(self._path, self._found)
 
     @contextlib.contextmanager
     def guard(self, seconds: float | None = None) -> Iterator[SlotTable]:
@@ -108,8 +106,8 @@ class SharedTable:
     ) -> None:
         """Name the table; it is mapped at first use, in whichever process that is.
 
-        In a child that is the table its parent has found. A path is for who only looks on.
-        ``freed`` is told what a sweep of this process has freed; None: a damaged record.
+        A child maps the table that its parent has found; a process that has no parent with one
+        gives a path. ``freed`` is told what this process sweeps; None: a damaged record.
         """
         self._freed = freed
         self._is_lent = isinstance(directory, RuntimeDirectory)
@@ -166,38 +164,37 @@ class SharedTable:
             ticket.client,
             time.monotonic_ns(),
         )
-        limit = self._limits.get(kind, slots.CAPACITY)
-        deadline = time.monotonic() + _LAST_BREATH_SECONDS
-        while True:
-            with mapping.guard() as table:
-                index = table.claim(holder, limit)
-            if index is not None:
-                break
-            if self.sweep() or (time.monotonic() < deadline and self._awaits(kind)):
-                continue
-            # Another process may have swept between our claim and our sweep.
-            with mapping.guard() as table:
-                index = table.claim(holder, limit)
-            if index is None:
+        index = self._claim(mapping, holder)
+        deadline = time.monotonic() + EXIT_SECONDS if index is None else 0.0
+        while index is None:
+            # Once more at the end: another process may have swept between our claim and sweep.
+            is_last = not self.sweep() and not self._awaits_exit(kind, deadline)
+            index = self._claim(mapping, holder)
+            if index is None and is_last:
                 raise NoSlot(kind)
-            break
         return ClaimedSlot(mapping, index, holder.started_ns)
 
-    def _awaits(self, kind: Kind) -> bool:
-        """Wait a little where a holder of this kind is dying; False where all of them live."""
-        dying = any(is_leaving(holder.owner) for holder in self.holders(kind))
-        if dying:
-            time.sleep(_LAST_BREATH_STEP_SECONDS)
-        return dying
+    def _claim(self, mapping: _Mapping, holder: Holder) -> int | None:
+        with mapping.guard() as table:
+            return table.claim(holder, self._limits.get(holder.kind, slots.CAPACITY))
+
+    def _awaits_exit(self, kind: Kind, deadline: float) -> bool:
+        """Wait a moment where a holder of this kind is being killed; else return False."""
+        if time.monotonic() >= deadline or not any(
+            is_exiting(holder.owner) for holder in self.holders(kind)
+        ):
+            return False
+        time.sleep(EXIT_STEP_SECONDS)
+        return True
 
     def is_first(self, text: str) -> bool:
-        """Tell whether no process of the server has said this lately; it counts as said now."""
+        """Tell whether no process of the server has logged this lately; now it has."""
         key = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
         try:
             with own_files(_WHAT), self._open().guard(_NOTE_SECONDS) as table:
                 return table.note(key)
         except StateUnavailable:
-            return True  # better said twice than never, or late
+            return True  # better logged twice than never, or late
 
     @own_files(_WHAT)
     def sweep(self) -> int:
@@ -225,14 +222,14 @@ class SharedTable:
     @own_files(_WHAT)
     def operations_on(self, image: str) -> set[str]:
         """Return the operations of the living that hold an image, by its key."""
-        deadline = time.monotonic() + _LAST_BREATH_SECONDS
+        deadline = time.monotonic() + EXIT_SECONDS
         while True:
             held = [h for h in self.holders(Kind.WRITE, Kind.OTHER) if h.image == image]
             living = {owner for owner in {holder.owner for holder in held} if is_alive(owner)}
-            dying = any(is_leaving(owner) for owner in living)
+            dying = any(is_exiting(owner) for owner in living)
             if not dying or time.monotonic() > deadline:
                 return {holder.operation for holder in held if holder.owner in living}
-            time.sleep(_LAST_BREATH_STEP_SECONDS)
+            time.sleep(EXIT_STEP_SECONDS)
 
     def mend(self) -> None:
         """Write the header anew where it was damaged.

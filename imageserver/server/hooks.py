@@ -17,7 +17,7 @@ from imageserver.observability.metrics.counted import LateMetrics, metrics_in
 from imageserver.observability.metrics.numbers import clear_if_alone
 from imageserver.runtime.directory import runtime_in
 from imageserver.runtime.locks import ImageLocks
-from imageserver.runtime.processes import is_leaving
+from imageserver.runtime.processes import is_exiting
 from imageserver.runtime.slottable import SharedTable
 from imageserver.server import activation, addresses, master
 from imageserver.server.addresses import UnusableAddress
@@ -189,7 +189,7 @@ def _sweep(settings: Settings, *, prune: bool = False) -> None:
     try:
         table.sweep()
         if prune:
-            ImageLocks(runtime.locks, is_leaving, table.owner).prune()
+            ImageLocks(runtime.locks, is_exiting, table.owner).prune()
     finally:
         table.close()
         metrics.flush()  # a master does so at no other time

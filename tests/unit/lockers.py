@@ -13,7 +13,7 @@ from imageserver.core.errors import ImageBusy
 from imageserver.core.slots import Owner
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.locks import ImageLocks
-from imageserver.runtime.processes import is_leaving, owner_of
+from imageserver.runtime.processes import is_exiting, owner_of
 from tests.unit.processes import holding
 
 DISK = NbdImage("/run/disk.sock", "vda")
@@ -22,10 +22,10 @@ OTHER = NbdImage("/run/disk.sock", "vdb")
 _HOLD = """
 import os, sys
 from imageserver.runtime.locks import ImageLocks
-from imageserver.runtime.processes import is_leaving, owner_of
+from imageserver.runtime.processes import is_exiting, owner_of
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.backends.nbd.kind import NbdImage
-locks = ImageLocks(KeptDirectory(sys.argv[1]), is_leaving, lambda: owner_of(os.getpid()))
+locks = ImageLocks(KeptDirectory(sys.argv[1]), is_exiting, lambda: owner_of(os.getpid()))
 lock = locks.acquire(NbdImage("/run/disk.sock", "vda"))
 print("held", flush=True)
 sys.stdin.readline()
@@ -44,8 +44,8 @@ def me() -> Owner:
     return owner
 
 
-def locks_in(directory: Path, is_leaving: Callable[[Owner], bool] = is_leaving) -> ImageLocks:
-    return ImageLocks(KeptDirectory(str(directory)), is_leaving, me)
+def locks_in(directory: Path, is_exiting: Callable[[Owner], bool] = is_exiting) -> ImageLocks:
+    return ImageLocks(KeptDirectory(str(directory)), is_exiting, me)
 
 
 def is_busy(images: ImageLocks) -> bool:

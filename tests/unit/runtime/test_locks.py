@@ -232,7 +232,7 @@ def test_nobody_waits_for_a_moment_for_ever(
     images: ImageLocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_SHARE_SECONDS", 0.01)
-    monkeypatch.setattr(locks, "_LAST_BREATH_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "EXIT_SECONDS", 0.01)
     held = images.acquire_briefly(DISK, shared=True)
 
     with pytest.raises(ImageBusy):

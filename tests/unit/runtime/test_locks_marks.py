@@ -134,7 +134,7 @@ def test_a_dying_holder_is_waited_for_and_leaves_its_mark(directory: Path) -> No
 def test_a_holder_that_does_not_end_its_dying_is_busy(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_LAST_BREATH_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "EXIT_SECONDS", 0.01)
     images = locks_in(directory, lambda _: True)
     held = images.acquire(DISK)
 

@@ -265,7 +265,7 @@ def test_a_table_that_cannot_be_looked_through_is_an_error_of_ours(
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     table.claim(Kind.WRITE, TICKET)
-    for name in ("is_alive", "is_leaving"):
+    for name in ("is_alive", "is_exiting"):
         monkeypatch.setattr(slottable, name, no_descriptor)
     asked = {
         "claim": lambda: table.claim(Kind.WRITE, TICKET),
@@ -289,7 +289,7 @@ def test_a_slot_can_be_given_back_while_the_guard_is_held(table: SharedTable) ->
 
 def test_a_dying_holder_is_waited_for(table: SharedTable, monkeypatch: pytest.MonkeyPatch) -> None:
     dying = table.claim(Kind.WRITE, TICKET)
-    monkeypatch.setattr(slottable, "is_leaving", lambda _: True)
+    monkeypatch.setattr(slottable, "is_exiting", lambda _: True)
     monkeypatch.setattr(slottable.time, "sleep", lambda _: dying.release())
 
     table.claim(Kind.WRITE, TICKET).release()
@@ -299,8 +299,8 @@ def test_a_holder_that_does_not_end_its_dying_is_believed(
     table: SharedTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table.claim(Kind.WRITE, TICKET)
-    monkeypatch.setattr(slottable, "is_leaving", lambda _: True)
-    monkeypatch.setattr(slottable, "_LAST_BREATH_SECONDS", 0.01)
+    monkeypatch.setattr(slottable, "is_exiting", lambda _: True)
+    monkeypatch.setattr(slottable, "EXIT_SECONDS", 0.01)
 
     with pytest.raises(NoSlot):
         table.claim(Kind.WRITE, TICKET)

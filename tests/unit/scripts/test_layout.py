@@ -79,6 +79,24 @@ def test_the_table_of_entries_has_a_slash_behind_packages_only():
     assert names == [f"{n.rstrip('/')}/" if (PACKAGE / n).is_dir() else n for n in names]
 
 
+@pytest.mark.parametrize(
+    "package", sorted(entries(PACKAGE) - {"client"} - {path.stem for path in PACKAGE.glob("*.py")})
+)
+def test_each_module_has_a_row_in_the_table_of_its_package(package: str):
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = [name for row in rows(text, f"| `{package}/` | |") for name in row]
+    modules = (path.relative_to(PACKAGE / package) for path in (PACKAGE / package).rglob("*.py"))
+    assert sorted(named) == sorted(
+        str(path.with_suffix("")) for path in modules if path.name != "__init__.py"
+    )
+
+
+def test_each_part_of_imagectl_has_a_row():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = {name.rstrip("/") for row in rows(text, "| `client/` | |") for name in row}
+    assert named == entries(PACKAGE / "client") - {"__main__"}
+
+
 def test_the_journey_of_a_request_goes_through_places_that_are_there():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     section = text.partition("\n## A request's journey\n")[2].partition("\n## ")[0]

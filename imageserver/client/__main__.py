@@ -22,9 +22,9 @@ def main() -> int:
             file=sys.stderr,
         )
         return 5
-    from imageserver.client.commands import cli  # noqa: PLC0415 - needs what there is by now
+    from imageserver.client.commands import cli, outputs  # noqa: PLC0415 - they import the rest
 
-    cli.take_outputs()
+    outputs.replace_outputs()
     return cli.main()
 
 

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way imagectl can fail, as one tree; ``str()`` is the one sentence that a user is told.
+"""Every way imagectl can fail, as one tree with exit statuses.
 
     ClientError
-    ├── Failed                 the server or the network did not do it            1
-    │   ├── Transient          ... but may do it if asked again
-    │   │   ├── Busy           409, 503 and their like; carries Retry-After
-    │   │   ├── Broken         the connection broke, or nothing came for too long
-    │   │   └── Unreachable    there was no connection at all
-    ├── Refused                the server will not do this, however often asked   3
-    ├── Different              the bytes are not what they should be              4
-    ├── LocalFailure           a file or a program on this side                   5
-    │   └── Damaged            ... a qcow2 image that is not whole
-    └── Interrupted            by Ctrl-C or SIGTERM                               130
+    ├── Failed                1   the server or the network failed
+    │   └── Transient             ... and the same request may succeed later
+    │       ├── Busy              409, 503 and the like; ``wait`` is the server's Retry-After
+    │       ├── Broken            the connection broke, or nothing came for too long
+    │       └── Unreachable       no connection could be made
+    ├── BadUrl                2   an argument is no URL (click reports all other wrong arguments)
+    ├── Refused               3   the server will not do this, however often it is asked
+    ├── Different             4   the bytes are not what they should be
+    ├── LocalFailure          5   a local file or program failed
+    │   ├── Damaged               ... a qcow2 image is incomplete or inconsistent
+    │   └── OutputLost            ... stdout cannot be written
+    │       └── OutputUnread  141 ... because its reader has gone
+    └── Interrupted           130 by Ctrl-C or SIGTERM
 
-2 is click's, for arguments that are wrong.
+``str()`` of each is the sentence that the user reads.
 """
 
 from typing import ClassVar
@@ -30,7 +33,7 @@ class Failed(ClientError):
 
 
 class Transient(Failed):
-    """What failed may succeed when asked again; ``wait`` is how long the server says to wait."""
+    """The same request may succeed later; ``wait``: seconds that the server asks to wait first."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -38,7 +41,7 @@ class Transient(Failed):
 
 
 class Busy(Transient):
-    """The server has no room for this now, or another holds the image."""
+    """The server has no room for this now, or another client holds the image."""
 
 
 class Broken(Transient):
@@ -46,11 +49,17 @@ class Broken(Transient):
 
 
 class Unreachable(Transient):
-    """There was no connection at all."""
+    """No connection could be made."""
+
+
+class BadUrl(ClientError):
+    """An argument is no URL that can be requested."""
+
+    status = 2
 
 
 class Refused(ClientError):
-    """The server refuses: asking again would not help. ``code`` is the HTTP status."""
+    """The server refuses, and would again. ``code`` is the HTTP status."""
 
     status = 3
 
@@ -72,10 +81,20 @@ class LocalFailure(ClientError):
 
 
 class Damaged(LocalFailure):
-    """An image is not whole, or not known to be."""
+    """A qcow2 image is incomplete or inconsistent, or cannot be checked."""
+
+
+class OutputLost(LocalFailure):
+    """The command did its work, but its result cannot be written to stdout."""
+
+
+class OutputUnread(OutputLost):
+    """The reader of stdout has gone; the status is a shell's for a process that SIGPIPE ended."""
+
+    status = 141
 
 
 class Interrupted(ClientError):
-    """The user, or the system, ended it."""
+    """The user or the system ended the command."""
 
     status = 130

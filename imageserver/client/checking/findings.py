@@ -1,35 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frame of ``imagectl check``: what is checked, and what may come of it.
+"""A check of ``imagectl check``: what it is given, how it ends, what all of them found.
 
 A check is a function that returns what it has seen, or raises what it found instead:
 
     Differs   it works, but otherwise than docs/api.md says; oVirt's daemon does in places
     Missing   the server does not offer it
-    Wrong     it was announced, or HTTP demands it, and it does not hold
+    Wrong     the server announced it, or HTTP demands it, and it does not work
 
-``checks_read`` has those that change nothing on the server, ``checks_write`` the others.
+``read_checks`` and ``extent_checks`` have those that only read, ``write_checks`` the others.
 """
 
 import contextlib
+import re
+import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain, islice
-from typing import TypeVar
 
-from imageserver.client.checking.asking import answered
-from imageserver.client.checking.probe import Line, Reply, Request
+from imageserver.client.backoff import retried_start, retried_while_busy
+from imageserver.client.checking.probe import Connection, Reply, Request
 from imageserver.client.failures import Busy, ClientError, Unreachable
 from imageserver.client.http.access import Access
-from imageserver.client.http.remote import Abilities, Remote
+from imageserver.client.http.remote import Remote
 from imageserver.core.extents import Extent
 
 #: Bytes read where some are enough.
 SAMPLE = 64 * 1024
-_PARTIAL = 206
+_OK, _PARTIAL = 200, 206
 _BUSY = {409, 503}
-
-T = TypeVar("T")
 
 
 class Verdict(Enum):
@@ -42,15 +40,15 @@ class Verdict(Enum):
 
 
 class Differs(Exception):
-    """It works otherwise than docs/api.md says."""
+    """It works, but otherwise than docs/api.md says."""
 
 
 class Missing(Exception):
-    """It is not offered."""
+    """The server does not offer it."""
 
 
 class Wrong(Exception):
-    """It does not hold."""
+    """It was announced, or HTTP demands it, and it does not work."""
 
 
 _VERDICTS = {Differs: Verdict.DIFFERS, Missing: Verdict.MISSING, Wrong: Verdict.FAILED}
@@ -66,39 +64,57 @@ class Finding:
 
 
 class Subject:
-    """The image that is checked, and what is known of it so far."""
+    """The image that is checked, with the abilities and the size that its server told."""
 
-    def __init__(self, access: Access, patience: float) -> None:
-        """``patience``: seconds for which a busy server is asked again."""
+    def __init__(self, access: Access, seconds: float) -> None:
+        """``seconds``: how long a busy server is asked again."""
         self.access = access
-        self._patience = patience
+        self._seconds = seconds
         with contextlib.closing(Remote(access, 1)) as remote:
-            self.abilities: Abilities = self._patiently(remote.abilities)
+            self.abilities = retried_while_busy(remote.abilities, seconds)
         self.size = self.remote_size()
 
-    def line(self) -> Line:
-        """Return a connection, to be entered."""
-        return Line(self.access)
+    def connection(self, *, to_unknown_id: bool = False) -> Connection:
+        """Return a connection, to be entered; its requests may name an id that nobody knows."""
+        connection = Connection(self.access)
+        if to_unknown_id:
+            connection.target = re.sub("[^/]+$", str(uuid.uuid4()), connection.target)
+        return connection
 
     def ask(self, request: Request) -> Reply:
         """Make one request on a connection of its own."""
 
         def once() -> Reply:
-            with self.line() as line:
-                reply = line.ask(request)
+            with self.connection() as connection:
+                reply = connection.ask(request)
             if reply.status in _BUSY:
                 raise Busy(f"the server is busy: {reply.error}", 0.2)
             return reply
 
-        return self._patiently(once)
+        return retried_while_busy(once, self._seconds)
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        return answered(action, self._patience)
+    def needs(self, feature: str) -> None:
+        """Require a feature.
+
+        Raises:
+            Missing: the server does not announce it.
+        """
+        if not self.abilities.has(feature):
+            raise Missing("not announced")
+
+    def needs_bytes(self) -> None:
+        """Require an image that is not empty.
+
+        Raises:
+            Missing: it is empty.
+        """
+        if not self.size:
+            raise Missing("the image is empty")
 
     def remote_size(self) -> int:
         """Ask how large the image is now."""
         with contextlib.closing(Remote(self.access, 1)) as remote:
-            return self._patiently(remote.size)
+            return retried_while_busy(remote.size, self._seconds)
 
     def range(self, text: str) -> Reply:
         """Ask for a range."""
@@ -114,14 +130,9 @@ class Subject:
         return partial(reply, start, stop, self.size)
 
     def extents(self, context: str) -> Generator[Extent]:
-        """Yield the extents; whether they have gaps is looked at on the way."""
+        """Yield the extents; ``Failed`` where they have a gap."""
         with contextlib.closing(Remote(self.access, 1)) as remote:
-
-            def begin() -> Iterator[Extent]:
-                extents = remote.extents(context)
-                return chain(list(islice(extents, 1)), extents)  # asks now
-
-            yield from self._patiently(begin)
+            yield from retried_start(lambda: remote.extents(context), self._seconds)
 
 
 def partial(reply: Reply, start: int, stop: int, size: int) -> bytes:
@@ -141,16 +152,28 @@ def partial(reply: Reply, start: int, stop: int, size: int) -> bytes:
     return reply.body
 
 
+def require_done(reply: Reply) -> None:
+    """Require an answer to say that what was asked for is done.
+
+    Raises:
+        Wrong: it does not.
+    """
+    if reply.status != _OK:
+        raise Wrong(f"status {reply.status}: {reply.error}")
+    if reply.body and not reply.says_done:
+        raise Wrong(f"status {reply.status}, without saying that it is done")
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A promise by name, and what tries it."""
+    """The name of a promise, and the function that tries it."""
 
     name: str
     run: Callable[[Subject], str]
 
 
 def findings(subject: Subject, checks: Sequence[Check]) -> Iterator[Finding]:
-    """Try one after the other.
+    """Run one check after the other.
 
     Raises:
         Transient: the server is busy or gone.
@@ -161,6 +184,6 @@ def findings(subject: Subject, checks: Sequence[Check]) -> Iterator[Finding]:
         except (Differs, Missing, Wrong) as exc:
             yield Finding(check.name, _VERDICTS[type(exc)], str(exc))
         except (Busy, Unreachable):
-            raise  # that says nothing of what it promises
+            raise  # which says nothing about the promise
         except ClientError as exc:
             yield Finding(check.name, Verdict.FAILED, str(exc))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection that says exactly what it is told to: for ``imagectl check`` only.
+"""One connection that sends exactly what it is told: for ``imagectl check`` only.
 
-Odd requests are the point there, and every status is an answer. Nothing is retried, no
-connection made anew behind the caller's back.
+Malformed requests are the point there, and every status is an answer. Nothing is retried, and
+no connection is replaced by a new one.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from imageserver.client.http.connections import HANDSHAKE_SECONDS
 from imageserver.client.http.connections import Reply as Paced
 from imageserver.client.pace import Pace
 
-#: Longer bodies are not read: a whole image in place of one byte is seen by its head.
+#: Longest body that is read: a whole image in place of one byte is known by its head.
 _MAX_BODY = 8 << 20
-#: How long a server may take to ask for a body, in seconds; RFC 9110 lets a client go on then.
+#: How long a server may take to ask for a body, in seconds; then the client sends it (RFC 9110).
 _CONTINUE_SECONDS = 3.0
 _CONTINUE = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request of the image, or with ``target`` of what lies below it."""
+    """A request to the image's URL, with ``target`` appended."""
 
     method: str
     target: str = ""
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer; ``body`` None: it is longer than anybody wanted."""
+    """One answer; ``body`` is None where it was too long to be read."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -66,7 +66,7 @@ class Reply:
             return False
 
 
-class Line:
+class Connection:
     """A connection to the server of a URL."""
 
     def __init__(self, access: Access) -> None:
@@ -116,21 +116,19 @@ class Line:
             self._connection.request(request.method, target, request.body, headers)
 
     def receive(self) -> Reply:
-        """Take the answer of the last request."""
+        """Return the answer to the last request."""
         with _translated():
             response = self._connection.getresponse()
-            length = response.length
-            if length is not None and length > _MAX_BODY:
+            body = None
+            if (response.length or 0) <= _MAX_BODY:
+                body = response.read(_MAX_BODY + 1)
+            if body is None or len(body) > _MAX_BODY:
                 self._connection.close()
-                return Reply(response.status, response.headers, None)
-            body = response.read(_MAX_BODY + 1)
-            if len(body) > _MAX_BODY:
-                self._connection.close()
-                return Reply(response.status, response.headers, None)
+                body = None
             return Reply(response.status, response.headers, body)
 
     def ask_expecting(self, method: str, headers: Mapping[str, str], body: bytes) -> Reply:
-        """Make a request whose body is sent once the server has asked for it."""
+        """Make a request whose body is sent once the server asks for it (100-continue)."""
         connection = self._connection
         with _translated():
             connection.putrequest(method, self.target)
@@ -147,7 +145,7 @@ class Line:
         return Reply(reply.status, reply.headers, reply.body, status == _CONTINUE)
 
     def _interim(self) -> int:
-        """Return the status that comes before the body is sent; 0: none."""
+        """Return the status that came before the body was sent; 0: none came in time."""
         sock = self._connection.sock
         if not select.select([sock], [], [], _CONTINUE_SECONDS)[0]:
             return 0

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from imageserver.client.checking.findings import Finding, Subject, Verdict, findings
-from imageserver.client.checking.read import CHECKS
-from imageserver.client.checking.write import WRITE_CHECKS
-from imageserver.client.commands.cli import Options, common_options
+from imageserver.client.checking.read_checks import CHECKS
+from imageserver.client.checking.write_checks import WRITE_CHECKS
+from imageserver.client.commands.options import Options, common_options
 from imageserver.client.failures import Different
 from imageserver.client.showing.terminal import speaks_utf8
 from imageserver.client.showing.units import plain_text

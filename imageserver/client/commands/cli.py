@@ -1,166 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: options that commands share, and errors as one sentence and a status.
+"""The ``imagectl`` command: runs one command, reports its error, returns the exit status.
 
-A command gets ``options: Options`` from ``@common_options``; what it raises of ``ClientError``
-is told on stderr. Tracebacks are shown with ``--debug`` only.
+    imagectl map URL         ``commands.map`` is imported, its ``map_command`` called
+    it raises ClientError    one sentence on stderr, and the status that ``failures`` has
+    it raises anything else  a defect: one sentence, too
+
+With --debug the traceback is shown as well.
 """
 
-import contextlib
-import functools
 import importlib
-import io
-import logging
-import math
-import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import click
 
 from imageserver import __version__
-from imageserver.client.failures import ClientError, Interrupted, LocalFailure
-from imageserver.client.http.access import Access
-from imageserver.client.http.remote import Remote
+from imageserver.client.commands.outputs import drop_output
+from imageserver.client.failures import ClientError, Interrupted, OutputLost, OutputUnread
 from imageserver.client.showing.units import plain_text
 
-#: Command -> the module that has it, imported when it is asked for.
-COMMANDS = {
-    "download": "imageserver.client.commands.move",
-    "upload": "imageserver.client.commands.move",
-    "map": "imageserver.client.commands.view",
-    "info": "imageserver.client.commands.view",
-    "check": "imageserver.client.commands.check",
-    "top": "imageserver.client.commands.top",
-    "transfer": "imageserver.client.commands.transfer",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What every command understands."""
-
-    cacert: str | None
-    cert: str | None
-    key: str | None
-    unix_socket: str | None
-    json: bool
-    timeout_seconds: float = 60.0
-    patience_seconds: float = 60.0
-    quiet: bool = False
-
-    def access(self, url: str) -> Access:
-        """Return how to reach a URL with these options."""
-        if self.key and not self.cert:
-            raise click.UsageError("--key goes with --cert.")
-        return Access(url, self.cacert, self.cert, self.key, self.unix_socket, self.timeout_seconds)
-
-    def remote(self, url: str, connections: int = 8) -> Remote:
-        """Return the image behind a URL."""
-        return Remote(self.access(url), connections)
-
-
-def common_options(
-    *, without: Collection[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options of every command, but for what means nothing to this one.
-
-    The command gets them as ``options``.
-    """
-
-    def add_to(command: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(command)
-        def called(**given: Any) -> Any:  # noqa: ANN401 - click's
-            del given["debug"]  # main's: it looks before the command line is parsed
-            names = [name for name in Options.__slots__ if name not in without]
-            options = Options(**{name: given.pop(name) for name in names})
-            if options.quiet:
-                logging.getLogger("imageserver.client").setLevel(logging.ERROR)
-            return command(options=options, **given)
-
-        for name, option in reversed(_COMMON.items()):
-            if name not in without:
-                called = option(called)
-        return called
-
-    return add_to
-
-
-class Seconds(click.FloatRange):
-    """A number of seconds; ``nan``, which is in no range and outside none, is refused."""
-
-    name = "number of seconds"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the number; refuse what is none."""
-        seconds: float = super().convert(value, param, ctx)  # type: ignore[arg-type]
-        if math.isnan(seconds):
-            self.fail(f"{value} is no number of seconds.", param, ctx)
-        return seconds
-
-
-#: The longest that a socket can be told to wait is some 24 days.
-MAX_WAIT = 1_000_000
-_PATH = click.Path(dir_okay=False)
-_COMMON = {
-    "cacert": click.option("--cacert", type=_PATH, help="Trust these CA certificates (PEM)."),
-    "cert": click.option("--cert", type=_PATH, help="Show this client certificate (PEM)."),
-    "key": click.option("--key", type=_PATH, help="Its private key, if in a file of its own."),
-    "unix_socket": click.option(
-        "--unix-socket", metavar="PATH", help="Connect here (@NAME: abstract)."
-    ),
-    "timeout_seconds": click.option(
-        "--timeout",
-        "timeout_seconds",
-        metavar="SECONDS",
-        type=Seconds(min=0.1, max=MAX_WAIT),
-        default=60.0,
-        show_default=True,
-        help="How long the server may be silent.",
-    ),
-    "patience_seconds": click.option(
-        "--patience",
-        "patience_seconds",
-        metavar="SECONDS",
-        type=Seconds(min=0),
-        default=60.0,
-        show_default=True,
-        help="How long to try again without progress.",
-    ),
-    "quiet": click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors."),
-    "json": click.option("--json", is_flag=True, help="Write the result as JSON."),
-    "debug": click.option("--debug", is_flag=True, help="Show tracebacks."),
-}
-
-
-class _Commands(click.Group):
-    """A group whose commands are imported when they are asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(COMMANDS[cmd_name])
-        return getattr(module, cmd_name, None) or getattr(module, f"{cmd_name}_command", None)
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Run a command; click itself would begin a line, for what is no terminal, too."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as exc:
-            if sys.stderr.isatty():
-                click.echo(err=True)  # after ^C
-            raise Interrupted("interrupted.") from exc
-
-
+#: Each is a module beside this one, imported when the command is used, and has NAME_command.
+COMMANDS = ("download", "upload", "map", "info", "check", "top", "transfer")
 _EPILOG = """\b
 Exit status:
     0  done
@@ -174,6 +37,29 @@ Exit status:
 """
 
 
+class _Commands(click.Group):
+    """A group whose commands are imported when they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"imageserver.client.commands.{cmd_name}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; click alone would write a newline for ^C where there is no terminal."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as exc:
+            if sys.stderr.isatty():
+                click.echo(err=True)  # after ^C
+            raise Interrupted("interrupted.") from exc
+
+
 @click.group(
     cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG
 )
@@ -183,57 +69,24 @@ def imagectl() -> None:
     """Move, show and watch disk images on an image server."""
 
 
-class OutputLost(LocalFailure):
-    """What was asked for is done, but its result cannot be told."""
+def command_contexts(context: click.Context | None = None) -> Iterator[click.Context]:
+    """Yield a context of ``imagectl`` and of each command below it, in the order of the help.
 
-
-class OutputUnread(OutputLost):
-    """Nobody reads it any more; the shell's status of what SIGPIPE has ended."""
-
-    status = 141
-
-
-class _Output(io.FileIO):
-    """Standard output, whose failures are told from those of other files."""
-
-    def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
-        try:
-            return super().write(data)
-        except BrokenPipeError as exc:
-            raise OutputUnread("nobody reads the output any more") from exc
-        except OSError as exc:
-            raise OutputLost(f"the output cannot be written: {exc.strerror}") from exc
-
-
-class _Errors(io.FileIO):
-    """Standard error: no work fails because nobody takes what is said about it."""
-
-    def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
-        with contextlib.suppress(OSError):
-            return super().write(data)
-        return len(data)
-
-
-def take_outputs() -> None:
-    """Make the process's outputs ones that fail as they should.
-
-    None is one that was closed: its descriptor is /dev/null by now.
+    What a manual page needs: ``context.command_path``, ``context.get_help()``, and the parts of
+    ``context.command``: ``help``, ``epilog``, ``params``.
     """
-    for name, fd, kind in (("stdout", 1, _Output), ("stderr", 2, _Errors)):
-        stream = getattr(sys, name)
-        text = io.TextIOWrapper(
-            io.BufferedWriter(kind(fd, "w", closefd=False)),
-            encoding=stream.encoding if stream else "utf-8",
-            errors="backslashreplace",  # an id that the locale has no characters for
-            line_buffering=bool(stream and stream.line_buffering),
-        )
-        setattr(sys, name, text)
+    context = context or click.Context(imagectl, info_name="imagectl")
+    yield context
+    if isinstance(context.command, click.Group):
+        for name in context.command.list_commands(context):
+            if below := context.command.get_command(context, name):
+                yield from command_contexts(click.Context(below, context, info_name=name))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's `&` has it ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` has SIGINT ignored
         signal.signal(number, _interrupt)
     try:
         status = imagectl.main(words, prog_name="imagectl", standalone_mode=False)
@@ -242,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - the last to see any
         if "--debug" in words:
             traceback.print_exc()
-        return _tell(exc)
+        return _report(exc)
     return status if isinstance(status, int) else 0
 
 
@@ -250,18 +103,15 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _tell(exc: BaseException) -> int:
-    """Say what happened in one sentence; return the exit status."""
+def _report(exc: BaseException) -> int:
+    """Write one sentence about an error to stderr; return the exit status."""
     if isinstance(exc, click.ClickException):
         exc.show()
         return exc.exit_code
     if isinstance(exc, KeyboardInterrupt | click.Abort):
         exc = Interrupted("interrupted.")
     elif isinstance(exc, OutputLost):
-        with contextlib.suppress(OSError):  # what is left in buffers would fail again
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.close(null)
+        drop_output()
         if isinstance(exc, OutputUnread):
             return exc.status
     elif not isinstance(exc, ClientError):

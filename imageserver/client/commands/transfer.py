@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from imageserver.backends.table import KINDS
-from imageserver.client.commands.cli import MAX_WAIT, Seconds
+from imageserver.client.commands.options import MAX_WAIT, Seconds
 from imageserver.client.http.access import Access
-from imageserver.client.local.control_client import Directory, Socket
+from imageserver.client.local.control_socket import ControlSocket
+from imageserver.client.local.transfer_files import ConfigDirectory
 from imageserver.client.showing.terminal import write
 from imageserver.client.showing.units import plain_text
 from imageserver.core.transfer import (
@@ -27,7 +28,7 @@ from imageserver.core.transfer import (
     transfer_from_fields,
 )
 
-Place = Socket | Directory
+Place = ControlSocket | ConfigDirectory
 #: More than any row: paths have 4 KiB at most, ids 255 characters.
 _WIDTH = 10_000
 
@@ -69,9 +70,9 @@ def _place(control_socket: str | None, config_dir: str | None) -> Place:
         control_socket = os.environ.get("IMAGESERVER_CONTROL_SOCKET")
         config_dir = os.environ.get("IMAGESERVER_CONFIG_DIR")
     if control_socket:
-        return Socket(control_socket)
+        return ControlSocket(control_socket)
     if config_dir:
-        return Directory(config_dir)
+        return ConfigDirectory(config_dir)
     raise click.UsageError("say where the server looks: --control-socket or --config-dir.")
 
 

@@ -1,2 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The server's side of a transfer: an image behind HTTP."""
+"""An image behind HTTP.
+
+    remote                         one image: abilities, size, extents, bytes
+    transport  answers             requests and their failures; what answers say
+    connections  extent_list       urllib3 over our sockets; extents, parsed as they come
+    access                         URL, certificates, Unix socket
+
+Each request is made once, and an answer is believed only where it proves itself.
+"""

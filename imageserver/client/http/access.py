@@ -7,7 +7,7 @@ import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from imageserver.client.failures import ClientError, LocalFailure
+from imageserver.client.failures import BadUrl, LocalFailure
 
 #: What a host's name or address has none of: blanks, controls, and what ends it in a URL.
 _HOST = re.compile(r"[^\s\x00-\x20\x7f\\<>\"^`{|}]+")
@@ -49,12 +49,6 @@ class Access:
             BadUrl: the URL is none.
         """
         object.__setattr__(self, "url", _checked(self.url))
-
-
-class BadUrl(ClientError):
-    """A URL is none: a wrong argument, like click's."""
-
-    status = 2
 
 
 def _checked(url: str) -> str:

@@ -18,7 +18,8 @@ from urllib3 import exceptions
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from imageserver.client.http.access import Access, BadUrl, tls_context
+from imageserver.client.failures import BadUrl
+from imageserver.client.http.access import Access, tls_context
 from imageserver.client.pace import Pace, paced
 
 #: How long a handshake may take: a port that does not speak TLS may wait for the rest of what it

@@ -10,12 +10,19 @@ import json
 import os
 import re
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from imageserver.client.failures import Broken, Failed, Refused
 from imageserver.client.http.access import Access
-from imageserver.client.http.listing import MAX_SIZE, parse_extents
+from imageserver.client.http.answers import (
+    Abilities,
+    check_range,
+    parse_abilities,
+    parse_fields,
+    parse_size,
+    range_size,
+)
+from imageserver.client.http.extent_list import parse_extents
 from imageserver.client.http.transport import Response, Transport
 from imageserver.core.extents import Extent
 
@@ -30,30 +37,6 @@ _NO_CONTENT = 204
 _SAYS_NOTHING = "imageio/"
 #: Connections that are used unless something else is asked for.
 _CONNECTIONS = 4
-#: No more digits than a size can have: longer ones are no numbers of bytes.
-_CONTENT_RANGE = re.compile(
-    r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Abilities:
-    """What OPTIONS says; a server that names no limits is taken to have one of each."""
-
-    features: frozenset[str]
-    max_readers: int
-    max_writers: int
-    unix_socket: str | None
-    methods: frozenset[str]
-
-    def has(self, feature: str) -> bool:
-        """Tell whether ``extents``, ``zero`` or ``flush`` is announced."""
-        return feature in self.features
-
-    @property
-    def writes_ranges(self) -> bool:
-        """Whether parts of the image can be written: a file on our server is replaced whole."""
-        return "PATCH" in self.methods
 
 
 class Remote:
@@ -110,7 +93,7 @@ class Remote:
             response.drain_conn()
             length = response.headers.get("Content-Length", "")
             if re.fullmatch("[0-9]+", length):
-                return _size(length)
+                return parse_size(length)
         except Refused as exc:
             if exc.code not in {400, 405, 501}:
                 raise
@@ -118,10 +101,7 @@ class Remote:
             "GET", self._target, expected=(206, 416), headers={"Range": "bytes=0-0"}
         )
         self._transport.finish(response)
-        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        if match is None or match[3] == "*":
-            raise Failed("the server does not tell how large the image is")
-        return _size(match[3])
+        return range_size(response.headers)
 
     def extents(self, context: str = "zero") -> Generator[Extent]:
         """Yield all extents in order: ``context`` is zero or dirty.
@@ -157,7 +137,7 @@ class Remote:
         )
         finished = False
         try:
-            _check_range(response, start, stop)
+            check_range(response.headers, start, stop)
             yield from self._received(response, start, stop)
             finished = True
         finally:
@@ -251,7 +231,7 @@ class Remote:
         body = self._body(response)
         if not body and response.headers.get("Server", "").startswith(_SAYS_NOTHING):
             return {}
-        fields = _said(body)
+        fields = parse_fields(body)
         if fields.get("ok") is not True:
             why = f": {fields['error']!s:.300}" if "error" in fields else ""
             raise Failed(
@@ -277,61 +257,3 @@ class _Body:
     def __iter__(self) -> Iterator[object]:
         yield from self._pieces
         self.is_sent = True
-
-
-def _said(body: bytes) -> dict[str, Any]:
-    """Return an answer's fields; it need not have any."""
-    try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
-
-
-def parse_abilities(body: bytes, allow: str) -> Abilities:
-    """Read OPTIONS' answer; what it leaves out is not there."""
-    try:
-        fields = json.loads(body or b"{}")
-    except (ValueError, RecursionError) as exc:
-        raise Failed("OPTIONS was not answered in JSON: this is no image server") from exc
-    if not isinstance(fields, dict):
-        raise Failed("OPTIONS was not answered with a JSON object: this is no image server")
-    features, sock = fields.get("features"), fields.get("unix_socket")
-    return Abilities(
-        features=frozenset(map(str, features)) if isinstance(features, list) else frozenset(),
-        max_readers=_count(fields.get("max_readers")),
-        max_writers=_count(fields.get("max_writers")),
-        unix_socket=sock if isinstance(sock, str) else None,
-        methods=frozenset(m.strip().upper() for m in allow.split(",") if m.strip()),
-    )
-
-
-def _count(value: object) -> int:
-    return value if type(value) is int and value >= 0 else 1
-
-
-def _size(digits: str) -> int:
-    if len(digits) > len(str(MAX_SIZE)) or int(digits) > MAX_SIZE:
-        raise Failed("the server tells a size that no image has")
-    return int(digits)
-
-
-def _check_range(response: Response, start: int, stop: int) -> None:
-    """Take nothing for the range but one that says so, and whose end is known."""
-    headers = response.headers
-    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
-    if headers.get("Content-Type", "").lower().startswith("multipart/"):
-        raise Failed("the server answered one range with several parts")
-    if match is None or match[1] is None:
-        raise Failed("the server answered with a range, but does not say which")
-    if (int(match[1]), int(match[2]) + 1) != (start, stop):
-        raise Failed("the server answered with another range: has the image become smaller?")
-    if match[3] != "*" and int(match[3]) < stop:
-        raise Failed("the server answered with a range that ends beyond its image")
-    if headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise Failed("the server answered with an encoding that was not asked for")
-    length = headers.get("Content-Length")
-    if length is None:
-        raise Failed(f"the server answered {stop - start} bytes without a Content-Length")
-    if length != str(stop - start) or "Transfer-Encoding" in headers:
-        raise Failed(f"the server answered {stop - start} bytes with {length[:20]}")

@@ -31,8 +31,9 @@ else:
     _HAS_LIBNBD = True
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.chain import Chain, Member, OpenFile
-from imageserver.client.local.programs import (
+from imageserver.client.local.files import Buffer, local_errors
+from imageserver.client.local.qcow2_chain import Chain, Member, OpenFile
+from imageserver.client.local.qemu_programs import (
     END_SECONDS,
     as_filename,
     end,
@@ -40,7 +41,6 @@ from imageserver.client.local.programs import (
     reason,
     start_nbd,
 )
-from imageserver.client.local.rawfile import Buffer, local_errors
 from imageserver.client.plan import GIB, Spans
 from imageserver.core.extents import ALLOCATION, STATE_HOLE, STATE_ZERO
 

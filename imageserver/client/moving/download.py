@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from imageserver.client.backoff import Patience, patiently
+from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import Busy, Different, Interrupted, LocalFailure, Transient
-from imageserver.client.http.remote import Abilities, Remote
-from imageserver.client.local.rawfile import Local, nonzero
+from imageserver.client.http.answers import Abilities
+from imageserver.client.http.remote import Remote
+from imageserver.client.local.formats import LocalImage
+from imageserver.client.local.raw import nonzero
+from imageserver.client.moving.layout import Image, survey
 from imageserver.client.moving.movers import Advance, Movers
-from imageserver.client.moving.survey import Image, survey
-from imageserver.client.moving.target import Target, Wanted, check_file
+from imageserver.client.moving.target import Target
 from imageserver.client.moving.verify import (
     Digests,
     check_zeros,
@@ -27,6 +29,7 @@ from imageserver.client.moving.verify import (
     compare_samples,
     same_length,
 )
+from imageserver.client.moving.wanted import Wanted, check_file
 from imageserver.client.plan import GIB, MAX_GAP, Piece, Range, Spans, joined, piece_bytes, pieces
 from imageserver.client.showing.progress import Watcher
 
@@ -60,14 +63,14 @@ def download(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
 class _Download:
     def __init__(self, remote: Remote, wanted: Wanted, watch: Watcher) -> None:
         self._remote, self._wanted, self._watch = remote, wanted, watch
-        self._patience = Patience(wanted.patience_seconds)
+        self._budget = RetryBudget(wanted.patience_seconds)
         self._broke = False
         self._digests = Digests() if wanted.verify else None
         self._began = time.monotonic()
 
     def run(self) -> Result:
         check_file(self._wanted)
-        abilities = patiently(self._remote.abilities, self._patience, Busy)
+        abilities = retried(self._remote.abilities, self._budget, Busy)
         self._connections = self._remote.connections(
             self._wanted.connections, abilities.max_readers
         )
@@ -93,16 +96,16 @@ class _Download:
         )
 
     def _survey(self, abilities: Abilities) -> Image:
-        return survey(self._remote, abilities, self._patience, dirty=self._wanted.incremental)
+        return survey(self._remote, abilities, self._budget, dirty=self._wanted.incremental)
 
-    def _compare_samples(self, local: Local, data: Spans) -> None:
-        compare_samples(self._remote, local.read, data, self._patience)
+    def _compare_samples(self, local: LocalImage, data: Spans) -> None:
+        compare_samples(self._remote, local.read, data, self._budget)
 
     def _move(
         self,
         image: Image,
         target: Target,
-        local: Local,
+        local: LocalImage,
         left: Spans,
         before: list[Range],
     ) -> None:
@@ -111,9 +114,7 @@ class _Download:
         target.save(before)
         for start, stop in image.zeros:
             local.zero(start, stop)
-        movers = Movers(
-            self._mover(image, local), self._pieces(left), self._patience, is_proof=True
-        )
+        movers = Movers(self._mover(image, local), self._pieces(left), self._budget, is_proof=True)
         saved = time.monotonic()
 
         def save(within: float = math.inf) -> None:
@@ -144,7 +145,7 @@ class _Download:
     def _pieces(self, left: Spans) -> Iterator[Piece]:
         return pieces(left, piece_bytes(left.total, self._connections), MAX_GAP)
 
-    def _mover(self, image: Image, local: Local) -> Callable[[Piece, Advance], None]:
+    def _mover(self, image: Image, local: LocalImage) -> Callable[[Piece, Advance], None]:
         def move(piece: Piece, advance: Advance) -> None:
             try:
                 for data in self._remote.read(piece.position, piece.stop):
@@ -160,7 +161,7 @@ class _Download:
 
         return move
 
-    def _write(self, image: Image, local: Local, piece: Piece, data: bytes | bytearray) -> int:
+    def _write(self, image: Image, local: LocalImage, piece: Piece, data: bytes | bytearray) -> int:
         """Write what is wanted of ``data``, which lies at the piece's position."""
         position = piece.position
         if not image.is_mapped:
@@ -184,7 +185,7 @@ class _Download:
         abilities: Abilities,
         image: Image,
         target: Target,
-        local: Local,
+        local: LocalImage,
         left: Spans,
     ) -> None:
         """Look whether it is still the image that was asked about, and with --verify at FILE."""
@@ -198,7 +199,7 @@ class _Download:
                 changed_only = self._wanted.incremental
                 check_zeros(local, image.data, image.zeros if changed_only else None)
 
-    def _check(self, local: Local, data: Spans, left: Spans) -> None:
+    def _check(self, local: LocalImage, data: Spans, left: Spans) -> None:
         """Read FILE back: against the hashes, and against the server what came earlier."""
         assert self._digests  # noqa: S101 - for the types
         local.sync()
@@ -214,7 +215,7 @@ class _Download:
         self._digests.check(local, self._pieces(left), told)
         # What lies between changes is not asked about: it may have changed since.
         earlier = pieces(data.without(left), GIB, 0 if self._wanted.incremental else MAX_GAP)
-        compare(self._remote, local.read, earlier, self._patience, told)
+        compare(self._remote, local.read, earlier, self._budget, told)
 
 
 @contextlib.contextmanager
@@ -227,7 +228,7 @@ def _told_to(target: Target) -> Iterator[None]:
         raise Different(f"{exc}; the next run fetches all again") from exc
 
 
-def _require_unchanged(local: Local) -> None:
+def _require_unchanged(local: LocalImage) -> None:
     """Require all that FILE is based on to be as it was.
 
     Raises:
@@ -240,7 +241,7 @@ def _require_unchanged(local: Local) -> None:
 
 
 def _save_unless_hurried(
-    interrupt: KeyboardInterrupt, save: Callable[[float], None], local: Local
+    interrupt: KeyboardInterrupt, save: Callable[[float], None], local: LocalImage
 ) -> None:
     """Note what has come; a second Ctrl-C, now or while threads were stopping, is the end."""
     try:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from imageserver.client.backoff import Failures, Patience
+from imageserver.client.backoff import FailureStreak, RetryBudget
 from imageserver.client.failures import Transient
 from imageserver.client.plan import Piece, Range, joined
 
@@ -39,11 +39,11 @@ class Movers:
     """
 
     def __init__(
-        self, move: Move, pieces: Iterable[Piece], patience: Patience, *, is_proof: bool
+        self, move: Move, pieces: Iterable[Piece], budget: RetryBudget, *, is_proof: bool
     ) -> None:
         self._move = move
         self._pieces = iter(pieces)
-        self._patience = patience
+        self._budget = budget
         self._is_proof = is_proof
         self._lock = threading.Lock()
         self._back: deque[Piece] = deque()
@@ -98,10 +98,10 @@ class Movers:
             raise self._error
 
     def _work(self, number: int) -> None:
-        failures = Failures()
+        streak = FailureStreak()
         try:
             while piece := self._take(number):
-                failures = self._try(number, piece, failures)
+                streak = self._try(number, piece, streak)
         except Stopped:
             pass
         except BaseException as exc:  # noqa: BLE001 - raised again by the caller's thread
@@ -109,27 +109,27 @@ class Movers:
                 self._error = exc
             self._stop.set()
 
-    def _try(self, number: int, piece: Piece, failures: Failures) -> Failures:
+    def _try(self, number: int, piece: Piece, streak: FailureStreak) -> FailureStreak:
         """Move a piece; on failure give it back and wait. Return the failures in a row."""
-        before, steps = piece.position, self._patience.steps
+        before, steps = piece.position, self._budget.steps
         try:
             self._move(piece, functools.partial(self._advance, number))
         except Transient as exc:
             if self._stop.is_set():
                 raise Stopped from exc
             self._give(number, piece, finished=False)
-            if piece.position > before and self._patience.steps > steps:
-                failures = Failures()
-            self._stop.wait(self._patience.after(failures, exc))
-            return failures
+            if piece.position > before and self._budget.steps > steps:
+                streak = FailureStreak()
+            self._stop.wait(self._budget.after(streak, exc))
+            return streak
         self._give(number, piece, finished=True)
-        self._patience.progress()
-        return Failures()
+        self._budget.progress()
+        return FailureStreak()
 
     def _advance(self, number: int, count: int) -> None:
         self._moved[number] = self._moved.get(number, 0) + count
         if self._is_proof:
-            self._patience.moved(count)
+            self._budget.moved(count)
         if self._stop.is_set():
             raise Stopped
 

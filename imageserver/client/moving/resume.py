@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.rawfile import local_errors
+from imageserver.client.local.files import local_errors, sync_folder
 from imageserver.client.plan import MIB, Range, Spans
 
 _VERSION = 2
@@ -110,15 +110,6 @@ def require_whole(state: State, file: str, changed: Spans) -> None:
             f"{file} is half old, half new, and the changes that are offered "
             "do not make it whole: download all of it (--force)"
         )
-
-
-def sync_folder(path: str) -> None:
-    """Bring a file's name to stable storage."""
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def encode(image: Identity, done: Sequence[Range], undone: Spans | None = None) -> bytes:

@@ -17,104 +17,26 @@ import contextlib
 import os
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from imageserver.client.failures import Different, LocalFailure
-from imageserver.client.local.images import SECTOR, create_image, open_image, refuse_below
-from imageserver.client.local.rawfile import Local, local_errors, rename_new
+from imageserver.client.local.files import local_errors, rename_new, sync_folder
+from imageserver.client.local.formats import SECTOR, LocalImage, create_image, open_image
 from imageserver.client.moving import resume
-from imageserver.client.moving.claims import Claim, claimed, unchanged
-from imageserver.client.moving.survey import Image
+from imageserver.client.moving.file_locks import Claim, claimed, unchanged
+from imageserver.client.moving.layout import Image
+from imageserver.client.moving.wanted import (
+    Wanted,
+    half_state,
+    is_half,
+    require_one_name,
+    require_replaceable,
+    state_beside,
+)
 from imageserver.client.plan import Range, Spans
 
 #: The kind, in a state, of a part that was found to be wrong: no download goes on with it.
 _WRONG = "different"
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What to download, and how."""
-
-    file: str
-    format: str = "raw"
-    connections: int | None = None
-    incremental: bool = False
-    base: str | None = None
-    base_format: str | None = None
-    verify: bool = False
-    force: bool = False
-    restart: bool = False
-    patience_seconds: float = 60.0
-
-    @property
-    def in_place(self) -> bool:
-        """Whether FILE exists and stays."""
-        return self.incremental and self.base is None
-
-    @property
-    def part(self) -> str:
-        """What is written where FILE itself is not."""
-        return f"{self.file}.part"
-
-    def kind(self) -> str:
-        """What a state must agree with, beside the image: as of now."""
-        if self.base:
-            with local_errors(self.base):
-                base = os.stat(self.base)
-            path = os.path.abspath(self.base)
-            return f"{self.format} overlay of {path}, {base.st_size}, {base.st_mtime_ns}"
-        return f"{self.format} {'incremental' if self.incremental else 'full'}"
-
-
-def check_file(wanted: Wanted) -> None:
-    """Refuse cheaply, before the server is asked."""
-    exists = os.path.lexists(wanted.file)
-    _require_replaceable(wanted.file)
-    if wanted.in_place and not exists:
-        raise LocalFailure(f"{wanted.file} is not there: download all of it first")
-    if exists and not wanted.in_place and not wanted.force:
-        raise LocalFailure(f"{wanted.file} exists: --force replaces it")
-    if wanted.in_place:
-        _require_one_name(wanted.file)
-    if wanted.base:
-        _check_base(wanted, wanted.base)
-
-
-def _require_replaceable(file: str) -> None:
-    """Refuse what must not be replaced by a file: devices, FIFOs, /dev/stdout, links to them."""
-    if os.path.lexists(file) and not os.path.isfile(file):
-        raise LocalFailure(f"{file} is no regular file")
-    step = file
-    while os.path.islink(step):
-        step = os.path.join(os.path.dirname(step), os.readlink(step))
-        if os.path.realpath(os.path.dirname(step)).startswith("/proc/"):
-            raise LocalFailure(f"{file} is what a program has open, by {step}: name a file")
-
-
-def _require_one_name(file: str) -> None:
-    """Refuse to begin what only one of a file's names would tell; to complete it is good."""
-    with local_errors(file):
-        names = os.stat(file).st_nlink
-    if names > 1 and not os.path.lexists(_half_state(file)):
-        raise LocalFailure(
-            f"{file} is a file of {names} names (hard links), and the others would not show "
-            "that it is half old, half new: cp it, and download into the copy"
-        )
-
-
-def _check_base(wanted: Wanted, base: str) -> None:
-    if is_half(base):
-        raise LocalFailure(f"{base} is half old, half new: it can be no base")
-    full = os.path.realpath(base)
-    if full.endswith(".part") and os.path.lexists(f"{full}.state"):
-        raise LocalFailure(f"{base} is the rest of an interrupted download: it can be no base")
-    for written in (wanted.file, wanted.part):
-        if os.path.exists(written):
-            with local_errors(base):
-                if os.path.samefile(base, written):
-                    raise LocalFailure(f"{base} is {written}: an image can be no base of itself")
-            if wanted.base_format == "qcow2":
-                refuse_below(base, written)
 
 
 class Target:
@@ -128,7 +50,7 @@ class Target:
         #: What is written: the part, or FILE itself.
         self.path = wanted.file if wanted.in_place else wanted.part
         # Where a link is replaced, what it has led to stays as it is, and so does its state.
-        beside = _half_state(wanted.file) if wanted.in_place else _state_beside(wanted.file)
+        beside = half_state(wanted.file) if wanted.in_place else state_beside(wanted.file)
         self._half = resume.State(beside)
         self._state = self._half if wanted.in_place else resume.State(f"{wanted.part}.state")
         self._claim: Claim | None = None
@@ -141,7 +63,7 @@ class Target:
             ours = claimed(self.path, is_part=not self._wanted.in_place)
             self._claim = held.enter_context(ours)
             if self._wanted.in_place:  # again: it may have got another since
-                _require_one_name(self.path)
+                require_one_name(self.path)
             if self._wanted.base:
                 self._is_base_same = held.enter_context(unchanged(self._wanted.base))
             yield
@@ -149,9 +71,9 @@ class Target:
     def open(
         self,
         connections: int,
-        compare: Callable[[Local, Spans], None],
+        compare: Callable[[LocalImage, Spans], None],
         note: Callable[[str], None],
-    ) -> tuple[list[Range], Local]:
+    ) -> tuple[list[Range], LocalImage]:
         """Open what an earlier run has left, or begin anew; return what is done of it.
 
         ``compare`` raises ``Different`` where the server has something else, ``note`` is told
@@ -185,8 +107,8 @@ class Target:
         return saved.done
 
     def _reopened(
-        self, done: list[Range], connections: int, compare: Callable[[Local, Spans], None]
-    ) -> Local:
+        self, done: list[Range], connections: int, compare: Callable[[LocalImage, Spans], None]
+    ) -> LocalImage:
         """Open what an earlier run has left, if it is what that left and the server has."""
         with contextlib.ExitStack() as closing:
             local = closing.enter_context(contextlib.closing(self._as_left(connections)))
@@ -201,7 +123,7 @@ class Target:
             closing.pop_all()
             return local
 
-    def _as_left(self, connections: int) -> Local:
+    def _as_left(self, connections: int) -> LocalImage:
         unlike = _Unfit(f"{self.path} is not as it was left")
         if not os.path.getsize(self.path):
             raise unlike
@@ -226,11 +148,11 @@ class Target:
     def _ours(self) -> os.stat_result | None:
         return self._claim.file if self._claim else None
 
-    def _open_part(self, connections: int) -> Local:
+    def _open_part(self, connections: int) -> LocalImage:
         kind, ours = self._wanted.format, self._ours()
         return open_image(self.path, kind, connections, writable=True, ours=ours)
 
-    def _open_base(self, connections: int) -> Local:
+    def _open_base(self, connections: int) -> LocalImage:
         local = self._open_part(connections)
         if local.size != self._local_size():
             local.close()
@@ -240,7 +162,7 @@ class Target:
             )
         return local
 
-    def _create(self, connections: int) -> Local:
+    def _create(self, connections: int) -> LocalImage:
         wanted = self._wanted
         base = (wanted.base, wanted.base_format) if wanted.base else None
         size, ours = self._image.size, self._ours()
@@ -289,27 +211,14 @@ class Target:
         file = self._wanted.file
         with local_errors(file):
             if not self._wanted.in_place and self._wanted.force:
-                _require_replaceable(file)  # what is there by now
+                require_replaceable(file)  # what is there by now
                 os.replace(self.path, file)
             elif not self._wanted.in_place:
                 rename_new(self.path, file)
-            resume.sync_folder(file)
+            sync_folder(file)
         self._state.remove()
         self._half.remove()
 
 
 class _Unfit(Exception):
     """What an earlier run has left cannot be gone on with; says why."""
-
-
-def is_half(path: str) -> bool:
-    """Tell whether a file is half old, half new."""
-    return os.path.lexists(_half_state(path)) or os.path.lexists(_state_beside(path))
-
-
-def _half_state(path: str) -> str:
-    return _state_beside(os.path.realpath(path))
-
-
-def _state_beside(path: str) -> str:
-    return f"{path}.incremental.state"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from imageserver.client.backoff import Patience, patiently
+from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import (
     Busy,
     Damaged,
@@ -30,10 +30,10 @@ from imageserver.client.failures import (
     Transient,
     Unreachable,
 )
-from imageserver.client.http.remote import Abilities, Remote
-from imageserver.client.local.images import SECTOR, open_image
-from imageserver.client.local.qcow2header import QCOW2_MAGIC
-from imageserver.client.local.rawfile import Local
+from imageserver.client.http.answers import Abilities
+from imageserver.client.http.remote import Remote
+from imageserver.client.local.formats import SECTOR, LocalImage, open_image
+from imageserver.client.local.qcow2_header import QCOW2_MAGIC
 from imageserver.client.moving.movers import Advance, Move, Movers
 from imageserver.client.moving.verify import compare, same_length
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
@@ -91,7 +91,7 @@ def upload(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
 class _Upload:
     def __init__(self, remote: Remote, wanted: Wanted, watch: Watcher) -> None:
         self._remote, self._wanted, self._watch = remote, wanted, watch
-        self._patience = Patience(wanted.patience_seconds)
+        self._budget = RetryBudget(wanted.patience_seconds)
         self._began = time.monotonic()
         #: Whether anything may have been written.
         self._touched = False
@@ -99,7 +99,7 @@ class _Upload:
     def run(self) -> Result:
         self._local = self._open()
         try:
-            abilities = patiently(self._remote.abilities, self._patience, Busy)
+            abilities = retried(self._remote.abilities, self._budget, Busy)
             if "PUT" not in abilities.methods or not abilities.max_writers:
                 raise Refused("the image on the server is read-only")
             try:
@@ -112,7 +112,7 @@ class _Upload:
         finally:
             self._local.close()
 
-    def _open(self) -> Local:
+    def _open(self) -> LocalImage:
         path = self._wanted.file
         _refuse_unfinished(path)
         try:
@@ -140,7 +140,7 @@ class _Upload:
             with self._state_told():
                 data, zeroed = self._put_ranges(size, abilities)
                 if flushed:
-                    patiently(self._remote.flush, self._patience)
+                    retried(self._remote.flush, self._budget)
         if self._wanted.verify:
             self._verify(size, abilities)
             self._local.require_unchanged()
@@ -159,7 +159,7 @@ class _Upload:
 
     def _fitting(self) -> int:
         """Return the image's size, if the file fits into it."""
-        size = patiently(self._remote.size, self._patience)
+        size = retried(self._remote.size, self._budget)
         room = size - self._local.size
         if room < 0 and not self._is_rounded(size):
             raise LocalFailure(
@@ -195,7 +195,7 @@ class _Upload:
         return data.total, zeros.total
 
     def _run(self, move: Move, todo: Iterator[Piece], many: int) -> None:
-        movers = Movers(move, todo, self._patience, is_proof=False)
+        movers = Movers(move, todo, self._budget, is_proof=False)
         try:
             movers.run(many, lambda: self._watch.moved(movers.moved), self._remote.cut)
         finally:
@@ -240,7 +240,7 @@ class _Upload:
         """
         size, flushed = self._local.size, False
         if self._wanted.pad or self._wanted.format == "qcow2":
-            before = patiently(self._size_before, self._patience)
+            before = retried(self._size_before, self._budget)
             if self._wanted.pad:
                 size = max(size, before)
             if before and self._is_rounded(before):
@@ -270,7 +270,7 @@ class _Upload:
 
     def _require_size(self, sent: int) -> None:
         """Find out a device: it is as long as ever, where a file is as long as what was sent."""
-        size = patiently(self._remote.size, self._patience)
+        size = retried(self._remote.size, self._budget)
         if size > sent:
             raise LocalFailure(
                 f"{self._wanted.file} has {self._local.size} bytes, the image {size}: "
@@ -289,10 +289,10 @@ class _Upload:
 
         where = Spans([(0, size)])
         if abilities.has("extents"):
-            where = patiently(lambda: self._differing(size), self._patience)
+            where = retried(lambda: self._differing(size), self._budget)
         self._watch.begin("verify", where.total)
         read = functools.partial(_padded, self._local)
-        compare(self._remote, read, pieces(where, GIB), self._patience, told)
+        compare(self._remote, read, pieces(where, GIB), self._budget, told)
 
     def _differing(self, size: int) -> Spans:
         """Return where either side may have data: only there can they differ."""
@@ -320,7 +320,7 @@ def _refuse_unfinished(path: str) -> None:
                 )
 
 
-def _refuse_qcow2(local: Local, path: str) -> None:
+def _refuse_qcow2(local: LocalImage, path: str) -> None:
     """Have the user say which is meant, the file or the disk in it."""
     if local.read(0, len(QCOW2_MAGIC)) == QCOW2_MAGIC:
         local.close()
@@ -330,14 +330,14 @@ def _refuse_qcow2(local: Local, path: str) -> None:
         )
 
 
-def _read(local: Local, start: int, stop: int) -> Iterator[bytes]:
+def _read(local: LocalImage, start: int, stop: int) -> Iterator[bytes]:
     for offset in range(start, stop, _SENT_BYTES):
         data = _padded(local, offset, min(_SENT_BYTES, stop - offset))
         local.require_unchanged()
         yield data
 
 
-def _padded(local: Local, start: int, length: int) -> bytes:
+def _padded(local: LocalImage, start: int, length: int) -> bytes:
     """Read what lies in the file, and zeros behind it."""
     inside = max(0, min(length, local.size - start))
     data = local.read(start, inside) if inside else b""

@@ -9,10 +9,12 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable
 
-from imageserver.client.backoff import Patience, patiently
+from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import Different
 from imageserver.client.http.remote import Remote
-from imageserver.client.local.rawfile import Buffer, Local, nonzero
+from imageserver.client.local.files import Buffer
+from imageserver.client.local.formats import LocalImage
+from imageserver.client.local.raw import nonzero
 from imageserver.client.plan import KIB, MIB, Piece, Range, Spans, joined, pieces
 
 _SAMPLES, _SAMPLE_BYTES = 16, 64 * KIB
@@ -36,7 +38,9 @@ class Digests:
         """Keep the digest only."""
         self._digests[piece.start] = self._running.pop(piece.start).digest()
 
-    def check(self, local: Local, pieces: Iterable[Piece], told: Callable[[int], None]) -> None:
+    def check(
+        self, local: LocalImage, pieces: Iterable[Piece], told: Callable[[int], None]
+    ) -> None:
         """Read all pieces back.
 
         Raises:
@@ -59,7 +63,7 @@ def compare(
     remote: Remote,
     read: Callable[[int, int], bytes],
     todo: Iterable[Piece],
-    patience: Patience,
+    budget: RetryBudget,
     told: Callable[[int], None],
 ) -> None:
     """Read pieces of the image on the server and compare them with what ``read`` returns.
@@ -76,20 +80,20 @@ def compare(
                     raise Different(f"both sides differ between {position} and {stop}")
                 told(sum(last - first for first, last in piece.wanted(position, stop)))
                 piece.position = stop
-                patience.moved(stop - position)
+                budget.moved(stop - position)
 
-        patiently(some, patience)
+        retried(some, budget)
 
 
 def compare_samples(
-    remote: Remote, read: Callable[[int, int], bytes], data: Spans, patience: Patience
+    remote: Remote, read: Callable[[int, int], bytes], data: Spans, budget: RetryBudget
 ) -> None:
     """Compare the first and last MiB of ``data``, and blocks anywhere in it.
 
     Raises:
         Different: at the first that differs.
     """
-    compare(remote, read, pieces(samples(data), MIB, 0), patience, lambda _count: None)
+    compare(remote, read, pieces(samples(data), MIB, 0), budget, lambda _count: None)
 
 
 def samples(data: Spans, chance: Callable[[int], int] = random.randrange) -> list[Range]:
@@ -114,7 +118,7 @@ def samples(data: Spans, chance: Callable[[int], int] = random.randrange) -> lis
     return found
 
 
-def check_zeros(local: Local, data: Spans, zeros: Spans | None) -> None:
+def check_zeros(local: LocalImage, data: Spans, zeros: Spans | None) -> None:
     """Read what must be zero: ``zeros``, or all but ``data``; known holes are not read.
 
     Raises:

@@ -96,6 +96,6 @@ def watcher(*, quiet: bool) -> contextlib.AbstractContextManager[Watcher]:
         return Silent()
     if not sys.stderr.isatty() or is_dumb():
         return Lines()
-    from imageserver.client.showing.bar import Bar  # noqa: PLC0415 - rich costs what the rest does
+    from imageserver.client.showing.progress_bar import ProgressBar  # noqa: PLC0415 - rich costs what the rest does
 
-    return Bar()
+    return ProgressBar()

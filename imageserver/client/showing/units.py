@@ -56,3 +56,8 @@ def time_text(seconds: float) -> str:
     if whole < 3600:  # noqa: PLR2004 - seconds of an hour
         return f"{whole // 60}:{whole % 60:02} min"
     return f"{whole // 3600}:{whole % 3600 // 60:02} h"
+
+
+def pace_text(count: int, seconds: float) -> str:
+    """Return how long so many bytes took, and their rate."""
+    return f"{seconds:.1f} s, {rate_text(count / seconds if seconds else 0)}"

@@ -3,7 +3,7 @@
 
 import pytest
 
-from imageserver.client.backoff import Failures, Patience, patiently, wait_seconds
+from imageserver.client.backoff import FailureStreak, RetryBudget, retried, wait_seconds
 from imageserver.client.failures import Broken, Busy, Unreachable
 
 
@@ -21,8 +21,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def patience(clock: Clock) -> Patience:
-    return Patience(60, clock, lambda: 1.0)
+def budget(clock: Clock) -> RetryBudget:
+    return RetryBudget(60, clock, lambda: 1.0)
 
 
 def test_waits_double_up_to_a_limit():
@@ -40,52 +40,52 @@ def test_retry_after_is_the_least_that_is_waited():
     assert wait_seconds(1, 3600.0, 1.0) == 10.0
 
 
-def test_patience_ends_so_long_after_the_first_failure(patience: Patience, clock: Clock):
-    failures, error = Failures(), Broken("gone")
+def test_patience_ends_so_long_after_the_first_failure(budget: RetryBudget, clock: Clock):
+    failures, error = FailureStreak(), Broken("gone")
     clock.now += 1000  # a silent server: the failure itself took long
-    patience.after(failures, error)
+    budget.after(failures, error)
     clock.now += 59.9
-    assert patience.after(failures, error) == pytest.approx(0.1)
+    assert budget.after(failures, error) == pytest.approx(0.1)
     clock.now += 0.1
     with pytest.raises(Broken, match="gone"):
-        patience.after(failures, error)
+        budget.after(failures, error)
 
 
-def test_progress_of_any_connection_renews_patience(patience: Patience, clock: Clock):
-    failures, error = Failures(), Busy("full")
-    patience.after(failures, error)
+def test_progress_of_any_connection_renews_patience(budget: RetryBudget, clock: Clock):
+    failures, error = FailureStreak(), Busy("full")
+    budget.after(failures, error)
     clock.now += 59
-    patience.progress()
+    budget.progress()
     clock.now += 59
-    assert patience.after(failures, error) == pytest.approx(0.2)
+    assert budget.after(failures, error) == pytest.approx(0.2)
 
 
 def test_without_patience_the_first_failure_is_the_last(clock: Clock):
     with pytest.raises(Busy):
-        Patience(0, clock).after(Failures(), Busy("full"))
+        RetryBudget(0, clock).after(FailureStreak(), Busy("full"))
 
 
-def test_only_what_may_help_is_tried_again(patience: Patience):
+def test_only_what_may_help_is_tried_again(budget: RetryBudget):
     answers = iter([Busy("full"), Unreachable("nobody")])
 
     def ask():
         raise next(answers)
 
     with pytest.raises(Unreachable):
-        patiently(ask, patience, Busy)
+        retried(ask, budget, Busy)
 
 
-def test_who_waits_is_told_why_once_until_something_moves(patience, clock, caplog):
+def test_who_waits_is_told_why_once_until_something_moves(budget, clock, caplog):
     def fail(after: float) -> None:
         clock.now += after
-        patience.after(failures, Busy("busy"))
+        budget.after(failures, Busy("busy"))
 
-    failures = Failures()
+    failures = FailureStreak()
     for seconds in (1, 1, 1, 1):
         fail(seconds)
     assert caplog.messages == ["imagectl: busy; trying again for 58 s"]
-    patience.progress()
-    failures = Failures()
+    budget.progress()
+    failures = FailureStreak()
     for seconds in (1, 1, 2):
         fail(seconds)
     assert caplog.messages[1:] == ["imagectl: busy; trying again for 57 s"]

@@ -4,28 +4,23 @@
 import io
 from collections.abc import Iterator
 
-import click
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from imageserver.client.commands.cli import COMMANDS, imagectl
-from imageserver.client.http.access import BadUrl
-from imageserver.client.showing.bar import Bar
+from imageserver.client.commands.cli import COMMANDS, command_contexts, imagectl
+from imageserver.client.failures import BadUrl
+from imageserver.client.showing.progress_bar import ProgressBar
 
 IMAGE = "http://127.0.0.1:1/images/x"
 
 
-def helps(command: click.Command = imagectl, *words: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the lines of a command's help, and of those below it."""
-    said = CliRunner().invoke(imagectl, [*words, "--help"], prog_name="imagectl").output
-    yield " ".join(words), said.splitlines()
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            below = command.get_command(context, name)
-            assert below is not None, name
-            yield from helps(below, *words, name)
+def helps() -> Iterator[tuple[str, list[str]]]:
+    """Yield each command, and the lines of its help."""
+    for context in command_contexts():
+        words = context.command_path.split()[1:]
+        said = CliRunner().invoke(imagectl, [*words, "--help"], prog_name="imagectl").output
+        yield " ".join(words), said.splitlines()
 
 
 def test_every_help_fits_80_columns_and_is_whole():
@@ -64,7 +59,7 @@ def test_a_wrong_url_makes_nothing_known(tmp_path):
 def bar(columns: int, total: int) -> list[str]:
     """Return the lines of a bar that has ended."""
     out = io.StringIO()
-    with Bar(Console(file=out, width=columns)) as shown:
+    with ProgressBar(Console(file=out, width=columns)) as shown:
         shown.begin("download", total)
         shown.moved(total)
     return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]

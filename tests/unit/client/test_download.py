@@ -11,12 +11,12 @@ import pytest
 from imageserver.client.failures import Different, LocalFailure
 from imageserver.client.http.access import Access
 from imageserver.client.http.remote import Extent, Remote
-from imageserver.client.local import rawfile
-from imageserver.client.local.rawfile import RawFile
+from imageserver.client.local import files
+from imageserver.client.local.raw import RawFile
 from imageserver.client.moving import resume, target
-from imageserver.client.moving.claims import claimed
 from imageserver.client.moving.download import download
-from imageserver.client.moving.target import Wanted, check_file
+from imageserver.client.moving.file_locks import claimed
+from imageserver.client.moving.wanted import Wanted, check_file
 from imageserver.client.showing.progress import Silent
 from tests.unit.liars import SIZE, ZEROS, liar
 
@@ -82,7 +82,7 @@ def test_no_other_download_has_the_part_while_it_is_renamed(
             assert Path(path).exists() == is_there
         with pytest.raises(LocalFailure, match="another download"), claimed(old, is_part=True):
             pass
-        rawfile.rename_new(old, new)
+        files.rename_new(old, new)
         with pytest.raises(LocalFailure, match="another download"), claimed(new, is_part=False):
             pass
         renamed.append(new)

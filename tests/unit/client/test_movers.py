@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that move pieces: failures, patience, and the end."""
+"""Threads that move pieces: failures, budget, and the end."""
 
 import threading
 
 import pytest
 
-from imageserver.client.backoff import Patience
+from imageserver.client.backoff import RetryBudget
 from imageserver.client.failures import Busy, Refused
 from imageserver.client.moving.movers import Movers
 from imageserver.client.plan import Spans, pieces
@@ -33,7 +33,7 @@ def test_a_piece_that_failed_goes_on_where_it_stopped():
         advance(piece.stop - half)
         piece.position = piece.stop
 
-    movers = Movers(move, todo(), Patience(60), is_proof=True)
+    movers = Movers(move, todo(), RetryBudget(60), is_proof=True)
     movers.run(3, nothing, nothing)
     assert movers.moved == 100
     assert movers.done() == [(0, 100)]
@@ -58,7 +58,7 @@ def test_one_that_is_refused_leaves_the_work_to_others():
         move(piece, advance)
 
     first = None
-    movers = Movers(first_only, todo(), Patience(60), is_proof=True)
+    movers = Movers(first_only, todo(), RetryBudget(60), is_proof=True)
     movers.run(4, nothing, nothing)
     assert (movers.moved, movers.done()) == (100, [(0, 100)])
 
@@ -69,7 +69,7 @@ def test_the_first_error_stops_all():
             raise Refused("no")
         advance(10)
 
-    movers = Movers(move, todo(), Patience(60), is_proof=True)
+    movers = Movers(move, todo(), RetryBudget(60), is_proof=True)
     with pytest.raises(Refused, match="no"):
         movers.run(1, nothing, nothing)
     assert movers.done() == [(0, 30)]
@@ -87,7 +87,7 @@ def test_an_interruption_ends_those_that_wait():
         assert waiting.wait(10)
         raise KeyboardInterrupt
 
-    movers = Movers(move, todo(), Patience(60), is_proof=True)
+    movers = Movers(move, todo(), RetryBudget(60), is_proof=True)
     with pytest.raises(KeyboardInterrupt):
         movers.run(1, watch, cut.set)
     assert movers.done() == []

@@ -15,9 +15,9 @@ import pytest
 
 from imageserver.client.failures import LocalFailure
 from imageserver.client.local import qcow2
-from imageserver.client.local.chain import Chain
 from imageserver.client.local.qcow2 import Qcow2
-from imageserver.client.local.soundness import require_sound
+from imageserver.client.local.qcow2_chain import Chain
+from imageserver.client.local.qcow2_check import require_sound
 from imageserver.client.plan import MIB
 
 #: Much less than an end may take otherwise.

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from imageserver.client.failures import Broken, Failed, Refused
 from imageserver.client.http.access import Access
-from imageserver.client.http.listing import parse_extents
-from imageserver.client.http.remote import Abilities, Remote, parse_abilities
+from imageserver.client.http.answers import Abilities, parse_abilities
+from imageserver.client.http.extent_list import parse_extents
+from imageserver.client.http.remote import Remote
 from imageserver.client.http.transport import Transport
 
 LIST = [

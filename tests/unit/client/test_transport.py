@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from imageserver.client.backoff import Patience
+from imageserver.client.backoff import RetryBudget, retried_while_busy
 from imageserver.client.checking import probe
-from imageserver.client.checking.asking import answered
-from imageserver.client.checking.probe import Line, Request
+from imageserver.client.checking.probe import Connection, Request
 from imageserver.client.failures import Broken, ClientError, Failed, Transient, Unreachable
 from imageserver.client.http import connections
 from imageserver.client.http.access import Access
@@ -99,8 +98,8 @@ def test_a_handshake_that_is_cut_is_no_connection():
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda access: answered(Remote(access, 1).abilities, 60),
-        lambda access: Line(access).__enter__(),
+        lambda access: retried_while_busy(Remote(access, 1).abilities, 60),
+        lambda access: Connection(access).__enter__(),
     ],
     ids=["info", "check"],
 )
@@ -172,7 +171,7 @@ def test_what_drips_is_given_up(head: bytes, action: Callable[[Remote], object])
 def test_a_check_gives_up_what_drips():
     with port(drip(b"HTTP/1.1 200 X\r\nX-Drip: ", b"x")) as number:
         access = Access(f"http://127.0.0.1:{number}/images/x", timeout_seconds=0.3)
-        with Line(access) as line, pytest.raises(Broken):
+        with Connection(access) as line, pytest.raises(Broken):
             line.ask(Request("OPTIONS"))
 
 
@@ -230,7 +229,7 @@ def test_a_server_at_work_has_an_hour():
 @pytest.mark.parametrize(("count", "goes_on"), [(1, False), (LEAST_RATE, True)])
 def test_patience_ends_where_each_connection_brings_a_byte(count: int, goes_on: bool):
     clock, size, left = Clock(), 400 * LEAST_RATE, [400]
-    patience = Patience(10, clock, lambda: 0.0)
+    budget = RetryBudget(10, clock, lambda: 0.0)
 
     def move(piece: Piece, advance: Callable[[int], None]) -> None:
         clock.now += 1
@@ -240,7 +239,7 @@ def test_patience_ends_where_each_connection_brings_a_byte(count: int, goes_on: 
             advance(count)
             raise Broken("cut")
 
-    movers = Movers(move, [Piece(0, 0, size)], patience, is_proof=True)
+    movers = Movers(move, [Piece(0, 0, size)], budget, is_proof=True)
     movers._stop.wait = lambda _timeout=None: False  # type: ignore[method-assign]
     with contextlib.nullcontext() if goes_on else pytest.raises(Transient):
         movers.run(1, lambda: None, lambda: None)
@@ -335,6 +334,6 @@ def test_a_url_with_a_zone_is_asked():
         access = Access(f"http://[::1%25{socket.if_nametoindex('lo')}]:{number}/images/x")
         with contextlib.closing(Remote(access, 1)) as image:
             image.abilities()
-        with Line(access) as line:
+        with Connection(access) as line:
             line.ask(Request("OPTIONS"))
     assert [f"Host: [::1]:{number}\r\n".encode() in text for text in asked] == [True, True]

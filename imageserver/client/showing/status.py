@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what ``/status`` says (docs/api.md) to what ``imagectl top`` shows; no I/O, no clock.
+"""The answer of ``/status`` (docs/api.md) as values, and rates between two of them; no I/O.
 
-The server tells how much of each transfer is done and how old it is, so the rate of now is
-what was added between two polls over by how much the transfer has aged meanwhile: how long
-the polls themselves took does not matter. Polls know a transfer again by who does what with
-which image, and by when it began, which its age tells to about a network delay.
+    poll 1    done  100 MiB    age 10.0 s
+    poll 2    done  150 MiB    age 10.5 s    rate = 50 MiB / 0.5 s, however long the polls took
+
+A poll does not name requests, so one of the last poll is recognised by worker, image, operation,
+client and length, and by its beginning: the clock minus its age, right to about a network delay.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from imageserver.client.failures import Failed
@@ -105,10 +105,8 @@ def _number(value: object) -> float:
     return value
 
 
-def with_rates(now: Status, before: Status | None) -> Status:
+def with_rates(now: Status, before: Status) -> Status:
     """Return ``now`` with the rates since ``before``; of what has begun since, the mean."""
-    if before is None:
-        return now
     known: dict[tuple[object, ...], list[Running]] = {}
     for transfer in before.transfers:
         known.setdefault(_who(transfer), []).append(transfer)
@@ -141,31 +139,3 @@ def _match(transfer: Running, candidates: list[Running], elapsed: float) -> Runn
 def _since(transfer: Running, earlier: Running) -> Running:
     rate = (transfer.done - earlier.done) / (transfer.age - earlier.age)
     return replace(transfer, rate=rate)
-
-
-#: Eighths of a character.
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
-def bar(share: float | None, width: int, *, plain: bool) -> str:
-    """Draw a bar; full only when all is done, and dots where nobody knows of how much."""
-    if share is None:
-        return "." * width if plain else "·" * width
-    if plain:
-        return ("#" * int(share * width)).ljust(width, "-")
-    eighths = int(share * width * 8)
-    full = "█" * (eighths // 8)
-    return (full + (_EIGHTHS[eighths % 8] if eighths % 8 else "")).ljust(width)
-
-
-def workers_line(workers: Sequence[Worker]) -> str:
-    """Say in one line what the workers do."""
-    if not workers:
-        return "no worker"
-    busy = sum(worker.busy for worker in workers)
-    states: dict[str, int] = {}
-    for worker in workers:
-        states[worker.state] = states.get(worker.state, 0) + 1
-    said = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    each = " ".join(f"{worker.worker}:{worker.busy}" for worker in workers)
-    return f"workers: {said}; busy threads: {busy} ({each})"

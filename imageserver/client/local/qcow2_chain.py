@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.qcow2header import LARGEST_CLUSTER, Header, parse_header
-from imageserver.client.local.rawfile import local_errors, opened
+from imageserver.client.local.files import local_errors, opened, read_at
+from imageserver.client.local.qcow2_header import LARGEST_CLUSTER, Header, parse_header
 
 #: More images than any chain has: this one leads in a circle, which QEMU follows for ever.
 _MAX_DEPTH = 200
@@ -69,12 +69,7 @@ class OpenFile:
     def read(self, start: int, length: int) -> bytes:
         """Return bytes; fewer only at the end."""
         with local_errors(self.path):
-            data = os.pread(self.fd, length, start)
-            while len(data) < length and (
-                more := os.pread(self.fd, length - len(data), start + len(data))
-            ):
-                data += more
-        return data
+            return read_at(self.fd, start, length)
 
     def is_same_as(self, other: os.stat_result) -> bool:
         """Tell whether that is this file."""

@@ -4,9 +4,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from imageserver.client.backoff import Patience, patiently
+from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import Failed, Refused
-from imageserver.client.http.remote import Abilities, Remote
+from imageserver.client.http.answers import Abilities
+from imageserver.client.http.remote import Remote
 from imageserver.client.plan import Spans, data_spans, joined
 from imageserver.core.extents import Extent
 
@@ -26,24 +27,24 @@ class Image:
         return Spans(joined([*self.data, *self.zeros]))
 
 
-def survey(remote: Remote, abilities: Abilities, patience: Patience, *, dirty: bool) -> Image:
+def survey(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dirty: bool) -> Image:
     """Ask for the image's size and extents; ``dirty``: only what has changed.
 
     Raises:
         Refused: the server cannot tell what has changed.
         Failed: size and extents disagree, twice.
     """
-    size = patiently(remote.size, patience)
+    size = retried(remote.size, budget)
     if not size:  # oVirt's daemon has no good answer about its extents
         return Image(0, Spans(), Spans(), is_mapped=True)
     if not abilities.has("extents"):
         if dirty:
             raise Refused("the server does not tell what has changed: no incremental download")
         return Image(size, Spans([(0, size)]), Spans(), is_mapped=False)
-    data, zeros, end = patiently(lambda: _extents(remote, dirty=dirty), patience)
+    data, zeros, end = retried(lambda: _extents(remote, dirty=dirty), budget)
     if end != size:  # it may have grown between the two questions
-        size = patiently(remote.size, patience)
-        data, zeros, end = patiently(lambda: _extents(remote, dirty=dirty), patience)
+        size = retried(remote.size, budget)
+        data, zeros, end = retried(lambda: _extents(remote, dirty=dirty), budget)
     if end != size:
         raise Failed(
             f"the extents end at {end}, the image at {size}: "

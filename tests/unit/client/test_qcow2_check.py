@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from imageserver.client.failures import Damaged
-from imageserver.client.local.chain import Chain
-from imageserver.client.local.soundness import require_sound
+from imageserver.client.local.qcow2_chain import Chain
+from imageserver.client.local.qcow2_check import require_sound
 from imageserver.client.plan import KIB, MIB
 
 SIZE = MIB + 1536

@@ -4,11 +4,11 @@
 import re
 from xml.etree import ElementTree as ET
 
-from imageserver.client.showing.picture import CLEAN_NAMES, NAMES, Canvas, Kind
-from imageserver.client.showing.svg import drawing
+from imageserver.client.showing.map_cells import KIND_NAMES, Canvas
+from imageserver.client.showing.map_svg import drawing
 
 SVG = "{http://www.w3.org/2000/svg}"
-PLAIN = {kind: NAMES[kind] for kind in (Kind.DATA, Kind.ZERO)}
+PLAIN = KIND_NAMES["zero"]
 MIB = 1 << 20
 
 
@@ -41,7 +41,7 @@ def test_the_whole_and_each_part_say_what_they_show() -> None:
 
 def test_what_has_changed_is_told_from_the_rest() -> None:
     canvas = painted((MIB, False, True), (2 * MIB, False, False), (MIB, True, True), cells=4)
-    text = drawing("demo", canvas, 4, CLEAN_NAMES)
+    text = drawing("demo", canvas, 4, KIND_NAMES["dirty"])
     assert tips(text) == [
         "0 B to 1 MiB: dirty data 100 %",
         "1 MiB to 3 MiB: clean data 100 %",

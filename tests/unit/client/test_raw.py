@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.rawfile import BLOCK, RawFile, nonzero
-from imageserver.client.moving.claims import claimed
+from imageserver.client.local.raw import BLOCK, RawFile, nonzero
+from imageserver.client.moving.file_locks import claimed
 from imageserver.client.plan import MIB
 
 

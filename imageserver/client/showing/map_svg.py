@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The picture of an image as SVG: one self-contained text, for browsers, reports and readers.
+"""The map of an image as SVG: one self-contained text, for browsers and reports.
 
 Rows of cells as in the terminal. Neighbours that look alike are one rectangle, so that the
 text grows with what there is to see. Every rectangle says in a ``<title>`` what it shows (a
@@ -8,9 +8,9 @@ tooltip), the whole says it in ``<desc>``. Colours follow the viewer's light or 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+from html import escape
 
-from imageserver.client.showing.picture import Canvas, Cell, Kind, rows_of
+from imageserver.client.showing.map_cells import Canvas, Cell, Kind, rows_of
 from imageserver.client.showing.units import share_text, size_text
 
 _WIDTH, _ROW, _GAP = 960, 18, 3
@@ -54,11 +54,11 @@ def _lines(title: str, canvas: Canvas, columns: int, names: Mapping[Kind, str]) 
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
         f'width="{_WIDTH}" height="{height}" role="img" aria-labelledby="title desc">'
     )
-    yield f'<title id="title">{escape(heading)}</title>'
-    yield f'<desc id="desc">{escape(said)}</desc>'
+    yield f'<title id="title">{_escaped(heading)}</title>'
+    yield f'<desc id="desc">{_escaped(said)}</desc>'
     yield f"<style>{_STYLE}</style>"
     yield f'<rect class="back" width="{_WIDTH}" height="{height}"/>'
-    yield f'<text class="title" x="12" y="24">{escape(heading)}</text>'
+    yield f'<text class="title" x="12" y="24">{_escaped(heading)}</text>'
     width = (_WIDTH - _LEFT - 12) / columns
     for number, row in enumerate(rows):
         y = _TOP + number * (_ROW + _GAP)
@@ -68,7 +68,7 @@ def _lines(title: str, canvas: Canvas, columns: int, names: Mapping[Kind, str]) 
     for number, kind in enumerate(names):
         y = bottom + _LINE * (number + 1)
         yield f'<rect class="k{int(kind)}" x="{_LEFT}" y="{y - 11}" width="13" height="13"/>'
-        text = escape(_amount(names[kind], totals[kind], canvas.size))
+        text = _escaped(_amount(names[kind], totals[kind], canvas.size))
         yield f'<text x="{_LEFT + 22}" y="{y}">{text}</text>'
     yield "</svg>"
 
@@ -101,9 +101,12 @@ def _rectangle(run: _Run, width: float, y: int, names: Mapping[Kind, str]) -> st
     opacity = _OPACITY[first.level]
     back = "" if opacity == 1 else f'<rect class="k1" {box}/>'
     fill = "" if opacity == 1 else f' fill-opacity="{opacity}"'
-    return (
-        f'<g>{back}<rect class="k{int(first.shown)}" {box}{fill}/><title>{escape(tip)}</title></g>'
-    )
+    body = f'<rect class="k{int(first.shown)}" {box}{fill}/>'
+    return f"<g>{back}{body}<title>{_escaped(tip)}</title></g>"
+
+
+def _escaped(words: str) -> str:
+    return escape(words, quote=False)
 
 
 def _amount(name: str, part: int, size: int) -> str:

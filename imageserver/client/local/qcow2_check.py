@@ -22,9 +22,9 @@ from array import array
 from collections.abc import Iterator
 
 from imageserver.client.failures import Damaged, LocalFailure
-from imageserver.client.local.chain import Chain, Member
-from imageserver.client.local.programs import as_filename, reason, run
-from imageserver.client.local.qcow2header import Header
+from imageserver.client.local.qcow2_chain import Chain, Member
+from imageserver.client.local.qcow2_header import Header
+from imageserver.client.local.qemu_programs import as_filename, reason, run
 
 #: What QEMU's disks are measured in, in bytes: a raw file may lack that much of the last one.
 _SECTOR = 512

@@ -1,22 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FILE as one end of a transfer, by its format; qcow2's means are imported for it alone.
+"""An image on this side: its interface, and raw or qcow2 behind it.
 
-Starting is a good part of a short transfer's time: raw images, the common case, need neither
-libnbd nor programs.
+    open_image, create_image --"raw"----> raw.RawFile
+                             --"qcow2"--> qcow2_chain, qcow2_check, qcow2.Qcow2
+
+The qcow2 modules are imported when they are needed: starting is a good part of a short transfer,
+and raw images, the common case, need neither libnbd nor programs.
 """
 
+import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.qcow2header import QCOW2_MAGIC
-from imageserver.client.local.rawfile import Local, RawFile
+from imageserver.client.local.files import Buffer
+from imageserver.client.local.qcow2_header import QCOW2_MAGIC
+from imageserver.client.local.raw import RawFile
+from imageserver.client.plan import Spans
 
 if TYPE_CHECKING:
-    from imageserver.client.local.chain import Chain
+    from imageserver.client.local.qcow2_chain import Chain
 
 #: What qcow2 images are whole multiples of, in bytes.
 SECTOR = 512
+
+
+class LocalImage(Protocol):
+    """One image on this side; every method may be called by several threads.
+
+    Where the system allows, Ctrl-C interrupts each method in the main thread.
+    """
+
+    size: int
+
+    def spans(self) -> Spans:
+        """Return where data may be; everything else reads as zeros."""
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return exactly these bytes."""
+
+    def write(self, start: int, data: Buffer) -> None:
+        """Write all of ``data``."""
+
+    def zero(self, start: int, stop: int) -> None:
+        """Zero a span; make a hole where the format and the file system have holes."""
+
+    def sync(self, within: float = math.inf) -> None:
+        """Return when all written data is on stable storage; qcow2: fail after so many seconds."""
+
+    def forget_cached(self) -> None:
+        """Drop cached data, so that it is read from the disk next; qcow2: do nothing."""
+
+    def require_unchanged(self) -> None:
+        """Require what is only read to be as it was opened: raw as long, qcow2 unwritten.
+
+        Raises:
+            LocalFailure: it is not.
+        """
+
+    def close(self) -> None:
+        """Close it; may be called twice."""
+
+    def abandon(self) -> None:
+        """Close it without a sync: what was not synced may be lost."""
 
 
 def open_image(  # noqa: PLR0913 - what may be said of an image
@@ -28,7 +74,7 @@ def open_image(  # noqa: PLR0913 - what may be said of an image
     backing: bool = True,
     damaged: bool = False,
     ours: os.stat_result | None = None,
-) -> Local:
+) -> LocalImage:
     """Open an image that exists; at most ``connections`` threads use it at once.
 
     ``backing``: also one whose content lies in other files, which it names, with their formats.
@@ -36,9 +82,9 @@ def open_image(  # noqa: PLR0913 - what may be said of an image
     """
     if kind == "raw":
         return RawFile.open(path, writable=writable, ours=ours)
-    from imageserver.client.local.chain import Chain  # noqa: PLC0415 - for qcow2 alone
-    from imageserver.client.local.qcow2 import Qcow2  # noqa: PLC0415
-    from imageserver.client.local.soundness import require_sound  # noqa: PLC0415
+    from imageserver.client.local.qcow2 import Qcow2  # noqa: PLC0415 - for qcow2 alone
+    from imageserver.client.local.qcow2_chain import Chain  # noqa: PLC0415
+    from imageserver.client.local.qcow2_check import require_sound  # noqa: PLC0415
 
     chain = Chain.open(path, writable=writable, backing=backing, ours=ours)
     try:
@@ -57,16 +103,16 @@ def create_image(  # noqa: PLR0913, PLR0917 - what may be said of an image
     connections: int,
     base: tuple[str, str | None] | None = None,
     ours: os.stat_result | None = None,
-) -> Local:
+) -> LocalImage:
     """Make an image of one hole, or an overlay of ``base``: its path, and its format if said.
 
     It is made in the file that is ``ours``, if that is said.
     """
     if kind == "raw":
         return RawFile.create(path, size, ours)
-    from imageserver.client.local.chain import Chain  # noqa: PLC0415 - for qcow2 alone
-    from imageserver.client.local.qcow2 import Qcow2  # noqa: PLC0415
-    from imageserver.client.local.soundness import require_sound  # noqa: PLC0415
+    from imageserver.client.local.qcow2 import Qcow2  # noqa: PLC0415 - for qcow2 alone
+    from imageserver.client.local.qcow2_chain import Chain  # noqa: PLC0415
+    from imageserver.client.local.qcow2_check import require_sound  # noqa: PLC0415
 
     if base is None:
         return Qcow2.create(path, size, connections, None, ours)
@@ -99,7 +145,7 @@ def _require_base(chain: "Chain", said: str | None, size: int) -> None:
 
 def refuse_below(base: str, file: str) -> None:
     """Refuse a qcow2 base that is itself based on the file to be written."""
-    from imageserver.client.local.chain import Chain  # noqa: PLC0415 - for qcow2 alone
+    from imageserver.client.local.qcow2_chain import Chain  # noqa: PLC0415 - for qcow2 alone
 
     chain = Chain.open(base)
     try:

@@ -55,7 +55,7 @@ class _Narrowed:
         yield from console.render(self._inner, options.update(width=width))
 
 
-class Bar:
+class ProgressBar:
     """A bar with rate and remaining time."""
 
     def __init__(self, console: Console | None = None) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.chain import Chain
-from imageserver.client.local.qcow2header import Header, parse_header
+from imageserver.client.local.qcow2_chain import Chain
+from imageserver.client.local.qcow2_header import Header, parse_header
 
 FORMAT, FEATURES, END = 0xE2792ACA, 0x6803F857, 0
 

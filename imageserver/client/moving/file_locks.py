@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.rawfile import local_errors, opened
+from imageserver.client.local.files import local_errors, opened
 
 
 class Claim:

@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of ``--write``: what they write was there before, bytes and zeros alike.
+"""The checks of ``--write``: they write the bytes that they have just read, and zeros to zeros.
 
-So nothing changes, unless somebody else writes at the same place at the same moment.
+So nothing changes, unless somebody else writes to the same place at the same moment.
 """
 
 import json
-import re
-import uuid
 from contextlib import closing
 
-from imageserver.client.checking.findings import SAMPLE, Check, Differs, Missing, Subject, Wrong
+from imageserver.client.checking.findings import (
+    SAMPLE,
+    Check,
+    Differs,
+    Missing,
+    Subject,
+    Wrong,
+    require_done,
+)
 from imageserver.client.checking.probe import Reply, Request
 
-_OK, _BAD = 200, 400
+_BAD = 400
 #: Refusals of a way of writing that a server need not have.
 _UNSUPPORTED = {400, 405, 415, 501}
 _DATA = "application/octet-stream"
-#: Most that is zeroed, in bytes.
+#: Longest span that is zeroed, in bytes.
 _ZEROED = 1 << 20
-#: Bytes that are written inside.
+#: Bytes that are written in the middle of the image: no multiple of any block.
 _INSIDE = 4097
-#: Bytes around what is written that are looked at.
+#: Bytes before and behind a written span that are compared as well.
 _MARGIN = 512
 
 
 def _needs_range_writes(subject: Subject) -> None:
     if not subject.abilities.writes_ranges:
         raise Missing("parts of this image cannot be written")
-    if not subject.size:
-        raise Missing("the image is empty")
+    subject.needs_bytes()
 
 
 def _end(subject: Subject) -> tuple[int, int]:
@@ -74,10 +79,7 @@ def _around(subject: Subject, start: int, stop: int) -> tuple[bytes, bytes]:
 
 
 def _check_written(subject: Subject, reply: Reply, span: tuple[int, int], before: bytes) -> None:
-    if reply.status != _OK:
-        raise Wrong(f"status {reply.status}: {reply.error}")
-    if reply.body and not reply.says_done:
-        raise Wrong(f"status {reply.status}, without saying that it is done")
+    require_done(reply)
     if _around(subject, *span)[0] != before:
         raise Wrong(f"other bytes are read at {span[0]} than were written")
     if subject.remote_size() != subject.size:
@@ -114,10 +116,8 @@ def _flushed(subject: Subject) -> str:
 
 
 def _zeroed(subject: Subject) -> str:
-    if not subject.abilities.has("zero"):
-        raise Missing("not announced")
-    if not subject.size:
-        raise Missing("the image is empty")
+    subject.needs("zero")
+    subject.needs_bytes()
     with closing(subject.extents("zero")) as extents:
         found = next((extent for extent in extents if extent[2]), None)
     if found is None:
@@ -137,8 +137,8 @@ def _expected(subject: Subject) -> str:
     _needs_range_writes(subject)
     start, stop = _inside(subject)
     before, data = _around(subject, start, stop)
-    with subject.line() as line:
-        reply = line.ask_expecting("PUT", _content_range(start, stop), data)
+    with subject.connection() as connection:
+        reply = connection.ask_expecting("PUT", _content_range(start, stop), data)
     _check_written(subject, reply, (start, stop), before)
     if not reply.continued:
         raise Differs("the body was not asked for")
@@ -147,9 +147,8 @@ def _expected(subject: Subject) -> str:
 
 def _expected_refused(subject: Subject) -> str:
     """A write to an image that nobody knows: nothing can come of it."""
-    with subject.line() as line:
-        line.target = re.sub("[^/]+$", str(uuid.uuid4()), line.target)
-        reply = line.ask_expecting("PUT", _content_range(0, SAMPLE), bytes(SAMPLE))
+    with subject.connection(to_unknown_id=True) as connection:
+        reply = connection.ask_expecting("PUT", _content_range(0, SAMPLE), bytes(SAMPLE))
     if reply.status < _BAD:
         raise Wrong(f"status {reply.status} for an id that nobody knows")
     if reply.continued:

@@ -4,8 +4,8 @@
 import pytest
 
 from imageserver.client.checking.findings import Finding, Subject, Verdict, findings
-from imageserver.client.checking.read import CHECKS
-from imageserver.client.checking.write import WRITE_CHECKS
+from imageserver.client.checking.read_checks import CHECKS
+from imageserver.client.checking.write_checks import WRITE_CHECKS
 from imageserver.client.http.access import Access
 from tests.unit.liars import liar
 

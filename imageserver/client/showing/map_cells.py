@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of an image: how many bytes of each kind lie in each of so many equal cells.
+"""The map of an image as cells: how many bytes of each kind lie in each of so many equal cells.
 
     extents      |---data---|------zero------|-dirty-|----zero----|
     cells        |      |      |      |      |      |      |      |
@@ -10,9 +10,13 @@ so the cells add up to the extents. Nothing is printed here.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Self
+
+from imageserver.client.failures import Failed
+from imageserver.core.extents import Extent
 
 
 class Kind(IntEnum):
@@ -48,7 +52,7 @@ class Cell:
 
 
 class Canvas:
-    """Adds extents up in at most ``cells`` cells of an image of ``size`` bytes."""
+    """Sums of the extents of an image of ``size`` bytes, in at most ``cells`` cells."""
 
     def __init__(self, size: int, cells: int) -> None:
         self.size = size
@@ -67,6 +71,21 @@ class Canvas:
             sums[index] += min(end, stop) - start
             start = end
             index += 1
+
+    def filled(self, extents: Iterable[Extent]) -> Self:
+        """Add all extents of an image.
+
+        Raises:
+            Failed: they do not end where the image does.
+        """
+        end = 0
+        for start, length, zero, dirty in extents:
+            end = start + length
+            if end > self.size:
+                break
+            self.add(start, length, zero=zero, dirty=dirty)
+        check_end(end, self.size)
+        return self
 
     def __len__(self) -> int:
         return self._count
@@ -102,17 +121,34 @@ class Glyphs:
 BLOCKS = Glyphs(("░▒▓█", "····", "▘▚▙■", "○○○○"))
 ASCII = Glyphs(("-=+#", "....", "ixX@", "0000"))
 
-#: Kinds as a legend names them, and whether only a dirty bitmap can tell.
-NAMES: dict[Kind, str] = {
-    Kind.DATA: "data",
-    Kind.ZERO: "zero",
-    Kind.DIRTY: "dirty data",
-    Kind.DIRTY_ZERO: "dirty zero",
+#: By context: the kinds that it tells apart, as a legend names them.
+KIND_NAMES: dict[str, dict[Kind, str]] = {
+    "zero": {Kind.DATA: "data", Kind.ZERO: "zero"},
+    "dirty": {
+        Kind.DATA: "clean data",
+        Kind.ZERO: "clean zero",
+        Kind.DIRTY: "dirty data",
+        Kind.DIRTY_ZERO: "dirty zero",
+    },
 }
-CLEAN_NAMES = NAMES | {Kind.DATA: "clean data", Kind.ZERO: "clean zero"}
-
 #: A cell need not show less than a cluster of qcow2, in bytes.
 _CLUSTER = 65536
+
+
+def totals_by_name(totals: Iterable[int], context: str) -> dict[str, int]:
+    """Return the bytes of each kind as fields of JSON."""
+    names = (name.replace(" ", "_") for name in KIND_NAMES[context].values())
+    return dict(zip(names, totals, strict=False))
+
+
+def check_end(end: int, size: int) -> None:
+    """Require extents to end where the image does.
+
+    Raises:
+        Failed: they do not.
+    """
+    if end != size:
+        raise Failed(f"the extents end at {end}, the image at {size}")
 
 
 def rows_for(size: int, columns: int, most: int) -> int:

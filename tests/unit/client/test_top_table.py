@@ -5,10 +5,13 @@ import io
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from imageserver.client.commands.top import _Shown, _write_json
-from imageserver.client.showing.table import Running, Status, Worker
+from imageserver.client.commands.top import _write_json
+from imageserver.client.showing.status import Running, Status, Worker
+from imageserver.client.showing.top_table import TopTable, bar, workers_line
 
 STATUS = Status(
     (
@@ -23,9 +26,9 @@ STATUS = Status(
 def shown(width: int) -> list[str]:
     """Return the lines of the table."""
     out = io.StringIO()
-    show = _Shown("host:1", plain=True)
-    show.console = Console(file=out, width=width, highlight=False)
-    show.console.print(show.picture(STATUS, ""))
+    table = TopTable("host:1", plain=True)
+    table.console = Console(file=out, width=width, highlight=False)
+    table.console.print(table.drawn(STATUS, ""))
     return [line.rstrip() for line in out.getvalue().splitlines()[-3:]]
 
 
@@ -55,3 +58,32 @@ def test_programs_are_told_the_names_of_the_servers_status(capsys: pytest.Captur
     _write_json(iter([(STATUS, "")]), 0)
     (worker,) = json.loads(capsys.readouterr().out)["workers"]
     assert worker == {"worker": 1234567, "state": "accepting", "busy": 1}
+
+
+@pytest.mark.parametrize(
+    ("share", "drawn", "plain"),
+    [
+        (0.0, "    ", "----"),
+        (0.5, "██  ", "##--"),
+        (0.54, "██▏ ", "##--"),
+        (1.0, "████", "####"),
+        (None, "····", "...."),
+    ],
+)
+def test_bars(share: float | None, drawn: str, plain: str) -> None:
+    assert (bar(share, 4, plain=False), bar(share, 4, plain=True)) == (drawn, plain)
+
+
+@given(st.floats(0, 1), st.integers(1, 80), st.booleans())
+def test_a_bar_has_its_width_and_is_full_only_at_the_end(
+    share: float, width: int, plain: bool
+) -> None:
+    drawn = bar(share, width, plain=plain)
+    assert len(drawn) == width
+    assert (drawn in {"#" * width, "█" * width}) == (share == 1)
+
+
+def test_workers_are_counted_by_state() -> None:
+    workers = (Worker(7, "accepting", 2), Worker(8, "draining", 0), Worker(9, "accepting", 1))
+    line = "workers: 2 accepting, 1 draining; busy threads: 3 (7:2 8:0 9:1)"
+    assert (workers_line(workers), workers_line(())) == (line, "no worker")

@@ -5,19 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from imageserver.client.failures import Failed
-from imageserver.client.showing.table import (
-    Running,
-    Status,
-    Worker,
-    bar,
-    parse_status,
-    with_rates,
-    workers_line,
-)
+from imageserver.client.showing.status import Running, Status, Worker, parse_status, with_rates
 
 ONE = Running("a", "read", "10.0.0.1", 7, 100, 1000, 50.0, 2.0)
 FIELDS: dict[str, Any] = {
@@ -108,39 +98,10 @@ def test_transfers_that_look_alike_are_told_apart_by_their_beginning() -> None:
 
 
 def test_the_first_poll_shows_means() -> None:
-    assert with_rates(status(ONE), None) == status(ONE)
+    assert with_rates(status(ONE), Status((), (), 0)) == status(ONE)
 
 
 def test_what_is_left_takes_its_time() -> None:
     assert (ONE.share, ONE.seconds_left) == (0.1, 18.0)
     unknown = replace(ONE, expected=0)
     assert (unknown.share, unknown.seconds_left) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("share", "drawn", "plain"),
-    [
-        (0.0, "    ", "----"),
-        (0.5, "██  ", "##--"),
-        (0.54, "██▏ ", "##--"),
-        (1.0, "████", "####"),
-        (None, "····", "...."),
-    ],
-)
-def test_bars(share: float | None, drawn: str, plain: str) -> None:
-    assert (bar(share, 4, plain=False), bar(share, 4, plain=True)) == (drawn, plain)
-
-
-@given(st.floats(0, 1), st.integers(1, 80), st.booleans())
-def test_a_bar_has_its_width_and_is_full_only_at_the_end(
-    share: float, width: int, plain: bool
-) -> None:
-    drawn = bar(share, width, plain=plain)
-    assert len(drawn) == width
-    assert (drawn in {"#" * width, "█" * width}) == (share == 1)
-
-
-def test_workers_are_counted_by_state() -> None:
-    workers = (Worker(7, "accepting", 2), Worker(8, "draining", 0), Worker(9, "accepting", 1))
-    line = "workers: 2 accepting, 1 draining; busy threads: 3 (7:2 8:0 9:1)"
-    assert (workers_line(workers), workers_line(())) == (line, "no worker")

@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks that change nothing, one function per promise of docs/api.md, in one table."""
+"""The checks that change nothing: one function for each promise of docs/api.md, in one table."""
 
 import contextlib
 import json
-import re
-import uuid
-from collections.abc import Iterator
-from itertools import pairwise
 
+from imageserver.client.checking.extent_checks import EXTENT_CHECKS
 from imageserver.client.checking.findings import (
     SAMPLE,
     Check,
@@ -16,17 +13,14 @@ from imageserver.client.checking.findings import (
     Subject,
     Wrong,
     partial,
+    require_done,
 )
 from imageserver.client.checking.probe import Request
-from imageserver.client.failures import Refused
 from imageserver.client.showing.units import size_text
-from imageserver.core.extents import Extent
 
-#: Zero extents that are read, from all over the image.
-_SAMPLES = 16
-#: Bytes of each of several reads at once: more than the buffers on the way, so that they meet.
+#: Bytes of each of several reads at once: more than buffers take, so that the reads overlap.
 _LARGE = 8 << 20
-#: At most so many connections are opened.
+#: Most connections that are opened at once.
 _MOST_CONNECTIONS = 32
 _OK, _PARTIAL, _BAD, _UNSATISFIABLE, _FAILED = 200, 206, 400, 416, 500
 
@@ -58,13 +52,8 @@ def _head(subject: Subject) -> str:
 # Ranges
 
 
-def _needs_bytes(subject: Subject) -> None:
-    if not subject.size:
-        raise Missing("the image is empty")
-
-
 def _first_and_last(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     size, length = subject.size, min(SAMPLE, subject.size)
     head, tail = subject.bytes_at(0, length), subject.bytes_at(size - length, size)
     same = (subject.bytes_at(0, 1), subject.bytes_at(size - 1, size)) == (head[:1], tail[-1:])
@@ -74,7 +63,7 @@ def _first_and_last(subject: Subject) -> str:
 
 
 def _open_ended(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     start = max(0, subject.size - SAMPLE)
     found = partial(subject.range(f"{start}-"), start, subject.size, subject.size)
     if found != subject.bytes_at(start, subject.size):
@@ -83,7 +72,7 @@ def _open_ended(subject: Subject) -> str:
 
 
 def _suffix(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     length = min(SAMPLE, subject.size)
     reply = subject.range(f"-{length}")
     if reply.status in {400, _UNSATISFIABLE, 501}:
@@ -95,7 +84,7 @@ def _suffix(subject: Subject) -> str:
 
 
 def _clipped(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     start = max(0, subject.size - 512)
     reply = subject.range(f"{start}-{subject.size + 511}")
     if reply.status == _UNSATISFIABLE:
@@ -117,7 +106,7 @@ _MALFORMED = ("bytes=x-y", "bytes=0-0,2-2", "bytes=0", "lines=0-0", "bytes=--1",
 
 
 def _malformed(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     found = {
         text: subject.ask(Request("GET", headers={"Range": text})).status for text in _MALFORMED
     }
@@ -130,7 +119,7 @@ def _malformed(subject: Subject) -> str:
 
 
 def _if_range(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     headers = {"Range": "bytes=0-0", "If-Range": '"imagectl"'}
     reply = subject.ask(Request("GET", headers=headers))
     if reply.status == _OK and reply.headers.get("Content-Length") == str(subject.size):
@@ -139,7 +128,7 @@ def _if_range(subject: Subject) -> str:
 
 
 def _conditions(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     for name, value in (
         ("If-None-Match", '"imagectl"'),
         ("If-Modified-Since", "Thu, 01 Jan 1970 00:00:00 GMT"),
@@ -154,28 +143,28 @@ def _conditions(subject: Subject) -> str:
 
 
 def _keep_alive(subject: Subject) -> str:
-    _needs_bytes(subject)
-    with subject.line() as line:
+    subject.needs_bytes()
+    with subject.connection() as connection:
         for number in range(3):
-            reply = line.ask(Request("GET", headers={"Range": "bytes=0-0"}))
+            reply = connection.ask(Request("GET", headers={"Range": "bytes=0-0"}))
             partial(reply, 0, 1, subject.size)
             closes = reply.headers.get("Connection", "").lower() == "close"
-            if closes or line.ask(Request("OPTIONS")).status >= _BAD:
+            if closes or connection.ask(Request("OPTIONS")).status >= _BAD:
                 raise Differs(f"the connection is closed after request {number + 1}")
     return "six requests on one connection"
 
 
 def _connections(subject: Subject) -> str:
-    _needs_bytes(subject)
+    subject.needs_bytes()
     most = subject.abilities.max_readers
     if not most:
         raise Missing("max_readers is not told")
     wanted, length = min(most, _MOST_CONNECTIONS), min(_LARGE, subject.size)
     with contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(subject.line()) for _ in range(wanted)]
-        for line in lines:
-            line.send(Request("GET", headers={"Range": f"bytes=0-{length - 1}"}))
-        statuses = [line.receive().status for line in lines]
+        opened = [stack.enter_context(subject.connection()) for _ in range(wanted)]
+        for connection in opened:
+            connection.send(Request("GET", headers={"Range": f"bytes=0-{length - 1}"}))
+        statuses = [connection.receive().status for connection in opened]
     served = statuses.count(_PARTIAL)
     if served == wanted:
         return f"{wanted} reads at once"
@@ -184,99 +173,12 @@ def _connections(subject: Subject) -> str:
     raise Wrong(f"statuses {sorted(set(statuses))}")
 
 
-# Extents
-
-
-def _needs(subject: Subject, feature: str) -> None:
-    if not subject.abilities.has(feature):
-        raise Missing("not announced")
-
-
-def _spread(extents: Iterator[Extent]) -> tuple[list[Extent], int, int]:
-    """Return some zero extents from all over, the number of extents, and where they end."""
-    some: list[Extent] = []
-    step, zeros, count, end = 1, 0, 0, 0
-    for extent in extents:
-        count, end = count + 1, extent[0] + extent[1]
-        if not extent[2]:
-            continue
-        if zeros % step == 0:
-            some.append(extent)
-            if len(some) > _SAMPLES:  # every other one will do
-                some, step = some[::2], 2 * step
-        zeros += 1
-    return some, count, end
-
-
-def _extents(subject: Subject) -> str:
-    _needs(subject, "extents")
-    _needs_bytes(subject)  # oVirt's daemon has no good answer about an empty image
-    some, count, end = _spread(subject.extents("zero"))
-    if end != subject.size:
-        raise Wrong(f"they end at {end}, the image at {subject.size}")
-    for start, length, _, _ in some:
-        _check_zero(subject, start, start + min(length, SAMPLE))
-        _check_zero(subject, start + length - min(length, SAMPLE), start + length)
-    return f"{count}, without gaps; {len(some)} that are zero read so"
-
-
-def _check_zero(subject: Subject, start: int, stop: int) -> None:
-    if any(subject.bytes_at(start, stop)):
-        raise Wrong(f"bytes {start} to {stop} are said to be zero and are not")
-
-
-def _dirty(subject: Subject) -> str:
-    _needs(subject, "extents")
-    _needs_bytes(subject)
-    dirty = end = 0
-    try:
-        for start, length, _, is_dirty in subject.extents("dirty"):
-            dirty, end = dirty + length * is_dirty, start + length
-    except Refused as exc:
-        raise Missing(f"status {exc.code}") from exc
-    if end != subject.size:
-        raise Wrong(f"they end at {end}, the image at {subject.size}")
-    if dirty == subject.size:
-        return "all is dirty: a full backup"
-    return f"{size_text(dirty)} dirty"
-
-
-def _spans(subject: Subject) -> str:
-    _needs(subject, "extents")
-    _needs_bytes(subject)
-    start, length = subject.size // 3, max(1, subject.size // 3)
-    reply = subject.ask(Request("GET", f"/extents?start={start}&length={length}"))
-    try:
-        found = json.loads(reply.body or b"")
-        bounds = [(each["start"], each["start"] + each["length"]) for each in found]
-    except (ValueError, KeyError, TypeError) as exc:
-        raise Missing(f"status {reply.status}") from exc
-    if bounds and (bounds[0][0], bounds[-1][1]) == (0, subject.size) != (start, start + length):
-        raise Missing("start and length are ignored")
-    gapless = all(left[1] == right[0] for left, right in pairwise(bounds))
-    if not bounds or (bounds[0][0], bounds[-1][1]) != (start, start + length) or not gapless:
-        raise Wrong("the list does not cover the span that was asked for")
-    return "cut to the span"
-
-
-def _contexts(subject: Subject) -> str:
-    _needs(subject, "extents")
-    status = subject.ask(Request("GET", "/extents?context=imagectl")).status
-    if status == _BAD:
-        return "an unknown context is 400"
-    if status >= _FAILED:
-        raise Wrong(f"an unknown context is {status}")
-    raise Differs(f"an unknown context is {status}")
-
-
-# Errors, flush
+# Errors and flush
 
 
 def _errors(subject: Subject) -> str:
-    beside = re.sub("[^/]+$", str(uuid.uuid4()), subject.line().target)
-    with subject.line() as line:
-        line.target = beside
-        reply = line.ask(Request("GET"))
+    with subject.connection(to_unknown_id=True) as connection:
+        reply = connection.ask(Request("GET"))
     if reply.status < _BAD:
         raise Wrong(f"status {reply.status} for an id that nobody knows")
     if reply.status != 404 or not reply.error:  # noqa: PLR2004 - docs/api.md
@@ -295,16 +197,13 @@ def _methods(subject: Subject) -> str:
 
 
 def _flush(subject: Subject) -> str:
-    _needs(subject, "flush")
+    subject.needs("flush")
     if "POST" in subject.abilities.methods:
         reply = subject.ask(Request("POST", "/flush", body=b""))
     else:
         headers = {"Content-Type": "application/json"}
         reply = subject.ask(Request("PATCH", headers=headers, body=b'{"op":"flush"}'))
-    if reply.status != _OK:
-        raise Wrong(f"status {reply.status}: {reply.error}")
-    if reply.body and not reply.says_done:
-        raise Wrong(f"status {reply.status}, without saying that it is done")
+    require_done(reply)
     return "done"
 
 
@@ -321,10 +220,7 @@ CHECKS = (
     Check("conditions", _conditions),
     Check("keep-alive", _keep_alive),
     Check("several connections", _connections),
-    Check("extents", _extents),
-    Check("dirty extents", _dirty),
-    Check("extents of a span", _spans),
-    Check("extents' context", _contexts),
+    *EXTENT_CHECKS,
     Check("unknown id", _errors),
     Check("unknown method", _methods),
     Check("flush", _flush),

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imageserver.client.showing.picture import ASCII, BLOCKS, Canvas, Cell, Kind, rows_for, rows_of
+from imageserver.client.showing.map_cells import (
+    ASCII,
+    BLOCKS,
+    Canvas,
+    Cell,
+    Kind,
+    rows_for,
+    rows_of,
+)
 
 #: (length, zero, dirty) of neighbours.
 PIECES = st.lists(st.tuples(st.integers(1, 1 << 40), st.booleans(), st.booleans()), max_size=40)

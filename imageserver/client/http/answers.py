@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server's answers say, parsed and checked: abilities, sizes, ranges. No I/O.
+
+An answer is believed only where it proves itself: a range must come as 206, say exactly the
+range that was asked for, and tell its length.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from imageserver.client.failures import Failed
+from imageserver.client.http.extent_list import MAX_SIZE
+
+#: No more digits than a size can have: longer ones are no numbers of bytes.
+_CONTENT_RANGE = re.compile(
+    r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What OPTIONS says; a server that names no limits is taken to have one of each."""
+
+    features: frozenset[str]
+    max_readers: int
+    max_writers: int
+    unix_socket: str | None
+    methods: frozenset[str]
+
+    def has(self, feature: str) -> bool:
+        """Tell whether ``extents``, ``zero`` or ``flush`` is announced."""
+        return feature in self.features
+
+    @property
+    def writes_ranges(self) -> bool:
+        """Whether parts of the image can be written: a file on our server is replaced whole."""
+        return "PATCH" in self.methods
+
+
+def parse_abilities(body: bytes, allow: str) -> Abilities:
+    """Read OPTIONS' answer; what it leaves out is not there."""
+    try:
+        fields = json.loads(body or b"{}")
+    except (ValueError, RecursionError) as exc:
+        raise Failed("OPTIONS was not answered in JSON: this is no image server") from exc
+    if not isinstance(fields, dict):
+        raise Failed("OPTIONS was not answered with a JSON object: this is no image server")
+    features, sock = fields.get("features"), fields.get("unix_socket")
+    return Abilities(
+        features=frozenset(map(str, features)) if isinstance(features, list) else frozenset(),
+        max_readers=_count(fields.get("max_readers")),
+        max_writers=_count(fields.get("max_writers")),
+        unix_socket=sock if isinstance(sock, str) else None,
+        methods=frozenset(m.strip().upper() for m in allow.split(",") if m.strip()),
+    )
+
+
+def _count(value: object) -> int:
+    return value if type(value) is int and value >= 0 else 1
+
+
+def parse_size(digits: str) -> int:
+    """Return a size in bytes."""
+    if len(digits) > len(str(MAX_SIZE)) or int(digits) > MAX_SIZE:
+        raise Failed("the server tells a size that no image has")
+    return int(digits)
+
+
+def range_size(headers: Mapping[str, str]) -> int:
+    """Return the size of the image that ``Content-Range`` tells, in bytes."""
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", ""))
+    if match is None or match[3] == "*":
+        raise Failed("the server does not tell how large the image is")
+    return parse_size(match[3])
+
+
+def check_range(headers: Mapping[str, str], start: int, stop: int) -> None:
+    """Require the head of a 206 to announce exactly this range.
+
+    Raises:
+        Failed: it does not, or its end cannot be known.
+    """
+    match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())
+    if headers.get("Content-Type", "").lower().startswith("multipart/"):
+        raise Failed("the server answered one range with several parts")
+    if match is None or match[1] is None:
+        raise Failed("the server answered with a range, but does not say which")
+    if (int(match[1]), int(match[2]) + 1) != (start, stop):
+        raise Failed("the server answered with another range: has the image become smaller?")
+    if match[3] != "*" and int(match[3]) < stop:
+        raise Failed("the server answered with a range that ends beyond its image")
+    if headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Failed("the server answered with an encoding that was not asked for")
+    length = headers.get("Content-Length")
+    if length is None:
+        raise Failed(f"the server answered {stop - start} bytes without a Content-Length")
+    if length != str(stop - start) or "Transfer-Encoding" in headers:
+        raise Failed(f"the server answered {stop - start} bytes with {length[:20]}")
+
+
+def parse_fields(body: bytes) -> dict[str, Any]:
+    """Return an answer's fields; it need not have any."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

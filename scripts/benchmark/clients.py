@@ -2,15 +2,14 @@
 """Runs clients (``client.py``) in processes of their own, all beginning at the same moment."""
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from client import Job, Result
+from benchmark.client import Job, Result
 
-_CLIENT = Path(__file__).with_name("client.py")
 #: No single job of a full run takes longer, even on a slow machine.
 _LIMIT_SECONDS = 120.0
 
@@ -21,26 +20,30 @@ class ClientFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What several clients did together."""
+    """What several clients did together. Times count from the first connect."""
 
     results: list[Result]
+    began: float
 
     @property
     def seconds(self) -> float:
-        """From the first connect to the last byte."""
-        began = min(result.began for result in self.results)
-        return max(result.ended for result in self.results) - began
+        """To the last byte."""
+        return max(result.ended for result in self.results) - self.began
 
     @property
     def first_byte_seconds(self) -> float:
-        """From the first connect to the first byte of any answer."""
-        began = min(result.began for result in self.results)
-        return min(result.first for result in self.results) - began
+        """To the first byte of any answer."""
+        return min(result.first for result in self.results) - self.began
+
+    @property
+    def requests(self) -> int:
+        """Of all clients together."""
+        return sum(result.requests for result in self.results)
 
     @property
     def requests_per_second(self) -> float:
         """Of all clients together."""
-        return sum(result.requests for result in self.results) / self.seconds
+        return self.requests / self.seconds
 
     @property
     def digests(self) -> list[str]:
@@ -60,46 +63,27 @@ def run(jobs: list[Job], status: int = 200) -> Outcome:
         ClientFailed: one did not finish, or had an answer other than ``status``.
     """
     with ExitStack() as stack:
-        running = [stack.enter_context(_started(job)) for job in jobs]
-        try:
-            for client in running:
-                _readline(client)
-            for client in running:
-                _tell(client, "go")
-            results = [_result(client) for client in running]
-        finally:
-            for client in running:
-                if client.poll() is None:
-                    client.kill()
+        starting, go = os.pipe()
+        stack.callback(os.close, starting)
+        with os.fdopen(go, "wb"):
+            clients = [_started(stack, job, starting) for job in jobs]
+            for client in clients:
+                if client.stdout:
+                    client.stdout.readline()
+        results = [_result(client) for client in clients]
     for result in results:
         if result.status != status:
             raise ClientFailed(f"answer {result.status} instead of {status}")
-    return Outcome(results)
+    return Outcome(results, min(result.began for result in results))
 
 
-def _started(job: Job) -> subprocess.Popen[str]:
-    client = subprocess.Popen(  # noqa: S603 - our own script
-        [sys.executable, str(_CLIENT)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    _tell(client, json.dumps(asdict(job)))
+def _started(stack: ExitStack, job: Job, starting: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmark.client", json.dumps(asdict(job))]
+    pipe = subprocess.PIPE
+    client = subprocess.Popen(command, stdin=starting, stdout=pipe, stderr=pipe, text=True)
+    stack.enter_context(client)
+    stack.callback(client.kill)  # which does nothing to one that has ended
     return client
-
-
-def _tell(client: subprocess.Popen[str], line: str) -> None:
-    if client.stdin is None:
-        raise AssertionError
-    client.stdin.write(line + "\n")
-    client.stdin.flush()
-
-
-def _readline(client: subprocess.Popen[str]) -> str:
-    if client.stdout is None:
-        raise AssertionError
-    return client.stdout.readline()
 
 
 def _result(client: subprocess.Popen[str]) -> Result:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 Measure = Callable[[int], float]
 """One measurement; the argument is the round's number."""
 
@@ -58,11 +59,47 @@ class Rounds:
                 rounds.values[name].append(measure(number))
         return rounds
 
-    def ratios(self, above: str, below: str) -> list[float]:
-        """Return one ratio per round."""
-        pairs = zip(self.values[above], self.values[below], strict=True)
-        return [a / b for a, b in pairs]
+    def compare(
+        self, figure: Figure, text: Callable[[float], str], ours: str, reference: str
+    ) -> Figure:
+        """Make a figure of two measurements' ratios; ``text`` shows their medians."""
+        pairs = zip(self.values[ours], self.values[reference], strict=True)
+        figure.values = [a / b for a, b in pairs]
+        figure.ours, figure.reference = (
+            text(median(self.values[name])) for name in (ours, reference)
+        )
+        return figure
 
-    def median(self, name: str) -> float:
-        """Return the median of one measurement."""
-        return median(self.values[name])
+    def speed(  # noqa: PLR0913 - what, against whom, how much
+        self,
+        work: str,
+        against: str,
+        size: int,
+        target: float | None = None,
+        *,
+        ours: str = "ours",
+        reference: str = "",
+    ) -> Figure:
+        """Compare seconds that it took to move ``size`` bytes; more is faster."""
+        inverse = Rounds({name: [1 / taken for taken in v] for name, v in self.values.items()})
+        figure = Figure(work, against, [], target)
+        return inverse.compare(
+            figure, lambda rate: f"{size * rate / MIB:.0f} MiB/s", ours, reference or against
+        )
+
+    def rate(self, work: str, against: str, target: float | None, reference: str) -> Figure:
+        """Compare requests per second."""
+        figure = Figure(work, against, [], target)
+        return self.compare(figure, lambda rate: f"{rate:.0f}/s", "ours", reference)
+
+    def less(
+        self, figure: Figure, text: Callable[[float], str], reference: str, ours: str = "ours"
+    ) -> Figure:
+        """Compare costs: the less, the better."""
+        figure.at_least = False
+        return self.compare(figure, text, ours, reference)
+
+
+def shown(size: int) -> str:
+    """Return a size as the table has it."""
+    return f"{size // GIB} GiB" if size >= GIB else f"{size // MIB} MiB"

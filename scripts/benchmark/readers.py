@@ -9,11 +9,11 @@ import time
 from collections import Counter
 from typing import Self
 
-from process import ServerFailed
-from world import Server
+from lab.processes import LabFailed, wait_until
+from lab.servers import slots
 
+from benchmark.world import ImageServer
 from imageserver.core.slots import Kind
-from imageserver.runtime.slottable import SharedTable
 
 _APART_SECONDS = 0.1
 _WAIT_SECONDS = 10.0
@@ -23,11 +23,11 @@ _TRIES = 40
 class Readers:
     """Clients that read at full speed, all on one thread, until the ``with`` block ends."""
 
-    def __init__(self, server: Server, path: str) -> None:
+    def __init__(self, server: ImageServer, path: str) -> None:
         self._address = ("127.0.0.1", server.port)
         self._head = f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
-        self._workers = server.workers
-        self._table = SharedTable(str(server.runtime), {})
+        self._workers = server.worker_pids()
+        self._table = slots(server.runtime)
         self._selector = selectors.DefaultSelector()
         self._stopping = False
         self._thread = threading.Thread(target=self._drain, daemon=True)
@@ -75,17 +75,13 @@ class Readers:
             self._wait_for(len(self._socks))
             (pid,) = self._counts() - before
             owned[pid].append(sock)
-        raise ServerFailed(f"{_TRIES} reads did not give {each} to each of {workers} workers")
+        raise LabFailed(f"{_TRIES} reads did not give {each} to each of {workers} workers")
 
     def _counts(self) -> Counter[int]:
         return Counter(holder.owner.pid for holder in self._table.holders(Kind.READ))
 
     def _wait_for(self, count: int) -> None:
-        deadline = time.monotonic() + _WAIT_SECONDS
-        while self._counts().total() != count:
-            if time.monotonic() > deadline:
-                raise ServerFailed(f"{self._counts().total()} reads are running, not {count}")
-            time.sleep(0.01)
+        wait_until(lambda: self._counts().total() == count, _WAIT_SECONDS)
 
     def _start(self) -> socket.socket:
         sock = socket.create_connection(self._address, _WAIT_SECONDS)

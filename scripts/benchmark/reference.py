@@ -16,27 +16,13 @@ import re
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import nbd
 
 PIECE = 256 * 1024
-
-
-class Image(Protocol):
-    """One open image."""
-
-    size: int
-
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the bytes of [start, stop)."""
-
-    def write(self, data: bytes, offset: int) -> None:
-        """Write all of ``data``."""
-
-    def close(self) -> None:
-        """Let go of it."""
 
 
 class NbdImage:
@@ -46,6 +32,7 @@ class NbdImage:
         self._nbd = nbd.NBD()
         self._nbd.connect_unix(path)
         self.size = self._nbd.get_size()
+        self.close = self._nbd.shutdown
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes of [start, stop)."""
@@ -56,10 +43,6 @@ class NbdImage:
         """Write all of ``data``."""
         self._nbd.pwrite(data, offset)
 
-    def close(self) -> None:
-        """Disconnect."""
-        self._nbd.shutdown()
-
 
 class FileImage:
     """A file."""
@@ -67,6 +50,7 @@ class FileImage:
     def __init__(self, path: str) -> None:
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close
         self.size = os.fstat(self._file.fileno()).st_size
+        self.close = self._file.close
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes of [start, stop)."""
@@ -79,16 +63,6 @@ class FileImage:
         self._file.seek(offset)
         self._file.write(data)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def open_image(path: str) -> Image:
-    """Open what ``path`` names."""
-    is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
-    return NbdImage(path) if is_socket else FileImage(path)
-
 
 class Handler(BaseHTTPRequestHandler):
     """GET, with one range, and PUT."""
@@ -98,42 +72,41 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     images: ClassVar[dict[str, str]] = {}
 
+    def _open(self) -> closing[NbdImage | FileImage]:
+        path = self.images[self.path]
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
+        return closing(NbdImage(path) if is_socket else FileImage(path))
+
+    def _head(self, status: int, length: int, *more: tuple[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (*more, ("Content-Length", str(length))):
+            self.send_header(name, value)
+        self.end_headers()
+
     def do_GET(self) -> None:
         """Send the image or a range of it."""
-        image = open_image(self.images[self.path])
-        try:
+        with self._open() as image:
             wanted = re.fullmatch(r"bytes=([0-9]+)-([0-9]+)", self.headers.get("Range", ""))
             start, stop = (int(wanted[1]), int(wanted[2]) + 1) if wanted else (0, image.size)
-            self.send_response(206 if wanted else 200)
+            more = [("Content-Type", "application/octet-stream")]
             if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{image.size}")
-            self.send_header("Content-Type", "application/octet-stream")
-            self.send_header("Content-Length", str(stop - start))
-            self.end_headers()
+                more.append(("Content-Range", f"bytes {start}-{stop - 1}/{image.size}"))
+            self._head(206 if wanted else 200, stop - start, *more)
             for piece in image.read(start, stop):
                 self.wfile.write(piece)
-        finally:
-            image.close()
 
     def do_OPTIONS(self) -> None:
         """Answer a probe."""
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+        self._head(200, 0)
 
     def do_PUT(self) -> None:
         """Write the body over the image."""
-        image = open_image(self.images[self.path])
-        try:
+        with self._open() as image:
             length = int(self.headers["Content-Length"])
             for offset in range(0, length, PIECE):
                 image.write(self.rfile.read(min(PIECE, length - offset)), offset)
-        finally:
-            image.close()
         answer = b'{"ok":true}'
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
+        self._head(200, len(answer))
         self.wfile.write(answer)
 
     def log_message(self, *_args: object) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from figures import Figure
+from benchmark.figures import Figure
 
 _MARKS = {True: "pass", False: "**MISS**", None: ""}
 

@@ -2,20 +2,23 @@
 """Rows that move data: whole images and ranges, over NBD and from files."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import clients
-import process
-from client import Job
-from figures import Figure, Rounds
-from verify import digest, expect
-from world import GIB, KIB, MIB, SHIFT, Server, World
+from lab.processes import program
+
+from benchmark import clients
+from benchmark.client import Job
+from benchmark.figures import GIB, KIB, MIB, Figure, Measure, Rounds, shown
+from benchmark.verify import digest, expect
+from benchmark.watching import cpu_seconds, timed
+from benchmark.world import SHIFT, World
 
 _STREAMS = 4
 _HEADS = 64
+#: A tick at least: quick runs cost less.
+_TICK = 0.01
 
 
 @dataclass(slots=True)
@@ -24,41 +27,95 @@ class Side:
 
     port: int
     path: str
-    server: Server | None = None
+    pids: Sequence[int] = ()
+    """Whose CPU time counts."""
     trust: str = ""
     """The CA of a side that speaks TLS."""
     cpu: list[float] = field(default_factory=list)
     """CPU seconds of the server, per timed run."""
 
+    def _job(self, method: str, fields: str = "") -> Job:
+        head = f"{method} {self.path} HTTP/1.1\r\nHost: bench{fields}"
+        return Job(self.port, [head], trust=self.trust)
+
     def get(self, *, start: int = 0, length: int = 0, hashed: bool = False) -> Job:
         """Return a job that reads the image, or a range of it."""
-        head = _head("GET", self.path)
-        if length:
-            head += f"\r\nRange: bytes={start}-{start + length - 1}"
-        return Job("transfer", self.port, [head], trust=self.trust, digest=hashed)
+        wanted = f"\r\nRange: bytes={start}-{start + length - 1}" if length else ""
+        return replace(self._job("GET", wanted), digest=hashed)
 
     def put(self, source: Path, offset: int, length: int) -> Job:
         """Return a job that writes the image."""
-        head = _head("PUT", self.path) + f"\r\nContent-Length: {length}"
-        return Job(
-            "transfer",
-            self.port,
-            [head],
-            file=str(source),
-            offset=offset,
-            length=length,
-            trust=self.trust,
-        )
+        job = self._job("PUT", f"\r\nContent-Length: {length}")
+        return replace(job, file=str(source), offset=offset, length=length)
 
-    def timed(self, job: Job, wanted: int | None = None) -> float:
-        """Run a job; return its seconds, and note the server's CPU time."""
-        pids = self.server.pids if self.server else []
-        before = process.cpu_seconds(pids)
+    def run(self, job: Job) -> clients.Outcome:
+        """Run a job; note the server's CPU time."""
+        before = cpu_seconds(self.pids)
         outcome = clients.run([job])
-        self.cpu.append(process.cpu_seconds(pids) - before)
-        if wanted is not None:
-            expect(outcome.received, wanted, f"bytes of {self.path}")
-        return outcome.seconds
+        self.cpu.append(cpu_seconds(self.pids) - before)
+        return outcome
+
+    def reads(self, image: Path) -> Measure:
+        """Check that the image arrives; return what measures that."""
+        size = image.stat().st_size
+        found = clients.run([self.get(hashed=True)]).digests
+        expect(found, [digest(image, (0, size))], self.path)
+
+        def measure(_number: int) -> float:
+            outcome = self.run(self.get())
+            expect(outcome.received, size, f"bytes of {self.path}")
+            return outcome.seconds
+
+        return measure
+
+    def writes(self, source: Path, offset: int, target: Path) -> Measure:
+        """Return what measures a write of all of the target, from some bytes of a source."""
+        size = target.stat().st_size
+        job, wanted = self.put(source, offset, size), digest(source, (offset, size))
+        return checked(lambda: self.run(job).seconds, target, wanted)
+
+
+def checked(write: Callable[[], float], target: Path, wanted: str) -> Measure:
+    """Return a measure that writes, then looks at what has been written."""
+
+    def measure(_number: int) -> float:
+        seconds = write()
+        expect(digest(target, (0, target.stat().st_size)), wanted, str(target))
+        return seconds
+
+    return measure
+
+
+def cpu(
+    work: str, against: str, sides: tuple[Side, Side], size: int, target: float | None = None
+) -> Figure:
+    """Compare the CPU time of two servers."""
+    ours, reference = ([max(spent, _TICK) for spent in side.cpu] for side in sides)
+    rounds = Rounds({"ours": ours, "reference": reference})
+    figure = Figure(work, against, [], target)
+    return rounds.less(figure, lambda spent: f"{spent * GIB / size:.2f} s/GiB", "reference")
+
+
+def _nbd_sides(world: World, socks: dict[str, Path]) -> tuple[Side, Side]:
+    return (
+        Side(world.server.port, world.server.add_nbd(socks["ours"]), world.server.pids),
+        Side(world.reference.port, f"/{socks['reference'].name}", world.reference.pids),
+    )
+
+
+def _file_sides(world: World, image: Path, other: Path) -> tuple[Side, Side]:
+    return (
+        Side(world.server.port, world.server.add_file(image), world.server.pids),
+        Side(world.reference.port, f"/{other.name}", world.reference.pids),
+    )
+
+
+def _nbdcopy(source: object, target: object) -> float:
+    return timed([program("nbdcopy"), str(source), str(target)])[0]
+
+
+def _uri(sock: Path) -> str:
+    return f"nbd+unix:///?socket={sock}"
 
 
 def get_nbd(world: World) -> list[Figure]:
@@ -66,19 +123,17 @@ def get_nbd(world: World) -> list[Figure]:
     image, socks = world.readable
     size = world.scale.image
     ours, reference = _nbd_sides(world, socks)
-    for side in (ours, reference):
-        _check_get(side, image)
     rounds = Rounds.take(
         world.scale.rounds,
-        ours=lambda _: ours.timed(ours.get(), size),
-        reference=lambda _: reference.timed(reference.get(), size),
+        ours=ours.reads(image),
+        reference=reference.reads(image),
         nbdcopy=lambda _: _nbdcopy(_uri(socks["nbdcopy"]), "null:"),
     )
-    work = f"GET {_size(size)} over NBD, one stream"
+    work = f"GET {shown(size)} over NBD"
     return [
-        _speed(work, "reference", rounds, size, 2.0),
-        _speed(work, "nbdcopy", rounds, size, 0.75),
-        _cpu(f"CPU of GET {_size(size)} over NBD", ours, reference, size),
+        rounds.speed(f"{work}, one stream", "reference", size, 2.0),
+        rounds.speed(f"{work}, one stream", "nbdcopy", size, 0.75),
+        cpu(f"CPU of {work}", "reference", (ours, reference), size, 0.6),
     ]
 
 
@@ -88,19 +143,18 @@ def put_nbd(world: World) -> list[Figure]:
     other, _ = world.readable
     size, source = world.scale.image, world.source
     ours, reference = _nbd_sides(world, socks)
+    copied = digest(other, (0, size))
     rounds = Rounds.take(
         world.scale.rounds,
-        ours=_checked_put(ours, source, 0, image),
-        reference=_checked_put(reference, source, SHIFT, image),
-        nbdcopy=_checked(
-            lambda: _nbdcopy(str(other), _uri(socks["nbdcopy"])), image, digest(other, (0, size))
-        ),
+        ours=ours.writes(source, 0, image),
+        reference=reference.writes(source, SHIFT, image),
+        nbdcopy=checked(lambda: _nbdcopy(other, _uri(socks["nbdcopy"])), image, copied),
     )
-    work = f"PUT {_size(size)} over NBD, one stream"
+    work = f"PUT {shown(size)} over NBD"
     return [
-        _speed(work, "reference", rounds, size, 2.4),
-        _speed(work, "nbdcopy", rounds, size, 0.75),
-        _cpu(f"CPU of PUT {_size(size)} over NBD", ours, reference, size),
+        rounds.speed(f"{work}, one stream", "reference", size, 2.4),
+        rounds.speed(f"{work}, one stream", "nbdcopy", size, 0.75),
+        cpu(f"CPU of {work}", "reference", (ours, reference), size, 0.6),
     ]
 
 
@@ -108,41 +162,36 @@ def get_file(world: World) -> list[Figure]:
     """GET an image file."""
     image, _ = world.readable
     size = world.scale.image
-    ours = Side(world.server.port, world.server.add_file(image), world.server)
-    reference = Side(world.reference.port, f"/{image.name}", world.reference)
-    nginx = Side(world.nginx, f"/{image.name}")
-    for side in (ours, reference, nginx):
-        _check_get(side, image)
+    ours, reference = _file_sides(world, image, image)
     rounds = Rounds.take(
         world.scale.rounds,
-        ours=lambda _: ours.timed(ours.get(), size),
-        nginx=lambda _: nginx.timed(nginx.get(), size),
-        reference=lambda _: reference.timed(reference.get(), size),
+        ours=ours.reads(image),
+        nginx=Side(world.nginx, f"/{image.name}").reads(image),
+        reference=reference.reads(image),
     )
-    work = f"GET {_size(size)} file"
+    work = f"GET {shown(size)} file"
     return [
-        _speed(work, "nginx", rounds, size, 1.0),
-        _speed(work, "reference", rounds, size, 1.1),
+        rounds.speed(work, "nginx", size, 1.0),
+        rounds.speed(work, "reference", size, 1.1),
     ]
 
 
 def put_file(world: World) -> list[Figure]:
     """PUT an image file: replaced as a whole by us, written in place by the reference."""
-    ours_file, reference_file = world.data("ours.raw", world.scale.image), world.file
+    ours_file, reference_file = world.data("ours.raw"), world.file
     size, source = world.scale.image, world.source
-    ours = Side(world.server.port, world.server.add_file(ours_file), world.server)
-    reference = Side(world.reference.port, f"/{reference_file.name}", world.reference)
+    ours, reference = _file_sides(world, ours_file, reference_file)
 
-    def put(side: Side, target: Path) -> Callable[[int], float]:
+    def put(side: Side, target: Path) -> Measure:
         # The two never write the same file, so each alternates between two contents itself.
-        checked = [_checked_put(side, source, offset, target) for offset in (0, SHIFT)]
-        return lambda number: checked[number % 2](number)
+        each = [side.writes(source, offset, target) for offset in (0, SHIFT)]
+        return lambda number: each[number % 2](number)
 
     rounds = Rounds.take(
         world.scale.rounds, ours=put(ours, ours_file), reference=put(reference, reference_file)
     )
     ours_file.unlink()
-    return [_speed(f"PUT {_size(size)} file", "reference", rounds, size, 1.2)]
+    return [rounds.speed(f"PUT {shown(size)} file", "reference", size, 1.2)]
 
 
 def parallel(world: World) -> list[Figure]:
@@ -167,7 +216,7 @@ def parallel(world: World) -> list[Figure]:
     rounds = Rounds.take(
         world.scale.rounds, ours=lambda _: seconds(ours), reference=lambda _: seconds(reference)
     )
-    return [_speed(f"{_STREAMS} range GETs over NBD at once", "reference", rounds, size, 1.1)]
+    return [rounds.speed(f"{_STREAMS} range GETs over NBD at once", "reference", size, 1.1)]
 
 
 def small(world: World) -> list[Figure]:
@@ -177,153 +226,53 @@ def small(world: World) -> list[Figure]:
 
 def _ranges(world: World, length: int, name: str, target: float) -> Figure:
     image, socks = world.readable
-    sides = _nbd_sides(world, socks)
-    chance = random.Random(1)  # noqa: S311 - the same ranges for everybody, each time
+    chance = random.Random(1)  # the same ranges for everybody, each time
     places = [
         [chance.randrange(world.scale.image // length) * length for _ in range(_HEADS)]
         for _ in range(_STREAMS)
     ]
     wanted = [digest(image, *[(start, length) for start in starts]) for starts in places]
 
-    def jobs(side: Side) -> list[Job]:
-        return [
-            Job("loop", side.port, [side.get(start=s, length=length).heads[0] for s in starts])
-            for starts in places
+    def rate(side: Side) -> Measure:
+        heads = [
+            [side.get(start=start, length=length).heads[0] for start in starts] for starts in places
         ]
+        hashed = [Job(side.port, each, count=_HEADS, digest=True) for each in heads]
+        expect(clients.run(hashed, status=206).digests, wanted, f"ranges of {side.path}")
+        jobs = [Job(side.port, each, seconds=world.scale.seconds) for each in heads]
 
-    def rate(side: Side) -> float:
-        timed = jobs(side)
-        for job in timed:
-            job.seconds = world.scale.seconds
-        outcome = clients.run(timed, status=206)
-        requests = sum(result.requests for result in outcome.results)
-        expect(outcome.received, requests * length, f"bytes of {side.path}")
-        return outcome.requests_per_second
+        def measure(_number: int) -> float:
+            outcome = clients.run(jobs, status=206)
+            expect(outcome.received, outcome.requests * length, f"bytes of {side.path}")
+            return outcome.requests_per_second
 
-    for side in sides:
-        checked = jobs(side)
-        for job in checked:
-            job.count, job.digest = _HEADS, True
-        expect(clients.run(checked, status=206).digests, wanted, f"ranges of {side.path}")
-    rounds = Rounds.take(
-        world.scale.rounds, ours=lambda _: rate(sides[0]), reference=lambda _: rate(sides[1])
-    )
-    return Figure(
-        f"{name} range GETs over NBD, {_STREAMS} connections",
-        "reference",
-        rounds.ratios("ours", "reference"),
-        target,
-        ours=f"{rounds.median('ours'):.0f}/s",
-        reference=f"{rounds.median('reference'):.0f}/s",
-    )
+        return measure
+
+    ours, reference = _nbd_sides(world, socks)
+    rounds = Rounds.take(world.scale.rounds, ours=rate(ours), reference=rate(reference))
+    work = f"{name} range GETs over NBD, {_STREAMS} connections"
+    return rounds.rate(work, "reference", target, "reference")
 
 
 def tls(world: World) -> list[Figure]:
     """GET and PUT a whole image over NBD with TLS, against plain HTTP."""
-    size, source = world.scale.image, world.source
-    (readable, read_socks), (writable, write_socks) = world.readable, world.writable
-    pki = world.pki
+    size, source, pki = world.scale.image, world.source, world.pki
     settings = {"tls_cert": pki / "server.crt", "tls_key": pki / "server.key"}
-    with world.image_server("tls", settings=settings) as server:
-
-        def sides(sock: Path) -> tuple[Side, Side]:
-            return (
-                Side(server.port, server.add_nbd(sock), server, str(pki / "ca.crt")),
-                Side(world.server.port, world.server.add_nbd(sock), world.server),
+    figures = []
+    with world.image_server("tls", **settings) as server:
+        for method, (image, socks) in (("GET", world.readable), ("PUT", world.writable)):
+            sides = tuple(
+                Side(each.port, each.add_nbd(socks["ours"]), each.pids, trust)
+                for each, trust in ((server, str(pki / "ca.crt")), (world.server, ""))
             )
-
-        ours, plain = sides(read_socks["ours"])
-        _check_get(ours, readable)
-        got = Rounds.take(
-            world.scale.rounds,
-            ours=lambda _: ours.timed(ours.get(), size),
-            plain=lambda _: plain.timed(plain.get(), size),
-        )
-        writing, plainly = sides(write_socks["ours"])
-        put = Rounds.take(
-            world.scale.rounds,
-            ours=_checked_put(writing, source, 0, writable),
-            plain=_checked_put(plainly, source, SHIFT, writable),
-        )
-    against_plain: dict[str, Any] = {"against": "plain", "target": None}
-    return [
-        _speed(f"GET {_size(size)} over NBD with TLS", "plain", got, size),
-        replace(_cpu(f"CPU of GET {_size(size)} with TLS", ours, plain, size), **against_plain),
-        _speed(f"PUT {_size(size)} over NBD with TLS", "plain", put, size),
-        replace(
-            _cpu(f"CPU of PUT {_size(size)} with TLS", writing, plainly, size), **against_plain
-        ),
-    ]
-
-
-def _head(method: str, path: str) -> str:
-    return f"{method} {path} HTTP/1.1\r\nHost: bench"
-
-
-def _nbd_sides(world: World, socks: dict[str, Path]) -> tuple[Side, Side]:
-    return (
-        Side(world.server.port, world.server.add_nbd(socks["ours"]), world.server),
-        Side(world.reference.port, f"/{socks['reference'].name}", world.reference),
-    )
-
-
-def _check_get(side: Side, image: Path) -> None:
-    wanted = digest(image, (0, image.stat().st_size))
-    expect(clients.run([side.get(hashed=True)]).digests, [wanted], side.path)
-
-
-def _checked_put(side: Side, source: Path, offset: int, target: Path) -> Callable[[int], float]:
-    size = target.stat().st_size
-    job = side.put(source, offset, size)
-    return _checked(lambda: side.timed(job), target, digest(source, (offset, size)))
-
-
-def _checked(write: Callable[[], float], target: Path, wanted: str) -> Callable[[int], float]:
-    """Return a measure that writes, then looks at what has been written."""
-
-    def measure(_number: int) -> float:
-        seconds = write()
-        expect(digest(target, (0, target.stat().st_size)), wanted, str(target))
-        return seconds
-
-    return measure
-
-
-def _nbdcopy(source: str, target: str) -> float:
-    return process.run([process.program("nbdcopy"), source, target])[0]
-
-
-def _uri(sock: Path) -> str:
-    return f"nbd+unix:///?socket={sock}"
-
-
-def _speed(
-    work: str, against: str, rounds: Rounds, size: int, target: float | None = None
-) -> Figure:
-    def speed(name: str) -> str:
-        return f"{size / MIB / rounds.median(name):.0f} MiB/s"
-
-    ratios = rounds.ratios(against, "ours")
-    return Figure(work, against, ratios, target, ours=speed("ours"), reference=speed(against))
-
-
-def _cpu(work: str, ours: Side, reference: Side, size: int) -> Figure:
-    rounds = Rounds({"ours": ours.cpu, "reference": reference.cpu})
-
-    def cost(name: str) -> str:
-        return f"{rounds.median(name) * GIB / size:.2f} s/GiB"
-
-    return Figure(
-        work,
-        "reference",
-        # A tick at least: quick runs cost less.
-        [max(a, 0.01) / max(b, 0.01) for a, b in zip(ours.cpu, reference.cpu, strict=True)],
-        0.6,
-        at_least=False,
-        ours=cost("ours"),
-        reference=cost("reference"),
-    )
-
-
-def _size(size: int) -> str:
-    return f"{size // GIB} GiB" if size >= GIB else f"{size // MIB} MiB"
+            ours, plain = (
+                side.reads(image) if method == "GET" else side.writes(source, offset, image)
+                for side, offset in zip(sides, (0, SHIFT), strict=True)
+            )
+            rounds = Rounds.take(world.scale.rounds, ours=ours, plain=plain)
+            work = f"{method} {shown(size)}"
+            figures += [
+                rounds.speed(f"{work} over NBD with TLS", "plain", size),
+                cpu(f"CPU of {work} with TLS", "plain", (sides[0], sides[1]), size),
+            ]
+    return figures

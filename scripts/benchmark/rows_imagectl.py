@@ -4,19 +4,19 @@
 import compileall
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-import process
-from figures import Figure, Measure, Rounds
-from verify import digest, expect
-from world import GIB, MIB, Server, World
+from lab.processes import ROOT, program
+
+from benchmark.figures import MIB, Figure, Measure, Rounds, shown
+from benchmark.verify import digest, expect
+from benchmark.watching import timed
+from benchmark.world import ImageServer, World
 
 _CONNECTIONS = (1, 4)
-_PACKAGE = Path(__file__).resolve().parents[2] / "imageserver"
-_IMAGECTL = [sys.executable, "-m", "imageserver.client"]
 _OVIRT = """
 import sys
 from ovirt_imageio import client
@@ -33,24 +33,22 @@ Command = Callable[[str, str], list[str]]
 
 def imagectl_download(world: World) -> list[Figure]:
     """Download a whole image over NBD."""
-    image = world.data("read.raw", world.scale.image)
+    image, size = world.data("read.raw"), world.scale.image
     tools = {"curl": lambda source, target: ["curl", "-fsS", "-o", target, source]}
     tools |= _tools("download")
     with _served(world, world.server, image, tools, "--read-only") as urls:
-        wanted = digest(image, (0, world.scale.image))
-        measures = {
-            name: _downloads(world, command, urls[name], wanted) for name, command in tools.items()
-        }
+        wanted = digest(image, (0, size))
+        measures = {name: _downloads(world, tools[name], urls[name], wanted) for name in tools}
         rounds = Rounds.take(world.scale.rounds, **measures)
-    work = f"imagectl download {_size(world.scale.image)} over NBD"
-    return _figures(work, rounds, ("curl", "ovirt"), world.scale.image)
+    work = f"imagectl download {shown(size)} over NBD"
+    return [_figure(work, rounds, n, who, size) for n in _CONNECTIONS for who in ("curl", "ovirt")]
 
 
 def imagectl_upload(world: World) -> list[Figure]:
     """Upload a whole image over NBD; two sources in turn, so that each byte changes each time."""
-    size = world.scale.image
-    image = world.data("write.raw", size)
-    sources = [(path, digest(path, (0, size))) for path in _sources(world)]
+    image, size = world.data("write.raw"), world.scale.image
+    paths = [world.data(f"source{number}.raw") for number in range(2)]
+    sources = [(str(path), digest(path, (0, size))) for path in paths]
     tools = {"curl": lambda source, target: ["curl", "-fsS", "-T", source, target]}
     tools |= _tools("upload")
     turns = count()
@@ -58,19 +56,20 @@ def imagectl_upload(world: World) -> list[Figure]:
     def uploads(command: Command, url: str) -> Measure:
         def measure(_number: int) -> float:
             source, wanted = sources[next(turns) % 2]
-            seconds = _seconds(command(str(source), url))
+            seconds = _seconds(command(source, url))
             expect(digest(image, (0, size)), wanted, url)
             return seconds
 
         return measure
 
     with (
-        world.image_server("writers", settings={"max_writers": 4}) as server,
+        world.image_server("writers", max_writers=4) as server,
         _served(world, server, image, tools, "--discard=unmap") as urls,
     ):
         measures = {name: uploads(command, urls[name]) for name, command in tools.items()}
         rounds = Rounds.take(world.scale.rounds, **measures)
-    return _figures(f"imagectl upload {_size(size)} over NBD", rounds, ("curl", "ovirt"), size)
+    work = f"imagectl upload {shown(size)} over NBD"
+    return [_figure(work, rounds, n, who, size) for n in _CONNECTIONS for who in ("curl", "ovirt")]
 
 
 def imagectl_sparse(world: World) -> list[Figure]:
@@ -86,48 +85,35 @@ def imagectl_sparse(world: World) -> list[Figure]:
         measures = {name: _downloads(world, tools[name], urls[name]) for name in tools}
         measures |= {name: _downloads(world, plain[name], plain_urls[name]) for name in plain}
         rounds = Rounds.take(world.scale.rounds, **measures)
-    work = f"imagectl download {_size(world.scale.sparse)} with {_size(size)} of data"
-    figures = _figures(work, rounds, ("ovirt",), size)
-    for connections in _CONNECTIONS:
-        figure = _figure(work, rounds, connections, f"full{connections}", size)
-        figure.against, figure.target = f"{_size(size)} without holes", 0.5
+    work = f"imagectl download {shown(world.scale.sparse)} with {shown(size)} of data"
+    figures = [_figure(work, rounds, number, "ovirt", size) for number in _CONNECTIONS]
+    for number in _CONNECTIONS:
+        figure = _figure(work, rounds, number, "full", size)
+        figure.against, figure.target = f"{shown(size)} without holes", 0.5
         figures.append(figure)
     return figures
 
 
 def _tools(way: str) -> dict[str, Command]:
+    compileall.compile_dir(ROOT / "imageserver", quiet=1)  # as pip does when it installs
     tools: dict[str, Command] = {}
-    compileall.compile_dir(_PACKAGE, quiet=1)  # as pip does when it installs
     for number in _CONNECTIONS:
-        options = ["--quiet", f"--connections={number}"]
-        tools[f"imagectl{number}"] = lambda source, target, options=options: [
-            *_IMAGECTL,
-            way,
-            *options,
-            source,
-            target,
-        ]
-        tools[f"ovirt{number}"] = lambda source, target, number=number: [
-            sys.executable,
-            "-c",
-            _OVIRT,
-            way,
-            source,
-            target,
-            str(number),
-        ]
+        ours = ["-m", "imageserver.client", way, "--quiet", f"--connections={number}"]
+        tools[f"imagectl{number}"] = _command(ours)
+        tools[f"ovirt{number}"] = _command(["-c", _OVIRT, way], str(number))
     return tools
+
+
+def _command(before: list[str], *after: str) -> Command:
+    return lambda source, target: [sys.executable, *before, source, target, *after]
 
 
 @contextmanager
 def _served(
-    world: World, server: Server, image: Path, names: Sequence[str], *options: str
+    world: World, server: ImageServer, image: Path, names: Iterable[str], *options: str
 ) -> Iterator[dict[str, str]]:
     """Serve an image to each of these by a qemu-nbd of its own; yield the URLs."""
-    with ExitStack() as opened:
-        socks = {
-            name: opened.enter_context(world.qemu_nbd(image, *options, who=name)) for name in names
-        }
+    with world.served(image, tuple(names), *options) as socks:
         origin = f"http://127.0.0.1:{server.port}"
         yield {name: origin + server.add_nbd(sock) for name, sock in socks.items()}
 
@@ -148,11 +134,7 @@ def _downloads(world: World, command: Command, url: str, wanted: str = "") -> Me
 
 
 def _seconds(command: list[str]) -> float:
-    return process.run([process.program(command[0]), *command[1:]])[0]
-
-
-def _sources(world: World) -> list[Path]:
-    return [world.data(f"source{number}.raw", world.scale.image) for number in range(2)]
+    return timed([program(command[0]), *command[1:]])[0]
 
 
 def _spread(world: World, size: int, data: int) -> Path:
@@ -164,29 +146,8 @@ def _spread(world: World, size: int, data: int) -> Path:
     return path
 
 
-def _figures(work: str, rounds: Rounds, against: Sequence[str], size: int) -> list[Figure]:
-    return [
-        _figure(work, rounds, number, name if name in rounds.values else f"{name}{number}", size)
-        for number in _CONNECTIONS
-        for name in against
-    ]
-
-
-def _figure(work: str, rounds: Rounds, connections: int, against: str, size: int) -> Figure:
-    ours = f"imagectl{connections}"
-
-    def speed(name: str) -> str:
-        return f"{size / MIB / rounds.median(name):.0f} MiB/s"
-
-    return Figure(
-        f"{work}, {connections} connection{'s'[connections == 1 :]}",
-        against.replace("ovirt", "ovirt_imageio.client, "),
-        rounds.ratios(against, ours),
-        1.0,
-        ours=speed(ours),
-        reference=speed(against),
-    )
-
-
-def _size(size: int) -> str:
-    return f"{size // GIB} GiB" if size >= GIB else f"{size // MIB} MiB"
+def _figure(work: str, rounds: Rounds, connections: int, who: str, size: int) -> Figure:
+    reference = who if who in rounds.values else f"{who}{connections}"
+    name = reference.replace("ovirt", "ovirt_imageio.client, ")
+    work = f"{work}, {connections} connection{'s'[connections == 1 :]}"
+    return rounds.speed(work, name, size, 1.0, ours=f"imagectl{connections}", reference=reference)

@@ -2,23 +2,22 @@
 """Proof that the bytes that were moved are the right ones. Always outside of timed parts."""
 
 import hashlib
-import http.client
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import process
+from lab.model import WrongBytes
+from lab.processes import program
+from lab.wire import Wire
+
+from benchmark.watching import timed
 
 _PIECE = 1 << 20
 _EXTENT = re.compile(rb'\{"start":([0-9]+),"length":([0-9]+),"zero":(true|false)\}')
 
 
-class WrongBytes(Exception):
-    """What arrived is not what was sent; ``str()`` says where. Speed is then of no interest."""
-
-
 def expect(found: object, wanted: object, where: str) -> None:
-    """Raise ``WrongBytes`` unless both are the same."""
+    """Raise ``WrongBytes`` unless both are the same: speed is then of no interest."""
     if found != wanted:
         raise WrongBytes(f"{where}: {str(found)[:80]} instead of {str(wanted)[:80]}")
 
@@ -38,12 +37,12 @@ def digest(path: Path, *spans: tuple[int, int]) -> str:
 
 def nbdinfo(sock: Path) -> list[str]:
     """Return the command that maps an export."""
-    return [process.program("nbdinfo"), "--map", f"nbd+unix:///?socket={sock}"]
+    return [program("nbdinfo"), "--map", f"nbd+unix:///?socket={sock}"]
 
 
 def map_digest(sock: Path) -> tuple[int, str]:
     """Return how many extents nbdinfo finds, and a hash of them."""
-    _, found = process.run(nbdinfo(sock))
+    _, found = timed(nbdinfo(sock))
     # offset, length, flags (hole 1, zero 2), their names
     fields = (line.split(None, 3) for line in found.splitlines())
     return _fold((start, length, int(flags) & 3 != 0) for start, length, flags, _ in fields)
@@ -51,13 +50,11 @@ def map_digest(sock: Path) -> tuple[int, str]:
 
 def answer_digest(port: int, path: str) -> tuple[int, str]:
     """Return the same of what the image server answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", path)
-    answer = connection.getresponse()
+    with Wire(port, 60) as wire:
+        wire.ask("GET", path)
+        answer = wire.answer()
     expect(answer.status, 200, path)
-    body = answer.read()
-    connection.close()
-    found = (match.groups() for match in _EXTENT.finditer(body))
+    found = (match.groups() for match in _EXTENT.finditer(answer.body))
     return _fold((start, length, zero == b"true") for start, length, zero in found)
 
 

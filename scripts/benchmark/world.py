@@ -6,30 +6,32 @@ Servers start at first use, so that a single row starts only its own.
 """
 
 import contextlib
-import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-import process
+from lab.processes import ROOT, LabFailed, answers, children, free_port, process, program
+from lab.servers import Server, nbdkit, qemu_nbd, settings_in
 
-from imageserver.core.slots import Kind
-from imageserver.runtime.slottable import SharedTable
+from benchmark.figures import GIB, KIB, MIB
 from imageserver.settings import Settings
 
-ROOT = Path(__file__).resolve().parents[2]
 _HERE = Path(__file__).resolve().parent
 _TMPFS = "/dev/shm"  # noqa: S108 - made private by mkdtemp
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+#: Settings that the environment does not change.
+_OURS = {"bind", "config_dir", "runtime_dir", "admin_bind", "drain_timeout"}
 #: Sources have this much more than an image: bodies taken at two offsets differ everywhere, so
 #: that an image written over by the one, then by the other, shows every byte that was not.
 SHIFT = 64 * KIB
+#: Who is compared over NBD.
+CONTENDERS = ("ours", "reference", "nbdcopy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +57,34 @@ FULL = Scale(5, GIB, 2.0, 2.0, 256 * GIB, 100 * GIB, 8 << 40)
 QUICK = Scale(2, 16 * MIB, 0.2, 0.5, GIB, 10 * GIB, 64 * GIB)
 
 
-class Server:
-    """A running imageserver and its transfers."""
-
-    def __init__(self, directory: Path, pid: int, port: int) -> None:
-        self._config = directory / "config"
-        self.runtime = directory / "run"
-        self.pid = pid
-        self.port = port
-
-    @property
-    def workers(self) -> list[int]:
-        """Return the workers' pids."""
-        return process.children(self.pid)
+class ImageServer(Server):
+    """The image server, with gunicorn's arguments."""
 
     @property
     def pids(self) -> list[int]:
-        """Return all pids, the master's first."""
-        return [self.pid, *self.workers]
-
-    def is_accepting(self) -> bool:
-        """Tell whether every worker of our class is up: the slot table has a row for each."""
-        table = SharedTable(str(self.runtime), {})
-        rows = [row.expected for row in table.holders(Kind.WORKER)]
-        table.close()
-        return all(rows) and len(rows) == len(self.workers)
+        """All pids, the master's first."""
+        return [self.pid, *self.worker_pids()]
 
     def add_nbd(self, sock: Path) -> str:
         """Make a transfer for an NBD server's default export; return its path."""
-        return self._add(sock.name, {"backend": "nbd", "socket": str(sock)})
+        return self.add(sock.name, backend="nbd", socket=str(sock))
 
     def add_file(self, path: Path) -> str:
         """Make a transfer for a file; return its path."""
-        return self._add(path.name, {"backend": "file", "file": str(path)})
-
-    def _add(self, name: str, fields: dict[str, str]) -> str:
-        (self._config / name).write_text(json.dumps(fields), encoding="utf-8")
-        return f"/images/{name}"
+        return self.add(path.name, backend="file", file=str(path))
 
 
-#: Who is compared over NBD.
-CONTENDERS = ("ours", "reference", "nbdcopy")
+@dataclass(frozen=True)
+class Other:
+    """Another HTTP server."""
+
+    port: int
+    pid: int
+
+    @property
+    def pids(self) -> list[int]:
+        """All pids, the first one's first."""
+        return [self.pid, *children(self.pid)]
 
 
 class World:
@@ -112,7 +101,7 @@ class World:
         needed = 6 * self.scale.image
         if shutil.disk_usage(self.directory).free < needed:
             self._opened.close()
-            raise process.ServerFailed(f"{tmpfs} has no room for {needed // MIB} MiB of images")
+            raise LabFailed(f"{tmpfs} has no room for {needed // MIB} MiB of images")
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -120,14 +109,14 @@ class World:
 
     # Images
 
-    def data(self, name: str, size: int) -> Path:
-        """Return a file of random bytes, made at first use."""
+    def data(self, name: str, size: int = 0) -> Path:
+        """Return a file of random bytes, made at first use; of an image's size if not told."""
         path = self.directory / name
         if not path.exists():
             with path.open("wb") as file:
-                for _ in range(0, size, MIB):
+                for _ in range(0, size or self.scale.image, MIB):
                     file.write(os.urandom(MIB))
-                file.truncate(size)
+                file.truncate(size or self.scale.image)
         return path
 
     def sparse(self, name: str, size: int) -> Path:
@@ -140,7 +129,7 @@ class World:
     @cached_property
     def pki(self) -> Path:
         """Certificates for TLS on localhost."""
-        process.run([str(ROOT / "scripts" / "make-pki"), str(self.directory / "pki")])
+        subprocess.run([ROOT / "scripts" / "make-pki", self.directory / "pki"], check=True)
         return self.directory / "pki"
 
     @cached_property
@@ -153,145 +142,128 @@ class World:
     @cached_property
     def readable(self) -> tuple[Path, dict[str, Path]]:
         """An image with data, and per contender the socket of a read-only qemu-nbd over it."""
-        return self._served("read.raw", "--read-only")
+        image = self.data("read.raw")
+        return image, self._opened.enter_context(self.served(image, CONTENDERS, "--read-only"))
 
     @cached_property
     def writable(self) -> tuple[Path, dict[str, Path]]:
         """An image to write, and per contender the socket of a qemu-nbd over it."""
-        return self._served("write.raw", "--discard=unmap")
-
-    def _served(self, name: str, *options: str) -> tuple[Path, dict[str, Path]]:
-        # To each its own qemu-nbd, as in life: what one client asks for changes how the
-        # process allocates afterwards, and with it the speed of whoever comes next.
-        image = self.data(name, self.scale.image)
-        socks = {
-            who: self._opened.enter_context(self.qemu_nbd(image, *options, who=who))
-            for who in CONTENDERS
-        }
-        return image, socks
+        image = self.data("write.raw")
+        return image, self._opened.enter_context(self.served(image, CONTENDERS, "--discard=unmap"))
 
     @cached_property
     def file(self) -> Path:
         """An image file to write."""
-        return self.data("file.raw", self.scale.image)
+        return self.data("file.raw")
 
     @cached_property
-    def server(self) -> Server:
+    def server(self) -> ImageServer:
         """The image server as it comes, with the settings of the environment."""
         return self._opened.enter_context(self.image_server("server"))
 
     @cached_property
-    def reference(self) -> Server:
+    def reference(self) -> Other:
         """The synchronous reference over the images above."""
-        port = process.free_port()
         paths = [self.file]
         for image, socks in (self.readable, self.writable):
             paths += [image, socks["reference"]]
-        command = [sys.executable, str(_HERE / "reference.py"), str(port), *map(str, paths)]
-        pid = self._start(command, "reference", port)
-        return Server(self.directory / "reference", pid, port)
+        command = [sys.executable, _HERE / "reference.py"]
+        return self._opened.enter_context(_other(lambda port: [*command, port, *paths]))
 
     @cached_property
     def nginx(self) -> int:
         """The port of an nginx over the run's directory."""
-        port = process.free_port()
-        directory = self.directory / "nginx"
-        directory.mkdir()
-        config = directory / "nginx.conf"
-        config.write_text(_NGINX.format(port=port, own=directory, root=self.directory))
-        if os.geteuid() == 0:
-            config.write_text("user root;\n" + config.read_text())
-        command = [process.program("nginx"), "-p", str(directory), "-c", str(config)]
-        self._start([*command, "-e", str(directory / "error.log")], "nginx", port)
-        return port
+        nginx, own = program("nginx"), self.directory / "nginx"
+        own.mkdir()
 
-    @contextlib.contextmanager
-    def haproxy(self, routes: dict[str, str], **hosts: int) -> Iterator[Server]:
-        """Run conf/haproxy.cfg; ``routes``: path to host, ``hosts``: name to port."""
-        port = process.free_port()
-        directory = self.directory / "haproxy"
-        directory.mkdir()
-        table = directory / "haproxy.map"
-        lines = [f"{os.path.basename(path)} {host}\n" for path, host in routes.items()]
-        table.write_text("".join(lines), encoding="utf-8")
-        environ = os.environ | {f"LB_{k.upper()}": f"127.0.0.1:{v}" for k, v in hosts.items()}
-        environ |= {"LB_BIND": f"127.0.0.1:{port}", "LB_ADMIN": str(directory / "admin")}
-        environ |= {"LB_MAP": str(table), "LB_ROUTING": "map"}
-        if os.geteuid():
-            environ["LB_UNPRIVILEGED"] = "1"
-        command = [process.program("haproxy"), "-f", str(ROOT / "conf" / "haproxy.cfg")]
-        log = self.directory / "haproxy.log"
-        started = process.server(command, log, lambda _: process.answers(port), environ)
-        try:
-            with started as pid:
-                yield Server(directory, pid, port)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+        def command(port: int) -> list[object]:
+            text = "user root;\n" if os.geteuid() == 0 else ""
+            text += _NGINX.format(port=port, own=own, root=self.directory)
+            (own / "nginx.conf").write_text(text)
+            return [nginx, "-p", own, "-c", own / "nginx.conf", "-e", own / "error.log"]
 
-    def _start(self, command: list[str], name: str, port: int) -> int:
-        log = self.directory / f"{name}.log"
-        started = process.server(command, log, lambda _: process.answers(port))
-        return self._opened.enter_context(started)
+        return self._opened.enter_context(_other(command)).port
 
     # Servers, for a block
 
     @contextlib.contextmanager
-    def image_server(
-        self, name: str, *arguments: str, settings: dict[str, object] | None = None
-    ) -> Iterator[Server]:
+    def haproxy(self, routes: dict[str, str], **hosts: int) -> Iterator[Other]:
+        """Run conf/haproxy.cfg; ``routes``: path to host, ``hosts``: name to port."""
+        with self._directory("haproxy") as directory:
+            table = directory / "haproxy.map"
+            lines = [f"{os.path.basename(path)} {host}\n" for path, host in routes.items()]
+            table.write_text("".join(lines), encoding="utf-8")
+            environ = {f"LB_{k.upper()}": f"127.0.0.1:{v}" for k, v in hosts.items()}
+            environ |= {"LB_ADMIN": f"{directory}/admin", "LB_MAP": str(table)}
+            environ |= {"LB_ROUTING": "map"} | ({"LB_UNPRIVILEGED": "1"} if os.geteuid() else {})
+
+            def command(port: int) -> list[object]:
+                environ["LB_BIND"] = f"127.0.0.1:{port}"
+                return [program("haproxy"), "-f", ROOT / "conf" / "haproxy.cfg"]
+
+            with _other(command, environ) as proxy:
+                yield proxy
+
+    @contextlib.contextmanager
+    def image_server(self, name: str, *arguments: str, **settings: object) -> Iterator[ImageServer]:
         """Run the image server, with settings and arguments for gunicorn, in its directory."""
+        with self._directory(name) as directory:
+            tried = {k: v for k, v in settings_in(os.environ).items() if k not in _OURS}
+            tried |= {"drain_timeout": 3, "admin_bind": f"unix:{directory}/admin", **settings}
+            tried.setdefault("workers", Settings.from_environ({}).workers)
+            server = ImageServer(directory, **tried)
+            server.command += arguments
+            with server:
+                yield server
+
+    @contextlib.contextmanager
+    def _directory(self, name: str) -> Iterator[Path]:
         directory = self.directory / name
-        (directory / "config").mkdir(mode=0o700, parents=True)
-        port = process.free_port()
-        values: dict[str, object] = {
-            "bind": f"127.0.0.1:{port}",
-            "config_dir": directory / "config",
-            "runtime_dir": directory / "run",
-            "drain_timeout": 3,
-            "admin_bind": f"unix:{directory}/admin",
-            **(settings or {}),
-        }
-        environ = os.environ | {f"IMAGESERVER_{k.upper()}": str(v) for k, v in values.items()}
-        count = Settings.from_environ(environ).workers
-
-        def is_up(pid: int) -> bool:
-            # The master listens before it has workers; only ours have rows in the slot table.
-            server = Server(directory, pid, port)
-            up = process.answers(port) and len(server.workers) == count
-            return up and ("gthread" in arguments or server.is_accepting())
-
-        command = [str(Path(sys.executable).with_name("gunicorn")), *arguments]
-        log = self.directory / f"{name}.log"
+        directory.mkdir()
         try:
-            with process.server(command, log, is_up, environ, ROOT) as pid:
-                yield Server(directory, pid, port)
+            yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
     @contextlib.contextmanager
-    def constant(self, name: str, *arguments: str) -> Iterator[Server]:
-        """Run the constant Falcon responder under the image server's gunicorn."""
-        options = ["--pythonpath", str(_HERE), *arguments, "constant:app"]
-        with self.image_server(name, *options) as server:
-            yield server
+    def served(
+        self, image: Path, names: tuple[str, ...], *options: str
+    ) -> Iterator[dict[str, Path]]:
+        """Serve a raw image to each of these by a qemu-nbd of its own; yield the sockets.
+
+        So it is in life, and what one client asks for changes how the process allocates
+        afterwards, and with it the speed of whoever comes next.
+        """
+        with contextlib.ExitStack() as stack:
+            yield {
+                name: stack.enter_context(
+                    qemu_nbd(
+                        image, *options, sock=image.with_suffix(f".{name}.sock"), is_locking=False
+                    )
+                )
+                for name in names
+            }
 
     @contextlib.contextmanager
-    def qemu_nbd(self, image: Path, *options: str, who: str = "ours") -> Iterator[Path]:
-        """Serve a raw image, unlocked, for several of these take turns; yield the socket."""
-        sock = image.with_suffix(f".{who}.sock")
-        command = [process.program("qemu-nbd"), "--shared=32", "--persistent", "--image-opts"]
-        opened = f"driver=raw,file.driver=file,file.locking=off,file.filename={image}"
-        command += [f"--socket={sock}", *options, opened]
-        with process.server(command, sock.with_suffix(".log"), lambda _: sock.exists()):
-            yield sock
+    def serving(self, image: Path, *options: str) -> Iterator[Path]:
+        """Serve a raw image to the image server only; yield the socket."""
+        with self.served(image, ("ours",), *options) as socks:
+            yield socks["ours"]
 
-    @contextlib.contextmanager
-    def nbdkit(self, name: str, *arguments: str) -> Iterator[Path]:
+    def nbdkit(self, name: str, *arguments: str) -> contextlib.AbstractContextManager[Path]:
         """Serve with an nbdkit plugin; yield the socket."""
-        sock = self.directory / f"{name}.sock"
-        command = [process.program("nbdkit"), "--foreground", f"--unix={sock}", *arguments]
-        with process.server(command, self.directory / f"{name}.log", lambda _: sock.exists()):
-            yield sock
+        return nbdkit(self.directory / f"{name}.sock", *arguments)
+
+
+@contextlib.contextmanager
+def _other(
+    command: Callable[[int], list[object]], environ: dict[str, str] | None = None
+) -> Iterator[Other]:
+    """Run a server at a port that its command is told."""
+    port = free_port()
+    words = [str(word) for word in command(port)]
+    with process(words, lambda: answers(port), os.environ | (environ or {})) as running:
+        yield Other(port, running.pid)
 
 
 _NGINX = """

@@ -5,9 +5,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from document import filled
-from scenes import world
-from terminal import svg
+from capturing.document import filled
+from capturing.scenes import world
+from capturing.terminal import svg
 
 _DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -17,10 +17,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab.processes import free_port, wait_until
+from lab.servers import Server, nbdkit, qemu_img, qemu_io, qemu_nbd
 from rich.text import Text
-from terminal import Program, program
 
-from tests.system.harness import Server, free_port, nbdkit, qemu_img, qemu_io, qemu_nbd, wait_until
+from capturing.terminal import Program, program
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT, _ADMIN_PORT = 54323, 54324
@@ -127,8 +128,8 @@ def world(*, quick: bool) -> Iterator[World]:
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="capture-")))
         admin = free_port()
-        settings = {"admin_bind": f"127.0.0.1:{admin}", "max_writers": 2}
-        server = stack.enter_context(Server(home, **settings))
+        bind = f"127.0.0.1:{admin}"
+        server = stack.enter_context(Server(home, admin_bind=bind, max_writers=2))
         demo = qemu_nbd(_demo(home), "--discard=unmap", "--bitmap=backup0", fmt="qcow2")
         server.add("demo", socket=str(stack.enter_context(demo)), export_bitmap="backup0")
         _large(home / "slow.raw", data)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import CONSOLE_SVG_FORMAT, Console
+from rich.console import CONSOLE_SVG_FORMAT, Console  # type: ignore[attr-defined]
 from rich.text import Text
 
 COLUMNS, ROWS = 96, 24
@@ -74,7 +74,7 @@ class Program:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
         environ = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
-        self._running = subprocess.Popen(  # noqa: S603 - imagectl
+        self._running = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environ, cwd=cwd
         )
         os.close(slave)

@@ -5,7 +5,7 @@
       |                  ^
       +---- transfer files, control socket
       v
-    ledger: was this refusal due?    model (of the soak): were these the bytes?
+    ledger: was this refusal due?    model (lab): were these the bytes?
 
 __main__    arguments, and the verdict (``scripts/load``)
 world       a server, its images, and locust over them
@@ -13,12 +13,11 @@ parameters  what a run is told: which images, what may be written
 run         what its users share
 users       who probes and backs up
 writers     who restores
-control     who comes and goes with transfers
+control     who comes and goes with transfers, and how
 client      one connection; judges every answer, and tells locust
-images      what each image must contain, and what its extents may say
+images      what each image must contain
 ledger      which refusals the limits explain; no I/O
-doors       how a control program makes and ends transfers
-report      the table of a run
+report      the table of a run, and what it must have done
 
 ``scripts/locustfile.py`` puts it together for locust. Everything runs in one process, for the
 ledger must know of every request. gevent patches that process: nothing else imports

@@ -4,38 +4,38 @@
 import argparse
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from loading.expected import missing
-from loading.world import figures, locust, world
+from lab.processes import run
+from lab.remains import remains
 
-_MOST_SECONDS = 7 * 86400  # no limit of anything: longer is a slip of the finger
-_MOST_USERS = 1000  # one process is all users; each has a connection or two
-_LEAST_USERS = 9  # with fewer, locust starts no control program
+from loading.report import missing
+from loading.world import figures, locust, world
 
 
 def main() -> int:
     """Put load on a server, then look at what is left of it."""
     parser = argparse.ArgumentParser("scripts/load", description="Load on a server of its own.")
-    parser.add_argument("seconds", nargs="?", type=_seconds, default=60, help="default 60")
-    parser.add_argument("--users", type=_users, default=20, help="how many (default 20)")
+    # No limit of anything: longer is a slip of the finger.
+    seconds = _whole("seconds", 1, 7 * 86400)
+    # With fewer, locust starts no control program; one process is all users.
+    users = _whole("users", 9, 1000)
+    parser.add_argument("seconds", nargs="?", type=seconds, default=60, help="default 60")
+    parser.add_argument("--users", type=users, default=20, help="how many (default 20)")
     parser.add_argument("--html", type=_report, metavar="FILE", help="keep locust's report here")
-    arguments = parser.parse_args()
-    # SIGTERM unwinds like Ctrl-C, so that servers end and images go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with world(os.environ) as made, tempfile.TemporaryDirectory(prefix="load-") as scratch:
+    told = parser.parse_args()
+    with world() as made, tempfile.TemporaryDirectory(prefix="load-") as name:
+        scratch = Path(name)
         try:
-            status = locust(
-                made.parameters, arguments.seconds, arguments.users, Path(scratch), arguments.html
-            )
+            status = locust(made.parameters, told.seconds, told.users, scratch, told.html)
         except subprocess.TimeoutExpired:
             status = 1
             sys.stdout.write("locust did not end\n")
-        found = made.remains() + missing(figures(Path(scratch)))
+        found = remains(made.server) + made.strays() + missing(figures(scratch))
     if found:
         sys.stdout.write("\nafterwards:\n" + "\n".join(found) + "\n")
     failed = status != 0 or bool(found)
@@ -43,19 +43,14 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _seconds(text: str) -> int:
-    return _whole(text, 1, _MOST_SECONDS, "seconds")
+def _whole(what: str, least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            message = f"{text!r} is not a number of {what} from {least} to {most}"
+            raise argparse.ArgumentTypeError(message)
+        return int(text)
 
-
-def _users(text: str) -> int:
-    return _whole(text, _LEAST_USERS, _MOST_USERS, "users")
-
-
-def _whole(text: str, least: int, most: int, what: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-        message = f"{text!r} is not a number of {what} from {least} to {most}"
-        raise argparse.ArgumentTypeError(message)
-    return int(text)
+    return parse
 
 
 def _report(text: str) -> Path:
@@ -67,8 +62,4 @@ def _report(text: str) -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        exit_status = main()
-    except KeyboardInterrupt:
-        exit_status = 130
-    sys.exit(exit_status)
+    run(main, "scripts/load")

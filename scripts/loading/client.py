@@ -10,16 +10,18 @@ limits explain stands in a line of its own, so that it does not make the others 
 that they do not explain is a failure of the line it would have been in.
 """
 
-import http.client
+import contextlib
 import json
 import ssl
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from soaking.model import WrongBytes
+from lab.model import WrongBytes
+from lab.wire import Answer as WireAnswer
+from lab.wire import Cut, Hanging, Wire
 
 from loading.ledger import Entry, Kind, Ledger, Outcome, Verdict
 from loading.ledger import Image as Lockable
@@ -27,13 +29,13 @@ from loading.ledger import Image as Lockable
 #: Longer than any of the server's own bounds: what takes longer hangs.
 _PATIENCE_SECONDS = 90.0
 REFUSED = ": refused"
+_NOT_FOUND, _UNAVAILABLE = 404, 503
 #: Refusals that limits may explain, by status and message (docs/api.md, "Errors").
 _REFUSALS = {
     (409, "image busy"): Outcome.NO_LOCK,
     (503, "too many parallel reads"): Outcome.NO_SLOT,
     (503, "too many parallel writes"): Outcome.NO_SLOT,
 }
-_MAY_REFUSE = frozenset(status for status, _ in _REFUSALS)
 
 
 class Unexpected(Exception):
@@ -52,16 +54,13 @@ class Call:
     """What it takes of the server; None: nothing, so it is never refused."""
     image: Lockable | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes | None = None
+    body: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(WireAnswer):
     """An answer that has come whole."""
 
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
     refused: bool = False
 
     @property
@@ -108,22 +107,37 @@ class Referee:
             self.fire(**fields)
 
 
+def told(user: str, name: str, began: float, moved: int, problem: Exception | None) -> Any:  # noqa: ANN401
+    """Return what locust's request event is told."""
+    return {
+        "request_type": user,
+        "name": name,
+        "response_time": (time.perf_counter() - began) * 1000,
+        "response_length": moved,
+        "exception": problem,
+    }
+
+
 class Client:
     """A connection to the server, kept as long as the server keeps it."""
 
     def __init__(self, host: str, user: str, referee: Referee) -> None:
         """``user``: whose requests these are, in the statistics."""
         parts = urlsplit(host)
-        secure = parts.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        more: dict[str, Any] = {"context": ssl.create_default_context()} if secure else {}
-        self._connection = kind(parts.hostname or "", parts.port, timeout=_PATIENCE_SECONDS, **more)
+        context = ssl.create_default_context() if parts.scheme == "https" else None
+        name, port = parts.hostname or "", parts.port or (443 if context else 80)
+        self._connect: Callable[[], Wire] = lambda: Wire(
+            port, _PATIENCE_SECONDS, context, host=name
+        )
+        self._wire: Wire | None = None
         self._user = user
         self._referee = referee
 
     def close(self) -> None:
         """Close the connection."""
-        self._connection.close()
+        if self._wire:
+            self._wire.__exit__()
+        self._wire = None
 
     def ask(
         self,
@@ -140,24 +154,33 @@ class Client:
             entry = self._referee.ledger.begin(call.kind, call.image, time.monotonic())
         began = time.perf_counter()
         try:
-            answer = self._exchange(call, on_head)
-        except (OSError, http.client.HTTPException) as exc:
-            self.close()
-            self._end(entry, Outcome.LOST)
-            self._tell(call, began, 0, Unexpected(f"{type(exc).__name__}: {exc}"))
+            with self._lost(entry):
+                answer = self._exchange(call, on_head)
+        except (Cut, Hanging) as exc:
+            self._referee.fire(**told(self._user, call.name, began, 0, exc))
             return None
-        except BaseException:  # the user is being ended
+        return self._judge(call, entry, began, answer, check)
+
+    @contextlib.contextmanager
+    def _lost(self, entry: Entry | None) -> Iterator[None]:
+        """Note that the connection is lost, or that the user is being ended."""
+        try:
+            yield
+        except BaseException:
             self.close()
             self._end(entry, Outcome.LOST)
             raise
-        return self._judge(call, entry, began, answer, check)
 
     def _exchange(self, call: Call, on_head: Callable[[], None]) -> Answer:
+        self._wire = wire = self._wire or self._connect()
         headers = {"User-Agent": "imageserver-load", **call.headers}
-        self._connection.request(call.method, call.path, call.body, headers)
-        response = self._connection.getresponse()
+        wire.ask(call.method, call.path, headers, call.body)
+        head = wire.head()
         on_head()
-        return Answer(response.status, response.headers, response.read())
+        answer = Answer(head.status, head.fields, wire.body(head, call.method))
+        if answer.fields.get("connection") == "close":
+            self.close()
+        return answer
 
     def _judge(
         self,
@@ -167,56 +190,40 @@ class Client:
         answer: Answer,
         check: Callable[[Answer], None],
     ) -> Answer | None:
-        moved = len(answer.body) + len(call.body or b"")
-        outcome, problem = Outcome.DONE, None
+        moved = len(answer.body) + len(call.body)
+        outcome = Outcome.DONE
+        problem: Exception | None = None
         try:
             outcome = _outcome(call, answer)
-            problem = _problem(call, answer)
-            if problem is None:
+            if answer.status not in call.good:
+                problem = Unexpected(f"{answer.status} {answer.error}")
+            else:
                 check(answer)
         except (WrongBytes, Unexpected) as exc:
             problem = exc
         if entry and outcome in _REFUSALS.values():
             # Of what it has sent nothing was taken: only the answer has moved.
             problem = Unexpected(f"{problem}: no limit explains it")
-            fields = self._fields(call, began, len(answer.body), problem)
+            fields = told(self._user, call.name, began, len(answer.body), problem)
             self._referee.end(entry, outcome, fields)
-            return Answer(answer.status, answer.headers, answer.body, refused=True)
+            return replace(answer, refused=True)
         self._end(entry, outcome)
-        self._tell(call, began, moved, problem)
+        self._referee.fire(**told(self._user, call.name, began, moved, problem))
         return None if problem else answer
 
     def _end(self, entry: Entry | None, outcome: Outcome) -> None:
         if entry:
             self._referee.end(entry, outcome)
 
-    def _tell(self, call: Call, began: float, moved: int, problem: Exception | None) -> None:
-        self._referee.fire(**self._fields(call, began, moved, problem))
-
-    def _fields(
-        self, call: Call, began: float, moved: int, problem: Exception | None
-    ) -> dict[str, Any]:
-        return {
-            "request_type": self._user,
-            "name": call.name,
-            "response_time": (time.perf_counter() - began) * 1000,
-            "response_length": moved,
-            "exception": problem,
-        }
-
-
-def _problem(call: Call, answer: Answer) -> Exception | None:
-    good = answer.status in call.good
-    return None if good else Unexpected(f"{answer.status} {answer.error}")
-
 
 def _outcome(call: Call, answer: Answer) -> Outcome:
     """Return what an answer says about lock and slot."""
-    if answer.status == 404:  # noqa: PLR2004
+    if answer.status == _NOT_FOUND:
         return Outcome.NOTHING
-    if answer.status not in _MAY_REFUSE or answer.headers["Retry-After"] is None:
+    statuses = {status for status, _ in _REFUSALS}
+    if answer.status not in statuses or "retry-after" not in answer.fields:
         return Outcome.DONE
     expected = "reads" if call.kind is Kind.READ else "writes"
-    if answer.status == 503 and answer.error != f"too many parallel {expected}":  # noqa: PLR2004
+    if answer.status == _UNAVAILABLE and answer.error != f"too many parallel {expected}":
         return Outcome.DONE
     return _REFUSALS.get((answer.status, answer.error), Outcome.DONE)

@@ -10,8 +10,8 @@ from gevent.event import Event
 from locust import between, task
 
 from loading.client import Answer, Call, Unexpected
-from loading.doors import Door, DoorFailed
 from loading.images import Image
+from loading.registrars import NotRegistered, Registrar
 from loading.users import LoadUser
 
 
@@ -24,72 +24,65 @@ class ControlProgram(LoadUser):
     @task(2)
     def come_and_go(self) -> None:
         """Make a transfer, use it, end it."""
-        door = self.choose.choice(self.plan.doors)
-        transfer_id = str(uuid.uuid4())
-        self._is_gone(transfer_id)
-        with self._transfer(door, transfer_id) as image:
-            self._probe(transfer_id, "OPTIONS new")
-            self.read(self.client, "GET new", image, self.span_in(image), f"/images/{transfer_id}")
+        registrar, name = self._begin()
+        self._is_gone(name)
+        with self._transfer(registrar, name) as image:
+            self.client.ask(Call("OPTIONS new", "OPTIONS", f"/images/{name}"))
+            self.read("GET new", image, self.span_in(image), f"/images/{name}")
             if image.is_nbd:
-                self.survey("GET extents new", image, path=f"/images/{transfer_id}")
-        self._is_gone(transfer_id)
+                self.survey("GET extents new", image, path=f"/images/{name}")
+        self._is_gone(name)
 
     @task
     def change_its_mind(self) -> None:
         """Let a transfer name another image."""
-        door = self.choose.choice(self.plan.doors)
-        transfer_id = str(uuid.uuid4())
-        with self._transfer(door, transfer_id):
-            self._probe(transfer_id, "OPTIONS new")
-            image = self._make(door, transfer_id)
-            path = f"/images/{transfer_id}"
-            self.read(self.client, "GET changed", image, self.span_in(image), path)
-        self._is_gone(transfer_id)
+        registrar, name = self._begin()
+        with self._transfer(registrar, name):
+            self.client.ask(Call("OPTIONS new", "OPTIONS", f"/images/{name}"))
+            image = self._make(registrar, name)
+            self.read("GET changed", image, self.span_in(image), f"/images/{name}")
+        self._is_gone(name)
 
     @task
     def end_in_flight(self) -> None:
         """End a transfer whose image is being read: that read is finished, no other begins."""
-        door = self.choose.choice(self.plan.doors)
-        transfer_id = str(uuid.uuid4())
+        registrar, name = self._begin()
         has_begun = Event()
-        with contextlib.closing(self.new_client()) as other:
-            with self._transfer(door, transfer_id) as image:
-                reader = gevent.spawn(
-                    self.read,
-                    other,
-                    "GET while ended",
-                    image,
-                    (0, image.size),
-                    f"/images/{transfer_id}",
-                    has_begun.set,
-                )
-                reader.link(lambda _: has_begun.set())
-                has_begun.wait()
-            self._is_gone(transfer_id)
-            reader.get()
+
+        def read(image: Image) -> None:
+            with contextlib.closing(self.new_client()) as other:
+                span, path = (0, image.size), f"/images/{name}"
+                self.read("GET while ended", image, span, path, other, has_begun.set)
+
+        with self._transfer(registrar, name) as image:
+            reader = gevent.spawn(read, image)
+            reader.link(lambda _: has_begun.set())
+            has_begun.wait()
+        self._is_gone(name)
+        reader.get()
+
+    def _begin(self) -> tuple[Registrar, str]:
+        return self.choose.choice(self.plan.registrars), str(uuid.uuid4())
 
     @contextlib.contextmanager
-    def _transfer(self, door: Door, transfer_id: str) -> Iterator[Image]:
-        image = self._make(door, transfer_id)
+    def _transfer(self, registrar: Registrar, name: str) -> Iterator[Image]:
+        image = self._make(registrar, name)
         try:
             yield image
         finally:
-            with self.plan.measured(self.kind, f"end {door.name}", DoorFailed, OSError):
-                door.end(transfer_id)
+            with self.plan.measured(self.kind, f"end {registrar.name}", NotRegistered, OSError):
+                registrar.end(name)
 
-    def _make(self, door: Door, transfer_id: str) -> Image:
+    def _make(self, registrar: Registrar, name: str) -> Image:
         image, fields = self.choose.choice(self.plan.sources)
-        with self.plan.measured(self.kind, f"make {door.name}", DoorFailed, OSError):
-            door.make(transfer_id, fields)
+        with self.plan.measured(self.kind, f"make {registrar.name}", NotRegistered, OSError):
+            registrar.make(name, fields)
         return image
 
-    def _probe(self, transfer_id: str, name: str) -> None:
-        self.client.ask(Call(name, "OPTIONS", f"/images/{transfer_id}"))
-
-    def _is_gone(self, transfer_id: str) -> None:
-        path = f"/images/{transfer_id}"
+    def _is_gone(self, name: str) -> None:
         for method in ("OPTIONS", "GET"):
-            self.client.ask(Call(f"{method} unknown", method, path, good=(404,)), _check_unknown)
+            call = Call(f"{method} unknown", method, f"/images/{name}", good=(404,))
+            self.client.ask(call, _check_unknown)
 
 
 def _check_unknown(answer: Answer) -> None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of a run: what each must contain, and what its extents may say. No HTTP here.
+"""Images of a run: what each must contain. No HTTP here.
 
 What an image contains is known from a file, or because a restore writer has written all of it:
-then a ``Model`` of the soak follows it. What is not known is only checked for its length.
+then a ``Model`` follows it. What is not known is only checked for its length.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-from soaking.model import Model, Read, WrongBytes
+from lab.model import Model, Read, WrongBytes
 
 from loading.ledger import Image as Lockable
 
@@ -46,14 +46,9 @@ class Image:
         """Its path on the server."""
         return f"/images/{self.id}"
 
-    def begin_read(self, start: int, stop: int) -> Read | None:
-        """Note a read before its request is sent; None where that makes no difference."""
-        return self.model.begin_read(start, stop) if self.model else None
-
-    def end_read(self, read: Read | None) -> None:
-        """Forget a read."""
-        if self.model and read:
-            self.model.end_read(read)
+    def reading(self, start: int, stop: int) -> AbstractContextManager[Read | None]:
+        """Note a read for the block; None where that makes no difference."""
+        return self.model.reading(start, stop) if self.model else nullcontext()
 
     def check(self, read: Read | None, start: int, stop: int, data: bytes) -> None:
         """Check what a read of [start, stop) has brought.
@@ -95,34 +90,6 @@ def _difference(content: bytes, data: bytes, start: int) -> int:
     """Return where the first wrong byte is."""
     pairs = enumerate(zip(content[start:], data, strict=False))
     return start + next((at for at, (due, seen) in pairs if due != seen), len(data))
-
-
-def check_extents(
-    extents: list[dict[str, Any]], image: Image, read: Read | None, *, dirty: bool
-) -> None:
-    """Check a list of extents: its form, and that what it lets a backup skip may be skipped.
-
-    Raises:
-        WrongBytes: it has gaps, overlaps or neighbours that agree, ends too early or too late,
-            calls zero what is not, or clean what has changed.
-    """
-    fields = {"start", "length", "zero"} | ({"dirty"} if dirty else set())
-    at = 0
-    for extent in extents:
-        if set(extent) != fields or extent["start"] != at or extent["length"] <= 0:
-            raise WrongBytes(f"extents: {extent} at {at}")
-        at += extent["length"]
-    if at != image.size:
-        raise WrongBytes(f"extents end at {at} instead of {image.size}")
-    for left, right in pairwise(extents):
-        if all(left[flag] == right[flag] for flag in fields - {"start", "length"}):
-            raise WrongBytes(f"extents: neighbours agree at {right['start']}")
-    for extent in extents:
-        start, stop = extent["start"], extent["start"] + extent["length"]
-        if extent["zero"]:
-            image.check_zero(read, start, stop)
-        if not extent.get("dirty", True):
-            image.check_clean(start, stop)
 
 
 def needed(extents: list[dict[str, Any]]) -> list[tuple[int, int]]:

@@ -5,9 +5,10 @@ Without ``--read`` and ``--write`` there are only probes of the server itself. N
 and no transfer made, unless asked for.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,38 +32,22 @@ class Parameters:
     """Others use the server, too: their requests may explain any refusal."""
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """Declare the options. Locust adds ``env_var`` to what argparse knows."""
+_OPTIONS = {
+    "read": "images to read, blanks between: ID, ID=FILE to compare, ID=FILE=BASE for dirty, too",
+    "write": "images to OVERWRITE, by id, blanks between; nobody else may write to them",
+    "config-dir": ("make and delete transfer files here, copies of those of --read, read-only"),
+    "control-socket": "register and unregister the same here (with --config-dir)",
+    "others": "the server has other clients: take every 409 and 503 as explained",
+}
+
+
+def add_options(parser: Any) -> None:  # noqa: ANN401 - locust's, which knows env_var
+    """Declare the options."""
     group = parser.add_argument_group("Image server")
-    for option, variable, text in (
-        (
-            "--read",
-            "LOAD_READ",
-            "images to read, blanks between: ID, ID=FILE to compare, ID=FILE=BASE for dirty, too",
-        ),
-        (
-            "--write",
-            "LOAD_WRITE",
-            "images to OVERWRITE, by id, blanks between; nobody else may write to them",
-        ),
-        (
-            "--config-dir",
-            "LOAD_CONFIG_DIR",
-            "make and delete transfer files here, copies of those of --read, read-only",
-        ),
-        (
-            "--control-socket",
-            "LOAD_CONTROL_SOCKET",
-            "register and unregister the same here (with --config-dir)",
-        ),
-    ):
-        group.add_argument(option, env_var=variable, default="", help=text)  # type: ignore[call-arg]
-    group.add_argument(
-        "--others",
-        env_var="LOAD_OTHERS",  # type: ignore[call-arg]
-        action="store_true",
-        help="the server has other clients: take every 409 and 503 as explained",
-    )
+    for name, text in _OPTIONS.items():
+        variable = f"LOAD_{name.replace('-', '_').upper()}"
+        kind = {"action": "store_true"} if name == "others" else {"default": ""}
+        group.add_argument(f"--{name}", env_var=variable, help=text, **kind)
 
 
 def parse(options: Namespace) -> Parameters:

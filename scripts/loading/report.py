@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of a run: locust's statistics, by user and request, as text."""
+"""The table of a run: locust's statistics, by user and request; and what it must have done."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +10,16 @@ from loading.client import REFUSED
 _MIB = 1 << 20
 #: Requests of a kind that must have been done for a run to have shown anything of that kind.
 LEAST_DONE = 3
+#: What ``scripts/load`` must have made, by user: its server has images of every kind.
+REQUESTS: dict[str, tuple[str, ...]] = {
+    "backup": ("GET", "GET extents dirty", "GET extents zero", "GET range"),
+    "control": (
+        *("GET changed", "GET extents new", "GET new", "GET unknown", "GET while ended"),
+        *("OPTIONS new", "OPTIONS unknown", "end file", "end socket", "make file", "make socket"),
+    ),
+    "probe": ("HEAD", "OPTIONS", "OPTIONS /images/*"),
+    "restore": ("GET back", "PATCH range", "PATCH zero", "POST flush", "PUT"),
+}
 _HEAD = ("user", "request", "done", "refused", "failed", "median", "p95", "p99 ms", "MiB/s")
 
 
@@ -22,7 +32,7 @@ class Row:
     done: int
     refused: int
     failed: int
-    milliseconds: tuple[float, float, float]
+    milliseconds: tuple[float, ...]
     rate: float
     """MiB/s moved, in either direction."""
 
@@ -100,3 +110,13 @@ def too_few(done: Mapping[str, int]) -> list[str]:
         for name, count in sorted(done.items())
         if count < LEAST_DONE
     ]
+
+
+def missing(figures: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the requests made too rarely, by locust's ``--json-file``: they were not tested."""
+    done = {f"{user}: {name}": 0 for user, names in REQUESTS.items() for name in names}
+    for entry in figures:
+        key = f"{entry['method']}: {entry['name']}"
+        if key in done:
+            done[key] = entry["num_requests"] - entry["num_failures"]
+    return too_few(done)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from loading.client import Answer, Call, Client, Referee
-from loading.doors import ControlSocket, Door, Files
+from loading.client import Answer, Call, Client, Referee, told
 from loading.images import WINDOW, Image
 from loading.ledger import Image as Lockable
 from loading.ledger import Ledger, Limits
 from loading.parameters import Parameters, Readable
+from loading.registrars import ControlSocket, Files, Registrar
 
 
 class NotReady(Exception):
@@ -42,16 +42,16 @@ class Run:
         self.images = self.readable + self.writable
         self.unclaimed = list(self.writable)
         self.unready = list(self.writable)
-        self.doors: list[Door] = []
+        self.registrars: list[Registrar] = []
         self.sources: list[tuple[Image, dict[str, Any]]] = []
         if parameters.config_dir:
-            self.doors.append(Files(parameters.config_dir))
+            self.registrars.append(Files(parameters.config_dir))
             for image in self.readable:
                 with contextlib.suppress(FileNotFoundError):
                     text = (parameters.config_dir / image.id).read_text(encoding="utf-8")
                     self.sources.append((image, json.loads(text) | {"read_only": True}))
         if parameters.control_socket:
-            self.doors.append(ControlSocket(parameters.control_socket))
+            self.registrars.append(ControlSocket(parameters.control_socket))
 
     @contextlib.contextmanager
     def measured(self, kind: str, name: str, *failures: type[Exception]) -> Iterator[None]:
@@ -62,13 +62,7 @@ class Run:
             yield
         except failures as exc:
             problem = exc
-        self.referee.fire(
-            request_type=kind,
-            name=name,
-            response_time=(time.perf_counter() - began) * 1000,
-            response_length=0,
-            exception=problem,
-        )
+        self.referee.fire(**told(kind, name, began, 0, problem))
 
     def _note(self, *, exception: Exception | None, **_fields: object) -> None:
         if exception:
@@ -107,5 +101,5 @@ class Run:
     def _look(self, client: Client, transfer_id: str) -> Image:
         path = f"/images/{transfer_id}"
         is_nbd = "extents" in self._ask(client, "OPTIONS", path).json["features"]
-        size = int(self._ask(client, "HEAD", path).headers["Content-Length"])
+        size = int(self._ask(client, "HEAD", path).fields["content-length"])
         return Image(transfer_id, Lockable(transfer_id, is_nbd), size, is_whole=True)

@@ -5,12 +5,12 @@ import random
 from functools import partial
 from typing import Any, ClassVar
 
+from lab.model import WrongBytes, check_extents
 from locust import User, between, task
 from locust.exception import StopUser
-from soaking.model import WrongBytes
 
 from loading.client import Answer, Call, Client, Unexpected
-from loading.images import Image, check_extents, needed, pieces
+from loading.images import Image, needed, pieces
 from loading.ledger import Kind
 from loading.run import Run
 
@@ -39,7 +39,7 @@ class LoadUser(User):
             raise StopUser
         self.plan = self.run_of
         self.client = self.new_client()
-        self.choose = random.Random()  # noqa: S311 - which range, which image
+        self.choose = random.Random()
         self.plan.present.add(self.kind)
 
     def on_stop(self) -> None:
@@ -49,59 +49,44 @@ class LoadUser(User):
 
     def read(  # noqa: PLR0913, PLR0917 - what, where, and how far it has come
         self,
-        client: Client,
         name: str,
         image: Image,
         span: tuple[int, int],
         path: str = "",
+        client: Client | None = None,
         on_head: Any = lambda: None,  # noqa: ANN401 - a callback
     ) -> Answer | None:
         """Read [start, stop) of an image, by another id if ``path`` says so, and check it."""
         start, stop = span
         part = start > 0 or stop < image.size or not image.is_whole
-        call = Call(
-            name,
-            "GET",
-            path or image.path,
-            good=(206,) if part else (200,),
-            kind=Kind.READ,
-            image=image.lockable,
-            headers={"Range": f"bytes={start}-{stop - 1}"} if part else {},
-        )
-        read = image.begin_read(start, stop)
-        try:
-            return client.ask(
-                call, lambda answer: image.check(read, start, stop, answer.body), on_head
-            )
-        finally:
-            image.end_read(read)
+        fields = {"Range": f"bytes={start}-{stop - 1}"} if part else {}
+        good = (206,) if part else (200,)
+        path = path or image.path
+        call = Call(name, "GET", path, good, Kind.READ, image.lockable, fields)
+        with image.reading(start, stop) as read:
+
+            def check(answer: Answer) -> None:
+                image.check(read, start, stop, answer.body)
+
+            return (client or self.client).ask(call, check, on_head)
 
     def survey(
         self, name: str, image: Image, *, dirty: bool = False, path: str = ""
     ) -> list[dict[str, Any]]:
         """Ask for an image's extents, and check them; none where it was refused or failed."""
-        query = f"?context={'dirty' if dirty else 'zero'}"
+        path = f"{path or image.path}/extents?context={'dirty' if dirty else 'zero'}"
         if not image.is_whole:
-            query += f"&start=0&length={image.size}"
-        read = image.begin_read(0, image.size)
+            path += f"&start=0&length={image.size}"
+        call = Call(name, "GET", path, kind=Kind.EXTENTS, image=image.lockable)
+        with image.reading(0, image.size) as read:
 
-        def check(answer: Answer) -> None:
-            if answer.body not in image.surveyed:
-                check_extents(answer.json, image, read, dirty=dirty)
-                if image.model is None:
-                    image.surveyed.add(answer.body)
+            def check(answer: Answer) -> None:
+                if answer.body not in image.surveyed:
+                    check_extents(answer.json, image, read, dirty=dirty)
+                    if image.model is None:
+                        image.surveyed.add(answer.body)
 
-        call = Call(
-            name,
-            "GET",
-            f"{path or image.path}/extents{query}",
-            kind=Kind.EXTENTS,
-            image=image.lockable,
-        )
-        try:
             answer = self.client.ask(call, check)
-        finally:
-            image.end_read(read)
         found: list[dict[str, Any]] = answer.json if answer and not answer.refused else []
         return found
 
@@ -146,7 +131,7 @@ class LoadBalancer(LoadUser):
             raise Unexpected(f"what {image.lockable.name} can do has changed: {answer.body!r}")
 
     def _check_size(self, image: Image, answer: Answer) -> None:
-        size = int(answer.headers["Content-Length"])
+        size = int(answer.fields["content-length"])
         if size < image.size or (size > image.size and image.is_whole):
             raise WrongBytes(f"Content-Length is {size}, the image has {image.size}")
 
@@ -171,7 +156,7 @@ class BackupReader(LoadUser):
     def whole(self) -> None:
         """Read an image in one go."""
         if image := self._choose_image(self.plan.images):
-            self.read(self.client, "GET", image, (0, image.size))
+            self.read("GET", image, (0, image.size))
 
     def _walk(self, *, dirty: bool) -> None:
         image = self._choose_image(self.plan.images)
@@ -185,7 +170,7 @@ class BackupReader(LoadUser):
         todo = pieces(ranges, PIECE)
         first = self.choose.randrange(max(1, len(todo) - _PIECES_OF_A_BACKUP))
         for span in todo[first : first + _PIECES_OF_A_BACKUP]:
-            answer = self.read(self.client, "GET range", image, span)
+            answer = self.read("GET range", image, span)
             if answer is None or answer.refused:
                 return
 

@@ -11,19 +11,17 @@ import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soaking.remains import held, signs_of_bugs
-from soaking.wire import pattern
-
-from tests.system.harness import ROOT, Server, qemu_img, qemu_io, qemu_nbd
+from lab.model import pattern
+from lab.processes import ROOT
+from lab.servers import Server, qemu_img, qemu_io, qemu_nbd, settings_in
 
 LOCUSTFILE = ROOT / "scripts" / "locustfile.py"
 _MIB = 1 << 20
@@ -33,7 +31,6 @@ _DATA = ((0, 4 * _MIB), (6 * _MIB, 65536), (16 * _MIB, 5 * _MIB))
 _CHANGES = ((1 * _MIB, 3 * 65536), (10 * _MIB, 2 * _MIB), (20 * _MIB, 4096))
 _FILE_SIZE = 8 * _MIB
 _WRITTEN_SIZE = 8 * _MIB
-_PREFIX = "IMAGESERVER_"
 #: Beyond the run itself: to start, and to let every user finish.
 _PATIENCE_SECONDS = 150.0
 _FIGURES = "figures"  # locust adds .json
@@ -59,30 +56,23 @@ class World:
             f"--control-socket={self.control_socket}",
         ]
 
-    def remains(self) -> list[str]:
-        """Return what must not be there when all clients have gone."""
-        if self.server.is_dead():
-            return [f"the server died:\n{self.server.log[-2000:]}"]
-        left = sorted(path.name for path in self.server.config.iterdir())
+    def strays(self) -> list[str]:
+        """Return what must not be left in the config directory."""
         known = {word.partition("=")[0] for word in self.read} | set(self.write)
-        strays = [f"transfer file left: {name}" for name in left if name not in known]
-        return held(self.server) + signs_of_bugs(self.server.log) + strays
+        left = sorted(path.name for path in self.server.config.iterdir())
+        return [f"transfer file left: {name}" for name in left if name not in known]
 
 
 @contextlib.contextmanager
-def world(environ: Mapping[str, str]) -> Iterator[World]:
-    """Start everything; ``IMAGESERVER_*`` of ``environ`` go to the server."""
+def world() -> Iterator[World]:
+    """Start everything; ``IMAGESERVER_*`` of our environment go to the server."""
     with contextlib.ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="load-")))
         settings: dict[str, object] = {"max_readers": 4, "control_socket": home / "control"}
-        settings |= {
-            name.removeprefix(_PREFIX).lower(): value
-            for name, value in environ.items()
-            if name.startswith(_PREFIX)
-        }
+        settings |= settings_in(os.environ)
         server = stack.enter_context(Server(home, **settings))
         made = World(server, Path(str(settings["control_socket"])))
-        source = random.Random(6)  # noqa: S311 - contents
+        source = random.Random(6)
         for name in ("disk0", "disk1"):
             _tracked(stack, made, home / name, source)
         _file(made, home / "file", pattern(source, _FILE_SIZE))
@@ -143,15 +133,15 @@ def locust(
     command += ["--loglevel=WARNING", f"--json-file={directory / _FIGURES}", "--only-summary"]
     command += [f"--html={html.resolve()}"] if html else []
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("LOCUST_", "LOAD_"))}
-    running = subprocess.Popen(  # noqa: S603 - ourselves
-        [*command, *parameters], stdin=subprocess.DEVNULL, env=environ, cwd=directory
+    done = subprocess.run(
+        [*command, *parameters],
+        stdin=subprocess.DEVNULL,
+        env=environ,
+        cwd=directory,
+        check=False,
+        timeout=seconds + _PATIENCE_SECONDS,
     )
-    try:
-        return running.wait(seconds + _PATIENCE_SECONDS)
-    finally:
-        if running.poll() is None:
-            running.send_signal(signal.SIGKILL)
-            running.wait()
+    return done.returncode
 
 
 def figures(directory: Path) -> list[dict[str, Any]]:

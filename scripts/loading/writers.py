@@ -2,10 +2,9 @@
 """Who restores images. Each image has one such user, so that its model stays a line."""
 
 import gevent
+from lab.model import Model, pattern
 from locust import task
 from locust.exception import StopUser
-from soaking.model import Model
-from soaking.wire import pattern
 
 from loading.client import Answer, Call
 from loading.images import pieces
@@ -98,7 +97,7 @@ class RestoreWriter(LoadUser):
 
     def _read_back(self, span: tuple[int, int]) -> None:
         for _ in range(100):
-            answer = self.read(self.client, "GET back", self.image, span)
+            answer = self.read("GET back", self.image, span)
             if answer is None or not answer.refused:
                 return
             gevent.sleep(self.choose.uniform(*_PAUSE_SECONDS))

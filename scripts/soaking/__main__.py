@@ -5,9 +5,9 @@ import argparse
 import secrets
 import sys
 
-import reloading
-from chaos import Trace
-from storm import Storm
+from soaking import reloading
+from soaking.chaos import Trace
+from soaking.storm import Storm
 
 
 def main() -> int:

@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from model import Model
-
-from tests.system.harness import program, qemu_img, wait_until
+from lab.model import Model
+from lab.processes import wait_until
+from lab.servers import QemuNbd, qemu_img
 
 SIZE = 8 << 20
 _PROXY = Path(__file__).with_name("proxy.py")
@@ -21,6 +21,7 @@ class Image:
     """An image, its model, and what makes it a transfer."""
 
     is_nbd = False
+    fmt = "raw"
 
     def __init__(self, name: str, directory: Path) -> None:
         self.name = name
@@ -47,10 +48,9 @@ class NbdImage(Image):
     def __init__(self, name: str, directory: Path, *, fmt: str) -> None:
         super().__init__(name, directory)
         self.fmt = fmt
-        self.socket = directory / f"{name}.nbd"
         self.front = directory / f"{name}.sock"
         self.lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.server = QemuNbd(self.path, fmt=fmt, sock=directory / f"{name}.nbd")
 
     def transfer(self) -> dict[str, str]:
         """Return the fields of its transfer file: clients go through the proxy."""
@@ -60,26 +60,13 @@ class NbdImage(Image):
         """Make the image where there is none, and serve it."""
         if not self.path.exists():
             qemu_img("create", "-q", "-f", self.fmt, self.path, SIZE)
-        self.socket.unlink(missing_ok=True)
-        command = [program("qemu-nbd"), "--shared=64", "--persistent", f"--format={self.fmt}"]
-        command += [f"--socket={self.socket}", str(self.path)]
-        self._process = subprocess.Popen(  # noqa: S603 - our own words
-            command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        wait_until(self.socket.exists)
-
-    def signal(self, number: int) -> None:
-        """Send a signal to the NBD server."""
-        assert self._process is not None  # noqa: S101
-        self._process.send_signal(number)
+        self.server.start()
 
     def stop(self) -> None:
         """End the NBD server: at once where the format bears it."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.send_signal(signal.SIGKILL if self.fmt == "raw" else signal.SIGTERM)
-            self._process.wait(30)
-            self._process = None
+        if self.fmt == "raw":
+            self.server.kill()
+        self.server.stop()
 
 
 class Proxy:
@@ -87,10 +74,8 @@ class Proxy:
 
     def __init__(self, images: list[NbdImage], readers: int, writers: int) -> None:
         command = [sys.executable, str(_PROXY), f"--readers={readers}", f"--writers={writers}"]
-        command += [f"{image.front}={image.socket}" for image in images]
-        self._process = subprocess.Popen(  # noqa: S603 - our own words
-            command, stdout=subprocess.PIPE, text=True
-        )
+        command += [f"{image.front}={image.server.socket}" for image in images]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         wait_until(lambda: all(image.front.exists() for image in images))
 
     def report(self) -> dict[str, Any]:

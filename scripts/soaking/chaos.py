@@ -15,17 +15,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
-from backends import NbdImage
+from lab.servers import Server, holding, slots
 
-from imageserver.core.slots import Kind
-from imageserver.runtime.slottable import SharedTable, owner_of
-from tests.system.harness import Server
+from imageserver.runtime.processes import owner_of
+from soaking.backends import NbdImage
 
 #: How far the effect of an event and its time stamp may be apart, in seconds.
 _GRACE = 1.0
 #: Events shown when something went wrong.
 _TRACE = 2000
+Act = Callable[[], None]
 
 
 class Trace:
@@ -51,7 +52,7 @@ class Trace:
         """Note that a worker was killed just now."""
         self._kills.append(time.monotonic())
 
-    def outage(self, image: str) -> Callable[[], None]:
+    def outage(self, image: str) -> Act:
         """Note that an NBD server fails from now on; return what says that it is back."""
         self._outages.append((image, time.monotonic(), math.inf))
         place = len(self._outages) - 1
@@ -91,9 +92,9 @@ class Chaos(threading.Thread):
         self._server = server
         self._images = images
         self._trace = trace
-        self._choose = random.Random(seed)  # noqa: S311 - to be repeatable
+        self._choose = random.Random(seed)
         self._pace = pace
-        self._table = SharedTable(str(server.runtime), {})
+        self._table = slots(server.runtime)
         self._ended = threading.Event()
         self._outages: list[threading.Thread] = []
 
@@ -114,8 +115,7 @@ class Chaos(threading.Thread):
             self._trace.fail(f"chaos: {exc!r}")
 
     def _holders(self) -> list[tuple[int, str]]:
-        kinds = (Kind.READ, Kind.WRITE, Kind.OTHER)
-        held = self._table.holders(*kinds)
+        held = holding(self._table)
         return [(h.owner.pid, f"{h.operation} {h.transfer}") for h in held if owner_of(h.owner.pid)]
 
     def _kill(self) -> None:
@@ -147,44 +147,30 @@ class Chaos(threading.Thread):
         return False
 
     def _reload(self) -> None:
-        assert self._server.process is not None  # noqa: S101
         self._trace.note("reload")
-        self._server.process.send_signal(signal.SIGHUP)
+        self._server.signal(signal.SIGHUP)
         self._trace.counts["reloads"] += 1
 
     def _stop_nbd(self) -> None:
-        seconds = self._choose.uniform(0.2, 5.0)
-        image = self._choose.choice(self._images)
-
-        def outage() -> None:
-            with image.lock:
-                is_back = self._trace.outage(image.name)
-                self._trace.note(f"{image.name}: stopped for {seconds:.1f} s")
-                image.signal(signal.SIGSTOP)
-                self._ended.wait(seconds)
-                image.signal(signal.SIGCONT)
-                is_back()
-            self._trace.counts["NBD servers stopped"] += 1
-
-        self._begin(outage)
+        seconds, image = self._choose.uniform(0.2, 5.0), self._choose.choice(self._images)
+        down, up = (partial(image.server.signal, n) for n in (signal.SIGSTOP, signal.SIGCONT))
+        self._begin("stopped", image, seconds, down, up)
 
     def _kill_nbd(self) -> None:
-        seconds = self._choose.uniform(0.0, 2.0)
-        image = self._choose.choice(self._images)
+        seconds, image = self._choose.uniform(0.0, 2.0), self._choose.choice(self._images)
+        self._begin("killed", image, seconds, image.stop, image.start)
 
+    def _begin(self, what: str, image: NbdImage, seconds: float, down: Act, up: Act) -> None:
         def outage() -> None:
             with image.lock:
                 is_back = self._trace.outage(image.name)
-                self._trace.note(f"{image.name}: ended for {seconds:.1f} s")
-                image.stop()
+                self._trace.note(f"{image.name}: {what} for {seconds:.1f} s")
+                down()
                 self._ended.wait(seconds)
-                image.start()
+                up()
                 is_back()
-            self._trace.counts["NBD servers killed"] += 1
+            self._trace.counts[f"NBD servers {what}"] += 1
 
-        self._begin(outage)
-
-    def _begin(self, outage: Callable[[], None]) -> None:
         self._outages = [thread for thread in self._outages if thread.is_alive()]
         if len(self._outages) < len(self._images) - 1:  # one of them always works
             thread = threading.Thread(target=outage)

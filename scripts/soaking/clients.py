@@ -11,29 +11,38 @@ import random
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from backends import SIZE, Image
-from chaos import Trace
-from model import WrongBytes
-from wire import Answer, Cut, Hanging, Wire, pattern
+from lab.model import check_extents, pattern
+from lab.wire import Answer, Cut, Hanging, Wire
 
+from soaking.backends import SIZE, Image
+from soaking.chaos import Trace
+
+#: Longer than every timeout of the server in the storm: what is slower than this hangs.
+PATIENCE_SECONDS = 40.0
 _TRY_LATER = {409, 503}
 _EXCUSED_BY_OUTAGE = {500, 504}
+_CONTINUE, _OK = 100, 200
+_DONE = {_OK, 206}
+_PIECE = 256 << 10
+#: Likelihoods: that a connection is not kept, a read is of a range, a client vanishes in the
+#: middle, a zeroing asks for a flush.
+_DROPPED, _RANGED, _VANISHING, _FLUSHED = 0.3, 0.6, 0.1, 0.3
 
 
 class Client(threading.Thread):
-    """Does one thing after another until told to stop."""
+    """Does one thing after another until told to stop; ``images``: with which."""
 
-    def __init__(self, name: str, port: int, trace: Trace, seed: str) -> None:
+    def __init__(self, name: str, port: int, trace: Trace, seed: str, images: list[Image]) -> None:
         super().__init__(name=name, daemon=True)
         self._port = port
-        self.trace = trace
-        self.choose = random.Random(f"{seed} {name}")  # noqa: S311 - to be repeatable
+        self._images = images
         self._ended = threading.Event()
         self._wire: Wire | None = None
-        self._began = 0.0
-        self._since = 0.0
+        self._began = self._since = 0.0
+        self.trace = trace
+        self.choose = random.Random(f"{seed} {name}")
 
     def stop(self) -> None:
         """Tell it to end soon."""
@@ -43,19 +52,23 @@ class Client(threading.Thread):
         """Act until told to stop."""
         try:
             while not self._ended.is_set():
-                self.act()
+                self.act(self.choose.choice(self._images))
         except Exception as exc:  # noqa: BLE001 - whatever it is, the soak has failed
             self.fail(f"{type(exc).__name__}: {exc}")
         finally:
             self.drop()
 
     @abstractmethod
-    def act(self) -> None:
+    def act(self, image: Image) -> None:
         """Make one request."""
 
     def fail(self, text: str) -> None:
         """Make the soak fail."""
         self.trace.fail(f"{self.name}: {text}")
+
+    def pause(self, least: float, most: float) -> None:
+        """Wait some seconds, or to the end."""
+        self._ended.wait(self.choose.uniform(least, most))
 
     @contextlib.contextmanager
     def exchange(self, image: Image, what: str) -> Iterator[Wire]:
@@ -66,11 +79,13 @@ class Client(threading.Thread):
         self._began = now
         try:
             if self._wire is None:
-                self._wire = Wire(self._port)
+                self._wire = Wire(self._port, PATIENCE_SECONDS)
             yield self._wire
         except Cut as exc:
             self.drop()
-            if not self.is_excused(image):
+            # The storm may have cut the connection, or failed the image.
+            trace, since = self.trace, self._since
+            if not (trace.is_killed_since(since) or trace.is_out_since(image.name, since)):
                 self.fail(f"{what} {image.name}: cut without a cause: {exc}")
         except Hanging as exc:
             self.drop()
@@ -79,22 +94,18 @@ class Client(threading.Thread):
             self.drop()
             raise
 
-    def is_excused(self, image: Image) -> bool:
-        """Tell whether the storm may have cut the connection, or failed the image."""
-        trace, since = self.trace, self._since
-        return trace.is_killed_since(since) or trace.is_out_since(image.name, since)
-
-    def settle(self, image: Image, what: str, status: int, fields: dict[str, str]) -> None:
+    def settle(self, image: Image, what: str, answer: Answer) -> None:
         """Count an answer that has been taken whole; judge its status."""
+        status = answer.status
         self.trace.counts[f"{what} {status}"] += 1
         if status in _EXCUSED_BY_OUTAGE:
             if not self.trace.is_out_since(image.name, self._began):
                 self.fail(f"{what} {image.name}: {status} without a cause")
         elif status in _TRY_LATER:
-            self._ended.wait(self.choose.uniform(0, 0.05))
-        elif status not in {200, 206}:
+            self.pause(0, 0.05)
+        elif status not in _DONE:
             self.fail(f"{what} {image.name}: {status}")
-        if fields.get("connection") == "close" or self.choose.random() < 0.3:  # noqa: PLR2004
+        if answer.fields.get("connection") == "close" or self.choose.random() < _DROPPED:
             self.drop()
 
     def drop(self) -> None:
@@ -103,176 +114,186 @@ class Client(threading.Thread):
         if wire:
             wire.__exit__()
 
+    def vanish(self, wire: Wire) -> None:
+        """Be gone, with a reset."""
+        wire.vanish()
+        self.drop()
+
 
 class Reader(Client):
     """Reads images and ranges of them, at various speeds, to the end or not."""
 
-    def __init__(self, *args: object, images: list[Image]) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._images = images
-
-    def act(self) -> None:
+    def act(self, image: Image) -> None:
         """Read once."""
-        choose = self.choose
-        image = choose.choice(self._images)
-        start, stop = 0, SIZE
+        choose, start, stop = self.choose, 0, SIZE
         fields = {}
-        if choose.random() < 0.6:  # noqa: PLR2004
+        if choose.random() < _RANGED:
             start = choose.randrange(SIZE)
             stop = min(SIZE, start + choose.choice((1, 4096, 70_000, 3 << 20)))
             fields = {"Range": f"bytes={start}-{stop - 1}"}
-        read = image.model.begin_read(start, stop)
-        try:
-            with self.exchange(image, "GET") as wire:
-                try:
-                    wire.ask("GET", f"/images/{image.name}", fields)
-                    status, answer = wire.head()
-                    if status in {200, 206} and choose.random() < 0.1:  # noqa: PLR2004
-                        wire.vanish()
-                        self.drop()
-                        return
-                    body = wire.body(answer, choose.choice((0, 0, 0, 0.005)))
-                except Cut as exc:
-                    image.model.check(read, exc.body)
-                    raise
-                if status in {200, 206}:
-                    if len(body) != stop - start:
-                        self.fail(f"GET {image.name}: {len(body)} of {stop - start} bytes")
-                    image.model.check(read, body)
-                self.settle(image, "GET", status, answer)
-        finally:
-            image.model.end_read(read)
+        with image.model.reading(start, stop) as read, self.exchange(image, "GET") as wire:
+            try:
+                wire.ask("GET", f"/images/{image.name}", fields)
+                head = wire.head()
+                if head.status in _DONE and choose.random() < _VANISHING:
+                    self.vanish(wire)
+                    return
+                body = wire.body(head, pause=choose.choice((0, 0, 0, 0.005)))
+            except Cut as exc:
+                image.model.check(read, exc.body)
+                raise
+            if head.status in _DONE:
+                if len(body) != stop - start:
+                    self.fail(f"GET {image.name}: {len(body)} of {stop - start} bytes")
+                image.model.check(read, body)
+            self.settle(image, "GET", Answer(head.status, head.fields, body))
 
 
 class Writer(Client):
     """The only writer of one image."""
 
-    def __init__(self, *args: object, image: Image) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._image = image
-
-    def act(self) -> None:
+    def act(self, image: Image) -> None:
         """Write, zero or flush once."""
         choose = self.choose
-        self._ended.wait(choose.uniform(0, 0.02))
+        self.pause(0, 0.02)
         kind = choose.choice(("PUT", "PATCH", "PATCH", "zero", "flush"))
-        if not self._image.is_nbd:
+        if not image.is_nbd:
             kind = choose.choice(("PUT", "flush"))
         if kind == "flush":
-            with self.exchange(self._image, "flush") as wire:
-                wire.ask("POST", f"/images/{self._image.name}/flush")
-                answer = wire.answer()
-                self.settle(self._image, "flush", answer.status, answer.fields)
+            with self.exchange(image, "flush") as wire:
+                wire.ask("POST", f"/images/{image.name}/flush")
+                self.settle(image, "flush", wire.answer())
         elif kind == "PUT":
-            self._write("PUT", 0, pattern(choose, SIZE))
+            self._write(image, "PUT", 0, pattern(choose, SIZE))
         else:
             start = choose.randrange(SIZE)
             size = min(SIZE - start, choose.choice((1, 512, 65_536, 1_000_000, 4 << 20)))
-            self._write(kind, start, bytes(size) if kind == "zero" else pattern(choose, size))
+            data = bytes(size) if kind == "zero" else pattern(choose, size)
+            self._write(image, kind, start, data)
 
-    def _write(self, kind: str, start: int, data: bytes) -> None:
-        model = self._image.model
-        write = model.begin_write(start, data)
+    def _write(self, image: Image, kind: str, start: int, data: bytes) -> None:
+        write = image.model.begin_write(start, data)
         done: bool | None = False
         self._sent = 0
         try:
-            with self.exchange(self._image, kind) as wire:
+            with self.exchange(image, kind) as wire:
                 send = self._zero if kind == "zero" else self._upload
-                answer = send(wire, kind, start, data)
+                answer = send(wire, image, kind, start, data)
                 if answer is None:
                     return
                 if answer.status in _TRY_LATER:
                     done = None
-                elif answer.status == 200:  # noqa: PLR2004
+                elif answer.status == _OK:
                     done = True
-                self.settle(self._image, kind, answer.status, answer.fields)
+                self.settle(image, kind, answer)
         finally:
-            if model.is_whole and done is False and self._sent < len(data):
+            if image.model.is_whole and done is False and self._sent < len(data):
                 done = None  # a body that was cut short replaces nothing
-            model.end_write(write, done=done)
+            image.model.end_write(write, done=done)
 
-    def _upload(self, wire: Wire, kind: str, start: int, data: bytes) -> Answer | None:
+    def _upload(
+        self, wire: Wire, image: Image, kind: str, start: int, data: bytes
+    ) -> Answer | None:
         """Send data; None after having vanished in the middle."""
-        fields = {"Content-Length": str(len(data)), "Expect": "100-continue"}
+        choose, stop = self.choose, len(data)
+        fields = {"Content-Length": str(stop), "Expect": "100-continue"}
         if kind == "PATCH":
-            fields["Range"] = f"bytes={start}-{start + len(data) - 1}"
-        wire.ask(kind, f"/images/{self._image.name}", fields)
-        status, answer = wire.head()
-        if status != 100:  # noqa: PLR2004
-            return Answer(status, answer, wire.body(answer))
-        stop = len(data)
-        vanishes = self.choose.random() < 0.1  # noqa: PLR2004
+            fields["Range"] = f"bytes={start}-{start + stop - 1}"
+        wire.ask(kind, f"/images/{image.name}", fields)
+        if (head := wire.head()).status != _CONTINUE:
+            return Answer(head.status, head.fields, wire.body(head))
+        vanishes = choose.random() < _VANISHING
         if vanishes:
-            stop = self.choose.randrange(len(data))
-        pause = self.choose.choice((0, 0, 0, 0.01))
+            stop = choose.randrange(stop)
+        pause = choose.choice((0, 0, 0, 0.01))
         while self._sent < stop:
-            wire.send(data[self._sent : min(stop, self._sent + (256 << 10))])
-            self._sent = min(stop, self._sent + (256 << 10))
+            wire.send(data[self._sent : min(stop, self._sent + _PIECE)])
+            self._sent = min(stop, self._sent + _PIECE)
             time.sleep(pause)
         if vanishes:
             self.trace.counts[f"{kind} abandoned"] += 1
-            wire.vanish()
-            self.drop()
+            self.vanish(wire)
             return None
         return wire.answer()
 
-    def _zero(self, wire: Wire, _kind: str, start: int, data: bytes) -> Answer:
-        flush = self.choose.random() < 0.3  # noqa: PLR2004
+    def _zero(self, wire: Wire, image: Image, _kind: str, start: int, data: bytes) -> Answer:
+        flush = self.choose.random() < _FLUSHED
         body = json.dumps({"op": "zero", "offset": start, "size": len(data), "flush": flush})
-        fields = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        wire.ask("PATCH", f"/images/{self._image.name}", fields)
-        wire.send(body.encode())
+        fields = {"Content-Type": "application/json"}
+        wire.ask("PATCH", f"/images/{image.name}", fields, body.encode())
         return wire.answer()
 
 
 class Surveyor(Client):
     """Asks for extents, and checks that what is said to be zero may be."""
 
-    def __init__(self, *args: object, images: list[Image]) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._images = images
-
-    def act(self) -> None:
+    def act(self, image: Image) -> None:
         """List extents once."""
-        image = self.choose.choice(self._images)
-        self._ended.wait(self.choose.uniform(0, 0.2))
-        read = image.model.begin_read(0, SIZE)
-        try:
-            with self.exchange(image, "extents") as wire:
-                wire.ask("GET", f"/images/{image.name}/extents")
-                answer = wire.answer()
-                if answer.status == 200:  # noqa: PLR2004
-                    end = 0
-                    for extent in answer.json:
-                        if extent["start"] != end:
-                            raise WrongBytes(f"extents: a gap at {end}")
-                        end += extent["length"]
-                        if extent["zero"]:
-                            image.model.check_zero(read, extent["start"], end)
-                    if end != SIZE:
-                        raise WrongBytes(f"extents end at {end}")
-                self.settle(image, "extents", answer.status, answer.fields)
-        finally:
-            image.model.end_read(read)
+        self.pause(0, 0.2)
+        with image.model.reading(0, SIZE) as read, self.exchange(image, "extents") as wire:
+            wire.ask("GET", f"/images/{image.name}/extents")
+            answer = wire.answer()
+            if answer.status == _OK:
+                check_extents(answer.json, image.model, read, dirty=False)
+            self.settle(image, "extents", answer)
 
 
 class Prober(Client):
     """What a load balancer does; never refused, never late."""
 
-    def __init__(self, *args: object, images: list[Image]) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._images = images
+    def __init__(self, name: str, port: int, trace: Trace, seed: str, images: list[Image]) -> None:
+        super().__init__(name, port, trace, seed, images)
         self.seconds: list[float] = []
 
-    def act(self) -> None:
+    def act(self, image: Image) -> None:
         """Probe once."""
-        image = self.choose.choice(self._images)
         self._ended.wait(0.02)
         began = time.monotonic()
         with self.exchange(image, "OPTIONS") as wire:
             wire.ask("OPTIONS", f"/images/{image.name}")
             answer = wire.answer()
             self.seconds.append(time.monotonic() - began)
-            if answer.status != 200:  # noqa: PLR2004
+            if answer.status != _OK:
                 self.fail(f"OPTIONS {image.name}: {answer.status}")
-            self.settle(image, "OPTIONS", answer.status, answer.fields)
+            self.settle(image, "OPTIONS", answer)
+
+
+class Caller(Client):
+    """Makes one request after another of an image that only it writes.
+
+    It waits up to ``idle`` seconds between two, and may keep its connection all the time.
+    """
+
+    idle = 0.0
+    is_keeping = False
+
+    def __init__(self, name: str, port: int, trace: Trace, seed: str, images: list[Image]) -> None:
+        super().__init__(name, port, trace, seed, images)
+        self._content = bytes(SIZE)
+
+    def act(self, image: Image) -> None:
+        """Make one request."""
+        self.pause(0, self.idle)
+        kind = self.choose.choice(("OPTIONS", "GET", "GET", "PUT"))
+        with self.exchange(image, kind) as wire:
+            self._content = pattern(self.choose, SIZE) if kind == "PUT" else self._content
+            wire.ask(kind, f"/images/{image.name}", {}, self._content if kind == "PUT" else b"")
+            answer = wire.answer()
+            self.trace.counts[f"{kind} {answer.status}"] += 1
+            if answer.status != _OK:
+                self.fail(f"{kind} {image.name}: {answer.status} {answer.body!r}")
+            elif kind == "GET" and answer.body != self._content:
+                self.fail(f"GET {image.name}: wrong bytes")
+            if answer.fields.get("connection") == "close" or not self.is_keeping:
+                self.drop()
+
+
+def end(clients: Iterable[Client], trace: Trace) -> None:
+    """Have them end; whoever does not makes the soak fail."""
+    for client in clients:
+        client.stop()
+    deadline = time.monotonic() + PATIENCE_SECONDS + 5
+    for client in clients:
+        client.join(max(0.0, deadline - time.monotonic()))
+        if client.is_alive():
+            trace.fail(f"{client.name} does not end")

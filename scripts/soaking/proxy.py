@@ -185,7 +185,7 @@ def _listen(path: str, upstream: str, watch: Watch, lag: float) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
-    jitter = random.Random(path)  # noqa: S311 - only to be repeatable
+    jitter = random.Random(path)
 
     def accept() -> None:
         while True:

@@ -10,50 +10,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from backends import SIZE, Image, NbdImage
-from chaos import Trace
-from clients import Client
-from wire import Wire, pattern
+from lab.servers import Server
 
-from tests.system.harness import Server
+from soaking.backends import Image, NbdImage
+from soaking.chaos import Trace
+from soaking.clients import Caller, end
+from soaking.storm import last, served
 
 _CALLERS = 12
-
-
-class Caller(Client):
-    """Makes one request after another; ``idle``: seconds at most between two."""
-
-    def __init__(self, *args: object, image: Image, idle: float, is_keeping: bool) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._image = image
-        self._idle = idle
-        self._is_keeping = is_keeping
-        self._content = bytes(SIZE)
-
-    def act(self) -> None:
-        """Make one request."""
-        self._ended.wait(self.choose.uniform(0, self._idle))
-        kind = self.choose.choice(("OPTIONS", "GET", "GET", "PUT"))
-        with self.exchange(self._image, kind) as wire:
-            fields = self._ask(wire, kind)
-            if fields.get("connection") == "close" or not self._is_keeping:
-                self.drop()
-
-    def _ask(self, wire: Wire, kind: str) -> dict[str, str]:
-        path = f"/images/{self._image.name}"
-        if kind == "PUT":
-            self._content = pattern(self.choose, SIZE)
-            wire.ask("PUT", path, {"Content-Length": str(SIZE)})
-            wire.send(self._content)
-        else:
-            wire.ask(kind, path)
-        answer = wire.answer()
-        self.trace.counts[f"{kind} {answer.status}"] += 1
-        if answer.status != 200:  # noqa: PLR2004
-            self.fail(f"{kind} {self._image.name}: {answer.status} {answer.body!r}")
-        elif kind == "GET" and answer.body != self._content:
-            self.fail(f"GET {self._image.name}: wrong bytes")
-        return answer.fields
 
 
 def run(seconds: float, seed: int, trace: Trace) -> None:
@@ -62,48 +26,28 @@ def run(seconds: float, seed: int, trace: Trace) -> None:
         home = Path(name)
         images: list[Image] = [Image(f"file{n}", home) for n in range(_CALLERS - 2)]
         nbd = [NbdImage(f"raw{n}", home, fmt="raw") for n in range(2)]
-        for image in nbd:
-            image.front = image.socket  # no proxy here
+        for each in nbd:
+            each.front = each.server.socket  # no proxy here
         images += nbd
-        try:
+        settings = {"max_readers": 64, "max_writers": 64, "admin_bind": f"unix:{home}/admin"}
+        with served(images), Server(home, **settings) as server:
             for image in images:
-                image.start()
-            with Server(
-                home, max_readers=64, max_writers=64, admin_bind=f"unix:{home}/admin"
-            ) as server:
-                _reload(server, images, seconds, seed, trace)
-        finally:
-            for image in images:
-                image.stop()
+                server.add(image.name, **image.transfer())
+            _reload(server, images, seconds, str(seed), trace)
 
 
-def _reload(server: Server, images: list[Image], seconds: float, seed: int, trace: Trace) -> None:
-    for image in images:
-        server.add(image.name, **image.transfer())
-    callers = [
-        Caller(
-            f"caller{number}",
-            server.port,
-            trace,
-            str(seed),
-            image=image,
-            idle=(0.0, 0.05, 2.5)[number % 3],
-            is_keeping=number % 2 == 0,
-        )
-        for number, image in enumerate(images)
-    ]
-    for caller in callers:
+def _reload(server: Server, images: list[Image], seconds: float, seed: str, trace: Trace) -> None:
+    callers = [Caller(f"caller{n}", server.port, trace, seed, [i]) for n, i in enumerate(images)]
+    for number, caller in enumerate(callers):
+        caller.idle = (0.0, 0.05, 2.5)[number % 3]
+        caller.is_keeping = number % 2 == 0
         caller.start()
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not trace.failures:
+
+    def step() -> None:
         time.sleep(1)
-        assert server.process is not None  # noqa: S101
-        server.process.send_signal(signal.SIGHUP)
+        server.signal(signal.SIGHUP)
         trace.counts["reloads"] += 1
+
+    last(seconds, trace, step)
     trace.expect("reloads", "GET 200", "OPTIONS 200", "PUT 200")
-    for caller in callers:
-        caller.stop()
-    for caller in callers:
-        caller.join(30)
-        if caller.is_alive():
-            trace.fail(f"{caller.name} does not end")
+    end(callers, trace)

@@ -5,18 +5,26 @@ import contextlib
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from backends import SIZE, Image, NbdImage, Proxy
-from chaos import Chaos, Trace
-from clients import Client, Prober, Reader, Surveyor, Writer
-from model import WrongBytes
-from remains import held, signs_of_bugs
-from wire import PATIENCE_SECONDS
+from lab.model import WrongBytes
+from lab.remains import remains
+from lab.servers import Server
+from lab.wire import Cut, Hanging, Wire
 
-from tests.system.harness import Server
+from soaking.backends import SIZE, Image, NbdImage, Proxy
+from soaking.chaos import Chaos, Trace
+from soaking.clients import (
+    PATIENCE_SECONDS,
+    Client,
+    Prober,
+    Reader,
+    Surveyor,
+    Writer,
+    end,
+)
 
 READERS, WRITERS = 8, 1
 #: What the server is told; short, so that a soak sees every timeout many times.
@@ -61,15 +69,13 @@ class Storm:
             clients = self._clients(server, images)
             for thread in (*clients, chaos):
                 thread.start()
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline and not self.trace.failures:
-                time.sleep(0.1)
+            last(seconds, self.trace, lambda: time.sleep(0.1))
             chaos.stop()
-            self._end(clients)
-            for failure in held(server):
+            end(clients, self.trace)
+            for image in images:
+                self._check_image(server, image)
+            for failure in remains(server):
                 self.trace.fail(failure)
-            self._check_images(server, images)
-            self._check_server(server)
             self.trace.expect(*MUST_HAPPEN)
 
     @contextlib.contextmanager
@@ -77,10 +83,7 @@ class Storm:
         nbd = [NbdImage(f"raw{number}", home, fmt="raw") for number in range(3)]
         nbd.append(NbdImage("qcow2", home, fmt="qcow2"))
         images: list[Image] = [*nbd, Image("file", home)]
-        with contextlib.ExitStack() as stack:
-            for image in images:
-                image.start()
-                stack.callback(image.stop)
+        with served(images), contextlib.ExitStack() as stack:
             proxy = Proxy(nbd, READERS, WRITERS)
             stack.callback(proxy.stop)
             server = Server(home, admin_bind=f"unix:{home}/admin", **SETTINGS).start()
@@ -99,47 +102,28 @@ class Storm:
     def _clients(self, server: Server, images: list[Image]) -> list[Client]:
         fixed = (server.port, self.trace, self._seed)
         nbd = [image for image in images if image.is_nbd]
-        self._probers = [Prober(f"prober{n}", *fixed, images=images) for n in range(2)]
+        self._probers = [Prober(f"prober{n}", *fixed, images) for n in range(2)]
         return [
-            *(Reader(f"reader{n}", *fixed, images=images) for n in range(10)),
-            *(Writer(f"writer of {image.name}", *fixed, image=image) for image in images),
-            Surveyor("surveyor", *fixed, images=nbd),
+            *(Reader(f"reader{n}", *fixed, images) for n in range(10)),
+            *(Writer(f"writer of {image.name}", *fixed, [image]) for image in images),
+            Surveyor("surveyor", *fixed, nbd),
             *self._probers,
         ]
 
-    def _end(self, clients: list[Client]) -> None:
-        for client in clients:
-            client.stop()
-        deadline = time.monotonic() + PATIENCE_SECONDS + 5
-        for client in clients:
-            client.join(max(0.0, deadline - time.monotonic()))
-            if client.is_alive():
-                self.trace.fail(f"{client.name} does not end")
-
-    def _check_images(self, server: Server, images: list[Image]) -> None:
-        for image in images:
-            read = image.model.begin_read(0, SIZE)
-            try:
-                answer = server.request("GET", f"/images/{image.name}")
+    def _check_image(self, server: Server, image: Image) -> None:
+        try:
+            with image.model.reading(0, SIZE) as read, Wire(server.port, PATIENCE_SECONDS) as wire:
+                wire.ask("GET", f"/images/{image.name}")
+                answer = wire.answer()
                 if len(answer.body) != SIZE:
-                    self.trace.fail(f"{image.name} at the end: {answer.status}")
-                else:
-                    image.model.check(read, answer.body)
-                if getattr(image, "fmt", "raw") == "raw":
+                    raise WrongBytes(f"{answer.status}, {len(answer.body)} bytes")  # noqa: TRY301
+                image.model.check(read, answer.body)
+                if image.fmt == "raw":
                     image.model.check(read, image.path.read_bytes())
-            except (WrongBytes, OSError) as exc:
-                self.trace.fail(f"{image.name} at the end: {exc}")
-            image.model.end_read(read)
-
-    def _check_server(self, server: Server) -> None:
-        if server.is_dead():
-            self.trace.fail("the server died")
-        for failure in signs_of_bugs(server.log):
-            self.trace.fail(failure)
+        except (WrongBytes, Cut, Hanging, OSError) as exc:
+            self.trace.fail(f"{image.name} at the end: {exc}")
 
     def _stop(self, server: Server) -> None:
-        if server.is_dead():
-            return
         try:
             server.stop(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -150,3 +134,20 @@ class Storm:
         """Return the 99th percentile of OPTIONS, and the slowest, in seconds."""
         seconds = sorted(second for prober in self._probers for second in prober.seconds)
         return (seconds[int(len(seconds) * 0.99)], seconds[-1]) if seconds else (0.0, 0.0)
+
+
+@contextlib.contextmanager
+def served(images: list[Image]) -> Iterator[None]:
+    """Make images, and serve them until the block ends."""
+    with contextlib.ExitStack() as stack:
+        for image in images:
+            stack.callback(image.stop)
+            image.start()
+        yield
+
+
+def last(seconds: float, trace: Trace, step: Callable[[], object]) -> None:
+    """Take one step after another for ``seconds``, or until something has failed."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not trace.failures:
+        step()

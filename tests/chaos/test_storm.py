@@ -10,9 +10,8 @@ from tests.system.harness import ROOT
 
 def soak(*arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "soaking"), *arguments],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", "soaking", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "scripts")},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

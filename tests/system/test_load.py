@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loading.expected import REQUESTS
+from loading.report import REQUESTS
 
 from tests.system.harness import ROOT, Server, free_port, qemu_nbd, repeatable, wait_until
 
@@ -39,7 +39,7 @@ def run(*arguments: object, environ: dict[str, str]) -> subprocess.CompletedProc
 
 
 def load(temporary: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    path = f"{ROOT}:{ROOT / 'scripts'}"
+    path = str(ROOT / "scripts")
     environ |= {"PYTHONPATH": path, "TMPDIR": str(temporary)}
     return run("loading", *arguments, environ=environ)
 

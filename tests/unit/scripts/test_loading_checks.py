@@ -4,18 +4,16 @@
 import subprocess
 import sys
 from argparse import Namespace
-from email.message import Message
 from pathlib import Path
 
 import pytest
+from lab.model import WrongBytes, check_extents
 from loading.client import Answer, Call, Client, Referee
-from loading.expected import REQUESTS, missing
-from loading.images import Image, check_extents, needed, pieces
+from loading.images import Image, needed, pieces
 from loading.ledger import Image as Lockable
 from loading.ledger import Kind, Ledger, Limits
 from loading.parameters import Parameters, Readable, parse
-from loading.report import Row, idle
-from soaking.model import WrongBytes
+from loading.report import REQUESTS, Row, idle, missing
 
 from tests.system.harness import ROOT
 
@@ -98,10 +96,7 @@ class Scripted(Client):
         self.fired: list[tuple[str, str]] = []
         ledger = Ledger(Limits(1, 1))
         super().__init__("http://x", "user", Referee(ledger, self._fire, others=others))
-        headers = Message()
-        if retry:
-            headers["Retry-After"] = "1"
-        self._answer = Answer(status, headers, body)
+        self._answer = Answer(status, {"retry-after": "1"} if retry else {}, body)
 
     def _fire(self, *, name: str, exception: Exception | None, **_fields: object) -> None:
         self.fired.append((name, str(exception or "")))
@@ -223,10 +218,9 @@ def test_parameters_that_do_not_fit_together_are_refused(given: dict[str, str], 
 
 
 def test_nothing_that_tests_import_loads_gevent():
-    code = (
-        "import sys, loading.client, loading.images, loading.report, loading.doors, loading.run\n"
-    )
+    names = ("client", "images", "registrars", "report", "run")
+    code = f"import sys, {', '.join(f'loading.{name}' for name in names)}\n"
     code += "sys.exit('gevent' in sys.modules)"
     command = [sys.executable, "-c", code]
-    path = f"{ROOT}:{ROOT / 'scripts'}"
+    path = str(ROOT / "scripts")
     assert subprocess.run(command, env={"PYTHONPATH": path}, check=False).returncode == 0

@@ -13,11 +13,21 @@ began, or what any write under way since then has brought. A file image is repla
 whole: there a read sees one version, not a mixture.
 """
 
+import contextlib
 import itertools
+import random
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 _BLOCK = 4096
+
+
+def pattern(source: random.Random, size: int) -> bytes:
+    """Return ``size`` bytes that tell one write from another."""
+    block = source.randbytes(_BLOCK)
+    return (block * (size // _BLOCK + 1))[:size]
 
 
 class WrongBytes(Exception):
@@ -105,6 +115,15 @@ class Model:
         with self._lock:
             self._reads.remove(read)
 
+    @contextlib.contextmanager
+    def reading(self, start: int, stop: int) -> Iterator[Read]:
+        """Note a read that begins and ends within the block."""
+        read = self.begin_read(start, stop)
+        try:
+            yield read
+        finally:
+            self.end_read(read)
+
     def check(self, read: Read, data: bytes) -> None:
         """Compare what has come of a read, its beginning at least, with what it may see.
 
@@ -130,10 +149,58 @@ class Model:
             allowed += [w.slice(low, high) for w in writes if w.start <= low and high <= w.stop]
             _check_bytes(low, seen, allowed)
 
-    def check_zero(self, read: Read, start: int, stop: int) -> None:
+    def check_zero(self, read: Read | None, start: int, stop: int) -> None:
+        """Check that [start, stop), said to read as zeros, may be zeros.
+
+        Raises:
+            WrongBytes: there is data.
+        """
+        if read:
+            base = read.base[start - read.start : stop - read.start]
+            self.check(Read(start, stop, base, read.writes), bytes(stop - start))
+
+    def check_clean(self, start: int, stop: int) -> None:
+        """Believe that [start, stop) has not changed: only a backup could tell."""
+
+
+class Extended(Protocol):
+    """An image whose extents can be checked."""
+
+    size: int
+
+    def check_zero(self, read: Read | None, start: int, stop: int) -> None:
         """Check that [start, stop), said to read as zeros, may be zeros."""
-        part = Read(start, stop, read.base[start - read.start : stop - read.start], read.writes)
-        self.check(part, bytes(stop - start))
+
+    def check_clean(self, start: int, stop: int) -> None:
+        """Check that [start, stop), said to be clean, is what it was before."""
+
+
+def check_extents(
+    extents: list[dict[str, Any]], image: Extended, read: Read | None, *, dirty: bool
+) -> None:
+    """Check a list of extents: its form, and that what it lets a backup skip may be skipped.
+
+    Raises:
+        WrongBytes: it has gaps, overlaps or neighbours that agree, ends too early or too late,
+            calls zero what is not, or clean what has changed.
+    """
+    fields = {"start", "length", "zero"} | ({"dirty"} if dirty else set())
+    at = 0
+    for extent in extents:
+        if set(extent) != fields or extent["start"] != at or extent["length"] <= 0:
+            raise WrongBytes(f"extents: {extent} at {at}")
+        at += extent["length"]
+    if at != image.size:
+        raise WrongBytes(f"extents end at {at} instead of {image.size}")
+    for left, right in itertools.pairwise(extents):
+        if all(left[flag] == right[flag] for flag in fields - {"start", "length"}):
+            raise WrongBytes(f"extents: neighbours agree at {right['start']}")
+    for extent in extents:
+        start, stop = extent["start"], extent["start"] + extent["length"]
+        if extent["zero"]:
+            image.check_zero(read, start, stop)
+        if not extent.get("dirty", True):
+            image.check_clean(start, stop)
 
 
 def _check_bytes(start: int, seen: bytes, allowed: list[bytes]) -> None:

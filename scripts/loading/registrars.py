@@ -2,22 +2,23 @@
 """How a control program makes and ends transfers: files in a directory, or the control socket."""
 
 import json
-import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from lab.servers import put_transfer
+
 #: Longer than a request in flight takes to end: unregistering waits for those.
 _PATIENCE_SECONDS = 90.0
 
 
-class DoorFailed(Exception):
+class NotRegistered(Exception):
     """The server said no, or nothing."""
 
 
-class Door(Protocol):
-    """Makes and ends transfers; both count when the call returns."""
+class Registrar(Protocol):
+    """Makes and ends transfers; both count when the call returns. NotRegistered, OSError: not."""
 
     name: str
 
@@ -25,7 +26,7 @@ class Door(Protocol):
         """Make a transfer, or replace it."""
 
     def end(self, transfer_id: str) -> None:
-        """End a transfer, if there is one."""
+        """End a transfer, if there is one; on the socket, when its requests have ended."""
 
 
 class Files:
@@ -37,16 +38,8 @@ class Files:
         self._directory = directory
 
     def make(self, transfer_id: str, fields: Mapping[str, Any]) -> None:
-        """Put the file in place, whole."""
-        temporary = self._directory / f".{transfer_id}.new"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(fd, "w", encoding="utf-8") as file:
-                json.dump(fields, file)
-            temporary.rename(self._directory / transfer_id)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        """Put the file in place."""
+        put_transfer(self._directory, transfer_id, fields)
 
     def end(self, transfer_id: str) -> None:
         """Delete the file."""
@@ -62,31 +55,23 @@ class ControlSocket:
         self._path = path
 
     def make(self, transfer_id: str, fields: Mapping[str, Any]) -> None:
-        """Register it.
-
-        Raises:
-            DoorFailed, OSError: it was not done.
-        """
-        self._ask({"action": "register", "transfer_id": transfer_id, "config": dict(fields)})
+        """Register it."""
+        self._ask("register", transfer_id=transfer_id, config=dict(fields))
 
     def end(self, transfer_id: str) -> None:
-        """Unregister it; returns when its requests have ended.
+        """Unregister it."""
+        self._ask("unregister", transfer_id=transfer_id)
 
-        Raises:
-            DoorFailed, OSError: it was not done.
-        """
-        self._ask({"action": "unregister", "transfer_id": transfer_id})
-
-    def _ask(self, command: dict[str, Any]) -> None:
+    def _ask(self, action: str, **more: object) -> None:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(_PATIENCE_SECONDS)
             sock.connect(str(self._path))
-            sock.sendall(json.dumps(command).encode() + b"\n")
+            sock.sendall(json.dumps({"action": action, **more}).encode() + b"\n")
             with sock.makefile("rb") as stream:
                 line = stream.readline()
         try:
             answer = json.loads(line)
         except ValueError as exc:
-            raise DoorFailed(f"{command['action']}: {line!r}") from exc
+            raise NotRegistered(f"{action}: {line!r}") from exc
         if answer.get("status") != "ok":
-            raise DoorFailed(f"{command['action']}: {answer}")
+            raise NotRegistered(f"{action}: {answer}")

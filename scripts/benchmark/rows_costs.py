@@ -5,13 +5,13 @@ import contextlib
 import os
 from statistics import median
 
-import clients
-import process
-from client import Job
-from figures import Figure, Rounds
-from readers import Readers
-from verify import answer_digest, expect, map_digest, nbdinfo
-from world import GIB, MIB, Server, World
+from benchmark import clients
+from benchmark.client import Job
+from benchmark.figures import GIB, MIB, Figure, Rounds
+from benchmark.readers import Readers
+from benchmark.verify import answer_digest, expect, map_digest, nbdinfo
+from benchmark.watching import MemorySampler, resident, timed
+from benchmark.world import World
 
 _CONNECTIONS = 4
 _READERS = 8
@@ -24,14 +24,18 @@ def options(world: World) -> list[Figure]:
     """OPTIONS on kept-alive connections, against a responder that answers a constant."""
     _, socks = world.writable
     path = world.server.add_nbd(socks["ours"])
+    constant = "benchmark.constant:app"
+    gthread = ("--worker-class", "gthread", "--threads", "64", constant)
 
     def rate(port: int) -> float:
-        job = Job("loop", port, [f"OPTIONS {path} HTTP/1.1\r\nHost: bench"])
-        job.seconds = world.scale.seconds
+        head = f"OPTIONS {path} HTTP/1.1\r\nHost: bench"
+        job = Job(port, [head], seconds=world.scale.seconds)
         return clients.run([job] * _CONNECTIONS).requests_per_second
 
-    gthread = ("--worker-class", "gthread", "--threads", "64")
-    with world.constant("same") as same, world.constant("gthread", *gthread) as threads:
+    with (
+        world.image_server("same", constant) as same,
+        world.image_server("gthread", *gthread) as threads,
+    ):
         for server in (world.server, same, threads):
             rate(server.port)  # once, so that every worker has loaded what it loads at first use
         rounds = Rounds.take(
@@ -41,20 +45,9 @@ def options(world: World) -> list[Figure]:
             gthread=lambda _: rate(threads.port),
         )
     work = f"OPTIONS, {_CONNECTIONS} connections"
-    ours = f"{rounds.median('ours'):.0f}/s"
     return [
-        Figure(
-            work,
-            f"a constant, {against}",
-            rounds.ratios("ours", name),
-            target,
-            ours=ours,
-            reference=f"{rounds.median(name):.0f}/s",
-        )
-        for name, against, target in (
-            ("same", "same worker class", 0.6),
-            ("gthread", "gunicorn's gthread", None),
-        )
+        rounds.rate(work, "a constant, same worker class", 0.6, "same"),
+        rounds.rate(work, "a constant, gunicorn's gthread", None, "gthread"),
     ]
 
 
@@ -70,31 +63,25 @@ def extents(world: World) -> list[Figure]:
 
         def ours(_number: int) -> float:
             head = f"GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close"
-            before = process.resident(server.workers)
-            with process.MemorySampler(server.workers) as sampler:
-                outcome = clients.run([Job("transfer", server.port, [head])])
+            before = resident(server.worker_pids())
+            with MemorySampler(server.worker_pids()) as sampler:
+                outcome = clients.run([Job(server.port, [head])])
             growth.append((sampler.peak - before) / MIB)
             first.append(outcome.first_byte_seconds)
             lengths.add(outcome.received)
             return outcome.seconds
 
         rounds = Rounds.take(
-            world.scale.rounds, ours=ours, nbdinfo=lambda _: process.run(nbdinfo(sock))[0]
+            world.scale.rounds, ours=ours, nbdinfo=lambda _: timed(nbdinfo(sock))[0]
         )
         expect(len(lengths), 1, "lengths of the list of extents")
         count, wanted = map_digest(sock)
         expect(answer_digest(server.port, path), (count, wanted), "extents")
     work = f"extents of {size // GIB} GiB"
+    note = f"{count} extents, equal in both"
     return [
-        Figure(
-            work,
-            "nbdinfo --map",
-            rounds.ratios("ours", "nbdinfo"),
-            1.5,
-            at_least=False,
-            ours=f"{rounds.median('ours'):.2f} s",
-            reference=f"{rounds.median('nbdinfo'):.2f} s",
-            note=f"{count} extents, equal in both",
+        rounds.less(
+            Figure(work, "nbdinfo --map", [], 1.5, note=note), lambda s: f"{s:.2f} s", "nbdinfo"
         ),
         Figure(work, "workers' memory growth", growth, 64, at_least=False, unit="MiB", worst=True),
         Figure(work, "first byte", first, 0.5, at_least=False, unit="s"),
@@ -106,14 +93,18 @@ def zero(world: World) -> list[Figure]:
     size = world.scale.zeroed
     image = world.sparse("zeroed.raw", size)
     places = [0, size // 2, size - MIB]
-    with world.qemu_nbd(image, "--discard=unmap") as sock:
+    body = f'{{"op":"zero","offset":0,"size":{size}}}'
+    # The empty line that the client adds is white space after the JSON.
+    length = f"Content-Type: application/json\r\nContent-Length: {len(body) + 4}"
+    with world.serving(image, "--discard=unmap") as sock:
         path = world.server.add_nbd(sock)
+        head = f"PATCH {path} HTTP/1.1\r\nHost: bench\r\n{length}\r\n\r\n{body}"
 
         def seconds(_number: int) -> float:
             with image.open("r+b") as file:
                 for place in places:
                     os.pwrite(file.fileno(), os.urandom(MIB), place)
-            outcome = clients.run([_zero_job(world.server, path, size)])
+            outcome = clients.run([Job(world.server.port, [head])])
             with image.open("rb") as file:
                 found = [os.pread(file.fileno(), MIB, place) for place in places]
             expect([data.count(0) for data in found], [MIB] * len(places), "zeros")
@@ -125,15 +116,6 @@ def zero(world: World) -> list[Figure]:
     return [Figure(work, "one request", rounds.values["ours"], 2, at_least=False, unit="s")]
 
 
-def _zero_job(server: Server, path: str, size: int) -> Job:
-    body = f'{{"op":"zero","offset":0,"size":{size}}}'
-    head = f"PATCH {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json"
-    # The empty line that the client adds is white space after the JSON.
-    return Job(
-        "transfer", server.port, [f"{head}\r\nContent-Length: {len(body) + 4}\r\n\r\n{body}"]
-    )
-
-
 def memory(world: World) -> list[Figure]:
     """What each of eight concurrent readers costs, for small images and for huge ones."""
     sizes = {"small": world.scale.image, "large": world.scale.sparse}
@@ -142,13 +124,13 @@ def memory(world: World) -> list[Figure]:
         paths = {}
         for name, size in sizes.items():
             image = world.sparse(f"{name}.raw", size)
-            paths[name] = server.add_nbd(stack.enter_context(world.qemu_nbd(image, "--read-only")))
-        idle = process.resident(server.workers)
+            paths[name] = server.add_nbd(stack.enter_context(world.serving(image, "--read-only")))
+        idle = resident(server.worker_pids())
 
         def peak(name: str) -> float:
             head = f"GET {paths[name]} HTTP/1.1\r\nHost: bench"
-            job = Job("transfer", server.port, [head], seconds=world.scale.hold_seconds)
-            with process.MemorySampler(server.workers) as sampler:
+            job = Job(server.port, [head], cut_off=world.scale.hold_seconds)
+            with MemorySampler(server.worker_pids()) as sampler:
                 clients.run([job] * _READERS)
             return sampler.peak
 
@@ -156,16 +138,11 @@ def memory(world: World) -> list[Figure]:
             world.scale.rounds, small=lambda _: peak("small"), large=lambda _: peak("large")
         )
     work = f"{_READERS} GETs of {sizes['large'] // GIB} GiB at once"
+    against = f"{_READERS} of {sizes['small'] / GIB:.2g} GiB, workers' memory"
     each = [(value - idle) / MIB / _READERS for value in rounds.values["large"]]
     return [
-        Figure(
-            work,
-            f"{_READERS} of {sizes['small'] / GIB:.2g} GiB, workers' memory",
-            rounds.ratios("large", "small"),
-            1.1,
-            at_least=False,
-            ours=f"{rounds.median('large') / MIB:.0f} MiB",
-            reference=f"{rounds.median('small') / MIB:.0f} MiB",
+        rounds.less(
+            Figure(work, against, [], 1.1), lambda b: f"{b / MIB:.0f} MiB", "small", "large"
         ),
         Figure(work, "growth per transfer", each, 8, at_least=False, unit="MiB", worst=True),
     ]
@@ -173,13 +150,12 @@ def memory(world: World) -> list[Figure]:
 
 def spread(world: World) -> list[Figure]:
     """Start transfers one by one, and see which workers get them."""
-    settings: dict[str, object] = {"workers": _WORKERS, "max_readers": 32}
     image = world.sparse("spread.raw", world.scale.sparse)
     alone: list[list[int]] = []
     loaded: list[list[int]] = []
     with (
-        world.qemu_nbd(image, "--read-only") as sock,
-        world.image_server("spread", settings=settings) as server,
+        world.serving(image, "--read-only") as sock,
+        world.image_server("spread", workers=_WORKERS, max_readers=32) as server,
     ):
         path = server.add_nbd(sock)
         for _ in range(world.scale.rounds):

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests, ``scripts/bench``, ``scripts/load``, ``scripts/soak`` and ``capture`` share.
+
+processes  programs: found, started, waited for, ended; ports
+servers    the image server, qemu-nbd, nbdkit; qemu-img and qemu-io
+wire       an HTTP client on a bare socket
+model      which bytes an image may contain, and which extents
+
+Nothing here knows who uses it. Of ``imageserver`` it imports the slot table, which tells who
+holds a slot; whatever else is known of the server was asked over its sockets.
+"""

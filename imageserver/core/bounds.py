@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole numbers from outside: each has a bound where it is parsed.
+"""Integers from clients and control programs: each has a bound where it is parsed.
 
-What means a place in an image is *cut short*: far beyond the end is beyond the end. What
-says how much is to come is *refused*: nothing has room for it.
+An offset in an image is *cut short*: far beyond the end is beyond the end. A length that is
+announced is *refused*: nothing has room for it.
 """
 
 #: Largest size of a file or image, in bytes: off_t, and what NBD's own limit allows.
@@ -10,7 +10,7 @@ MAX_SIZE = 2**63 - 1
 #: Longer numbers all mean "beyond anything": int() of more digits takes its time, and of
 #: more than 4300 is refused by the interpreter.
 _MAX_DIGITS = 40
-#: Compares as larger than everything that has a size.
+#: Larger than every size.
 BEYOND: int = 10**_MAX_DIGITS
 
 

@@ -28,7 +28,7 @@ from imageserver.core.transfer import (
 
 #: Longest request, in bytes: a configuration of the largest size (docs/api.md), escaped.
 MAX_REQUEST = 128 * 1024
-#: A list's answer ends with the transfer that takes it over so many bytes.
+#: A list's answer ends with the transfer that makes it longer than so many bytes.
 _PAGE_SIZE = 1 << 20
 #: Longest wait that may be asked for: a year, in seconds.
 _MAX_TIMEOUT = 31_536_000
@@ -41,14 +41,14 @@ class InvalidCommand(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How are things, in all or with one transfer?"""
+    """How many transfers are there, or how is one used?"""
 
     transfer_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """Make a transfer known, in place of what its id stood for."""
+    """Make a transfer known, in place of an earlier one of the same id."""
 
     transfer: Transfer
 
@@ -172,12 +172,12 @@ def _flag(value: object) -> bool:
 
 
 def succeeded(active: int, **more: object) -> bytes:
-    """Write the answer to what was done; ``active`` transfers are registered."""
+    """Return the answer to a command that succeeded; ``active`` transfers are registered."""
     return _line({"status": "ok", "active_transfers": active} | more)
 
 
 def page(transfers: Iterable[Transfer]) -> dict[str, object]:
-    """Return as many of these as an answer has room for, at least one; and whether that is all."""
+    """Return as many of these as an answer holds, at least one, and whether there are more."""
     shown: list[dict[str, object]] = []
     room = _PAGE_SIZE
     for transfer in transfers:
@@ -190,7 +190,7 @@ def page(transfers: Iterable[Transfer]) -> dict[str, object]:
 
 
 def failed(message: str) -> bytes:
-    """Write the answer to what was not done."""
+    """Return the answer to a command that failed."""
     return _line({"status": "error", "message": message})
 
 

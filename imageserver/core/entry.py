@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told of a request when it has ended, for the log and the metrics; fields of log lines."""
+"""The log entry of a finished request, which metrics count as well; fields of log lines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Entry:
     backend: str
     """``nbd`` or ``file``."""
     span: Span | None
-    """What of the image it was about, once that was known."""
+    """The range of the image, once it was known."""
     done: int
     """Bytes of the image read, written, zeroed or described."""
     status: int

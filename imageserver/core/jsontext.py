@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON as RFC 8259 has it: UTF-8, no NaN, and integers of any length in bounded time.
 
-``json.loads`` is kinder than that (it guesses UTF-16, takes ``NaN``), and its errors, and
-the interpreter's, are not words for a client.
+``json.loads`` takes more than that (UTF-16, ``NaN``), and its errors, and the interpreter's, are
+not written for clients.
 """
 
 import json
@@ -10,8 +10,8 @@ import re
 
 from imageserver.core.bounds import cut_short
 
-#: Lists and objects in each other. More than any client needs; how many the interpreter takes
-#: differs from one version to the next, from 1,000 to 100,000.
+#: Nesting of lists and objects: more than any client needs. The interpreter's own limit differs
+#: between versions, from 1,000 to 100,000.
 MAX_DEPTH = 100
 _BRACKET_OR_STRING = re.compile(r'[\[{]|[\]}]|"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 

@@ -17,9 +17,8 @@ The crc covers the rest: a record that does not match, a state byte that is no k
 owner that is dead makes a record free at the next ``sweep``.
 
 This module knows the layout and the rules, over any buffer. It takes no lock, asks for no
-pid and never waits: see ``runtime/slottable.py``. Workers themselves are rows too (``Kind.WORKER``,
-done = connections in work, expected = whether it boots, accepts or drains), so that one
-mechanism serves.
+pid and never waits: see ``runtime/slottable.py``. Each worker has a record, too (``Kind.WORKER``,
+done = connections in work, expected = ``WorkerState``), so that one mechanism finds the dead.
 """
 
 import struct
@@ -60,7 +59,7 @@ _KINDS = {kind.value: kind for kind in Kind}
 
 
 class WorkerState(Enum):
-    """What a worker's row says in ``expected``; it begins with the first."""
+    """What a worker's record says in ``expected``; it begins as BOOTING."""
 
     BOOTING = 0
     ACCEPTING = 1
@@ -69,7 +68,7 @@ class WorkerState(Enum):
 
     @classmethod
     def of(cls, row: "Holder") -> "WorkerState":
-        """Return the state of the worker that has a row."""
+        """Return the state of the worker that holds a record."""
         return _WORKER_STATES.get(row.expected, cls.UNKNOWN)
 
 
@@ -86,7 +85,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What a record says. ``started_ns``: monotonic clock; ``image`` is an opaque key."""
+    """What a record says. ``started_ns``: monotonic clock; ``image``: ``locks.image_key``."""
 
     kind: Kind
     owner: Owner
@@ -151,7 +150,7 @@ class SlotTable:
         self._notes = buffer[_NOTES:SIZE].cast("Q")
 
     def is_damaged(self) -> bool:
-        """Tell whether somebody has written over the header."""
+        """Tell whether another program has written over the header."""
         return bool(self._buffer[: _HEADER.size] != self._header)
 
     def mend(self) -> bool:

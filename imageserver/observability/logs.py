@@ -23,27 +23,27 @@ from imageserver.core.entry import FIELDS, Entry, fields
 _PLAIN = re.compile(r"[!#-<>-~]+")
 #: RFC 5424 section 6.2.1, by the level that a priority begins at.
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-#: Asked for many times a second by load balancers; their failures show in the metrics.
+#: Load balancers ask for these many times a second; the metrics count failures.
 _PROBES = frozenset(("options", "head"))
-#: What ends up as one of these is the server's or the host's fault, and for the operator to see.
+#: Statuses that are the server's or the host's fault: the operator is warned.
 _SERIOUS = frozenset((500, 504, 507))
 _SERIOUS_ERRORS = frozenset(("BackendError", "BackendTimeout", "StateUnavailable"))
 
 
 def configure(level: str, style: str = "text") -> None:
-    """Send what the package logs to standard error; calling it again changes level and style."""
+    """Log to standard error; calling it again changes level and style."""
     logger = logging.getLogger("imageserver")
     logger.setLevel(level.upper())
     logger.propagate = False
     if not logger.handlers:
-        if isinstance(sys.stderr, io.TextIOWrapper):  # what reads logs does not know our locale
+        if isinstance(sys.stderr, io.TextIOWrapper):  # readers do not know the locale
             sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
         logger.addHandler(logging.StreamHandler(sys.stderr))
     logger.handlers[0].setFormatter(formatter(style))
 
 
 def formatter(style: str) -> logging.Formatter:
-    """Return what writes records as ``text`` or ``json``."""
+    """Return the formatter of ``text`` or ``json``."""
     # systemd sets JOURNAL_STREAM for services whose output it collects (systemd.exec(5)).
     in_journal = "JOURNAL_STREAM" in os.environ
     return _Json(in_journal=in_journal) if style == "json" else _Text(in_journal=in_journal)
@@ -60,7 +60,7 @@ class _Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Append the fields to the message, whose parts may have come from a client."""
-        if record.name.startswith("imageserver"):  # gunicorn's may have lines by intention
+        if record.name.startswith("imageserver"):  # gunicorn's may have several lines on purpose
             record.message = _printable(record.message)
         pairs = [f" {key}={_plain(value)}" for key, value in _fields_of(record).items()]
         return super().formatMessage(record) + "".join(pairs)
@@ -126,7 +126,7 @@ class OperationLog:
     """``ports.Journal``: a line for each finished operation."""
 
     def finished(self, entry: Entry) -> None:
-        """Log an entry: probes for those who debug, what an operator must see as a warning."""
+        """Log an entry: probes at level debug, failures of server and host as warnings."""
         level = logging.DEBUG if entry.operation in _PROBES else logging.INFO
         if entry.status in _SERIOUS or entry.error in _SERIOUS_ERRORS:
             level = logging.WARNING

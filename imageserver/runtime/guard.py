@@ -3,12 +3,13 @@
 
 flock(2) on this process's own descriptor, which the kernel drops with its holder, plus a thread
 lock within the process. It is held for microseconds. Only a process stopped inside it makes
-others wait, and they wait together: whoever comes later waits as long as the first one does, not
-from then on, so that a thread's wait never depends on how many wait before it.
+threads wait, and all fail at the same time: the patience counts from when the first one found it
+held, so that a thread's wait never depends on how many wait before it.
 
-    found held    one more      one more            patience is over: all fail
-    |-----------------------------------------------|
-                                                     whoever comes then: a moment, while it is held
+    thread 1 finds    thread 2      thread 3        patience is over: all three fail
+    it held           comes         comes
+    |-----------------|-------------|---------------|
+                                                    a thread that comes later waits a moment only
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from imageserver.core.errors import StateUnavailable
 from imageserver.runtime.flock import STEP_SECONDS, try_flock
 from imageserver.runtime.private import open_private, own_files
 
-#: A guard that is free again is still met held once in a while: its holder waits for a core.
+#: That moment: a guard that works again is still held now and then, its holder waiting for a core.
 _GRACE_SECONDS = 0.05
 
 
@@ -43,8 +44,7 @@ class Guard:
         self._now = now
         self._sleep = sleep
         self._threads = threading.Lock()
-        #: Since when another process has held it, and when that was seen last. Changed under
-        #: the thread lock only.
+        #: When another process was first seen to hold it, and last. Changed under the thread lock.
         self._held: tuple[float, float] | None = None
 
     @contextlib.contextmanager
@@ -77,8 +77,8 @@ class Guard:
         while not self._is_free():
             now = self._now()
             held = self._held
-            is_another_time = held is None or now - held[1] > self._patience
-            self._held = now if held is None or is_another_time else held[0], now
+            is_new = held is None or now - held[1] > self._patience
+            self._held = now if held is None or is_new else held[0], now
             if now >= deadline:
                 raise self._stuck()
             self._sleep(STEP_SECONDS)

@@ -134,7 +134,7 @@ def open_private(directory: str, name: str) -> int:
 
 def read_regular(path: str, most: int) -> bytes | None:
     """Return a file's first ``most`` bytes; None where this is a link, or no regular file."""
-    # O_NONBLOCK: a FIFO must not stop us before fstat has seen what it is.
+    # O_NONBLOCK: a FIFO must not block before fstat(2) has told what it is.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(path, flags)

@@ -128,7 +128,7 @@ class SharedTable:
         self._open()
 
     def _open(self) -> _Mapping:
-        # A child must not share its parent's flock: it maps the file itself, at first use.
+        # A child must not share its parent's flock(2): it maps the file itself, at first use.
         if self._is_ours(self._mapping):
             return self._mapping
         with self._opening:
@@ -150,7 +150,7 @@ class SharedTable:
                 process keeps the guard, or the system has no descriptor.
         """
         mapping = self._open()
-        # A worker's own row is no right to anything; one that replaces a dead one must start.
+        # A worker's row limits nothing, and a worker that replaces a dead one must start.
         if kind is not Kind.WORKER and not mapping.is_in_place():
             raise StateUnavailable(
                 f"the slot table in {self._runtime.path} was removed or replaced"
@@ -199,7 +199,7 @@ class SharedTable:
     @own_files(_WHAT)
     def sweep(self) -> int:
         """Free what dead processes held; return how many records."""
-        # Asked outside the guard: a process that is dead stays dead.
+        # Outside the guard, for it reads /proc: a process that is dead stays dead.
         owners = {holder.owner for holder in self.holders(*Kind)}
         dead = {owner for owner in owners if not is_alive(owner)}
         with self._open().guard() as table:
@@ -232,10 +232,9 @@ class SharedTable:
             time.sleep(EXIT_STEP_SECONDS)
 
     def mend(self) -> None:
-        """Write the header anew where it was damaged.
+        """Write the header anew where it was damaged: without it no new worker could start.
 
-        Safe, for nobody may replace a table that we have mapped; needed, for without a
-        header no new worker could start, and the server would end with its last one.
+        Safe, for no process may replace a table that this one has mapped.
         """
         if self._open().table.mend():
             log.warning("slot table: a damaged header was mended")

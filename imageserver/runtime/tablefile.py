@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot table's file: found or made by the first process of a server, the same one for all.
 
-The first process opens it by its name and keeps it open (``RuntimeDirectory.keep``); it and its
-children open it anew from there. So all of a server's processes have one table, also where its
-name has been taken away or given to another.
+The first process opens it by its path and keeps it open (``RuntimeDirectory.keep``); it and its
+children open it anew from that descriptor. So all processes of a server have one table, even if
+another file, or none, is at the path by then.
 
-A second file, ``slots.use``, and the directory itself are locked, shared, by every process that
-has the table mapped: only who has both alone may replace a table it cannot read. (The file was
-what version 1 locked; without the directory, whoever removes it would let a second table in.)
+Every process that has the table mapped holds shared locks on a second file, ``slots.use``, and on
+the directory itself. Only a process that gets both locks exclusively may replace a table it cannot
+read. (One is not enough: the file may be removed, and then be made and locked by another server.)
 """
 
 import contextlib
@@ -32,6 +32,8 @@ _NEW = "slots.new"
 #: Workers look after the header every second.
 _MEND_SECONDS = 3.0
 _MEND_STEP_SECONDS = 0.05
+#: Another version's table, or a damaged one; one cut short meanwhile; none.
+_UNREADABLE = (IncompatibleTable, ValueError, FileNotFoundError)
 
 
 def reopen(runtime: RuntimeDirectory) -> tuple[int, int]:
@@ -54,17 +56,17 @@ def reopen(runtime: RuntimeDirectory) -> tuple[int, int]:
 def examine(directory: str) -> None:
     """Prove that a server could use the table in a directory, or make one. Changes nothing.
 
-    Where others use one that cannot be read, wait a while for them to mend it.
+    Where other processes use one that cannot be read, wait a while for them to mend it.
 
     Raises:
-        IncompatibleTable: they do not, or it is gone.
+        IncompatibleTable: they do not, or it was removed.
         OSError: the directory cannot be used.
     """
     deadline = time.monotonic() + _MEND_SECONDS
     while True:
         try:
             os.close(_open_readable(directory))
-        except (IncompatibleTable, ValueError, FileNotFoundError) as exc:
+        except _UNREADABLE as exc:
             if not (
                 _is_used(directory, os.O_RDONLY | os.O_DIRECTORY)
                 or _is_used(os.path.join(directory, _USE), os.O_RDWR)
@@ -100,9 +102,9 @@ def map_kept(file: int) -> tuple[mmap.mmap, SlotTable]:
 
 
 def _find(runtime: RuntimeDirectory) -> None:
-    """Open the table by its name and keep it; make or replace it where nobody uses it.
+    """Open the table by its path and keep it; make or replace it where no process uses it.
 
-    Wait a while for the others who use one that cannot be read: to mend it, or to end.
+    Where other processes use one that cannot be read, wait a while for them to mend it or to end.
 
     Raises:
         IncompatibleTable: they do neither.
@@ -115,7 +117,7 @@ def _find(runtime: RuntimeDirectory) -> None:
             _make_table_if_alone(runtime, held)
             try:
                 file = _open_readable(runtime.path)
-            except (IncompatibleTable, ValueError, FileNotFoundError) as exc:
+            except _UNREADABLE as exc:
                 if time.monotonic() > deadline:
                     raise IncompatibleTable(_why_not(runtime.path, exc)) from exc
             else:
@@ -123,7 +125,7 @@ def _find(runtime: RuntimeDirectory) -> None:
                 runtime.keep(_USE, use)
                 return
             for fd in held:
-                fcntl.flock(fd, fcntl.LOCK_UN)  # who waits does not use it
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a process that waits does not use it
             time.sleep(_MEND_STEP_SECONDS)
     except BaseException:
         for fd in held:
@@ -150,15 +152,14 @@ def _why_not(directory: str, exc: Exception) -> str:
 
 
 def _make_table_if_alone(runtime: RuntimeDirectory, held: tuple[int, int]) -> None:
-    """Make a table where there is none that can be read, and nobody has one open.
+    """Make a table where there is none that can be read, and no process has one open.
 
-    The directory itself is locked as well: ``slots.use`` may have been removed. Never in place:
-    whoever has the old one mapped, against all rules, would die of it.
+    Never in place: a process that has the old file mapped, without the locks, would get SIGBUS.
     """
     if all(try_flock(fd) for fd in held):
         try:
             os.close(_open_readable(runtime.path))
-        except (IncompatibleTable, ValueError, FileNotFoundError):
+        except _UNREADABLE:
             _make_table(runtime.path)
     for fd in held:
         fcntl.flock(fd, fcntl.LOCK_SH)
@@ -168,7 +169,7 @@ def _make_table(directory: str) -> None:
     fd = open_private(directory, _NEW)
     try:
         os.ftruncate(fd, 0)
-        # Before it is mapped: a page for which the disk has no room kills who touches it.
+        # Before it is mapped: touching a page for which the disk has no room is SIGBUS.
         os.posix_fallocate(fd, 0, slots.SIZE)
         with mmap.mmap(fd, slots.SIZE) as fresh, memoryview(fresh) as view:
             slots.format_table(view, boot_id(), namespace())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a control program can have done: register, unregister, ask, list.
+"""What a control program can ask for: register, unregister, status, list.
 
-Any process may do it for all, since registrations are files and activities are shared.
+Any worker can do it for all, since registrations and records of use are files.
 """
 
 import time
@@ -17,13 +17,13 @@ from imageserver.core.transfer import InvalidTransfer
 from imageserver.transfers.visits import Catalogue
 
 _POLL_SECONDS = 0.02
-#: What a forced end takes at most; a shorter timeout would only call busy what is about to end.
+#: A forced end takes at most so long; a shorter timeout would answer busy for no reason.
 _FORCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Administration:
-    """Carries commands out; safe for threads. ``default_idle``: seconds, for who says nothing."""
+    """Carries commands out. Thread-safe. ``default_idle``: seconds, where a command has none."""
 
     registrations: Registrations
     activities: Activities
@@ -82,7 +82,7 @@ class Administration:
     def _has_ended(
         self, activity: Activity, command: Unregister, is_wanted: Callable[[], bool]
     ) -> bool:
-        """Wait until nobody is there; False where that took too long."""
+        """Wait until no request uses the transfer; False where that took too long."""
         deadline = None
         if command.timeout is not None:
             least = _FORCE_SECONDS if command.force else 0.0
@@ -95,7 +95,7 @@ class Administration:
 
 
 def _report(activity: Activity | None) -> dict[str, object]:
-    """Return what a control program polls; nulls where nobody keeps track."""
+    """Return what a control program polls; nulls where the use is not recorded."""
     if activity is None:
         names = ("bytes_read", "bytes_written", "idle_seconds", "last_error", "requests_in_flight")
         return dict.fromkeys(names)

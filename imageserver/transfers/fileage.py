@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long ago a file was changed, whatever has been done to the system's clock since.
 
-A file system stamps files by the system's clock, which may be set. What differs is noted: since
-when the system's clock has been ahead of the monotonic one by how much.
+A file system stamps files by the system's clock, which may be set. So this module records by how
+much the system's clock was ahead of the monotonic clock, from when to when.
 
     monotonic clock     ----------+---------------------+-------------> now
-    system's clock is   a ahead   .    b ahead          .    c ahead
-                                  noticed here          ... and here
+    system's clock is   a ahead   |    b ahead          |    c ahead
+                                  set, noticed here     ... and here
 
-A stamp is a moment in each of these times; those count that lie in it. Where there are several,
-for the clock was set back, the latest counts: nothing is older than it may be. Where there is
-none, the stamp is of a time to come: age zero.
+In each of these periods a stamp means a moment of the monotonic clock, and is possible only if that
+lies in the period. Of several possible ones (the clock was set back) the latest counts, so that no
+file looks older than it is. If there is none, the stamp is in the future: age zero.
 """
 
 import threading
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 #: The two clocks drift apart by less within a minute; stamps are up to a timer tick old.
 _STEP_NS = 100_000_000
-#: As many settings are remembered: for most machines there is none.
+#: Most periods that are remembered; most machines have one.
 _MOST = 32
 _EVER = -(1 << 63)
 
 
 @dataclass(slots=True)
-class _Time:
+class _Period:
     """While the system's clock was ``ahead_ns`` ahead of the monotonic one."""
 
     ahead_ns: int
@@ -35,7 +35,7 @@ class _Time:
 
 
 class FileAge:
-    """Tells ages; one for all threads. Times are nanoseconds."""
+    """Tells ages, in nanoseconds. Thread-safe."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class FileAge:
         self._now_ns = now_ns
         self._lock = threading.Lock()
         now = now_ns()
-        self._times = [_Time(wall_ns() - now, _EVER, now)]
+        self._periods = [_Period(wall_ns() - now, _EVER, now)]
 
     def age_ns(self, changed_ns: int) -> int:
         """Return how long ago a file was changed that is stamped ``changed_ns`` (Unix epoch)."""
@@ -54,7 +54,7 @@ class FileAge:
             now = self._look()
             moments = [
                 changed_ns - found.ahead_ns
-                for found in self._times
+                for found in self._periods
                 if found.first_ns - _STEP_NS
                 <= changed_ns - found.ahead_ns
                 <= found.last_ns + _STEP_NS
@@ -65,13 +65,13 @@ class FileAge:
         """Note whether the system's clock has been set; return the time."""
         now = self._now_ns()
         ahead_ns = self._wall_ns() - now
-        latest = self._times[-1]
+        latest = self._periods[-1]
         if abs(ahead_ns - latest.ahead_ns) > _STEP_NS:
-            # Anywhen between the last look and now: both hold for that while.
-            self._times.append(_Time(ahead_ns, latest.last_ns, now))
+            # It was set at some time since the last look: both periods have that time.
+            self._periods.append(_Period(ahead_ns, latest.last_ns, now))
             latest.last_ns = now
-            del self._times[:-_MOST]
-            self._times[0].first_ns = _EVER
+            del self._periods[:-_MOST]
+            self._periods[0].first_ns = _EVER
         else:
             latest.last_ns = now
         return now

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The config directory: from a transfer's id to its parsed file, on demand.
 
-Whoever can write here decides what the server opens. So a directory or file that anybody
-but the configured owners could have written does not count, links are not followed, and
-the checks are made on what was opened, not on a name. A file that does not count makes its
-id unknown and is reported once per change.
+Whoever can write here decides what the server opens. So a directory or file that anybody but the
+configured owners could have written is ignored, links are not followed, and the checks are made on
+the opened file, not on its name. An ignored file leaves its id unknown, and is logged once per
+change.
 """
 
 import errno
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 #: A file changed within this time may change again without a new mtime (docs/api.md).
 _SETTLED_NS = 2_000_000_000
 _CACHE_SIZE = 1024
-#: What says nothing of a file, but of the machine: it may be there.
+#: Errors of the machine: whether the file exists is not known.
 _HOST_ERRORS = NO_DESCRIPTOR | {errno.ENOMEM, errno.EIO}
 
 
@@ -56,7 +56,7 @@ class UntrustedDirectory(Exception):
 
 
 class TransferFiles:
-    """Transfers by id, read from ``directory`` at every call; safe for threads."""
+    """Transfers by id, from files of ``directory``, looked at in every call. Thread-safe."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class TransferFiles:
         is_first: Callable[[str], bool] = lambda _: True,
         now_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        """``is_first`` tells whether no other worker has reported this already."""
+        """``is_first`` tells whether no other worker has logged this already."""
         self._is_first = is_first
         self._directory = directory
         self._owners = frozenset(owners)
@@ -78,9 +78,9 @@ class TransferFiles:
         """Return the transfer that ``transfer_id`` names now.
 
         Raises:
-            UnknownImage: there is none, or its file does not count.
+            UnknownImage: there is none, or its file is ignored.
             Exhausted: no descriptor is free.
-            StateUnavailable: the machine has no memory to look with, or cannot read.
+            StateUnavailable: the machine is out of memory, or the disk cannot be read.
         """
         if not is_valid_id(transfer_id):
             raise UnknownImage(transfer_id)
@@ -111,7 +111,7 @@ class TransferFiles:
         os.close(self._open_directory())
 
     def has(self, transfer_id: str) -> bool:
-        """Tell whether there is anything of this name, whether it counts or not."""
+        """Tell whether there is a file of this name, ignored or not."""
         return os.path.lexists(self._path(transfer_id))
 
     def _path(self, transfer_id: str) -> bytes:
@@ -133,7 +133,7 @@ class TransferFiles:
         return None
 
     def _cached(self, transfer_id: str) -> Transfer | None:
-        """Return a transfer whose file, in a directory that still counts, is the one parsed."""
+        """Return the cached transfer, if its directory is trusted and its file unchanged."""
         cached = self._cache.get(transfer_id)
         if cached is None:
             return None
@@ -171,7 +171,7 @@ class TransferFiles:
         return transfer
 
     def _read(self, directory: int, transfer_id: str) -> tuple[_Version, Transfer]:
-        # O_NONBLOCK: a FIFO must not stop us before fstat has seen what it is.
+        # O_NONBLOCK: a FIFO must not block before fstat(2) has told what it is.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(path_bytes(transfer_id), flags, dir_fd=directory)
         try:
@@ -229,7 +229,7 @@ class TransferFiles:
 
 
 def _blame_host(exc: Exception) -> None:
-    """Raise what is the machine's fault: an id that cannot be looked up now is not unknown."""
+    """Raise what is the machine's fault: an id that cannot be looked up is not unknown."""
     if isinstance(exc, OSError) and exc.errno in _HOST_ERRORS:
         error = Exhausted if exc.errno in NO_DESCRIPTOR else StateUnavailable
         raise error(f"transfers cannot be read now: {exc.strerror}") from exc

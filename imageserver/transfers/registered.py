@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registered transfers: files that the server itself writes, for all its processes.
 
-A file is named by a hash of the id, has what a control program's file would have, and the
-id. It appears and is replaced by a rename, so that readers see the old or the new one.
+A file is named by a hash of the id, and has the fields of a control program's file and the id. It
+is made and replaced by a rename, so that readers see the old or the new one.
 
-Order makes it safe. A registration's activity file is there before it and outlives it, so
-that who looks an id up can enter first and read then: a request that was let in has been
-seen by any later ``remove``. Changes hold a lock, which the kernel drops with its holder.
+The file of a registration's use is made before the registration and removed after it. So a request
+begins its visit first and reads the registration then: every later ``remove`` sees the visit.
+Changes hold a lock, which the kernel drops with its holder.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ from imageserver.transfers.usage import ActivityFiles
 log = logging.getLogger(__name__)
 
 _LOCK = "registered.lock"
-#: The lock is held for milliseconds. Only a process stopped meanwhile can make us wait.
+#: The lock is held for milliseconds: only a process stopped meanwhile makes others wait.
 _LOCK_SECONDS = 5.0
 _WHAT = "the registrations"
-#: Prefix of files that have not got their name yet; hashes do not begin so.
+#: Prefix of files before they are renamed; hashes do not begin so.
 _NEW = "new-"
 
 
@@ -53,7 +53,7 @@ class RegistrationFiles:
         activities: ActivityFiles,
         require: Callable[[], None] = lambda: None,
     ) -> None:
-        """``require`` raises ``StateUnavailable`` where the directory is not everybody's."""
+        """``require`` raises ``StateUnavailable`` where the directory was removed or replaced."""
         self._require = require
         self._directory = directory
         self._activities = activities
@@ -110,7 +110,7 @@ class RegistrationFiles:
 
     @own_files(_WHAT)
     def forget(self, transfer_id: str) -> None:
-        """Drop the activity of what was removed: see ``ports.Registrations``."""
+        """Remove the file of use of a removed transfer: see ``ports.Registrations``."""
         with self._lock():
             activity = self._activities.find(Owned.REGISTERED, transfer_id, visit=False)
             if activity:
@@ -127,7 +127,7 @@ class RegistrationFiles:
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 version = entry.name, entry.inode()
-                # What was used since expires later still.
+                # If it was used since, it expires later.
                 lasts_ns = self._fresh.get(version, 0)
                 if lasts_ns <= now_ns:
                     lasts_ns = self._lasts_ns(entry.name)
@@ -138,11 +138,11 @@ class RegistrationFiles:
 
     @own_files(_WHAT)
     def all(self) -> list[Transfer]:
-        """Return those that have not expired: see ``ports.Registrations``."""
+        """Return the transfers that have not expired: see ``ports.Registrations``."""
         self._require()
         found = []
         for name in os.listdir(self._directory):
-            # One that is unregistered meanwhile is not there.
+            # It may be unregistered meanwhile.
             with contextlib.suppress(FileNotFoundError, UnknownImage):
                 transfer_id = self._id_of(name) if self._counts(name) else None
                 if transfer_id is not None:
@@ -150,7 +150,7 @@ class RegistrationFiles:
         return sorted(found, key=lambda transfer: transfer.id)
 
     def _lasts_ns(self, name: str) -> int:
-        """Return until when (monotonic clock) a registration counts if nobody uses it."""
+        """Return when (monotonic clock) a registration expires if it is not used again."""
         try:
             transfer = self._files.get(name)
         except UnknownImage:
@@ -162,11 +162,11 @@ class RegistrationFiles:
             with contextlib.closing(activity):
                 unused_ns = activity.idle_ns()
         except StateUnavailable:
-            unused_ns = 0  # nobody can tell that it has expired
+            unused_ns = 0  # whether it has expired is not known
         return time.monotonic_ns() - unused_ns + (transfer.idle_seconds or 0) * 1_000_000_000
 
     def prune(self, has_file: Callable[[str], bool]) -> None:
-        """Drop what has expired, but for what hides a control program's file."""
+        """Remove expired registrations, but for those that hide a control program's file."""
         with own_files(_WHAT):
             names = os.listdir(self._directory)
         for name in names:
@@ -188,7 +188,7 @@ class RegistrationFiles:
                 os.unlink(self._path(name))
 
     def recover(self) -> None:
-        """Remove what writers that died have left; give back what was lost over a reboot."""
+        """Remove the remains of writers that died; make files of use that a reboot has removed."""
         with self._lock():
             for name in os.listdir(self._directory):
                 transfer_id = None if name.startswith(_NEW) else self._id_of(name)
@@ -207,7 +207,7 @@ class RegistrationFiles:
         return os.path.lexists(self._path(id_hash(transfer_id)))
 
     def _id_of(self, name: str) -> str | None:
-        """Return whose file this is; None where it is none of ours."""
+        """Return the id of a registration's file; None where it is no registration."""
         transfer_id = parse_id(read_regular(self._path(name), MAX_TRANSFER_SIZE) or b"")
         return transfer_id if transfer_id and id_hash(transfer_id) == name else None
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How transfers are used, over all processes: one small file for each that can expire.
 
-``usagerecord.py`` has the layout. Times are of the monotonic clock, which all processes share
-and no one sets; a file of an earlier boot begins anew. A visitor holds a lock on a byte of its
-own, at random, far beyond the record (F_OFD_SETLK, fcntl(2)): so the kernel knows how many
-there are, and takes those that die off the list. Times are stored by whoever likes, 8 bytes at
-once; what is added up is changed under flock(2), which the kernel, too, drops with its holder.
+``usagerecord.py`` has the layout. Times are of the monotonic clock, which all processes share and
+nobody can set; a file of an earlier boot is reset. Each request (visit) locks a random byte of its
+own, far beyond the record (F_OFD_SETLK, fcntl(2)): so the kernel can count the requests, and drops
+the locks of processes that die. Any process stores a time at any moment, 8 bytes at once; sums are
+changed under flock(2), which the kernel drops as well.
 
-A file that others have damaged begins anew where that is noticed, as if it had just been used:
-nothing expires early for it, and nothing lives for ever.
+A damaged file is reset as soon as that is noticed, as if the transfer had just been used: nothing
+expires early for it, and nothing lives for ever.
 """
 
 import contextlib
@@ -50,17 +50,17 @@ log = logging.getLogger(__name__)
 #: struct flock (fcntl(2)): type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi4x")
 _FIRST, _LAST = 1 << 20, 1 << 62
-#: Sums are changed within microseconds. Only a process stopped meanwhile can make us wait.
+#: Sums are changed within microseconds: only a process stopped meanwhile makes others wait.
 _ADD_SECONDS = 1.0
-#: What is left of a transfer that is known no more is pruned after this time.
+#: The file of a transfer that does not exist any more is pruned after this time without use;
 _PRUNE_NS = 60 * 1_000_000_000
-#: ... and so is what was damaged, and not used since: nobody knows whose it is.
+#: one that was damaged, and does not say whose it is, after this one.
 _PRUNE_DAMAGED_NS = DAY_SECONDS * 1_000_000_000
 _WHAT = "the records of use"
 
 
 class OpenActivity:
-    """One transfer's activity, as this visitor has it open: ``ports.Activity``.
+    """One transfer's file of use, opened for one visit: ``ports.Activity``.
 
     Every method raises ``StateUnavailable`` where the file cannot be read or written.
     """
@@ -77,12 +77,12 @@ class OpenActivity:
             self._write(ID, pack_id(transfer_id))
 
     def _record(self, transfer_id: str = "") -> Record:
-        """Return what the file says; begin it anew where that is nothing."""
+        """Return what the file says; reset it where it has no record of this boot."""
         with contextlib.suppress(DamagedRecord):
             return self._parse()
         with self._alone(wait=True):
             with contextlib.suppress(DamagedRecord):
-                return self._parse()  # another process was quicker
+                return self._parse()  # another process has reset it
             was = self._read()
             fresh = fresh_record(self._now_ns(), transfer_id)
             self._write(0, pack_record(fresh, self._boot))
@@ -94,7 +94,7 @@ class OpenActivity:
         return parse_record(self._read(), self._boot, self._now_ns())
 
     def enter(self) -> bool:
-        """Become a visitor; False where the file has been removed."""
+        """Begin a visit; False where the file has been removed."""
         with own_files(_WHAT):
             while True:
                 byte = random.randrange(_FIRST, _LAST)  # noqa: S311 - no secret
@@ -115,7 +115,7 @@ class OpenActivity:
             if low >= high:
                 continue
             asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, low, high - low, 0)
-            # The kernel names one lock of those in the way, not always the first.
+            # The kernel returns one of the conflicting locks, not always the first.
             found = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))
             if found[0] != fcntl.F_UNLCK:
                 count += 1
@@ -123,7 +123,7 @@ class OpenActivity:
         return count
 
     def is_abandoned(self, is_known: Callable[[str], bool]) -> bool:
-        """Tell whether the transfer is known no more, and nobody is there."""
+        """Tell whether the transfer does not exist any more, and no visit is on."""
         if is_of_another_boot(self._read(), self._boot):
             return True
         name = self._record().transfer_id
@@ -143,7 +143,7 @@ class OpenActivity:
 
     @property
     def changed_ns(self) -> int:
-        """As of when its file was, when the transfer was used last."""
+        """Which state of the control program's file was last used: its time of change."""
         return self._record().changed_ns
 
     @changed_ns.setter
@@ -160,11 +160,11 @@ class OpenActivity:
 
     @property
     def is_closed(self) -> bool:
-        """Nobody may enter: the transfer was unregistered."""
+        """No visit may begin: the transfer was unregistered."""
         return self._record().is_closed
 
     def set_closed(self, *, closed: bool) -> None:
-        """Say whether visitors may enter."""
+        """Say whether visits may begin."""
         self._set_word(CLOSED, int(closed))
 
     def _set_word(self, at: int, value: int) -> None:
@@ -179,8 +179,8 @@ class OpenActivity:
         os.pwrite(self._fd, data, at)
 
     def add(self, done: Account, *, wait: bool) -> bool:
-        """Add to the account; False where another process was at it."""
-        known = self._record().account  # also mends, before the lock is taken that mending needs
+        """Add to the account; False where another process held the sums."""
+        known = self._record().account  # resets a damaged file, which takes the same lock
         with self._alone(wait=wait) as is_alone:
             if is_alone:
                 with contextlib.suppress(DamagedRecord):
@@ -199,7 +199,7 @@ class OpenActivity:
 
     @contextlib.contextmanager
     def _alone(self, *, wait: bool) -> Iterator[bool]:
-        """Hold the sums against other processes; yield whether that worked."""
+        """Lock the sums against other processes; yield whether that worked."""
         with own_files(_WHAT):
             is_alone = wait_flock(self._fd, _ADD_SECONDS if wait else 0)
         try:
@@ -209,12 +209,12 @@ class OpenActivity:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def remove(self) -> None:
-        """Remove the file. Who has entered it finds out, who enters is told."""
+        """Remove the file. A visit that begins in it is told by ``enter``."""
         with own_files(_WHAT), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
 
     def remove_if_empty(self) -> None:
-        """Remove a file that has never had a record: on a full disk nobody can use it."""
+        """Remove a file that never had a record: on a full disk it cannot be used."""
         with contextlib.suppress(StateUnavailable):
             if not self._read():
                 self.remove()
@@ -235,7 +235,7 @@ class ActivityFiles:
         self._boot = boot_id()
 
     def find(self, owned: Owned, transfer_id: str, *, visit: bool) -> OpenActivity | None:
-        """Open what is known of a transfer's use: see ``ports.Activities``."""
+        """Open the file of a transfer's use: see ``ports.Activities``."""
         while activity := self.find_hashed(owned, id_hash(transfer_id)):
             with contextlib.ExitStack() as opened:
                 opened.callback(activity.close)
@@ -248,7 +248,7 @@ class ActivityFiles:
         return None
 
     def make(self, owned: Owned, transfer_id: str) -> OpenActivity:
-        """Visit a transfer of which nothing need be known: see ``ports.Activities``."""
+        """Open or make the file of a transfer's use: see ``ports.Activities``."""
         path = self._path(owned, id_hash(transfer_id))
         while True:
             with own_files(_WHAT), contextlib.ExitStack() as opened:
@@ -262,7 +262,7 @@ class ActivityFiles:
                     return activity
 
     def prune(self, owned: Owned, is_known: Callable[[str], bool]) -> int:
-        """Remove what is left of transfers that are known no more; return how many."""
+        """Remove the files of transfers that do not exist any more; return how many."""
         with own_files(_WHAT), os.scandir(self._directory) as entries:
             names = [entry.name for entry in entries]
         pruned = 0
@@ -286,9 +286,9 @@ class ActivityFiles:
         return is_abandoned
 
     def find_hashed(self, owned: Owned, digest: str) -> OpenActivity | None:
-        """Open what is known of the use of a transfer whose id has this hash."""
+        """Open the file of the transfer whose id has this hash; None: there is none."""
         path = self._path(owned, digest)
-        # O_NONBLOCK: whatever has got there, it must not stop us.
+        # O_NONBLOCK: a FIFO that somebody has made there must not block.
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with own_files(_WHAT):
             try:

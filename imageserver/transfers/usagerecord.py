@@ -4,8 +4,8 @@
     8s magic   16s boot   Q touched   Q cut   Q closed   Q read   Q written   256s error   256s id
     Q changed
 
-Times are of the monotonic clock, but for ``changed``: which state of a control program's file
-was last used, as its file system calls it, never compared with a clock.
+Times are of the monotonic clock, but for ``changed``: the time of change of the control program's
+file as it was last used. It tells the file's states apart, and is compared with no clock.
 """
 
 import struct
@@ -23,12 +23,12 @@ _SUMS = struct.Struct("<QQ256s")
 _NAME = struct.Struct("256s")
 _WORD = struct.Struct("<Q")
 _MOST = (1 << 64) - 1
-#: What an older version has left ends here: it knew nothing of ``changed``.
+#: A record of an older version ends here, without ``changed``.
 _LEAST = CHANGED
 
 
 class DamagedRecord(Exception):
-    """The bytes are no record, or one of another boot."""
+    """The bytes are no record, or a record of another boot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Record:
 
 
 def fresh_record(touched_ns: int, transfer_id: str) -> Record:
-    """Return the record of a transfer whose use begins now."""
+    """Return the record of a transfer that is used for the first time."""
     return Record(
         touched_ns, 0, is_closed=False, account=Account(), transfer_id=transfer_id, changed_ns=0
     )
@@ -54,7 +54,7 @@ def parse_record(data: bytes, boot: bytes, now_ns: int) -> Record:
     """Parse the bytes of a record, read before ``now_ns``.
 
     Raises:
-        DamagedRecord: they are cut short, not of this boot, or of a time to come.
+        DamagedRecord: they are cut short, not of this boot, or of a time in the future.
     """
     if len(data) < _LEAST or data[: _BOOT.stop] != _MAGIC + boot:
         raise DamagedRecord
@@ -67,7 +67,7 @@ def parse_record(data: bytes, boot: bytes, now_ns: int) -> Record:
 
 
 def is_of_another_boot(data: bytes, boot: bytes) -> bool:
-    """Tell whether this was a record before the machine was started last."""
+    """Tell whether this is a record of an earlier boot."""
     head, known = data[: _BOOT.stop], _MAGIC + boot
     return len(head) == len(known) and head.startswith(_MAGIC) and head != known
 

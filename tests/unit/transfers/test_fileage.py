@@ -79,4 +79,4 @@ def test_a_clock_that_is_set_all_the_time_is_followed(clocks: _Clocks, ages: Fil
         clocks.now += SECOND
         clocks.ahead += 60 * SECOND
         assert ages.age_ns(clocks.wall() - SECOND // 100) <= SECOND
-    assert len(ages._times) < 50
+    assert len(ages._periods) < 50

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least rate at which an answer must come: one byte now and then is no progress.
+"""The least rate at which an answer must come.
 
-A socket's timeout bounds silence alone. Here what came is looked at over times as long as that:
-where it was less than ``LEAST_RATE`` on average, the answer counts as broken.
+    socket's timeout    bounds the time without any byte
+    Pace                bounds the rate: in each period as long as that timeout, ``LEAST_RATE`` on
+                        average must have come, or the answer is broken
+
+So a server that sends one byte now and then holds nobody for ever.
 """
 
 import io
@@ -11,11 +14,11 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
-#: Bytes per second, heads included: nobody waits for what comes more slowly.
+#: Least average rate of an answer, head included, in bytes per second.
 LEAST_RATE = 1024
-#: What a server says that is at work: blanks, maybe each in a chunk with its length in hex.
+#: Bytes from a server that is still working: blanks, maybe as chunks with their lengths in hex.
 _AT_WORK = b" \t\r\n0123456789abcdefABCDEF"
-#: How long in all it may say that, in seconds.
+#: How long they count as progress, in seconds.
 _LONGEST_WORK = 3600.0
 
 
@@ -27,19 +30,19 @@ class Pace:
     """How fast an answer comes, counted from its first byte."""
 
     def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """``seconds``: how long it may be slow; None: for ever."""
+        """``seconds``: length of a period; None: no least rate."""
         self._seconds = math.inf if seconds is None else seconds
         self._clock = clock
         self._began: float | None = None
         self._since, self._count = 0.0, 0
-        #: Whether blanks say that the server is at work.
+        #: Whether blanks count as progress.
         self.has_blanks = False
 
     def came(self, data: "bytes | memoryview") -> None:
-        """Count what came.
+        """Count bytes that came.
 
         Raises:
-            Slow: they and those before were too few.
+            Slow: too few came in this period.
         """
         now = self._clock()
         if self._began is None:
@@ -62,7 +65,7 @@ class Pace:
 
 
 class _Paced(io.RawIOBase):
-    """A socket's stream whose reads are counted."""
+    """The stream of a socket; a ``Pace`` counts what is read."""
 
     def __init__(self, raw: Any, pace: Pace) -> None:  # noqa: ANN401 - a SocketIO
         self._raw, self._pace = raw, pace
@@ -87,6 +90,6 @@ class _Paced(io.RawIOBase):
 
 
 def paced(stream: IO[bytes], pace: Pace) -> io.BufferedReader:
-    """Return a reader of the same stream, from which nothing was read yet."""
+    """Return a reader that replaces ``stream``, from which nothing may have been read."""
     assert isinstance(stream, io.BufferedReader)  # noqa: S101 - what socket.makefile returns
     return io.BufferedReader(_Paced(stream.detach(), pace))

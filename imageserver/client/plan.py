@@ -6,12 +6,11 @@
     pieces   |-------------------||-----------|                     |--|
     covers   |-------------------||-----------||-----------------------|
 
-A request costs about as much as some hundred KiB, so a small gap is read and thrown away; a
-large span is cut so that several connections share it. What a piece *covers* begins where the
-one before it ends: what is done is then a few ranges, however many pieces there were.
+A request costs as much time as some hundred KiB, so a small gap is read and thrown away. A large
+span is cut, so that several connections share it. What a piece *covers* begins where the piece
+before it ends: finished pieces then join to a few ranges, however many there were.
 
-Images have millions of extents: spans are kept as two arrays of integers, pieces are made one
-at a time.
+Images have millions of extents: spans are two arrays of integers, pieces are made one at a time.
 """
 
 from array import array
@@ -22,11 +21,11 @@ from dataclasses import dataclass, field
 from imageserver.core.extents import Extent
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
-#: Longest gap that is read rather than left out, in bytes: about what a request costs.
+#: Longest gap that is read and thrown away, in bytes: takes about as long as a request.
 MAX_GAP = 256 * KIB
-#: Largest piece of one of several connections, in bytes; the smallest that is worth a request.
+#: Largest and smallest piece where several connections share the work, in bytes.
 _LARGEST_SHARED, _SMALLEST_SHARED = 128 * MIB, 8 * MIB
-#: Largest piece of a single connection: nobody waits for its end.
+#: Largest piece of a single connection, in bytes.
 _LARGEST_ALONE = GIB
 
 #: Half-open bytes of an image.
@@ -34,7 +33,7 @@ Range = tuple[int, int]
 
 
 class Spans:
-    """Ordered, disjoint, half-open ranges; touching ones are joined."""
+    """Ordered, disjoint, half-open ranges; adjacent ones are joined."""
 
     def __init__(self, ranges: Iterable[Range] = ()) -> None:
         self._starts = array("q")
@@ -45,7 +44,7 @@ class Spans:
             self.add(start, stop)
 
     def add(self, start: int, stop: int) -> None:
-        """Append a range that begins no earlier than the last one ends; empty ones vanish."""
+        """Append a range that begins no earlier than the last one ends; empty ones are ignored."""
         if start >= stop:
             return
         if self._stops and self._stops[-1] == start:
@@ -62,11 +61,11 @@ class Spans:
         return zip(self._starts, self._stops, strict=True)
 
     def raw(self) -> bytes:
-        """Return all of it as bytes, to be hashed."""
+        """Return the ranges as bytes, for a hash."""
         return self._starts.tobytes() + self._stops.tobytes()
 
     def without(self, done: Iterable[Range]) -> "Spans":
-        """Return what is left when these ordered ranges are taken away."""
+        """Return these spans minus some ordered ranges."""
         left = Spans()
         ranges = iter(done)
         gone = next(ranges, None)
@@ -92,13 +91,13 @@ class Spans:
         return wide
 
     def gaps(self, size: int) -> "Spans":
-        """Return what these spans leave out of ``size`` bytes."""
+        """Return the gaps between these spans in ``size`` bytes."""
         return Spans([(0, size)]).without(self)
 
 
 @dataclass(slots=True)
 class Piece:
-    """One request's bytes, of which ``spans`` are wanted; all before ``position`` are done."""
+    """One request's bytes; ``spans`` of them are wanted, those before ``position`` are done."""
 
     cover: int
     start: int
@@ -112,7 +111,7 @@ class Piece:
 
     @property
     def done(self) -> Range:
-        """What need not be done again."""
+        """The covered range that need not be moved again."""
         return self.cover, self.position if self.position > self.start else self.cover
 
     def wanted(self, start: int, stop: int) -> Iterator[Range]:
@@ -129,7 +128,7 @@ def _stop_of(span: Range) -> int:
 
 
 def data_spans(extents: Iterable[Extent], *, dirty: bool = False) -> tuple[Spans, Spans]:
-    """Return what must be copied and what must be zeroed; ``dirty``: of what has changed."""
+    """Return the spans of data and of zeros; ``dirty``: only of what has changed."""
     data, zeros = Spans(), Spans()
     for start, length, is_zero, is_dirty in extents:
         if is_dirty or not dirty:
@@ -138,7 +137,7 @@ def data_spans(extents: Iterable[Extent], *, dirty: bool = False) -> tuple[Spans
 
 
 def piece_bytes(total: int, connections: int) -> int:
-    """Return how large pieces should be, in bytes: a multiple of 1 MiB."""
+    """Return how large pieces should be for so many connections: a multiple of 1 MiB."""
     if connections == 1:
         return _LARGEST_ALONE
     share = total // (connections * 4) // MIB * MIB

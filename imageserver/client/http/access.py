@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a server is reached: URL, certificates, Unix socket, and for how long it may be silent."""
+"""How a server is reached: URL, certificates, Unix socket, timeout."""
 
 import ipaddress
 import re
@@ -9,9 +9,9 @@ from urllib.parse import urlsplit
 
 from imageserver.client.failures import BadUrl, LocalFailure
 
-#: What a host's name or address has none of: blanks, controls, and what ends it in a URL.
+#: A host's name or address: no blanks, control characters, or delimiters of a URL.
 _HOST = re.compile(r"[^\s\x00-\x20\x7f\\<>\"^`{|}]+")
-#: As in ``[SSL: NO_SUCH] no such thing (_ssl.c:42)``.
+#: The ends of ``[SSL: NO_SUCH] no such thing (_ssl.c:42)``.
 _OPENSSL = re.compile(r"^\[[^]]*\] | \(_ssl\.c:[0-9]+\)$")
 
 
@@ -28,13 +28,13 @@ class Access:
 
     @property
     def host(self) -> str:
-        """The host's name or address; an IPv6 zone as the system calls it (RFC 6874)."""
+        """The host's name or address; an IPv6 zone without the URL's ``25`` (RFC 6874)."""
         address, percent, zone = str(urlsplit(self.url).hostname).partition("%")
         return address + percent + zone.removeprefix("25")
 
     @property
     def host_field(self) -> str:
-        """What stands in ``Host``: a zone means something on this machine only."""
+        """The ``Host`` field; without an IPv6 zone, which means nothing to the server."""
         return re.sub(r"%[^\]]*(?=\])", "", urlsplit(self.url).netloc)
 
     @property
@@ -43,16 +43,16 @@ class Access:
         return bool(self.unix_socket) or _is_loopback(self.host)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be asked; forget a password, which is sent and shown nowhere.
+        """Refuse a URL that cannot be requested; drop its user and password, which are not used.
 
         Raises:
-            BadUrl: the URL is none.
+            BadUrl: it cannot.
         """
         object.__setattr__(self, "url", _checked(self.url))
 
 
 def _checked(url: str) -> str:
-    """Return a URL without user and password, if it is one that can be asked."""
+    """Return a URL without user and password."""
     masked = re.sub("//[^/]*@", "//", url)
     wrong = BadUrl(f"{masked!r} is no URL: its host or port is wrong")
     try:
@@ -76,10 +76,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def tls_context(access: Access) -> ssl.SSLContext:
-    """Return what checks the server's certificate, and has ours to show."""
+    """Return the context that checks the server's certificate and presents ours."""
     try:
         context = ssl.create_default_context(cafile=access.cacert)
-    except OSError as exc:  # ssl's are such
+    except OSError as exc:  # of which ssl.SSLError is one
         raise LocalFailure(f"cannot use the CA in {access.cacert}: {tls_reason(exc)}") from exc
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if access.cert:
@@ -92,5 +92,5 @@ def tls_context(access: Access) -> ssl.SSLContext:
 
 
 def tls_reason(exc: OSError) -> str:
-    """Return an error's words without the names that OpenSSL and Python's C code have for it."""
+    """Return an error's message without OpenSSL's and Python's internal names."""
     return _OPENSSL.sub("", exc.strerror or str(exc))

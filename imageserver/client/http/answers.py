@@ -14,7 +14,7 @@ from typing import Any
 from imageserver.client.failures import Failed
 from imageserver.client.http.extent_list import MAX_SIZE
 
-#: No more digits than a size can have: longer ones are no numbers of bytes.
+#: Numbers have no more digits than the largest size.
 _CONTENT_RANGE = re.compile(
     r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
 )
@@ -22,7 +22,7 @@ _CONTENT_RANGE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What OPTIONS says; a server that names no limits is taken to have one of each."""
+    """What OPTIONS says; without limits in it, one reader and one writer are assumed."""
 
     features: frozenset[str]
     max_readers: int
@@ -36,12 +36,12 @@ class Abilities:
 
     @property
     def writes_ranges(self) -> bool:
-        """Whether parts of the image can be written: a file on our server is replaced whole."""
+        """Whether parts of the image can be written; imageserver replaces a file as a whole."""
         return "PATCH" in self.methods
 
 
 def parse_abilities(body: bytes, allow: str) -> Abilities:
-    """Read OPTIONS' answer; what it leaves out is not there."""
+    """Parse the answer to OPTIONS; a feature that it does not name is not offered."""
     try:
         fields = json.loads(body or b"{}")
     except (ValueError, RecursionError) as exc:
@@ -102,7 +102,7 @@ def check_range(headers: Mapping[str, str], start: int, stop: int) -> None:
 
 
 def parse_fields(body: bytes) -> dict[str, Any]:
-    """Return an answer's fields; it need not have any."""
+    """Return the fields of an answer; none where it is no JSON object."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What urllib3's pools are made of here.
+"""urllib3's connections (TCP, TLS, Unix socket) with what it lacks.
 
-Connections over TCP, TLS or a Unix socket whose sockets others can shut down, and answers that
-can be read into a buffer that is used again, and that come at a least rate.
+Sockets    all sockets of a pool, so that another thread can shut them down
+Reply      an answer that is read into a buffer of ours, and fails if it comes too slowly
 """
 
 import contextlib
@@ -22,20 +22,17 @@ from imageserver.client.failures import BadUrl
 from imageserver.client.http.access import Access, tls_context
 from imageserver.client.pace import Pace, paced
 
-#: How long a handshake may take: a port that does not speak TLS may wait for the rest of what it
-#: takes for a request.
+#: How long a TLS handshake may take, in seconds: a server that expects plain HTTP would wait for
+#: the end of a request.
 HANDSHAKE_SECONDS = 15.0
 
 
 class NoTls(exceptions.HTTPError):
-    """There is a connection, but no handshake; the cause tells why."""
+    """The connection was made and the TLS handshake failed; the cause tells why."""
 
 
 class Sockets:
-    """The sockets of a pool's connections: a thread that waits for one is woken by its end.
-
-    Also which answer of ours is inside of which one of urllib3's.
-    """
+    """The sockets of a pool's connections, and the ``Reply`` inside of each urllib3 response."""
 
     def __init__(self) -> None:
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
@@ -44,13 +41,13 @@ class Sockets:
         )
 
     def cut(self) -> None:
-        """End all connections, whoever is using them."""
+        """Shut all sockets down; threads that wait for one are woken."""
         for sock in list(self._sockets):
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS, not unwrap()
 
     def made(self, sock: socket.socket | None) -> None:
-        """Note a new one."""
+        """Note a new socket."""
         if sock is not None:
             self._sockets.add(sock)
 
@@ -59,15 +56,15 @@ class Sockets:
         self._replies[response] = reply
 
     def reply(self, response: urllib3.BaseHTTPResponse) -> "Reply":
-        """Return our part of an answer."""
+        """Return the ``Reply`` inside of a response."""
         return self._replies[response]
 
 
 class Reply(http.client.HTTPResponse):
     """An answer whose body can be read into a buffer as it comes.
 
-    http.client has ``read1`` for that, which makes an object of its own for each read, and
-    ``readinto``, of which nobody knows how far it came when it fails.
+    http.client has ``read1``, which allocates memory for each read, and ``readinto``, which does
+    not tell how much it read before it failed.
     """
 
     def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:  # noqa: ANN401
@@ -76,7 +73,7 @@ class Reply(http.client.HTTPResponse):
         self.fp = paced(self.fp, self.pace)
 
     def read_into(self, view: memoryview) -> int:
-        """Fill some of ``view`` by at most one read; return how much, 0 at the body's end."""
+        """Read once into ``view``; return the number of bytes, 0 at the end of the body."""
         if self.isclosed():
             return 0
         count = self.fp.readinto1(view[: self.length])
@@ -88,7 +85,7 @@ class Reply(http.client.HTTPResponse):
 
 
 class _Noted(HTTPConnection):
-    """A connection that says which socket it has, and which answers it got."""
+    """A connection that notes its socket and its answers in ``sockets``."""
 
     sockets: Sockets
 
@@ -102,7 +99,7 @@ class _Noted(HTTPConnection):
         *arguments: Any,  # noqa: ANN401
         **named: Any,  # noqa: ANN401
     ) -> Reply:
-        """Make an answer, and remember it: http.client calls this like a class."""
+        """Return a ``Reply``, and remember it; http.client calls this like a class."""
         self._reply = Reply(*arguments, **named)
         return self._reply
 
@@ -145,7 +142,7 @@ class _TlsConnection(_Noted, HTTPSConnection):
         """Connect and shake hands.
 
         Raises:
-            NoTls: that failed once the other side was there.
+            NoTls: the handshake failed.
         """
         seconds = self.timeout
         if seconds is None or isinstance(seconds, int | float):
@@ -160,7 +157,7 @@ class _TlsConnection(_Noted, HTTPSConnection):
 
 
 def is_protocol_error(exc: BaseException | None) -> bool:
-    """Tell whether a handshake failed for what the other side is or wants, not for its absence."""
+    """Tell whether TLS itself failed (certificate, version), rather than the connection."""
     gone = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
     return isinstance(exc, ssl.SSLError) and not isinstance(exc, gone)
 

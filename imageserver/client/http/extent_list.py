@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server's list of extents, parsed as it comes: in order, without gaps, of what was asked for."""
+"""A server's list of extents, parsed as it comes, and checked: in order, without gaps."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from typing import Any
 from imageserver.client.failures import Broken, Failed
 from imageserver.core.extents import Extent
 
-#: Sizes and offsets are signed 64-bit numbers everywhere below.
+#: Largest size and offset: the system has them as signed 64-bit numbers.
 MAX_SIZE = 2**63 - 1
 #: Longest text of one extent, in bytes.
 _LONGEST = 64 * 1024
@@ -17,7 +17,7 @@ _LONGEST = 64 * 1024
 def parse_extents(pieces: Iterable[bytes], context: str = "zero") -> Iterator[Extent]:
     """Parse a JSON list of flat objects as it comes, and check that it has no gaps.
 
-    No object holds another, so the text may be cut behind any ``}``.
+    No object contains another one, so the text can be split behind any ``}``.
     """
     rest, position, opened = b"", 0, False
     for piece in pieces:
@@ -48,9 +48,9 @@ def _batch(text: bytes, *, first: bool) -> list[Any]:
 
 
 def _extent(fields: Any, position: int, *, is_dirty: bool) -> Extent:  # noqa: ANN401 - JSON
-    """Read one extent: a key that is missing is no ``false``, which would mean *unchanged*.
+    """Parse one extent: ``dirty`` must be there if it was asked for, and is ignored if not.
 
-    One that was not asked for is nothing.
+    A missing ``dirty`` is not taken for false, which would mean *unchanged*.
     """
     if not isinstance(fields, dict):
         raise Failed(f"an extent at {position} is no JSON object")

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One image on a server: what it can do, where its data is, its bytes; each request made once.
+"""One image on a server: what it can do, where its data is, its bytes. No request is retried here.
 
-Answers are taken at their word only where they prove it: a range must come as 206 with exactly
-the bytes that were asked for, extents must cover the image in order. Speaks what imageserver
-and oVirt's daemon have in common.
+Works with imageserver and with oVirt's daemon: it uses what both understand.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -23,19 +22,18 @@ from imageserver.client.http.answers import (
     range_size,
 )
 from imageserver.client.http.extent_list import parse_extents
-from imageserver.client.http.transport import Response, Transport
+from imageserver.client.http.transport import Response, Transport, finish
 from imageserver.core.extents import Extent
 
-#: Bytes of extents that are parsed at once: large enough for json's speed, small enough to
-#: keep millions of extents out of memory.
+#: Bytes of extents that are parsed at once: much for json's speed, little for millions of extents.
 _EXTENTS_PIECE = 256 * 1024
 #: Bytes of one read from a socket and one write to a file.
 READ_BYTES = 1024 * 1024
 _MAX_JSON = 64 * 1024
 _NO_CONTENT = 204
-#: How oVirt's daemon calls itself in ``Server``.
+#: What oVirt's daemon has in ``Server``; it answers writes with an empty body.
 _SAYS_NOTHING = "imageio/"
-#: Connections that are used unless something else is asked for.
+#: Connections that are used by default.
 _CONNECTIONS = 4
 
 
@@ -61,9 +59,9 @@ class Remote:
     def connections(self, asked: int | None, most: int) -> int:
         """Return how many connections to use of the ``most`` that the server allows.
 
-        By default four; of a server on this machine half as many as there are CPUs, for each
-        connection keeps two of them busy, and more only disturb each other (on two CPUs, four
-        take 1.2 times as long as one).
+        By default four. With a server on this machine half as many as there are CPUs: each
+        connection keeps two CPUs busy (on two CPUs, four connections take 1.2 times as long as
+        one).
         """
         if asked is None:
             cpus = len(os.sched_getaffinity(0))
@@ -100,57 +98,42 @@ class Remote:
         response = self._transport.request(
             "GET", self._target, expected=(206, 416), headers={"Range": "bytes=0-0"}
         )
-        self._transport.finish(response)
+        finish(response)
         return range_size(response.headers)
 
     def extents(self, context: str = "zero") -> Generator[Extent]:
         """Yield all extents in order: ``context`` is zero or dirty.
 
+        Do not ask for those of an empty image: oVirt's daemon answers with an error.
+
         Raises:
             Broken: the list was cut.
-            Failed: it does not cover the image without gaps, or leaves open what is asked.
+            Failed: it has gaps, or does not say what was asked for.
         """
         response = self._transport.request("GET", self._at("/extents", f"context={context}"))
         self._transport.allow_blanks(response)
-        finished = False
-        try:
+        with _read_to_the_end(response):
             yield from parse_extents(self._pieces(response), context)
-            finished = True
-        finally:
-            if finished:
-                response.release_conn()
-            else:
-                response.close()
 
     def _pieces(self, response: Response) -> Iterator[bytes]:
         with self._transport.translated():
             yield from response.stream(_EXTENTS_PIECE)
 
     def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
-        """Yield the bytes of a span in order; each piece is good until the next one is asked for.
+        """Yield the bytes of a span in order; a piece is overwritten when the next one is read.
 
         Raises:
-            Broken: not all of it came; all that came was yielded, and is right.
+            Broken: the answer was cut; all bytes that came were yielded before.
         """
         response = self._transport.request(
             "GET", self._target, expected=(206,), headers={"Range": f"bytes={start}-{stop - 1}"}
         )
-        finished = False
-        try:
+        with _read_to_the_end(response):
             check_range(response.headers, start, stop)
             yield from self._received(response, start, stop)
-            finished = True
-        finally:
-            if finished:
-                response.release_conn()
-            else:
-                response.close()
 
     def _received(self, response: Response, start: int, stop: int) -> Iterator[bytes | bytearray]:
-        """Yield a body up to each multiple of ``READ_BYTES``, where zeros are looked for in blocks.
-
-        Of a body that is cut, all that came is yielded before ``Broken``.
-        """
+        """Yield a body in pieces that end at multiples of ``READ_BYTES``, as blocks of zeros do."""
         buffer = bytearray(min(READ_BYTES, stop - start))
         view = memoryview(buffer)
         while start < stop:
@@ -166,15 +149,15 @@ class Remote:
             start += filled
 
     def write(self, start: int, stop: int, pieces: Iterable[object]) -> None:
-        """Write a span (PUT with Content-Range) from pieces that are as long together."""
+        """Write a span (PUT with Content-Range); the pieces must add up to its length."""
         place = {"Content-Range": f"bytes {start}-{stop - 1}/*"}
-        # Without `n` oVirt's daemon would flush each.
+        # oVirt's daemon flushes after each PUT unless told not to.
         self._put(stop - start, pieces, "flush=n", place)
 
     def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> bool:
-        """Make ``length`` bytes the whole image; return whether it was flushed.
+        """Replace the image by ``length`` bytes; return whether the server flushed it.
 
-        That is the server's word; of one that says nothing, what it was asked to do.
+        A server that does not say is taken to have done what it was asked.
         """
         flushed = self._put(length, pieces, f"flush={'ny'[flush]}", {}).get("flushed")
         return flushed if isinstance(flushed, bool) else flush
@@ -182,10 +165,10 @@ class Remote:
     def _put(
         self, length: int, pieces: Iterable[object], flush: str, place: dict[str, str]
     ) -> dict[str, Any]:
-        """Send a body, return what the answer says of it.
+        """Send a body; return the fields of the answer.
 
         Raises:
-            Broken: the answer came before all was sent (urllib3 takes it for an answer then, too).
+            Broken: the answer came before the body was sent (urllib3 returns such an answer, too).
         """
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
         body = _Body(pieces)
@@ -206,11 +189,11 @@ class Remote:
         self._patch({"op": "zero", "offset": start, "size": stop - start, "flush": False})
 
     def flush(self) -> None:
-        """Bring what was written to stable storage."""
+        """Bring all written data to stable storage (PATCH)."""
         self._patch({"op": "flush"})
 
     def flush_file(self) -> None:
-        """The same of an image without PATCH (POST flush, our server's own)."""
+        """The same for an image without PATCH (POST flush, imageserver's own)."""
         self._done("POST", self._transport.request("POST", self._at("/flush"), body=b"{}"))
 
     def _at(self, route: str = "", parameter: str = "") -> str:
@@ -224,10 +207,7 @@ class Remote:
         self._done("PATCH", response)
 
     def _done(self, method: str, response: Response) -> dict[str, Any]:
-        """Return what an answer says, which must be that it is done.
-
-        oVirt's daemon says so with nothing at all.
-        """
+        """Return the fields of an answer, which must say ``ok``; oVirt's daemon sends no body."""
         body = self._body(response)
         if not body and response.headers.get("Server", "").startswith(_SAYS_NOTHING):
             return {}
@@ -243,12 +223,23 @@ class Remote:
     def _body(self, response: Response) -> bytes:
         with self._transport.translated():
             body = response.read(_MAX_JSON)
-            self._transport.finish(response)
+            finish(response)
             return body
 
 
+@contextlib.contextmanager
+def _read_to_the_end(response: Response) -> Iterator[None]:
+    """Return the connection to the pool after the body was read; close it if it was not."""
+    try:
+        yield
+    except BaseException:
+        response.close()
+        raise
+    response.release_conn()
+
+
 class _Body:
-    """The pieces of a body; ``is_sent`` once more was asked for than the last."""
+    """The pieces of a body; ``is_sent`` is true once urllib3 has asked for more than the last."""
 
     def __init__(self, pieces: Iterable[object]) -> None:
         self._pieces = pieces

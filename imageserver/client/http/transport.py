@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP to one server through urllib3's connection pool: over TCP, TLS, or a Unix socket.
+"""Requests to one server through urllib3's connection pool; its errors become ``failures``.
 
-One request is tried once: who retries is ``backoff``. urllib3's errors become ours here and
-in ``translated``, and its answers leave only with a status that was asked for.
+Each request is made once; ``backoff`` retries. An answer is returned only with an expected status.
 """
 
 import contextlib
@@ -20,16 +19,16 @@ from imageserver.client.failures import Broken, Busy, Failed, Refused, Unreachab
 from imageserver.client.http.access import Access, tls_reason
 from imageserver.client.http.connections import NoTls, Sockets, is_protocol_error, make_pool
 
-#: Asked again later, these may be answered otherwise (502 and 504: a proxy before a restart).
+#: Statuses that a retry may change (502 and 504: a proxy whose server restarts).
 _TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
-#: Longest message of a server that is shown, in bytes.
+#: Longest error message of a server that is read, in bytes.
 _MAX_MESSAGE = 4096
-#: Longest part of it that is shown, in characters: a sentence.
+#: Longest part of it that is shown, in characters.
 _MAX_SHOWN = 300
-#: Longest rest of a body that is read only to use the connection again.
+#: Longest rest of a body that is read so that the connection can be used again, in bytes.
 _MAX_REST = 64 * 1024
 _BELOW_ERRORS = 300
-#: What came is no answer at all.
+#: http.client's errors for an answer that is no HTTP.
 _NO_HTTP = (http.client.UnknownProtocol, http.client.LineTooLong, http.client.BadStatusLine)
 _SECONDS = re.compile(r"[0-9]{1,6}")
 
@@ -42,7 +41,7 @@ class Transport:
     def __init__(self, access: Access, connections: int = 8) -> None:
         parts = urlsplit(access.url)
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        #: How the server is called in messages.
+        #: The server's name in messages.
         self.name = access.unix_socket or parts.netloc
         self._host_field = access.host_field
         self._sockets = Sockets()
@@ -86,10 +85,10 @@ class Transport:
         }
 
     def read_into(self, response: Response, view: memoryview) -> int:
-        """Fill some of ``view`` with what has come of a body that is longer.
+        """Read some of a body into ``view``; return how many bytes.
 
         Raises:
-            Broken: it has ended.
+            Broken: the body has ended.
         """
         with self.translated():
             count = self._sockets.reply(response).read_into(view)
@@ -98,12 +97,12 @@ class Transport:
         return count
 
     def allow_blanks(self, response: Response) -> None:
-        """Have blanks in an answer say that the server is at work, little as they are."""
+        """Let blanks in an answer count as progress: the server is at work."""
         self._sockets.reply(response).pace.has_blanks = True
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
-        """Turn urllib3's errors into ours."""
+        """Turn urllib3's errors into ``failures``."""
         try:
             yield
         except (exceptions.NewConnectionError, exceptions.ConnectTimeoutError) as exc:
@@ -111,7 +110,7 @@ class Transport:
         except NoTls as exc:
             raise self._without_tls(exc) from exc
         except (exceptions.SSLError, ssl.SSLError) as exc:
-            if "ALERT" in str(exc).upper():  # with TLS 1.3, it may come after the handshake
+            if "ALERT" in str(exc).upper():  # TLS 1.3 may send one after the handshake
                 raise Failed(f"no TLS with {self.name}: {_reason(exc)}") from exc
             raise Broken(f"the TLS connection to {self.name} broke: {_reason(exc)}") from exc
         except (exceptions.ReadTimeoutError, TimeoutError) as exc:
@@ -122,7 +121,7 @@ class Transport:
             raise Broken(f"the connection to {self.name} broke: {_reason(exc)}") from exc
 
     def _without_tls(self, exc: NoTls) -> Exception:
-        """Return what a failed handshake is: asked again, one that was cut may be none."""
+        """Return the failure for a handshake that failed: one that was cut may succeed later."""
         inner = _innermost(exc)
         if isinstance(inner, TimeoutError):
             return Unreachable(f"{self.name} does not answer in TLS")
@@ -131,7 +130,7 @@ class Transport:
         return Unreachable(f"no TLS with {self.name}: {_reason(exc)}")
 
     def _refusal(self, method: str, response: Response) -> Exception:
-        if response.status < _BELOW_ERRORS:  # its body may be the image: none of it is told
+        if response.status < _BELOW_ERRORS:  # its body may be the image: do not show it
             response.close()
             return Refused(
                 f"{self.name} answered {method} with {response.status}, which was not asked for",
@@ -145,10 +144,6 @@ class Transport:
             return Failed(sentence)
         return Refused(sentence, response.status)
 
-    def finish(self, response: Response) -> None:
-        """Be done with an answer: its connection is used again if little is left of the body."""
-        _finish(response)
-
     def cut(self) -> None:
         """End all connections: threads that wait for one get ``Broken``."""
         self._sockets.cut()
@@ -158,7 +153,8 @@ class Transport:
         self._pool.close()
 
 
-def _finish(response: Response) -> None:
+def finish(response: Response) -> None:
+    """Release the connection of an answer: for use if little is left of the body, else closed."""
     left = getattr(response, "length_remaining", None)
     if left is None or left > _MAX_REST:
         response.close()
@@ -168,10 +164,10 @@ def _finish(response: Response) -> None:
 
 
 def _message(response: Response) -> str:
-    """Return what an error's body says: our server's JSON, or another's text."""
+    """Return the message in an error's body: in JSON, or the first line of text."""
     try:
         text = response.read(_MAX_MESSAGE)
-        _finish(response)
+        finish(response)
     except (exceptions.HTTPError, OSError):
         response.close()
         return response.reason or "an answer that was cut"
@@ -191,7 +187,7 @@ def _is_no_http(exc: BaseException) -> bool:
 
 
 def _innermost(exc: BaseException) -> BaseException:
-    """Return an error without urllib3's wrappings."""
+    """Return the error inside of urllib3's wrappers."""
     while True:
         inner = next((a for a in exc.args if isinstance(a, BaseException)), None) or exc.__cause__
         if inner is None:
@@ -200,7 +196,7 @@ def _innermost(exc: BaseException) -> BaseException:
 
 
 def _reason(exc: BaseException) -> str:
-    """Return the innermost error's words."""
+    """Return the message of the innermost error."""
     exc = _innermost(exc)
     if isinstance(exc, OSError) and exc.strerror:
         return tls_reason(exc)

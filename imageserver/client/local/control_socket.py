@@ -16,11 +16,11 @@ from imageserver.core.transfer import (
     transfer_from_fields,
 )
 
-#: Longest answer of a server that is read, in bytes: a page of a list, and its last transfer.
+#: Longest answer that is read, in bytes: a page of a list.
 _MAX_ANSWER = 4 << 20
-#: Longest message of it that is shown, in characters.
+#: Longest message of a server that is shown, in characters.
 _MAX_SHOWN = 300
-#: What may be otherwise when asked again, and what it means.
+#: Messages of errors that a retry may change, and what is shown for them.
 _TRANSIENT = {
     "busy": "busy; requests still use the transfer, which new ones cannot",
     "server busy": "server busy",
@@ -43,14 +43,14 @@ class ControlSocket:
         )
 
     def remove(self, transfer_id: str, timeout: float | None, *, force: bool) -> None:
-        """Unregister a transfer, and wait for its requests, ``timeout`` seconds at most."""
+        """Unregister a transfer, and wait at most ``timeout`` seconds for its requests."""
         fields = {"action": "unregister", "transfer_id": transfer_id}
-        # A server that waits says nothing meanwhile.
+        # The server sends nothing while it waits.
         silence = None if timeout is None else timeout + self.timeout_seconds
         self._ask(fields | {"timeout": timeout, "force": force}, silence)
 
     def list(self) -> list[Transfer]:
-        """Return what is registered, in the order of ids."""
+        """Return the registered transfers, in the order of ids."""
         found: list[Transfer] = []
         while True:
             more = {"after": found[-1].id} if found else {}

@@ -15,7 +15,7 @@ from imageserver.client.failures import LocalFailure
 if TYPE_CHECKING:
     import ctypes
 
-#: What can be written.
+#: Bytes to be written.
 Buffer = bytes | bytearray | memoryview
 _AT_FDCWD, _NOREPLACE = -100, 1  # linux/fcntl.h, linux/fs.h
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # linux/falloc.h
@@ -25,7 +25,7 @@ def opened(path: str, flags: int, ours: os.stat_result | None = None) -> int:
     """Open a file or block device; return its descriptor.
 
     Raises:
-        LocalFailure: that failed, it is anything else, or not the file that is ``ours``.
+        LocalFailure: it cannot be opened, is something else, or is not the file ``ours``.
     """
     with local_errors(path):  # O_NONBLOCK: the open of a FIFO would wait for its other end
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
@@ -54,7 +54,7 @@ def punch_hole(fd: int, start: int, stop: int) -> bool:
 
 
 def rename_new(old: str, new: str) -> None:
-    """Rename, but replace nothing."""
+    """Rename a file; fail if ``new`` exists."""
     import ctypes  # noqa: PLC0415 - as in _libc
 
     ends = _AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new)
@@ -101,7 +101,7 @@ class local_errors:  # noqa: N801 - used as a function
 
 
 def sync_folder(path: str) -> None:
-    """Bring a file's name to stable storage."""
+    """Bring the directory entry of a file to stable storage."""
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(folder)

@@ -65,7 +65,7 @@ class LocalImage(Protocol):
         """Close it without a sync: what was not synced may be lost."""
 
 
-def open_image(  # noqa: PLR0913 - what may be said of an image
+def open_image(  # noqa: PLR0913 - options of one image
     path: str,
     kind: str,
     connections: int,
@@ -75,10 +75,10 @@ def open_image(  # noqa: PLR0913 - what may be said of an image
     damaged: bool = False,
     ours: os.stat_result | None = None,
 ) -> LocalImage:
-    """Open an image that exists; at most ``connections`` threads use it at once.
+    """Open an existing image, which at most ``connections`` threads will use at once.
 
-    ``backing``: also one whose content lies in other files, which it names, with their formats.
-    ``damaged``: also a qcow2 image that is not whole. ``ours``: it must be this file.
+    ``backing``: accept a qcow2 image that names other files for its content. ``damaged``: accept
+    one that is incomplete or inconsistent. ``ours``: the file that ``path`` must lead to.
     """
     if kind == "raw":
         return RawFile.open(path, writable=writable, ours=ours)
@@ -96,7 +96,7 @@ def open_image(  # noqa: PLR0913 - what may be said of an image
     return Qcow2(chain, connections, writable=writable)
 
 
-def create_image(  # noqa: PLR0913, PLR0917 - what may be said of an image
+def create_image(  # noqa: PLR0913, PLR0917 - options of one image
     path: str,
     kind: str,
     size: int,
@@ -104,9 +104,9 @@ def create_image(  # noqa: PLR0913, PLR0917 - what may be said of an image
     base: tuple[str, str | None] | None = None,
     ours: os.stat_result | None = None,
 ) -> LocalImage:
-    """Make an image of one hole, or an overlay of ``base``: its path, and its format if said.
+    """Make an empty image, or an overlay of ``base``, a path and its format (None: raw).
 
-    It is made in the file that is ``ours``, if that is said.
+    ``ours``: the file that ``path`` must lead to.
     """
     if kind == "raw":
         return RawFile.create(path, size, ours)
@@ -127,7 +127,7 @@ def create_image(  # noqa: PLR0913, PLR0917 - what may be said of an image
 
 
 def _require_base(chain: "Chain", said: str | None, size: int) -> None:
-    """Refuse a base of an overlay whose format must be said, or that has another size."""
+    """Refuse a base whose format is not given and looks like qcow2, or of another size."""
     file, header = chain.members[0].file, chain.members[0].header
     if said is None and file.read(0, len(QCOW2_MAGIC)) == QCOW2_MAGIC:
         raise LocalFailure(
@@ -144,7 +144,7 @@ def _require_base(chain: "Chain", said: str | None, size: int) -> None:
 
 
 def refuse_below(base: str, file: str) -> None:
-    """Refuse a qcow2 base that is itself based on the file to be written."""
+    """Refuse a qcow2 base whose chain contains the file to be written."""
     from imageserver.client.local.qcow2_chain import Chain  # noqa: PLC0415 - for qcow2 alone
 
     chain = Chain.open(base)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A local qcow2 image as one end of a transfer: a private qemu-nbd, spoken to through libnbd.
+"""A local qcow2 image, served by a private qemu-nbd.
 
-    imagectl --libnbd, one connection a thread--> qemu-nbd --> the descriptors of ``chain``
+    imagectl --libnbd, one connection a thread--> qemu-nbd --> the descriptors of ``qcow2_chain``
 
-qemu-nbd is not persistent: it writes what it holds and ends when the last connection closes,
-so also when imagectl is killed. Its socket is removed as soon as all connections are made; it
-is called by the descriptor of its directory, for a socket's path has room for 107 bytes.
+qemu-nbd ends when its last connection closes, also when imagectl is killed, and writes what it
+has cached. Its socket is removed once all connections are made. The socket's path begins with
+the descriptor of its directory: a path of a socket is limited to 107 bytes.
 
-Nothing here waits inside of libnbd for longer than a turn: Ctrl-C reaches Python in between. At
-the end qemu-nbd has some time to end by itself; a second Ctrl-C kills it.
+No call waits in libnbd for longer than ``_TURN_MS``, so that Python can handle Ctrl-C in between.
+At the end qemu-nbd gets time to write; a second Ctrl-C kills it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from typing import Self
 
 try:
     import nbd
-except ModuleNotFoundError:  # all but qcow2 works without
+except ModuleNotFoundError:  # only qcow2 needs it
     _HAS_LIBNBD = False
 else:
     _HAS_LIBNBD = True
@@ -45,23 +45,23 @@ from imageserver.client.plan import GIB, Spans
 from imageserver.core.extents import ALLOCATION, STATE_HOLE, STATE_ZERO
 
 _START_SECONDS = 30.0
-#: How long one wait in libnbd may take: signals' handlers run after it, and threads stop.
+#: How long one wait in libnbd may take: after it, signals are handled and threads may stop.
 _TURN_MS = 500
-#: For threads that wait to give up.
+#: How long waiting threads may take to give their connections back.
 _STOP_SECONDS = 5.0
-#: Requests' limits in the protocol are 32 bits: block status is asked in steps below that.
+#: Largest request for block status or zeros, in bytes: the protocol has lengths of 32 bits.
 _STEP = 2 * GIB
 
 
 class Qcow2:
-    """An open image; its connections are shared by at most as many threads."""
+    """An open image; each method takes one of its connections while it runs."""
 
     def __init__(self, chain: Chain, connections: int, *, writable: bool) -> None:
-        """Serve ``chain``, which is this image's from now on, whatever comes."""
+        """Serve ``chain``, which this image closes, also when the constructor fails."""
         self._chain = chain
         self._names = {file.fd: file.path for file in chain.files()}
         self.path = chain.members[0].file.path
-        #: The first of the images that nobody writes.
+        #: The first member of the chain that is only read.
         self._first_read = int(writable)
         with contextlib.ExitStack() as failed:
             failed.callback(chain.close)
@@ -73,7 +73,7 @@ class Qcow2:
         for handle in self._all:
             self._idle.put(handle)
         self._is_ending = threading.Event()
-        #: Memory that libnbd may still use, for requests that nobody waits for any more.
+        #: Buffers of abandoned requests: libnbd may still use them.
         self._kept: list[Buffer] = []
         self.size: int = self._all[0].get_size()
 
@@ -86,11 +86,7 @@ class Qcow2:
         base: Chain | None = None,
         ours: os.stat_result | None = None,
     ) -> Self:
-        """Make an image, an overlay of ``base`` if there is one.
-
-        It is made in the file at ``path``, which must be ``ours`` if that is said; a symbolic
-        link is not followed.
-        """
+        """Make an image, or an overlay of ``base``; ``ours``: what ``path`` must lead to."""
         with contextlib.ExitStack() as failed:
             if base:
                 failed.callback(base.close)
@@ -105,7 +101,7 @@ class Qcow2:
         return cls(chain, connections, writable=True)
 
     def _serve(self, connections: int, failed: contextlib.ExitStack) -> None:
-        """Start qemu-nbd, and connect; ``failed`` ends it."""
+        """Start qemu-nbd and connect to it; ``failed`` will kill it."""
         with contextlib.ExitStack() as undo, local_errors("a directory for a socket"):
             directory = tempfile.mkdtemp(prefix="imagectl-")
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -120,10 +116,9 @@ class Qcow2:
             self._all = [self._connect(sock) for _ in range(connections)]
 
     def _linked(self, directory: str) -> dict[str, object] | None:
-        """Return an image of ours, if any, that names what the chain names through a protocol.
+        """Return the node of a temporary image that names ``Chain.beyond``, if there is that.
 
-        QEMU tells what such a name means only where an image has it, and in the chain's own
-        it could be another by now.
+        QEMU parses such a name only in an image, and the chain's own may have been rewritten.
         """
         if self._chain.beyond is None:
             return None
@@ -138,7 +133,7 @@ class Qcow2:
         while True:
             handle = nbd.NBD()
             handle.add_meta_context(ALLOCATION)
-            with contextlib.suppress(nbd.Error):  # it may not listen yet
+            with contextlib.suppress(nbd.Error):  # qemu-nbd may not listen yet
                 handle.aio_connect_unix(sock)
                 while handle.aio_is_connecting() and time.monotonic() < deadline:
                     handle.poll(_TURN_MS)
@@ -164,7 +159,7 @@ class Qcow2:
     def _wait(
         self, handle: "nbd.NBD", cookie: int, buffer: Buffer = b"", within: float = math.inf
     ) -> None:
-        """Wait until a request is complete, in turns; ``buffer`` is what it reads or writes."""
+        """Wait until a request is complete; ``buffer`` is what it reads or writes."""
         deadline, is_complete = time.monotonic() + within, False
         try:
             while not (is_complete := handle.aio_command_completed(cookie)):
@@ -188,7 +183,7 @@ class Qcow2:
         return LocalFailure(f"{self.path}: qemu-nbd does not answer")
 
     def spans(self) -> Spans:
-        """Return where the image and what it is based on have data."""
+        """Return where the image or its backing files have data."""
         found, position = Spans(), 0
         with self._handle() as handle:
             while position < self.size:
@@ -219,13 +214,13 @@ class Qcow2:
             self._wait(handle, handle.aio_pwrite(view, start), view)
 
     def zero(self, start: int, stop: int) -> None:
-        """Zero a span; what it is based on shows through no more."""
+        """Zero a span; it hides the backing file's data."""
         with self._handle() as handle:
             for offset in range(start, stop, _STEP):
                 self._wait(handle, handle.aio_zero(min(_STEP, stop - offset), offset))
 
     def sync(self, within: float = math.inf) -> None:
-        """Bring all of it to stable storage; give up after so many seconds."""
+        """Bring written data to stable storage; fail after so many seconds."""
         with self._handle(within) as handle:
             self._wait(handle, handle.aio_flush(), within=within)
 
@@ -233,19 +228,19 @@ class Qcow2:
         """Do nothing: qemu-nbd has the file open."""
 
     def require_unchanged(self) -> None:
-        """Require what was only read to be as it was.
+        """Require the files that are only read not to have been written.
 
         Raises:
-            LocalFailure: it was written or cut meanwhile: what was read may be anything.
+            LocalFailure: one was written or truncated: what was read may be wrong.
         """
         self._chain.require_unchanged(self._first_read)
 
     def close(self) -> None:
-        """Close all connections and wait for qemu-nbd's end; may be called twice."""
-        self._close(kill=not self._first_read)  # what only reads has nothing to write at the end
+        """Close all connections and wait for qemu-nbd to end; may be called twice."""
+        self._close(kill=not self._first_read)  # one that only reads has nothing to write
 
     def abandon(self) -> None:
-        """Kill qemu-nbd: what it holds is lost."""
+        """Kill qemu-nbd: what it has not written is lost."""
         self._close(kill=True)
 
     def _close(self, *, kill: bool) -> None:
@@ -264,11 +259,11 @@ class Qcow2:
             end(self._server, kill=kill)
 
     def _hang_up(self, connections: int) -> None:
-        """Say good-bye on all connections; threads that wait give theirs back in a turn."""
+        """Disconnect all connections; waiting threads give theirs back within ``_TURN_MS``."""
         deadline = time.monotonic() + END_SECONDS
         for _ in range(connections):
             handle = self._taken(_STOP_SECONDS)
-            with contextlib.suppress(nbd.Error):  # it is gone: that is what is wanted
+            with contextlib.suppress(nbd.Error):  # qemu-nbd has gone already
                 handle.aio_disconnect()
                 while not handle.aio_is_closed():
                     if time.monotonic() > deadline:
@@ -286,11 +281,11 @@ def _collect_into(said: list[int]) -> "Callable[[str, int, list[int], int], int]
 
 
 def _create(base: Chain | None) -> list[str]:
-    """Return qemu-img's arguments for a new image; what it is based on is not opened by name."""
+    """Return qemu-img's arguments for a new image; -u: the backing file is not opened by name."""
     if base is None:
         return ["create", "-q", "-f", "qcow2"]
     top = base.members[0]
-    full = os.path.join(os.getcwd(), top.file.path)  # its links left as they are
+    full = os.path.join(os.getcwd(), top.file.path)  # symbolic links are kept
     kind = "qcow2" if top.header else "raw"
     return ["create", "-q", "-u", "-f", "qcow2", "-b", full, "-F", kind]
 

@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A qcow2 image and all that it says lies outside of it: each file opened once, by imagectl.
+"""A qcow2 image and the files that it names: each opened once, by imagectl.
 
     image.qcow2 --"middle", qcow2--> middle --"/base", raw--> /base    followed to its end
-                --"base"-----------> ?                                 refused: QEMU would guess
+                --"base"-----------> ?                                 refused: no format
 
-QEMU's programs get descriptors (``/proc/self/fd``) and the whole chain in words, so they follow
-no name of a backing file: one that is put in another's place after its header was read is not
-opened. What no option keeps QEMU from following, a header rewritten meanwhile to name a file for
-its data, is found out once the image is open, before a byte of it is used (``require_as_read``).
+QEMU's programs get descriptors (``/proc/self/fd``) and a description of the whole chain, so they
+open no backing file by its name: a file that replaces another one after its header was read is
+not opened. Only the name of a data file cannot be kept from QEMU: a header that is rewritten
+meanwhile to name one is detected after QEMU has opened the image, and before a byte of it is
+used (``require_as_read``).
 
-A raw image holds whatever its guest wrote, a qcow2 header too, and that may name any file. So
-each link must record the format of what it names: with one that does not, QEMU looks into the
-file and believes it.
+The guest writes a raw image, so it may write a qcow2 header that names any file of this host.
+Each image must therefore record the format of its backing file: without, QEMU would detect it
+from the content.
 
-What a link names through a protocol (``nbd:``, ``json:``) ends what is followed here: QEMU opens
-that by the name that was read (``Chain.beyond``).
+A backing file behind a protocol (``nbd:``, ``json:``) is not followed: QEMU opens it by the name
+that was read (``Chain.beyond``).
 """
 
 import os
@@ -27,14 +28,14 @@ from imageserver.client.failures import LocalFailure
 from imageserver.client.local.files import local_errors, opened, read_at
 from imageserver.client.local.qcow2_header import LARGEST_CLUSTER, Header, parse_header
 
-#: More images than any chain has: this one leads in a circle, which QEMU follows for ever.
+#: More images than any chain has: QEMU would follow a circle for ever.
 _MAX_DEPTH = 200
-#: Formats whose own backing files can be told: raw has none.
+#: Formats of backing files that are followed: the chain of raw ends, that of qcow2 can be read.
 _FOLLOWED = {"raw", "qcow2"}
 
 
 class OpenFile:
-    """A file that was opened once; QEMU's programs open the same one through its descriptor."""
+    """A file that was opened once; QEMU's programs open it again through its descriptor."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -44,20 +45,20 @@ class OpenFile:
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, ours: os.stat_result | None = None) -> Self:
-        """Open what is there (``opened``)."""
+        """Open a file that exists (``files.opened``)."""
         return cls(path, opened(path, os.O_RDWR if writable else os.O_RDONLY, ours))
 
     @classmethod
     def create(cls, path: str, ours: os.stat_result | None = None) -> Self:
-        """Open a file to be made anew; a symbolic link is not followed."""
+        """Open a file that is made if there is none; a symbolic link is not followed."""
         return cls(path, opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, ours))
 
     def header(self) -> Header:
-        """Return the qcow2 header that it has."""
+        """Return its qcow2 header, as it is now."""
         return parse_header(self.read(0, LARGEST_CLUSTER))
 
     def node(self) -> dict[str, object]:
-        """Return what QEMU calls a protocol node."""
+        """Return its protocol node in QEMU's terms."""
         driver = "file" if self._is_file else "host_device"
         return {"driver": driver, "filename": f"/proc/self/fd/{self.fd}"}
 
@@ -76,18 +77,18 @@ class OpenFile:
         return os.path.samestat(self._before, other)
 
     def is_untouched(self) -> bool:
-        """Tell whether nobody has written it since, not even what was there before.
+        """Tell whether nobody has written to it since, even the same bytes.
 
-        Times are those of the kernel's clock tick: two writes in one look like one.
+        The kernel's times advance by clock ticks: a write in the tick of the opening is missed.
         """
         now, before = os.fstat(self.fd), self._before
         return (now.st_size, now.st_ctime_ns) == (before.st_size, before.st_ctime_ns)
 
     def require_unchanged(self) -> None:
-        """Require a file to be as it was: QEMU reads behind the end of a shorter one as zeros.
+        """Require the file not to have been written; QEMU reads zeros behind a shorter end.
 
         Raises:
-            LocalFailure: it was written, or cut.
+            LocalFailure: it was written or truncated.
         """
         now = os.fstat(self.fd)
         if self._is_file and (now.st_size, now.st_mtime_ns) != (
@@ -110,7 +111,7 @@ class Member:
     data_file: OpenFile | None = None
 
     def node(self) -> dict[str, object]:
-        """Return what QEMU calls a format node, without what it is based on."""
+        """Return its format node in QEMU's terms, without a backing file."""
         node: dict[str, object] = {"driver": "qcow2" if self.header else "raw"}
         node["file"] = self.file.node()
         if self.data_file:
@@ -120,7 +121,7 @@ class Member:
         return node
 
     def is_as_read(self) -> bool:
-        """Tell whether its header is what it was, and was nothing else meanwhile."""
+        """Tell whether its header is what it was, and was not changed in between."""
         if self.header is None:
             return True
         return self.file.header() == self.header and self.file.is_untouched()
@@ -134,7 +135,7 @@ class Member:
 
 @dataclass(slots=True)
 class Chain:
-    """The images, topmost first; ``beyond``: name and format of what no path leads to."""
+    """The images, topmost first; ``beyond``: name and format of a backing file that is no path."""
 
     members: list[Member] = field(default_factory=list)
     beyond: tuple[str, str] | None = None
@@ -149,13 +150,13 @@ class Chain:
         backing: bool = True,
         ours: os.stat_result | None = None,
     ) -> Self:
-        """Open the image at ``path``, and with ``backing`` all that it is based on.
+        """Open the image at ``path``, and with ``backing`` its backing files.
 
-        The topmost must be the file that is ``ours``, if that is said.
+        ``ours``: the file that ``path`` must lead to.
 
         Raises:
-            LocalFailure: something cannot be opened, its format would be guessed, or without
-                ``backing`` there is something.
+            LocalFailure: a file cannot be opened, a format is not recorded, or ``backing`` is
+                false and the image names other files.
         """
         chain = cls()
         try:
@@ -184,7 +185,7 @@ class Chain:
     ) -> Header | None:
         """Open an image; return its header, if it has one."""
         file = OpenFile.open(path, writable=writable, ours=ours)
-        self.members.append(Member(file, None))  # is closed whatever comes
+        self.members.append(Member(file, None))  # so that it is closed if its header cannot be read
         if kind == "raw":
             return None
         header = file.header()
@@ -193,7 +194,7 @@ class Chain:
 
     def _add_data_file(self, image: str, header: Header) -> None:
         if not header.has_data_file or not header.data_file:
-            return  # QEMU will say what lacks
+            return  # QEMU will report it
         path = _path_of(image, header.data_file)
         if path is None:
             raise LocalFailure(
@@ -204,7 +205,7 @@ class Chain:
         self.members[-1] = Member(file, header, OpenFile.open(path))
 
     def _next(self, image: str, header: Header) -> tuple[str | None, str]:
-        """Return path and format of what this image is based on; None where no path leads on."""
+        """Return path and format of the backing file; None: there is none, or it is no path."""
         if not header.backing:
             return None, ""
         if not header.format:
@@ -224,7 +225,7 @@ class Chain:
         return path, header.format
 
     def node(self, beyond: dict[str, Any] | None = None) -> dict[str, object]:
-        """Return the whole chain as QEMU's nodes; ``beyond`` is that of what no path leads to."""
+        """Return the whole chain as QEMU's nodes; ``beyond`` is the node of ``Chain.beyond``."""
         below = beyond
         for member in reversed(self.members):
             node = member.node()
@@ -240,17 +241,17 @@ class Chain:
             yield from member.files()
 
     def require_as_read(self, first: int = 0) -> None:
-        """Require what QEMU has just opened, from member ``first`` on, to be what was read here.
+        """Require the headers that QEMU has read, from member ``first`` on, to be those read here.
 
         Raises:
-            LocalFailure: a header names something else now, or did meanwhile.
+            LocalFailure: one was changed in between.
         """
         for member in self.members[first:]:
             if not member.is_as_read():
                 raise LocalFailure(f"{member.file.path} was changed while it was opened")
 
     def require_unchanged(self, first: int = 0) -> None:
-        """Require all files, from member ``first`` on, to be as they were opened."""
+        """Require all files, from member ``first`` on, not to have been written."""
         for member in self.members[first:]:
             for file in member.files():
                 file.require_unchanged()
@@ -263,7 +264,7 @@ class Chain:
 
 
 def _refuse_outside(path: str, header: Header) -> None:
-    """Refuse an image whose content lies elsewhere too."""
+    """Refuse an image that names other files."""
     if header.backing is not None:
         raise LocalFailure(
             f"{path} has the backing file {header.backing!r}: "
@@ -281,7 +282,7 @@ def _shown(path: str) -> str:
 
 
 def _path_of(image: str, name: str) -> str | None:
-    """Return the path that ``name`` in an image stands for; None where QEMU sees no path in it."""
+    """Return the path that ``name`` in an image means; None: QEMU takes it for a protocol."""
     protocol, colon, rest = name.partition(":")
     if colon and "/" not in protocol:
         return rest if protocol == "file" else None

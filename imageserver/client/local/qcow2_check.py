@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is a qcow2 image whole? Asked before a byte of it is believed.
+"""Whether a qcow2 image is complete and consistent: checked before a byte of it is used.
 
-QEMU reads what lies behind the end of a file as zeros, so half an image is read without an
-error. Of each image of a chain is required
+QEMU reads zeros behind the end of a file, so a truncated image is read without an error. Each
+image of a chain must have
 
-    header      neither the mark for corrupt nor the one for dirty
-    metadata    ``qemu-img check`` finds it consistent; clusters that are merely lost (a crash
-                leaves some) do no harm
-    length      the file, or the one for its data, reaches to the end of every cluster in use.
-                ``qemu-img check`` lets the last one be short by anything
-    raw         is as long as what is based on it: nothing else tells that its end is missing
+    header      marked neither corrupt nor dirty
+    metadata    that ``qemu-img check`` finds consistent; leaked clusters (a crash leaves some)
+                do no harm
+    length      a file, or data file, that reaches to the end of every cluster in use;
+                ``qemu-img check`` accepts any part of the last cluster
+    raw         the length of the image above it: nothing else tells that its end is missing
 
-The last cluster of a file may be short of what lies behind the end of the disk, and a compressed
-one may end anywhere: what is missing of it cannot be unpacked, which QEMU tells.
+The last cluster may lack what lies behind the end of the disk. A compressed cluster may end
+anywhere: QEMU fails to unpack one that is truncated.
 """
 
 import json
@@ -26,23 +26,23 @@ from imageserver.client.local.qcow2_chain import Chain, Member
 from imageserver.client.local.qcow2_header import Header
 from imageserver.client.local.qemu_programs import as_filename, reason, run
 
-#: What QEMU's disks are measured in, in bytes: a raw file may lack that much of the last one.
+#: QEMU's sector, in bytes: the last one of a raw file may be incomplete.
 _SECTOR = 512
-#: In an entry of a table of clusters.
+#: Bits of an L2 table's entry.
 _OFFSET, _COMPRESSED, _ZERO = 0x00FFFFFFFFFFFE00, 1 << 62, 1 << 0
-#: Parts of a cluster with extended entries, whose bits stand in the upper half for zeros.
+#: Subclusters with extended entries: lower bits for allocated ones, upper bits for zeros.
 _SUBCLUSTERS = 32
-#: Statuses of ``qemu-img check``: nothing found, or lost clusters only; damage.
+#: Statuses of ``qemu-img check``: nothing or leaked clusters found; corruption found.
 _SOUND, _DAMAGED = {0, 3}, 2
-#: What QEMU says of an image that another of its programs has open to write.
+#: QEMU's message about an image that another of its programs has open for writing.
 _LOCKED = re.compile("Failed to get .* lock")
 
 
 def require_sound(chain: Chain) -> None:
-    """Look at all images of a chain.
+    """Check all images of a chain.
 
     Raises:
-        Damaged: one is not whole, or is no qcow2 that can be looked at.
+        Damaged: one is incomplete or inconsistent, or cannot be checked.
         LocalFailure: one is in use.
     """
     above: Header | None = None
@@ -99,7 +99,7 @@ def _require_raw_length(member: Member, above: Header) -> None:
 
 
 def _require_length(member: Member, header: Header) -> None:
-    """Require every cluster to lie in its file as far as the disk needs it."""
+    """Require the file to contain all of every cluster that the disk needs."""
     content = member.data_file or member.file
     length = content.length()
     for first, table in _tables(member, header):
@@ -114,7 +114,7 @@ def _cut(path: str, length: int, what: str) -> Damaged:
 
 
 def _tables(member: Member, header: Header) -> Iterator[tuple[int, "array[int]"]]:
-    """Yield the tables of clusters, and where in the disk the part of each begins."""
+    """Yield the L2 tables, each with the offset in the disk of its first cluster."""
     file, cluster = member.file, header.cluster_bytes
     entries = cluster // (8 * _words(header))
     length, end = file.length(), header.l1_offset + 8 * header.l1_entries
@@ -130,7 +130,7 @@ def _tables(member: Member, header: Header) -> Iterator[tuple[int, "array[int]"]
 
 
 def _words(header: Header) -> int:
-    """Return how many numbers an entry has."""
+    """Return how many 64-bit numbers an L2 entry has."""
     return 1 + header.has_extended_l2
 
 
@@ -142,9 +142,9 @@ def _numbers(data: bytes) -> "array[int]":
 
 
 def _late(table: "array[int]", header: Header, length: int) -> list[tuple[int, int]]:
-    """Return number and entry of clusters that do not lie in the file as a whole: few, if any.
+    """Return number and entry of clusters that do not end within the file: few, if any.
 
-    This looks at each entry of an image, 16 million for a TiB, in about a second.
+    This loop runs over each entry of an image: 16 million for a TiB, in about a second.
     """
     bound = length - header.cluster_bytes
     words = table[::2] if header.has_extended_l2 else table
@@ -156,7 +156,7 @@ def _late(table: "array[int]", header: Header, length: int) -> list[tuple[int, i
 
 
 def _end(entry: int, at: int, header: Header, table: "array[int]", number: int) -> int:
-    """Return where in the file ends what the disk needs of a cluster that lies ``at`` in it."""
+    """Return the end in the file of what the disk needs of the cluster at its offset ``at``."""
     offset, needed = entry & _OFFSET, min(header.cluster_bytes, header.size - at)
     if header.has_extended_l2:
         allocated = table[2 * number + 1] & (1 << _SUBCLUSTERS) - 1

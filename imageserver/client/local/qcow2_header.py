@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A qcow2 header, read from bytes: what the image names, how large it is, where its tables lie.
+"""A qcow2 header, parsed: files that the image names, its size, where its tables are.
 
-The layout is docs/interop/qcow2.txt of QEMU. No I/O, and no judgement: what makes no sense here
-is QEMU's to refuse.
+The layout is docs/interop/qcow2.txt of QEMU. No I/O; nonsense is not refused here but by QEMU.
 """
 
 import os
 from dataclasses import dataclass
 
-#: What a qcow2 file begins with.
+#: The first bytes of a qcow2 file.
 QCOW2_MAGIC = b"QFI\xfb"
 #: All of a header, with its extensions and names, lies in the first cluster, of at most 2 MiB.
 LARGEST_CLUSTER = 2 << 20
@@ -24,7 +23,7 @@ _MAX_NAME, _MAX_FORMAT = 1023, 15
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What an image says of itself; sizes in bytes, tables by their offset in the file."""
+    """The header's fields; sizes in bytes, tables by their offset in the file."""
 
     backing: str | None = None
     format: str | None = None
@@ -41,14 +40,14 @@ class Header:
 
 
 def parse_header(head: bytes) -> Header:
-    """Return what a qcow2 header says; of anything else nothing: QEMU will say what it is not."""
+    """Parse a qcow2 header; of other files return an empty one: QEMU will refuse them."""
     if head[:4] != QCOW2_MAGIC or len(head) < _HEADER_BYTES:
         return Header()
     is_2 = _number(head, 4) <= 2  # noqa: PLR2004 - the version
     features = 0 if is_2 else _number(head, 72, 8)
     backing = _number(head, 8, 8)
     start = _HEADER_BYTES if is_2 else _number(head, 100) or _HEADER_3_BYTES
-    # Extensions end with one of type 0; where there is a backing file, at its name at the latest.
+    # An extension of type 0 is the last; the backing file's name ends them, too.
     found = _extensions(head[start : backing or LARGEST_CLUSTER])
     name = head[backing : backing + min(_number(head, 16), _MAX_NAME)]
     data_file = found.get(_DATA_FILE)
@@ -69,7 +68,7 @@ def parse_header(head: bytes) -> Header:
 
 
 def _extensions(text: bytes) -> dict[int, bytes]:
-    """Return extensions by type, the last of each as QEMU does; none where they are damaged."""
+    """Return extensions by type, like QEMU the last of each; none where they are damaged."""
     found: dict[int, bytes] = {}
     offset = 0
     while offset < len(text):
@@ -96,5 +95,5 @@ def _number(data: bytes, offset: int, length: int = 4) -> int:
 
 
 def _text(data: bytes) -> bytes:
-    """Return what C takes for the string."""
+    """Return the text up to the first NUL, as C does."""
     return data.partition(b"\0")[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QEMU's programs: started with descriptors instead of names, their errors as our sentences."""
+"""QEMU's programs: they get descriptors instead of file names, their errors become sentences."""
 
 import contextlib
 import json
@@ -12,21 +12,21 @@ from typing import IO
 
 from imageserver.client.failures import LocalFailure
 
-#: How long qemu-nbd may write what it holds, and how long a killed one may take, in seconds.
+#: How long qemu-nbd may write at its end, and how long a killed one may take, in seconds.
 END_SECONDS, _STOP_SECONDS = 120.0, 5.0
-#: How programs call an image that was given to them as JSON.
+#: The beginning of errors about an image that was given as JSON.
 _CALLED = re.compile(r"(?:Could not open|Failed to blk_new_open) '?json:\{.*\}'?: ")
 _PREFIX = re.compile(r"qemu-(?:img|nbd): ")
 _DESCRIPTOR = re.compile(r"/proc/self/fd/([0-9]+)")
-#: Most of what a program says that is kept, in bytes: a damaged image has a line a cluster.
+#: Bytes of a program's stderr that are kept: for a damaged image it has a line for each cluster.
 _KEPT_BYTES = 64 * 1024
 
-#: Paths by the descriptors that programs know them by.
+#: Paths by descriptor, to name files in a program's errors.
 Names = Mapping[int, str]
 
 
 def as_filename(node: Mapping[str, object]) -> str:
-    """Return what a program takes for the file name of an image in words."""
+    """Return the file name argument that stands for an image given as nodes."""
     return "json:" + json.dumps(node)
 
 
@@ -42,7 +42,7 @@ def qemu_img(*arguments: str, names: Names) -> None:
 
 
 def run(program: str, arguments: Iterable[str], names: Names) -> tuple[int, str, str]:
-    """Run a program; return its status, its output, and the beginning of what it complains of."""
+    """Run a program; return its status, its stdout, and the beginning of its stderr."""
     with subprocess.Popen(  # noqa: S603 - a list, no shell
         [_program(program), *arguments],
         stdin=subprocess.DEVNULL,
@@ -53,7 +53,7 @@ def run(program: str, arguments: Iterable[str], names: Names) -> tuple[int, str,
         try:
             assert started.stdout is not None  # noqa: S101 - for the types
             assert started.stderr is not None  # noqa: S101
-            said = _beginning(started.stderr)  # what it prints is short, and comes at the end
+            said = _beginning(started.stderr)  # its stdout is short, and fits into the pipe
             output = started.stdout.read()
         except BaseException:
             started.kill()
@@ -71,7 +71,7 @@ def _beginning(stream: IO[bytes]) -> str:
 def start_nbd(
     filename: str, sock: str, shared: int, fds: Collection[int], *, writable: bool
 ) -> "subprocess.Popen[str]":
-    """Start a qemu-nbd that serves an image in words to so many connections, then ends."""
+    """Start a qemu-nbd that serves so many connections, and ends after the last."""
     command = [
         _program("qemu-nbd"),
         f"--shared={shared}",
@@ -87,7 +87,7 @@ def start_nbd(
         text=True,
         errors="replace",
         pass_fds=list(fds),
-        start_new_session=True,  # the terminal's Ctrl-C is for imagectl, which ends it in order
+        start_new_session=True,  # a terminal's Ctrl-C reaches imagectl only, which ends qemu-nbd
     )
 
 
@@ -100,7 +100,7 @@ def end(server: "subprocess.Popen[str]", *, kill: bool = False) -> None:
     except subprocess.TimeoutExpired as exc:
         raise LocalFailure("qemu-nbd did not end") from exc
     finally:
-        server.kill()  # also where Ctrl-C has ended the waiting; of what has ended, nothing
+        server.kill()  # after Ctrl-C, too; does nothing to a process that has ended
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(_STOP_SECONDS)
         if server.stderr:
@@ -108,7 +108,7 @@ def end(server: "subprocess.Popen[str]", *, kill: bool = False) -> None:
 
 
 def reason(said: str, names: Names) -> str:
-    """Return a program's last sentence, with the paths that it was not told."""
+    """Return the last line of a program's stderr, with paths in place of descriptors."""
     line = _PREFIX.sub("", said.strip().rpartition("\n")[2])
     line = _CALLED.sub("", line)
     return _DESCRIPTOR.sub(lambda found: names.get(int(found[1]), found[0]), line)

@@ -16,13 +16,13 @@ from imageserver.client.failures import LocalFailure
 from imageserver.client.local.files import Buffer, local_errors, opened, punch_hole, read_at
 from imageserver.client.plan import MIB, Range, Spans
 
-#: Zeros are found in steps of a page, what a file system can leave out; bytes.
+#: Zeros are found in blocks of a page, the smallest hole of file systems; in bytes.
 BLOCK = 4096
 _ZERO_BLOCK, _ZERO_MIB = bytes(BLOCK), bytes(MIB)
 
 
 class RawFile:
-    """A raw image file, or to read from, a block device."""
+    """A raw image file; or a block device, which is only read."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class RawFile:
 
     @classmethod
     def create(cls, path: str, size: int, ours: os.stat_result | None = None) -> Self:
-        """Make a file of one hole, in place of any other; a symbolic link is not followed."""
+        """Make a file that is one hole, replacing its content; a symbolic link is not followed."""
         fd = opened(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, ours)
         try:
             with local_errors(path):
@@ -49,10 +49,10 @@ class RawFile:
         return cls(path, fd)
 
     def spans(self) -> Spans:
-        """Return where data may be: outside of holes, on a device of zeros."""
+        """Return where data may be: outside of holes; on a device, outside of zeros."""
         with local_errors(self.path):
             found = Spans(self._holes_left_out() if self._is_file else self._zeros_left_out())
-        self.require_unchanged()  # behind the end of a file that was cut, all looks like a hole
+        self.require_unchanged()  # the rest of a truncated file looks like a hole
         return found
 
     def _holes_left_out(self) -> Iterator[Range]:
@@ -61,11 +61,11 @@ class RawFile:
             try:
                 start = os.lseek(self.fd, position, os.SEEK_DATA)
             except OSError as exc:
-                if exc.errno == errno.ENXIO:  # nothing but a hole to the end
+                if exc.errno == errno.ENXIO:  # a hole up to the end
                     return
                 if exc.errno != errno.EINVAL:
                     raise
-                yield position, self.size  # a file system that cannot tell
+                yield position, self.size  # a file system without SEEK_DATA
                 return
             position = min(os.lseek(self.fd, start, os.SEEK_HOLE), self.size)
             yield start, position
@@ -91,7 +91,7 @@ class RawFile:
                 done += os.pwrite(self.fd, memoryview(data)[done:], start + done)
 
     def zero(self, start: int, stop: int) -> None:
-        """Make a hole, or write zeros where the file system has none."""
+        """Make a hole, or write zeros where the file system has no holes."""
         with local_errors(self.path):
             if punch_hole(self.fd, start, stop):
                 return
@@ -104,15 +104,15 @@ class RawFile:
             os.fdatasync(self.fd)
 
     def forget_cached(self) -> None:
-        """Have what is read next come from the disk, as far as the kernel does as it is told."""
+        """Ask the kernel to drop its cached pages of the file."""
         with local_errors(self.path):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def require_unchanged(self) -> None:
-        """Require a file to be as long as it was.
+        """Require the file not to have become shorter.
 
         Raises:
-            LocalFailure: it is shorter.
+            LocalFailure: it has.
         """
         if self._is_file and os.fstat(self.fd).st_size < self.size:
             raise self._shorter()

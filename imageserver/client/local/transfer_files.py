@@ -23,7 +23,7 @@ from imageserver.core.transfer import (
     to_fields,
 )
 
-#: Prefix of files that have not got their name yet: an id that nobody guesses.
+#: Prefix of new files before their rename; the rest is random: a server may see it as an id.
 _NEW = ".imagectl-"
 
 
@@ -36,8 +36,8 @@ class ConfigDirectory:
     def add(self, transfer: Transfer) -> None:
         """Write a transfer's file.
 
-        Its mode is 0600, or 0640 where the directory hands its group on (set-group-ID): that
-        group is the server's, which could not read it otherwise.
+        Its mode is 0600; or 0640 where the directory has the set-group-ID bit, so that the
+        server can read it, whose group the directory has.
         """
         fields = {name: value for name, value in to_fields(transfer).items() if value is not None}
         text = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
@@ -57,14 +57,14 @@ class ConfigDirectory:
                 raise
 
     def remove(self, transfer_id: str, timeout: float | None, *, force: bool) -> None:
-        """Delete a transfer's file; requests under way are finished, nothing waits for them."""
+        """Delete a transfer's file, without waiting for its requests, which may end."""
         if timeout is not None or force:
             raise Refused("only a control socket can wait for requests or cut them")
         with self._local_errors("remove from"), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path(transfer_id))
 
     def list(self) -> list[Transfer]:
-        """Return the transfers whose files can be read and count, in the order of ids."""
+        """Return the transfers whose files are valid, in the order of ids."""
         with self._local_errors("read"):
             listed = os.listdir(os.fsencode(self.path))
         names = sorted(filter(_is_id, (name.decode(errors="replace") for name in listed)))
@@ -90,7 +90,7 @@ def _is_id(name: str) -> bool:
 
 
 def _contents(path: bytes) -> bytes:
-    """Read what is a transfer file, as the server does: a regular one, not through a link."""
+    """Read a transfer file like the server: a regular file, no symbolic link."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a server to a file: only what is data, by several connections, resumable at any moment.
+"""From a server to a file: only data is moved, by several connections; it can always be resumed.
 
     OPTIONS, size, extents --> target opened --> pieces moved --> extents again, samples --> FILE
 
-What is written is ``target``'s; here is what is asked of the server, in which order, and what
-of its answers goes where.
+``target`` has the file; here is the order of requests, and where the bytes of answers go.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
 from imageserver.client.local.formats import LocalImage
 from imageserver.client.local.raw import nonzero
-from imageserver.client.moving.layout import Image, survey
+from imageserver.client.moving.layout import Layout, ask_layout
 from imageserver.client.moving.movers import Advance, Movers
 from imageserver.client.moving.target import Target
 from imageserver.client.moving.verify import (
@@ -31,11 +30,11 @@ from imageserver.client.moving.verify import (
 )
 from imageserver.client.moving.wanted import Wanted, check_file
 from imageserver.client.plan import GIB, MAX_GAP, Piece, Range, Spans, joined, piece_bytes, pieces
-from imageserver.client.showing.progress import Watcher
+from imageserver.client.showing.progress import Watcher, adding
 
-#: How often what was done is synced and noted, in seconds: what SIGKILL may cost.
+#: How often written data is synced and its state saved, in seconds: what a SIGKILL may cost.
 _CHECKPOINT_SECONDS = 2.0
-#: How long an end may take that is not the one that was wanted, in seconds.
+#: How long the last sync after a failure or Ctrl-C may take, in seconds.
 _END_SECONDS = 120.0
 
 
@@ -55,7 +54,7 @@ def download(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
     """Make ``wanted.file`` what the server has.
 
     Raises:
-        ClientError: it is not; what has come is kept and gone on with the next time.
+        ClientError: it is not; the next run resumes.
     """
     return _Download(remote, wanted, watch).run()
 
@@ -74,47 +73,47 @@ class _Download:
         self._connections = self._remote.connections(
             self._wanted.connections, abilities.max_readers
         )
-        image = self._survey(abilities)
-        if self._wanted.incremental and image.size and image.changed.total == image.size:
+        layout = self._ask_layout(abilities)
+        if self._wanted.incremental and layout.size and layout.changed.total == layout.size:
             self._watch.note("All of the image counts as changed (there may be no bitmap).")
-        target = Target(self._wanted, image, self._remote.url)
+        target = Target(self._wanted, layout, self._remote.url)
         with target.claimed():
             done, local = target.open(self._connections, self._compare_samples, self._watch.note)
             with contextlib.closing(local):
-                left = image.data.without(done)
-                self._move(image, target, local, left, done)
-                self._prove(abilities, image, target, local, left)
+                left = layout.data.without(done)
+                self._move(layout, target, local, left, done)
+                self._prove(abilities, layout, target, local, left)
                 local.sync()
-                with _told_to(target):
+                with _distrusted(target):
                     target.check_base()
                     _require_unchanged(local)
             target.finish()
         seconds = time.monotonic() - self._began
-        total = image.data.total
+        total = layout.data.total
         return Result(
-            image.size, total, left.total, total - left.total, seconds, self._wanted.verify
+            layout.size, total, left.total, total - left.total, seconds, self._wanted.verify
         )
 
-    def _survey(self, abilities: Abilities) -> Image:
-        return survey(self._remote, abilities, self._budget, dirty=self._wanted.incremental)
+    def _ask_layout(self, abilities: Abilities) -> Layout:
+        return ask_layout(self._remote, abilities, self._budget, dirty=self._wanted.incremental)
 
     def _compare_samples(self, local: LocalImage, data: Spans) -> None:
         compare_samples(self._remote, local.read, data, self._budget)
 
     def _move(
         self,
-        image: Image,
+        layout: Layout,
         target: Target,
         local: LocalImage,
         left: Spans,
         before: list[Range],
     ) -> None:
-        """Fetch what is left, and keep the state up to date until the very end."""
-        self._watch.begin("download", image.data.total, image.data.total - left.total)
+        """Fetch what is left, and save the state every few seconds and at the end."""
+        self._watch.begin("download", layout.data.total, layout.data.total - left.total)
         target.save(before)
-        for start, stop in image.zeros:
+        for start, stop in layout.zeros:
             local.zero(start, stop)
-        movers = Movers(self._mover(image, local), self._pieces(left), self._budget, is_proof=True)
+        movers = Movers(self._mover(layout, local), self._pieces(left), self._budget, is_proof=True)
         saved = time.monotonic()
 
         def save(within: float = math.inf) -> None:
@@ -145,12 +144,12 @@ class _Download:
     def _pieces(self, left: Spans) -> Iterator[Piece]:
         return pieces(left, piece_bytes(left.total, self._connections), MAX_GAP)
 
-    def _mover(self, image: Image, local: LocalImage) -> Callable[[Piece, Advance], None]:
+    def _mover(self, layout: Layout, local: LocalImage) -> Callable[[Piece, Advance], None]:
         def move(piece: Piece, advance: Advance) -> None:
             try:
                 for data in self._remote.read(piece.position, piece.stop):
                     position = piece.position
-                    count = self._write(image, local, piece, data)
+                    count = self._write(layout, local, piece, data)
                     piece.position = position + len(data)
                     advance(count)
             except Transient:
@@ -161,10 +160,12 @@ class _Download:
 
         return move
 
-    def _write(self, image: Image, local: LocalImage, piece: Piece, data: bytes | bytearray) -> int:
-        """Write what is wanted of ``data``, which lies at the piece's position."""
+    def _write(
+        self, layout: Layout, local: LocalImage, piece: Piece, data: bytes | bytearray
+    ) -> int:
+        """Write what is wanted of ``data``, which begins at the piece's position."""
         position = piece.position
-        if not image.is_mapped:
+        if not layout.is_mapped:
             for first, last in nonzero(data):
                 local.write(position + first, memoryview(data)[first:last])
             if self._digests:
@@ -183,44 +184,38 @@ class _Download:
     def _prove(
         self,
         abilities: Abilities,
-        image: Image,
+        layout: Layout,
         target: Target,
         local: LocalImage,
         left: Spans,
     ) -> None:
-        """Look whether it is still the image that was asked about, and with --verify at FILE."""
-        now = self._survey(abilities)
-        with _told_to(target):
-            same_length(image.size, now.size)
+        """Check that the image is still the same; with --verify, that FILE equals it."""
+        now = self._ask_layout(abilities)
+        with _distrusted(target):
+            same_length(layout.size, now.size)
             if self._digests or self._broke or not target.fits(now):
                 self._compare_samples(local, now.data)
             if self._digests:
-                self._check(local, image.data, left)
+                self._check(local, layout.data, left)
                 changed_only = self._wanted.incremental
-                check_zeros(local, image.data, image.zeros if changed_only else None)
+                check_zeros(local, layout.data, layout.zeros if changed_only else None)
 
     def _check(self, local: LocalImage, data: Spans, left: Spans) -> None:
-        """Read FILE back: against the hashes, and against the server what came earlier."""
+        """Read FILE back: compare new bytes with their hashes, earlier ones with the server's."""
         assert self._digests  # noqa: S101 - for the types
         local.sync()
         local.forget_cached()
         self._watch.begin("verify", data.total)
-        count = 0
-
-        def told(more: int) -> None:
-            nonlocal count
-            count += more
-            self._watch.moved(count)
-
+        told = adding(self._watch)
         self._digests.check(local, self._pieces(left), told)
-        # What lies between changes is not asked about: it may have changed since.
+        # Bytes between changes are not compared: the server's may have changed since.
         earlier = pieces(data.without(left), GIB, 0 if self._wanted.incremental else MAX_GAP)
         compare(self._remote, local.read, earlier, self._budget, told)
 
 
 @contextlib.contextmanager
-def _told_to(target: Target) -> Iterator[None]:
-    """Have the next run fetch all again if something differs."""
+def _distrusted(target: Target) -> Iterator[None]:
+    """If something differs, have the next run fetch all again."""
     try:
         yield
     except Different as exc:
@@ -229,10 +224,10 @@ def _told_to(target: Target) -> Iterator[None]:
 
 
 def _require_unchanged(local: LocalImage) -> None:
-    """Require all that FILE is based on to be as it was.
+    """Require the files that FILE is based on not to have changed.
 
     Raises:
-        Different: it is not.
+        Different: one has.
     """
     try:
         local.require_unchanged()
@@ -243,7 +238,7 @@ def _require_unchanged(local: LocalImage) -> None:
 def _save_unless_hurried(
     interrupt: KeyboardInterrupt, save: Callable[[float], None], local: LocalImage
 ) -> None:
-    """Note what has come; a second Ctrl-C, now or while threads were stopping, is the end."""
+    """Save the state; at a second Ctrl-C, now or while threads were stopping, give up."""
     try:
         if isinstance(interrupt.__context__, KeyboardInterrupt):
             raise interrupt

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that one download alone writes, or reads: locks, and what shows that a file is the same.
+"""Locks of files: a file is written by one download only, and by none while one reads it.
 
-A lock belongs to the file, not to its name: a name may lead to another file by the time that
-the lock is held, and is looked at again.
+A lock belongs to the file, not to its name. The name may lead to another file by the time the
+lock is held, so it is checked again.
 """
 
 import contextlib
@@ -15,19 +15,19 @@ from imageserver.client.failures import LocalFailure
 from imageserver.client.local.files import local_errors, opened
 
 
-class Claim:
-    """A file that this download alone writes, by the descriptor that holds its lock."""
+class LockedFile:
+    """A file that this download alone writes; the descriptor holds its lock."""
 
     def __init__(self, path: str, fd: int, *, is_part: bool) -> None:
         self._path, self._fd, self._is_part = path, fd, is_part
-        #: The file, to be recognised when it is opened once more.
+        #: Identifies the file when it is opened once more.
         self.file = os.fstat(fd)
 
     def require(self) -> None:
-        """Require it to be still at its path.
+        """Require the path to lead to this file still.
 
         Raises:
-            LocalFailure: another file is.
+            LocalFailure: it leads to another one.
         """
         with local_errors(self._path):
             if not _is_at(self._fd, self._path, is_part=self._is_part):
@@ -35,14 +35,14 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(path: str, *, is_part: bool) -> Iterator[Claim]:
-    """Keep a second download of the same file out.
+def claimed(path: str, *, is_part: bool) -> Iterator[LockedFile]:
+    """Lock a file against other downloads.
 
-    A part is made if there is none, and is gone again if nothing came into it.
+    A part is made if there is none, and removed again if nothing was written to it.
     """
     fd = _locked(path, is_part=is_part)
     try:
-        yield Claim(path, fd, is_part=is_part)
+        yield LockedFile(path, fd, is_part=is_part)
     except BaseException:
         if is_part:
             _remove_empty(fd, path)
@@ -53,7 +53,7 @@ def claimed(path: str, *, is_part: bool) -> Iterator[Claim]:
 
 @contextlib.contextmanager
 def unchanged(path: str) -> Iterator[Callable[[], bool]]:
-    """Keep downloads into a file out; what is yielded tells whether it is as it was."""
+    """Lock a file against downloads into it; yields a function that tells whether it changed."""
     fd = opened(path, os.O_RDONLY)
     try:
         with local_errors(path):
@@ -78,20 +78,20 @@ def _lock(fd: int, path: str, how: int) -> None:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError as exc:
         raise LocalFailure(f"{path}: another download of this file is running") from exc
-    except OSError as exc:  # as NFS has it without its lock service
+    except OSError as exc:  # such as NFS without its lock service
         reason = exc.strerror or str(exc)
         raise LocalFailure(f"{path} cannot be locked where it lies: {reason}") from exc
 
 
 def _remove_empty(fd: int, path: str) -> None:
-    """Remove a part into which nothing came."""
+    """Remove a part to which nothing was written."""
     with contextlib.suppress(OSError):
         if not os.fstat(fd).st_size and _is_at(fd, path, is_part=True):
             os.unlink(path)
 
 
 def _locked(path: str, *, is_part: bool) -> int:
-    """Open and lock what is at ``path`` once the lock is held: it may have been renamed before."""
+    """Open and lock the file at ``path``; again if another one is there once the lock is held."""
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT | os.O_NOFOLLOW if is_part else 0)
     while True:
         if is_part and os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
@@ -105,7 +105,8 @@ def _locked(path: str, *, is_part: bool) -> int:
         except FileNotFoundError:
             pass
         except BaseException as exc:
-            if is_part and not isinstance(exc.__cause__, BlockingIOError):  # then it is another's
+            is_taken = isinstance(exc.__cause__, BlockingIOError)  # by another download
+            if is_part and not is_taken:
                 _remove_empty(fd, path)
             os.close(fd)
             raise

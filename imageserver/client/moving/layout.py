@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an image's data is, as its server says; its extents and its size must agree."""
+"""The layout of an image on a server: its size, and where its data is. Both must agree."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from imageserver.core.extents import Extent
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
-    """What the server says of the image; ``is_mapped``: where its data is."""
+class Layout:
+    """Size, data and zeros of an image; without ``is_mapped``, all of it counts as data."""
 
     size: int
     data: Spans
@@ -23,24 +23,24 @@ class Image:
 
     @property
     def changed(self) -> Spans:
-        """All that an incremental download writes."""
+        """All spans that an incremental download writes."""
         return Spans(joined([*self.data, *self.zeros]))
 
 
-def survey(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dirty: bool) -> Image:
-    """Ask for the image's size and extents; ``dirty``: only what has changed.
+def ask_layout(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dirty: bool) -> Layout:
+    """Ask for the image's size and extents; ``dirty``: only those that have changed.
 
     Raises:
         Refused: the server cannot tell what has changed.
         Failed: size and extents disagree, twice.
     """
     size = retried(remote.size, budget)
-    if not size:  # oVirt's daemon has no good answer about its extents
-        return Image(0, Spans(), Spans(), is_mapped=True)
+    if not size:  # ``Remote.extents`` must not be asked for
+        return Layout(0, Spans(), Spans(), is_mapped=True)
     if not abilities.has("extents"):
         if dirty:
             raise Refused("the server does not tell what has changed: no incremental download")
-        return Image(size, Spans([(0, size)]), Spans(), is_mapped=False)
+        return Layout(size, Spans([(0, size)]), Spans(), is_mapped=False)
     data, zeros, end = retried(lambda: _extents(remote, dirty=dirty), budget)
     if end != size:  # it may have grown between the two questions
         size = retried(remote.size, budget)
@@ -51,13 +51,13 @@ def survey(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dirty: 
             "it is being changed, or the server is wrong"
         )
     if not dirty:
-        # One extent of data may also be said of an image that the server cannot look into.
-        return Image(size, data, Spans(), is_mapped=data.total < size)
-    return Image(size, data, zeros, is_mapped=True)
+        # One extent of data is what a server says of an image whose holes it does not know, too.
+        return Layout(size, data, Spans(), is_mapped=data.total < size)
+    return Layout(size, data, zeros, is_mapped=True)
 
 
 def _extents(remote: Remote, *, dirty: bool) -> tuple[Spans, Spans, int]:
-    """Return where data and zeros are, and where the image ends by that."""
+    """Return data, zeros, and the end of the last extent."""
     end = 0
 
     def told() -> Iterator[Extent]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The threads that move pieces: one for each connection, taking what is next.
 
-A piece whose request failed goes back, with what is left of it, and any thread takes it; the
-thread that failed waits first, so a server that refuses the fourth connection is served by
-three. The first error that is none to wait for stops all. The caller's thread moves nothing:
-it watches (progress, checkpoints) and is the one that Ctrl-C reaches.
+The rest of a piece whose request failed goes back to the queue, and any thread takes it. The
+thread that failed waits first: where a server refuses the fourth connection, three threads do
+the work. An error that is not retried stops all threads. The caller's thread moves nothing: it
+reports progress, saves the state, and handles Ctrl-C.
 """
 
 import functools
@@ -17,25 +17,25 @@ from imageserver.client.backoff import FailureStreak, RetryBudget
 from imageserver.client.failures import Transient
 from imageserver.client.plan import Piece, Range, joined
 
-#: How often the caller's thread looks, in seconds.
+#: How often the caller's thread is called back, in seconds.
 TICK_SECONDS = 0.1
-#: How long threads that were told to stop may take together, in seconds: they look after each MiB.
+#: How long all threads may take to stop, in seconds: they check for it after each MiB.
 _STOP_SECONDS = 5.0
 
-#: Told how many bytes have moved, by whoever moves them; raises ``Stopped`` to end that.
+#: Called by a move with the number of bytes moved; raises ``Stopped`` to end the move.
 Advance = Callable[[int], None]
-#: Moves a piece from its position on, and advances the position behind what is surely done.
+#: Moves a piece from its position on; advances the position behind bytes that are done.
 Move = Callable[[Piece, Advance], None]
 
 
 class Stopped(Exception):
-    """The thread is to end: no error."""
+    """The thread has to end; no error."""
 
 
 class Movers:
-    """Moves pieces with several connections; ``is_proof``: each byte that moves is progress.
+    """Moves pieces with several connections; ``is_proof``: bytes that move are progress.
 
-    Bytes that are sent are none: a server that is about to refuse takes them, too.
+    Sent bytes are not: a server that is about to refuse a request takes its body, too.
     """
 
     def __init__(
@@ -60,17 +60,17 @@ class Movers:
         return sum(self._moved.copy().values())
 
     def done(self) -> list[Range]:
-        """Return what has been moved, as covered ranges: as of now, not synced."""
+        """Return the covered ranges that were moved so far; not all of it may be synced."""
         with self._lock:
             self._done = joined(self._done)
             unfinished = [*self._working.values(), *self._back]
             return joined([*self._done, *(piece.done for piece in unfinished)])
 
     def run(self, connections: int, watch: Callable[[], None], cut: Callable[[], None]) -> None:
-        """Move everything; call ``watch`` some times a second. ``cut`` wakes threads that wait.
+        """Move all pieces; call ``watch`` ten times a second, and ``cut`` to wake waiting threads.
 
         Raises:
-            ClientError: the first that no patience helps against.
+            ClientError: the first one that is not retried, or no longer.
             KeyboardInterrupt: the threads have stopped.
         """
         threads = [

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of an interrupted download: a small JSON file beside what was written so far.
+"""The state of an unfinished download: a small JSON file beside the file that is written.
 
-A range counts as done only when its bytes were synced *before* this file says so, and this file
-is replaced as a whole: after SIGKILL or loss of power it says less than was done, never more.
-It fits an image of the same size, extents and URL path only; that the bytes are still the same
-is for others to find out.
+A range is in it only after its bytes were synced, and the state is replaced as a whole: after
+SIGKILL or loss of power it names less than was done, never more. It is used for an image of the
+same size, extents and URL path only; whether the bytes are still the same is checked elsewhere.
 
-Of a download into a file that exists it also names what was to be changed and is not: until
-that is done, the file is half old, half new.
+The state of an incremental download also names the changes that are still missing: until they
+are written, the file is half old, half new.
 """
 
 import contextlib
@@ -22,13 +21,13 @@ from imageserver.client.local.files import local_errors, sync_folder
 from imageserver.client.plan import MIB, Range, Spans
 
 _VERSION = 2
-#: More spans than this are told in whole MiB: the state is written every other second.
+#: More missing spans than this are rounded to MiB: the state is written every two seconds.
 _MAX_SPANS = 50_000
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What must be the same for a download to go on: ``kind`` is the format and way."""
+    """What must be the same to resume a download; ``kind`` is ``Wanted.kind()``."""
 
     size: int
     digest: str
@@ -38,7 +37,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What an earlier run said: of which image, what is done, what half an image lacks."""
+    """A state: its image, ranges that are done, changes that are missing."""
 
     image: Identity
     done: list[Range]
@@ -65,7 +64,7 @@ class State:
         return os.path.lexists(self.path)
 
     def load(self) -> Saved | None:
-        """Return what an earlier run said, or None: nothing, or nothing that can be read."""
+        """Return the state of an earlier run; None: there is none, or it cannot be read."""
         try:
             with open(self.path, "rb") as file:
                 return parse(file.read())
@@ -73,11 +72,11 @@ class State:
             return None
 
     def save(self, image: Identity, done: Sequence[Range], undone: Spans | None = None) -> None:
-        """Say that these ranges are on stable storage, and that ``undone`` is still to be."""
+        """Write that these ranges are on stable storage, and that ``undone`` is still missing."""
         temporary = f"{self.path}.new"
         with local_errors(self.path):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)  # rather than following a link
+                os.unlink(temporary)  # so that a link is not followed
             try:
                 with open(temporary, "xb") as file:
                     file.write(encode(image, done, undone))
@@ -91,16 +90,16 @@ class State:
             sync_folder(self.path)
 
     def remove(self) -> None:
-        """Forget."""
+        """Remove the file."""
         with local_errors(self.path), contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
 
 
 def require_whole(state: State, file: str, changed: Spans) -> None:
-    """Refuse to change ``file`` if it is half old, half new and would stay so.
+    """Refuse an incremental download that would leave ``file`` half old, half new.
 
     Raises:
-        LocalFailure: what an earlier run has left undone is not among what is ``changed``.
+        LocalFailure: changes that an earlier run did not write are not in ``changed``.
     """
     if not state.exists():
         return
@@ -113,7 +112,7 @@ def require_whole(state: State, file: str, changed: Spans) -> None:
 
 
 def encode(image: Identity, done: Sequence[Range], undone: Spans | None = None) -> bytes:
-    """Write a state."""
+    """Return a state as JSON."""
     if undone is not None and len(undone) > _MAX_SPANS:
         undone = undone.widened(MIB, image.size)
     fields = {
@@ -129,7 +128,7 @@ def encode(image: Identity, done: Sequence[Range], undone: Spans | None = None) 
 
 
 def parse(text: bytes) -> Saved | None:
-    """Read a state; None if it is damaged, or of another version."""
+    """Parse a state; None if it is invalid, or of another version."""
     try:
         fields = json.loads(text)
         if fields["imagectl"] != _VERSION:

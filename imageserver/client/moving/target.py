@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file that a download fills: what an earlier run has left in it, and how it ends.
+"""The file that a download fills: what an earlier run left of it, and how it becomes FILE.
 
-    FILE.part          what has come so far, a hole where nothing was written
+    FILE.part          what has come so far; a hole where nothing was written
     FILE.part.state    which ranges of it are on stable storage (``resume``)
-    FILE               all of it: the part, renamed
+    FILE               the finished part, renamed
 
-With ``incremental`` into an image that exists, FILE itself is written. Then a state beside it,
-FILE.incremental.state, means that it is half old, half new: only what completes it removes that.
-It lies beside the file that links lead to, so that whatever name FILE is called by tells.
+An incremental download without --base writes FILE itself. Its state, FILE.incremental.state,
+means that FILE is half old, half new; it is removed when FILE is complete. It lies beside the
+file that FILE's symbolic links lead to, so that it is found by each of FILE's names.
 
-What was left is gone on with if the state is of this image, the file as long as it was, and
-samples of it agree with the server. If one of them does not, that is said, and all begins anew.
+A download is resumed if its state is of this image, the file has its length, and samples of it
+equal the server's. Otherwise the user is told why, and the download starts again.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from imageserver.client.failures import Different, LocalFailure
 from imageserver.client.local.files import local_errors, rename_new, sync_folder
 from imageserver.client.local.formats import SECTOR, LocalImage, create_image, open_image
 from imageserver.client.moving import resume
-from imageserver.client.moving.file_locks import Claim, claimed, unchanged
-from imageserver.client.moving.layout import Image
+from imageserver.client.moving.file_locks import LockedFile, claimed, unchanged
+from imageserver.client.moving.layout import Layout
 from imageserver.client.moving.wanted import (
     Wanted,
     half_state,
@@ -35,34 +35,34 @@ from imageserver.client.moving.wanted import (
 )
 from imageserver.client.plan import Range, Spans
 
-#: The kind, in a state, of a part that was found to be wrong: no download goes on with it.
+#: ``kind`` in the state of a part that proved wrong: it is not resumed.
 _WRONG = "different"
 
 
 class Target:
-    """The file, for what the server at ``url`` said of the image."""
+    """The file for the image at ``url``."""
 
-    def __init__(self, wanted: Wanted, image: Image, url: str) -> None:
-        self._wanted, self._image = wanted, image
+    def __init__(self, wanted: Wanted, layout: Layout, url: str) -> None:
+        self._wanted, self._layout = wanted, layout
         self._url_path = urllib.parse.urlsplit(url).path
         self._kind = wanted.kind()
-        self._identity = self._identity_of(image)
-        #: What is written: the part, or FILE itself.
+        self._identity = self._identity_of(layout)
+        #: The file that is written: the part, or FILE itself.
         self.path = wanted.file if wanted.in_place else wanted.part
-        # Where a link is replaced, what it has led to stays as it is, and so does its state.
+        # Where FILE is replaced, a file that it links to is not, nor is that file's state.
         beside = half_state(wanted.file) if wanted.in_place else state_beside(wanted.file)
         self._half = resume.State(beside)
         self._state = self._half if wanted.in_place else resume.State(f"{wanted.part}.state")
-        self._claim: Claim | None = None
+        self._locked: LockedFile | None = None
         self._is_base_same: Callable[[], bool] = lambda: True
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep other downloads of FILE out, and those that would write the base."""
+        """Lock FILE against other downloads, and the base against being written."""
         with contextlib.ExitStack() as held:
             ours = claimed(self.path, is_part=not self._wanted.in_place)
-            self._claim = held.enter_context(ours)
-            if self._wanted.in_place:  # again: it may have got another since
+            self._locked = held.enter_context(ours)
+            if self._wanted.in_place:  # again: a link may have been added
                 require_one_name(self.path)
             if self._wanted.base:
                 self._is_base_same = held.enter_context(unchanged(self._wanted.base))
@@ -74,28 +74,28 @@ class Target:
         compare: Callable[[LocalImage, Spans], None],
         note: Callable[[str], None],
     ) -> tuple[list[Range], LocalImage]:
-        """Open what an earlier run has left, or begin anew; return what is done of it.
+        """Open the file to resume or start; return the ranges that are done, and the image.
 
-        ``compare`` raises ``Different`` where the server has something else, ``note`` is told
-        why all begins anew.
+        ``compare`` raises ``Different`` where samples of the image differ from the server's;
+        ``note`` is told why an earlier run is not resumed.
         """
         saved = self._state.load()
         if self._wanted.in_place:
-            resume.require_whole(self._half, self._wanted.file, self._image.changed)
+            resume.require_whole(self._half, self._wanted.file, self._layout.changed)
         if self._state.exists() and not self._wanted.restart:
             try:
                 done = self._fitting(saved)
                 return done, self._reopened(done, connections, compare)
             except _Unfit as exc:
                 note(f"{exc}: starting again.")
-        if self._wanted.in_place:  # the state stays until it says what begins now
+        if self._wanted.in_place:  # its state stays until ``save`` replaces it
             return [], self._open_base(connections)
         if self._state.exists():
             self.distrust()
         return [], self._create(connections)
 
     def _fitting(self, saved: resume.Saved | None) -> list[Range]:
-        """Return what is done, if it is of this image."""
+        """Return the ranges that are done, if the state is of this image."""
         if saved is None:
             raise _Unfit(f"{self._state.path} cannot be read")
         if saved.image.kind == _WRONG:
@@ -109,16 +109,16 @@ class Target:
     def _reopened(
         self, done: list[Range], connections: int, compare: Callable[[LocalImage, Spans], None]
     ) -> LocalImage:
-        """Open what an earlier run has left, if it is what that left and the server has."""
+        """Open the file of an earlier run, if it equals the server's image where it is done."""
         with contextlib.ExitStack() as closing:
             local = closing.enter_context(contextlib.closing(self._as_left(connections)))
-            data = self._image.data
+            data = self._layout.data
             try:
                 compare(local, data.without(data.without(done)))
             except Different as exc:
                 raise _Unfit(f"{self.path} is not what the server has now") from exc
-            if not self._image.is_mapped:  # zeros will not be written: let there be none
-                for start, stop in Spans(done).gaps(self._image.size):
+            if not self._layout.is_mapped:  # zeros will not be written: remove what is there
+                for start, stop in Spans(done).gaps(self._layout.size):
                     local.zero(start, stop)
             closing.pop_all()
             return local
@@ -137,16 +137,16 @@ class Target:
         return local
 
     def _local_size(self) -> int:
-        """Return how long the image is here: qcow2 has whole sectors only."""
+        """Return the length of the local image: qcow2 has whole sectors only."""
         block = 1 if self._wanted.format == "raw" else SECTOR
-        return -(-self._image.size // block) * block
+        return -(-self._layout.size // block) * block
 
     def _require_ours(self) -> None:
-        if self._claim:
-            self._claim.require()
+        if self._locked:
+            self._locked.require()
 
     def _ours(self) -> os.stat_result | None:
-        return self._claim.file if self._claim else None
+        return self._locked.file if self._locked else None
 
     def _open_part(self, connections: int) -> LocalImage:
         kind, ours = self._wanted.format, self._ours()
@@ -157,7 +157,7 @@ class Target:
         if local.size != self._local_size():
             local.close()
             raise LocalFailure(
-                f"{self.path} has {local.size} bytes, the image {self._image.size}: "
+                f"{self.path} has {local.size} bytes, the image {self._layout.size}: "
                 "it is no earlier state of it"
             )
         return local
@@ -165,39 +165,39 @@ class Target:
     def _create(self, connections: int) -> LocalImage:
         wanted = self._wanted
         base = (wanted.base, wanted.base_format) if wanted.base else None
-        size, ours = self._image.size, self._ours()
+        size, ours = self._layout.size, self._ours()
         return create_image(self.path, wanted.format, size, connections, base, ours)
 
     def save(self, done: list[Range]) -> None:
-        """Note that these ranges have come, and are on stable storage.
+        """Write to the state that these ranges are on stable storage.
 
         Raises:
-            LocalFailure: what is at FILE is not what was written: that must not be said of it.
+            LocalFailure: the path leads to another file than the one that was written.
         """
         self._require_ours()
-        undone = self._image.changed.without(done) if self._wanted.in_place else None
+        undone = self._layout.changed.without(done) if self._wanted.in_place else None
         self._state.save(self._identity, done, undone)
 
     def distrust(self) -> None:
-        """Note that nothing in the file is known to be right: the next run fetches all."""
+        """Write to the state that the file may be wrong: the next run fetches everything."""
         if self._wanted.in_place:
             self.save([])
-        else:  # the state stays for those who would take the part for an image
+        else:  # a state must stay beside the part: it is no image
             self._require_ours()
             self._state.save(replace(self._identity, kind=_WRONG), [])
 
-    def fits(self, image: Image) -> bool:
-        """Tell whether the server, asked again, says the same of the image."""
-        return self._identity_of(image) == self._identity
+    def fits(self, layout: Layout) -> bool:
+        """Tell whether a later layout of the image is the same."""
+        return self._identity_of(layout) == self._identity
 
-    def _identity_of(self, image: Image) -> resume.Identity:
-        return resume.identity(image.size, self._kind, self._url_path, image.data, image.zeros)
+    def _identity_of(self, layout: Layout) -> resume.Identity:
+        return resume.identity(layout.size, self._kind, self._url_path, layout.data, layout.zeros)
 
     def check_base(self) -> None:
-        """Require what FILE is to be based on to be what it was.
+        """Require FILE's base not to have changed.
 
         Raises:
-            Different: it is not.
+            Different: it has.
         """
         base = self._wanted.base
         if base and (
@@ -206,12 +206,12 @@ class Target:
             raise Different(f"{base}, the base, was changed meanwhile")
 
     def finish(self) -> None:
-        """Put the part in FILE's place, for good."""
+        """Rename the part to FILE, and remove the states."""
         self._require_ours()
         file = self._wanted.file
         with local_errors(file):
             if not self._wanted.in_place and self._wanted.force:
-                require_replaceable(file)  # what is there by now
+                require_replaceable(file)  # it may be another file by now
                 os.replace(self.path, file)
             elif not self._wanted.in_place:
                 rename_new(self.path, file)
@@ -221,4 +221,4 @@ class Target:
 
 
 class _Unfit(Exception):
-    """What an earlier run has left cannot be gone on with; says why."""
+    """An earlier run cannot be resumed; ``str()`` says why."""

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a file to a server: zeros as commands, data as ranges, by as many writers as it allows.
+"""From a file to a server: zeros as commands, data as ranges, by as many writers as are allowed.
 
     file     |DDDD.........DD.DDDDDDDD..........|
     zeros         ^^^^^^^^^          ^^^^^^^^^^^   PATCH zero, first
     data     ^^^^          ^^^^^^^^^^              PUT with Content-Range
                                                    flush
 
-Edges lie on blocks that several writers may share (docs/api.md), so zeros of less than a block
-are sent as bytes. No request touches a byte that another of the same file would make something
-else, so one that was given up and is done late, even after the end, changes nothing.
-What cannot be written in part (a file of ours) is one PUT.
+Ranges begin and end at blocks that several writers may write side by side (docs/api.md), so zeros
+shorter than a block are sent as data. Each byte is written with one value only, so a request that
+was given up and takes effect late, even after the end, changes nothing.
+An image whose parts cannot be written (a file of imageserver) is one PUT.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ from imageserver.client.local.qcow2_header import QCOW2_MAGIC
 from imageserver.client.moving.movers import Advance, Move, Movers
 from imageserver.client.moving.verify import compare, same_length
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
-from imageserver.client.showing.progress import Watcher
+from imageserver.client.showing.progress import Watcher, adding
 
 #: Where ranges begin and end, in bytes: a qcow2 cluster, and a multiple of any block size.
 _BLOCK = 64 * KIB
-#: Largest piece, in bytes: what is sent again when a connection breaks.
+#: Largest piece, in bytes: it is sent again when its connection breaks.
 _LARGEST = 256 * MIB
 #: Bytes that are read and sent at once: they stay in the processor's cache (1 GiB in 0.67 s,
 #: by MiB in 0.83 s).
 _SENT_BYTES = 256 * KIB
 #: Largest range of one zero request, in bytes: some servers write zeros one by one.
 _LARGEST_ZERO = 4 * GIB
-#: What is said of the image when its parts could not all be written.
+#: Added to errors after which the image may be incomplete.
 _UNKNOWN = "the image on the server may be part old, part new"
 
 
@@ -83,7 +83,7 @@ def upload(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
     """Make the image on the server what ``wanted.file`` is.
 
     Raises:
-        ClientError: it is not; what it holds now is part old and part new.
+        ClientError: it is not; it may be part old, part new.
     """
     return _Upload(remote, wanted, watch).run()
 
@@ -93,7 +93,7 @@ class _Upload:
         self._remote, self._wanted, self._watch = remote, wanted, watch
         self._budget = RetryBudget(wanted.patience_seconds)
         self._began = time.monotonic()
-        #: Whether anything may have been written.
+        #: Whether the server may have written anything.
         self._touched = False
 
     def run(self) -> Result:
@@ -149,16 +149,16 @@ class _Upload:
 
     @contextlib.contextmanager
     def _state_told(self) -> Iterator[None]:
-        """Have an error say that the image is no longer what it was, if that may be."""
+        """Add to an error that the image may be incomplete, if anything may have been written."""
         try:
             yield
         except (Failed, Refused, LocalFailure) as exc:
             if isinstance(exc, Busy | Unreachable) and not self._touched:
-                raise  # nothing but that was ever answered
+                raise  # the server has refused everything
             raise type(exc)(f"{exc}; {_UNKNOWN}") from exc
 
     def _fitting(self) -> int:
-        """Return the image's size, if the file fits into it."""
+        """Return the image's size, which FILE must fit into."""
         size = retried(self._remote.size, self._budget)
         room = size - self._local.size
         if room < 0 and not self._is_rounded(size):
@@ -173,9 +173,9 @@ class _Upload:
         return size
 
     def _is_rounded(self, size: int) -> bool:
-        """Tell whether FILE is an image of this size, and zeros to the end of its last sector.
+        """Tell whether FILE is an image of this size with zeros up to the end of its last sector.
 
-        That is what qcow2 makes of an image that has no whole sectors.
+        qcow2 images have whole sectors only.
         """
         return 0 < self._local.size - size < SECTOR and not any(
             self._local.read(size, self._local.size - size)
@@ -184,7 +184,7 @@ class _Upload:
     def _put_ranges(self, size: int, abilities: Abilities) -> tuple[int, int]:
         can_zero = abilities.has("zero")
         data = self._local.spans().widened(_BLOCK, size) if can_zero else Spans([(0, size)])
-        self._local.require_unchanged()  # what was cut has looked like zeros
+        self._local.require_unchanged()  # the end of a truncated file looks like zeros
         zeros = data.gaps(size)
         many = self._remote.connections(self._wanted.connections, abilities.max_writers)
         self._watch.begin("zero", zeros.total)
@@ -208,7 +208,7 @@ class _Upload:
         piece.position = piece.stop
 
     def _sender(self, send: Callable[[Piece, Iterator[bytes]], None]) -> Move:
-        """Return a move that sends a piece's bytes, in one request, and counts them."""
+        """Return a ``Move`` that sends a piece in one request, and counts its bytes."""
 
         def move(piece: Piece, advance: Advance) -> None:
             count = 0
@@ -234,9 +234,9 @@ class _Upload:
         self._remote.write(piece.start, piece.stop, body)
 
     def _put_whole(self) -> tuple[int, bool]:
-        """Replace the image in one request, from its beginning whenever that fails.
+        """Replace the image in one request, which is retried as a whole.
 
-        Return its size, and whether it was flushed.
+        Return the image's size, and whether it was flushed.
         """
         size, flushed = self._local.size, False
         if self._wanted.pad or self._wanted.format == "qcow2":
@@ -256,10 +256,10 @@ class _Upload:
         return size, flushed
 
     def _size_before(self) -> int:
-        """Return the image's size: a file that the upload is to make has none.
+        """Return the image's size; 0 for a file that the upload will make.
 
-        Our server answers 500 then, others may say 404. Should it be there all the same, and
-        larger, ``_require_size`` finds out.
+        imageserver answers 500 for one, other servers may answer 404. If there is a larger image
+        nevertheless, ``_require_size`` fails.
         """
         try:
             return self._remote.size()
@@ -269,7 +269,7 @@ class _Upload:
             return 0
 
     def _require_size(self, sent: int) -> None:
-        """Find out a device: it is as long as ever, where a file is as long as what was sent."""
+        """Refuse a larger image: a device keeps its length, and what lies behind the upload."""
         size = retried(self._remote.size, self._budget)
         if size > sent:
             raise LocalFailure(
@@ -279,35 +279,28 @@ class _Upload:
         same_length(sent, size)
 
     def _verify(self, size: int, abilities: Abilities) -> None:
-        """Read all that was written back, and what should be zero where that may be data."""
-        count = 0
-
-        def told(more: int) -> None:
-            nonlocal count
-            count += more
-            self._watch.moved(count)
-
+        """Read back what was written, and what should be zeros where the server may have data."""
         where = Spans([(0, size)])
         if abilities.has("extents"):
             where = retried(lambda: self._differing(size), self._budget)
         self._watch.begin("verify", where.total)
         read = functools.partial(_padded, self._local)
-        compare(self._remote, read, pieces(where, GIB), self._budget, told)
+        compare(self._remote, read, pieces(where, GIB), self._budget, adding(self._watch))
 
     def _differing(self, size: int) -> Spans:
-        """Return where either side may have data: only there can they differ."""
+        """Return where either side may have data: only there can both differ."""
         zeros, end = Spans(), 0
         for start, length, is_zero, _ in self._remote.extents():
             end = start + length
             if is_zero:
                 zeros.add(start, end)
-        if end != size:  # a map of something else, or of a part
+        if end != size:  # extents of something else: compare all
             return Spans([(0, size)])
         return zeros.without(self._local.spans()).gaps(size)
 
 
 def _refuse_unfinished(path: str) -> None:
-    """Keep back what a download has left half done, as the state beside it tells."""
+    """Refuse a file that a download has not finished: its state lies beside it."""
     for name in (path, os.path.realpath(path)):
         states = [f"{name}.incremental.state"]
         if name.endswith(".part"):
@@ -321,7 +314,7 @@ def _refuse_unfinished(path: str) -> None:
 
 
 def _refuse_qcow2(local: LocalImage, path: str) -> None:
-    """Have the user say which is meant, the file or the disk in it."""
+    """Refuse a file that looks like qcow2: it or its disk could be meant."""
     if local.read(0, len(QCOW2_MAGIC)) == QCOW2_MAGIC:
         local.close()
         raise LocalFailure(
@@ -338,7 +331,7 @@ def _read(local: LocalImage, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _padded(local: LocalImage, start: int, length: int) -> bytes:
-    """Read what lies in the file, and zeros behind it."""
+    """Read from the file; behind its end return zeros."""
     inside = max(0, min(length, local.size - start))
     data = local.read(start, inside) if inside else b""
     return data if inside == length else data + bytes(length - inside)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do both sides hold the same bytes? Hashes taken while they moved, or both read again.
+"""Whether both sides hold the same bytes: by hashes taken while they moved, or by reading again.
 
-Where reading all again would cost too much, samples are compared: another image is found out,
-a few bytes that were changed may not be.
+Where reading everything would take too long, samples are compared. They tell another image, but
+maybe not a few changed bytes.
 """
 
 import hashlib
@@ -21,30 +21,30 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64 * KIB
 
 
 class Digests:
-    """A hash for each piece, fed in order by the one thread that has the piece."""
+    """A hash for each piece; the thread that moves the piece feeds it in order."""
 
     def __init__(self) -> None:
         self._running: dict[int, "hashlib._Hash"] = {}  # noqa: UP037 - a stub's name
         self._digests: dict[int, bytes] = {}
 
     def feed(self, piece: Piece, data: Buffer) -> None:
-        """Add bytes that have moved."""
+        """Add bytes of a piece."""
         running = self._running.get(piece.start)
         if running is None:
             running = self._running[piece.start] = hashlib.sha256()
         running.update(data)
 
     def finish(self, piece: Piece) -> None:
-        """Keep the digest only."""
+        """End a piece: keep its digest only."""
         self._digests[piece.start] = self._running.pop(piece.start).digest()
 
     def check(
         self, local: LocalImage, pieces: Iterable[Piece], told: Callable[[int], None]
     ) -> None:
-        """Read all pieces back.
+        """Read pieces of the local image and compare their hashes.
 
         Raises:
-            Different: they are not what came.
+            Different: a piece is not what came.
         """
         for piece in pieces:
             running = hashlib.sha256()
@@ -97,7 +97,7 @@ def compare_samples(
 
 
 def samples(data: Spans, chance: Callable[[int], int] = random.randrange) -> list[Range]:
-    """Choose what to compare of ``data``; ``chance`` is a number below its argument."""
+    """Choose ranges of ``data`` to compare; ``chance(n)`` returns a random number below n."""
     if not data.total:
         return []
     ends = [(0, MIB), (data.total - MIB, data.total)]
@@ -119,7 +119,7 @@ def samples(data: Spans, chance: Callable[[int], int] = random.randrange) -> lis
 
 
 def check_zeros(local: LocalImage, data: Spans, zeros: Spans | None) -> None:
-    """Read what must be zero: ``zeros``, or all but ``data``; known holes are not read.
+    """Read what must be zeros: ``zeros``, or all but ``data``; known holes are not read.
 
     Raises:
         Different: it is not.

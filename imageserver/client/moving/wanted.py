@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user wants downloaded and where to; what of it is refused before the server is asked.
+"""What to download and where to, and what is refused before the server is asked.
 
-Refused are files that must not be replaced (devices, FIFOs, what a program has open), bases that
-are incomplete, and bases that the download would itself write.
+Refused are targets that are no regular files, bases that are incomplete, and bases that the
+download itself would write.
 """
 
 import os
@@ -30,16 +30,16 @@ class Wanted:
 
     @property
     def in_place(self) -> bool:
-        """Whether FILE exists and stays."""
+        """Whether FILE itself is written, which must exist."""
         return self.incremental and self.base is None
 
     @property
     def part(self) -> str:
-        """What is written where FILE itself is not."""
+        """The file that is written unless FILE itself is."""
         return f"{self.file}.part"
 
     def kind(self) -> str:
-        """What a state must agree with, beside the image: as of now."""
+        """Return what a state must agree with: format, way, and the base as it is now."""
         if self.base:
             with local_errors(self.base):
                 base = os.stat(self.base)
@@ -49,7 +49,7 @@ class Wanted:
 
 
 def check_file(wanted: Wanted) -> None:
-    """Refuse cheaply, before the server is asked."""
+    """Refuse a download whose FILE or base cannot be right."""
     exists = os.path.lexists(wanted.file)
     require_replaceable(wanted.file)
     if wanted.in_place and not exists:
@@ -63,7 +63,7 @@ def check_file(wanted: Wanted) -> None:
 
 
 def require_replaceable(file: str) -> None:
-    """Refuse what must not be replaced by a file: devices, FIFOs, /dev/stdout, links to them."""
+    """Refuse to replace devices, FIFOs, /dev/stdout, and links to them."""
     if os.path.lexists(file) and not os.path.isfile(file):
         raise LocalFailure(f"{file} is no regular file")
     step = file
@@ -74,7 +74,7 @@ def require_replaceable(file: str) -> None:
 
 
 def require_one_name(file: str) -> None:
-    """Refuse to begin what only one of a file's names would tell; to complete it is good."""
+    """Refuse to start writing a file with hard links: its state is found by one name only."""
     with local_errors(file):
         names = os.stat(file).st_nlink
     if names > 1 and not os.path.lexists(half_state(file)):

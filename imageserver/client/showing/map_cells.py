@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def shown(self) -> Kind:
-        """The kind that matters most here: what an incremental, then what a full backup reads."""
+        """The kind that is shown: first what an incremental backup reads, then a full one."""
         for kind in (Kind.DIRTY, Kind.DATA, Kind.DIRTY_ZERO):
             if self.sums[kind]:
                 return kind
@@ -112,12 +112,12 @@ class Glyphs:
         return self.levels[cell.shown][cell.level]
 
     def part(self, kind: Kind) -> str:
-        """Return what stands for a kind that fills a cell in part; "" if nothing does."""
+        """Return the characters of cells that a kind fills in part; empty if they are the same."""
         full = self.levels[kind][-1]
         return " ".join(self.levels[kind][:-1]) if self.levels[kind][0] != full else ""
 
 
-#: In the order of ``Kind``. Also without colours no two kinds look alike.
+#: In the order of ``Kind``. No two kinds look alike, even without colours.
 BLOCKS = Glyphs(("░▒▓█", "····", "▘▚▙■", "○○○○"))
 ASCII = Glyphs(("-=+#", "....", "ixX@", "0000"))
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees of a running transfer: a bar on a terminal, a line now and then elsewhere.
+"""How far a transfer is: a bar on a terminal, elsewhere a line every few seconds.
 
-Operations know ``Watcher`` only. All of it goes to stderr; stdout has the result.
+Operations know ``Watcher`` only. All of this goes to stderr; stdout has the result.
 """
 
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Protocol, Self
 
 from imageserver.client.showing.terminal import is_dumb
@@ -17,16 +18,28 @@ _LINE_SECONDS = 5.0
 
 
 class Watcher(Protocol):
-    """Is told how far an operation is; from one thread."""
+    """Is told by an operation, from one thread, how far it is."""
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Say what begins, and how many bytes of ``total`` need not be moved again."""
+        """A part of ``total`` bytes begins, of which ``done`` were moved by an earlier run."""
 
     def moved(self, count: int) -> None:
-        """Say how many bytes have been moved since ``begin``."""
+        """So many bytes were moved since ``begin``."""
 
     def note(self, sentence: str) -> None:
-        """Say something that matters."""
+        """Something happened that the user should know."""
+
+
+def adding(watch: Watcher) -> Callable[[int], None]:
+    """Return a function that tells ``watch`` of more bytes, since its ``begin`` here."""
+    count = 0
+
+    def add(more: int) -> None:
+        nonlocal count
+        count += more
+        watch.moved(count)
+
+    return add
 
 
 class Silent:
@@ -49,26 +62,26 @@ class Silent:
 
 
 class Lines(Silent):
-    """Writes a plain line every few seconds, and at the end of a part that had any."""
+    """Writes a line every few seconds, and one at the end of a part that had any."""
 
     def __init__(self) -> None:
         self._what, self._total, self._before, self._count = "", 0, 0, 0
         self._started = self._told = time.monotonic()
 
     def begin(self, what: str, total: int, done: int = 0) -> None:
-        """Remember it; the first line comes after some seconds."""
+        """Begin a part; its first line comes after some seconds."""
         self._end()
         self._what, self._total, self._before, self._count = what, total, done, 0
         self._started = self._told = time.monotonic()
 
     def moved(self, count: int) -> None:
-        """Write a line, if it is time."""
+        """Write a line, if the last one is some seconds old."""
         self._count = count
         if time.monotonic() - self._told >= _LINE_SECONDS:
             self._tell()
 
     def note(self, sentence: str) -> None:
-        """Write it, if anybody takes it: for want of a reader no operation ends."""
+        """Write a sentence; an operation does not fail because stderr cannot be written."""
         with contextlib.suppress(OSError):
             print(plain_text(sentence), file=sys.stderr, flush=True)  # noqa: T201 - its output
 
@@ -82,7 +95,7 @@ class Lines(Silent):
         )
 
     def _end(self) -> None:
-        """Finish a part that has had lines; of a short one, the result tells."""
+        """Write the last line of a part that has had any."""
         if self._told > self._started:
             self._tell()
 
@@ -91,7 +104,7 @@ class Lines(Silent):
 
 
 def watcher(*, quiet: bool) -> contextlib.AbstractContextManager[Watcher]:
-    """Return what fits where stderr goes."""
+    """Return the watcher that suits stderr."""
     if quiet or sys.stderr is None:  # closed before the start
         return Silent()
     if not sys.stderr.isatty() or is_dumb():

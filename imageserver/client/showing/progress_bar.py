@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bar on a terminal; rich is imported for it alone, which takes as long as all else."""
+"""The progress bar on a terminal; imported there only, since rich takes as long as all else."""
 
 from types import TracebackType
 from typing import Self
@@ -20,14 +20,14 @@ from rich.text import Text
 
 from imageserver.client.showing.units import plain_text, rate_text
 
-#: Columns of a terminal on which amounts leave room for a bar, and do not wrap.
+#: Columns of a terminal from which there is room for amounts beside the bar.
 _WIDE = 72
-#: Columns of what a terminal writes for Ctrl-C.
+#: Columns of ``^C``, which a terminal writes for Ctrl-C.
 _ECHOED = 2
 
 
 class _RateColumn(ProgressColumn):
-    """The rate in the units of everything else; rich's own counts in thousands."""
+    """The rate in binary units; rich's own column has decimal ones."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -35,17 +35,14 @@ class _RateColumn(ProgressColumn):
 
 
 class _Progress(Progress):
-    """A progress that leaves room at the right for the ^C of a terminal.
-
-    Without, that would wrap, and the last bar be drawn a line below the one before.
-    """
+    """Leaves room at the right for ``^C``, which would otherwise move the bar to the next line."""
 
     def get_renderable(self) -> RenderableType:
         return _Narrowed(super().get_renderable())
 
 
 class _Narrowed:
-    """What is drawn in some columns less, and not filled up to the last."""
+    """Draws something a few columns narrower."""
 
     def __init__(self, inner: RenderableType) -> None:
         self._inner = inner

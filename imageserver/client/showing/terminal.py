@@ -6,20 +6,20 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # who only asks is spared rich, which takes as long as all else
+if TYPE_CHECKING:  # rich takes as long to import as all else
     from rich.console import Console, RenderableType
 
-#: Blanks behind which there are only more of them and changes of colour.
+#: Blanks at the end of a line, among changes of colour.
 _FILL = re.compile(r" +(?=(?:\x1b\[[0-9;]*m| )*$)")
 
 
 def speaks_utf8() -> bool:
-    """Whether stdout takes characters beyond ASCII."""
+    """Whether stdout is encoded in UTF-8."""
     return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def is_dumb() -> bool:
-    """Whether a terminal only writes lines: what moves its cursor would be seen as text."""
+    """Whether the terminal shows the sequences that move a cursor as text."""
     return os.environ.get("TERM", "dumb") in {"dumb", "unknown"}
 
 

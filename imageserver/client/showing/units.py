@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers as people read them: sizes, shares, rates, times. Exact where they are exact.
-
-And what others have written, so that it does nothing to a terminal but stand there.
-"""
+"""Text for people: sizes, shares, rates, times; and text of others, made safe for a terminal."""
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _STEP = 1024
-#: Three digits say enough: decimals by what a value is below.
+#: Three digits: below each bound, so many decimals.
 _DECIMALS = ((10, 2), (100, 1), (_STEP, 0))
 
 
 def plain_text(text: str) -> str:
-    """Return text of others in one line, without what a terminal would obey."""
+    """Return text of others as one line, without control characters."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def size_text(size: float) -> str:
-    """Return bytes in the largest unit of which there is one: ``512 B``, ``1.5 MiB``, ``2 GiB``."""
+    """Return a number of bytes in the unit that fits: ``512 B``, ``1.5 MiB``, ``2 GiB``."""
     if size < _STEP:
         return f"{size:.0f} B"
     value = float(size)
@@ -30,7 +27,7 @@ def size_text(size: float) -> str:
 
 
 def share_text(part: int, whole: int) -> str:
-    """Return per cent; what is not nothing, or not all, never looks like it."""
+    """Return per cent; only nothing is ``0 %``, and only all is ``100 %``."""
     if part in {0, whole} or not whole:
         return "100 %" if part else "0 %"
     percent = 100 * part / whole

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts ``imagectl``, or says what must be installed first: nothing else is imported before."""
+"""Starts ``imagectl``, or says what must be installed: imports nothing before that."""
 
 import importlib
 import importlib.util
 import os
 import sys
 
-#: Its series that is needed; the others may be older than pyproject.toml says.
+#: The oldest major version of urllib3 that works; older click and rich than pyproject.toml's do.
 _URLLIB3 = 2
 
 
 def main() -> int:
     """Run the command line; return the exit status."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr's
-        os.set_inheritable(fd, True)  # noqa: FBT003 # closed: no file of ours may get its number
+        os.set_inheritable(fd, True)  # noqa: FBT003 # a closed one: no other file may get its number
     os.close(fd)
     if lack := _lack():
         print(  # noqa: T201 - its answer
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def _lack() -> str | None:
-    """Return what must be installed, if anything: a distribution may have some, or old ones."""
+    """Return what is missing or too old, if anything: a distribution may have some of it."""
     for name in ("click", "rich", "urllib3"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is missing"

@@ -91,10 +91,10 @@ class Connection:
 
     def _connect(self, host: str, port: int | None, scheme: str) -> socket.socket:
         seconds = self._access.timeout_seconds
-        if path := self._access.unix_socket:
+        if path := self._access.unix_address:
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(seconds)
-            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.connect(path)
             return sock
         sock = socket.create_connection((host, port or (443 if scheme == "https" else 80)), seconds)
         if scheme == "https":

@@ -25,7 +25,7 @@ _MOST_CONNECTIONS = 32
 _OK, _PARTIAL, _BAD, _UNSATISFIABLE, _FAILED = 200, 206, 400, 416, 500
 
 
-# What is announced
+# Announcements
 
 
 def _options(subject: Subject) -> str:

@@ -16,7 +16,7 @@ from imageserver.client.failures import Different
 from imageserver.client.showing.terminal import speaks_utf8
 from imageserver.client.showing.units import plain_text
 
-#: Sign, in ASCII too, and style.
+#: Sign, its ASCII form, and style.
 _SIGNS = {
     Verdict.OK: ("✓", "+", "green"),
     Verdict.DIFFERS: ("≠", "~", "yellow"),
@@ -37,7 +37,7 @@ def check_command(*, url: str, write: bool, options: Options) -> None:
     """Try every feature that a server announces, and say what holds."""
     subject = Subject(options.access(url), options.patience_seconds)
     found = findings(subject, CHECKS + (WRITE_CHECKS if write else ()))
-    shown = list(found if options.json or options.quiet else _told(found))
+    shown = list(found if options.json or options.quiet else _printed(found))
     if options.json:
         checks = [
             {"check": one.check, "verdict": one.verdict.value, "detail": one.detail}
@@ -52,8 +52,8 @@ def _failed(found: Iterable[Finding]) -> list[str]:
     return [one.check for one in found if one.verdict is Verdict.FAILED]
 
 
-def _told(found: Iterable[Finding]) -> Iterable[Finding]:
-    """Show findings as they come, and their number at the end."""
+def _printed(found: Iterable[Finding]) -> Iterable[Finding]:
+    """Print findings as they come, and their numbers at the end."""
     console = Console(highlight=False, soft_wrap=True)
     utf8 = speaks_utf8()
     counts = dict.fromkeys(Verdict, 0)

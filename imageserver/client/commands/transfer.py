@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``imagectl transfer``: makes images known to a server, unknown again, and lists them."""
+"""``imagectl transfer add``, ``remove`` and ``list``: by control socket or config directory."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from imageserver.core.transfer import (
 )
 
 Place = ControlSocket | ConfigDirectory
-#: More than any row: paths have 4 KiB at most, ids 255 characters.
+#: Columns of the table, more than any row has: a part of an id is of no use.
 _WIDTH = 10_000
 
 
@@ -117,7 +117,7 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     if nbd:
         fields = {"backend": "nbd", "socket": nbd, "export": export, "export_bitmap": bitmap}
     fields |= {"read_only": read_only, "idle_timeout_seconds": idle_timeout}
-    where = Access(f"{url.rstrip('/')}/images/") if url else None  # a wrong one adds nothing
+    where = Access(f"{url.rstrip('/')}/images/") if url else None  # fails before anything is added
     try:
         transfer = transfer_from_fields(
             _id(str(uuid.uuid4()) if transfer_id is None else transfer_id), fields, KINDS
@@ -175,7 +175,6 @@ def list_command(*, control_socket: str | None, config_dir: str | None, as_json:
         table.add_column(column, no_wrap=True)
     for transfer in transfers:
         table.add_row(*map(Text, _row(transfer)))
-    # As wide as it is: half an id is of no use.
     write(Console(highlight=False, width=_WIDTH), table)
 
 

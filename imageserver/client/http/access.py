@@ -38,6 +38,12 @@ class Access:
         return re.sub(r"%[^\]]*(?=\])", "", urlsplit(self.url).netloc)
 
     @property
+    def unix_address(self) -> str | None:
+        """The Unix socket's address as the system takes it; None: there is none."""
+        path = self.unix_socket
+        return "\0" + path[1:] if path and path.startswith("@") else path or None
+
+    @property
     def is_local(self) -> bool:
         """Whether the server runs on this machine, as far as the URL tells."""
         return bool(self.unix_socket) or _is_loopback(self.host)

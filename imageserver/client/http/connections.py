@@ -177,8 +177,7 @@ def make_pool(access: Access, connections: int, sockets: Sockets) -> HTTPConnect
         )
         pool.ConnectionCls = type("Tls", (_TlsConnection,), members)
         return pool
-    if path := access.unix_socket:
-        members["path"] = "\0" + path[1:] if path.startswith("@") else path
+    members["path"] = access.unix_address
     pool = HTTPConnectionPool(host, port, timeout=timeout, maxsize=connections)
     pool.ConnectionCls = type("Plain", (_PlainConnection,), members)
     return pool

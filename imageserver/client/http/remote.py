@@ -192,10 +192,6 @@ class Remote:
         """Bring all written data to stable storage (PATCH)."""
         self._patch({"op": "flush"})
 
-    def flush_file(self) -> None:
-        """The same for an image without PATCH (POST flush, imageserver's own)."""
-        self._done("POST", self._transport.request("POST", self._at("/flush"), body=b"{}"))
-
     def _at(self, route: str = "", parameter: str = "") -> str:
         query = "&".join(filter(None, (parameter, self._query)))
         return (self._path + route or "/") + (f"?{query}" if query else "")

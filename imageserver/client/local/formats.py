@@ -14,15 +14,12 @@ from typing import TYPE_CHECKING, Protocol
 
 from imageserver.client.failures import LocalFailure
 from imageserver.client.local.files import Buffer
-from imageserver.client.local.qcow2_header import QCOW2_MAGIC
+from imageserver.client.local.qcow2_header import QCOW2_MAGIC, SECTOR
 from imageserver.client.local.raw import RawFile
 from imageserver.client.plan import Spans
 
 if TYPE_CHECKING:
     from imageserver.client.local.qcow2_chain import Chain
-
-#: What qcow2 images are whole multiples of, in bytes.
-SECTOR = 512
 
 
 class LocalImage(Protocol):

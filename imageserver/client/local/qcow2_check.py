@@ -23,11 +23,9 @@ from collections.abc import Iterator
 
 from imageserver.client.failures import Damaged, LocalFailure
 from imageserver.client.local.qcow2_chain import Chain, Member
-from imageserver.client.local.qcow2_header import Header
+from imageserver.client.local.qcow2_header import SECTOR, Header
 from imageserver.client.local.qemu_programs import as_filename, reason, run
 
-#: QEMU's sector, in bytes: the last one of a raw file may be incomplete.
-_SECTOR = 512
 #: Bits of an L2 table's entry.
 _OFFSET, _COMPRESSED, _ZERO = 0x00FFFFFFFFFFFE00, 1 << 62, 1 << 0
 #: Subclusters with extended entries: lower bits for allocated ones, upper bits for zeros.
@@ -91,7 +89,7 @@ def _corruptions(output: str) -> str:
 
 def _require_raw_length(member: Member, above: Header) -> None:
     length = member.file.length()
-    if above.size - length >= _SECTOR:
+    if above.size - length >= SECTOR:
         raise Damaged(
             f"{member.file.path} has {length} bytes, what is based on it {above.size}: "
             "its end may be missing, and would be zeros"

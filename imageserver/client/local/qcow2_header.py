@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 #: The first bytes of a qcow2 file.
 QCOW2_MAGIC = b"QFI\xfb"
+#: QEMU's sector, in bytes: qcow2 images have whole ones only, a raw file may lack part of the last.
+SECTOR = 512
 #: All of a header, with its extensions and names, lies in the first cluster, of at most 2 MiB.
 LARGEST_CLUSTER = 2 << 20
 #: The fixed part in bytes, of version 2 and of version 3.

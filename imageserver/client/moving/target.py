@@ -21,7 +21,8 @@ from dataclasses import replace
 
 from imageserver.client.failures import Different, LocalFailure
 from imageserver.client.local.files import local_errors, rename_new, sync_folder
-from imageserver.client.local.formats import SECTOR, LocalImage, create_image, open_image
+from imageserver.client.local.formats import LocalImage, create_image, open_image
+from imageserver.client.local.qcow2_header import SECTOR
 from imageserver.client.moving import resume
 from imageserver.client.moving.file_locks import LockedFile, claimed, unchanged
 from imageserver.client.moving.layout import Layout

@@ -32,8 +32,8 @@ from imageserver.client.failures import (
 )
 from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
-from imageserver.client.local.formats import SECTOR, LocalImage, open_image
-from imageserver.client.local.qcow2_header import QCOW2_MAGIC
+from imageserver.client.local.formats import LocalImage, open_image
+from imageserver.client.local.qcow2_header import QCOW2_MAGIC, SECTOR
 from imageserver.client.moving.movers import Advance, Move, Movers
 from imageserver.client.moving.verify import compare, same_length
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces

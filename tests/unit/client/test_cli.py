@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""imagectl's helps and arguments, and what its bar shows on terminals of several widths."""
+"""imagectl's helps and arguments."""
 
-import io
 from collections.abc import Iterator
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 from imageserver.client.commands.cli import COMMANDS, command_contexts, imagectl
 from imageserver.client.failures import BadUrl
-from imageserver.client.showing.progress_bar import ProgressBar
 
 IMAGE = "http://127.0.0.1:1/images/x"
 
@@ -54,30 +51,3 @@ def test_a_wrong_url_makes_nothing_known(tmp_path):
 
     assert isinstance(done.exception, BadUrl)
     assert list(tmp_path.iterdir()) == []
-
-
-def bar(columns: int, total: int) -> list[str]:
-    """Return the lines of a bar that has ended."""
-    out = io.StringIO()
-    with ProgressBar(Console(file=out, width=columns)) as shown:
-        shown.begin("download", total)
-        shown.moved(total)
-    return [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
-
-
-@pytest.mark.parametrize(
-    ("columns", "amounts"), [(40, False), (71, False), (72, True), (120, True)]
-)
-def test_a_bar_is_one_line_on_any_terminal_and_leaves_room_for_ctrl_c(columns, amounts):
-    (line,) = bar(columns, 600 << 20)
-
-    assert line.startswith("download ━━━")
-    assert (len(line) <= columns - 2, "100%" in line, "600.0/600.0 MiB" in line) == (
-        True,
-        True,
-        amounts,
-    )
-
-
-def test_nothing_to_move_has_no_bar():
-    assert bar(80, 0) == []

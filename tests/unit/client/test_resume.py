@@ -9,8 +9,7 @@ import pytest
 
 from imageserver.client.failures import LocalFailure
 from imageserver.client.moving.resume import Saved, State, encode, identity, parse
-from imageserver.client.moving.verify import samples
-from imageserver.client.plan import MIB, Spans
+from imageserver.client.plan import Spans
 
 IMAGE = identity(100, "raw full", "/images/x", Spans([(0, 10), (20, 100)]))
 
@@ -72,12 +71,3 @@ def test_a_state_that_cannot_be_written_leaves_nothing(tmp_path: Path):
     with pytest.raises(LocalFailure):
         State(str(tmp_path / "state")).save(IMAGE, [])
     assert list(tmp_path.iterdir()) == [tmp_path / "state"]
-
-
-def test_samples_lie_in_the_data_and_at_its_ends():
-    data = Spans([(MIB, 2 * MIB - 7), (5 * MIB, 9 * MIB), (20 * MIB, 20 * MIB + 9)])
-    chosen = samples(data, lambda _below: 3 * MIB)
-    assert Spans(chosen).without(data).total == 0
-    assert (chosen[0], chosen[-1]) == ((MIB, 2 * MIB - 7), (20 * MIB, 20 * MIB + 9))
-    assert sum(stop - start for start, stop in chosen) == 2 * MIB + 64 * 1024
-    assert samples(Spans()) == []

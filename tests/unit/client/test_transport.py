@@ -258,7 +258,6 @@ ACTIONS = {
     "PUT of a part": lambda image: image.write(0, 4, [b"data"]),
     "zero": lambda image: image.zero(0, 4),
     "flush": Remote.flush,
-    "flush of a file": Remote.flush_file,
 }
 
 

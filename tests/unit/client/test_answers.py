@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What OPTIONS is taken to say."""
+
+import pytest
+
+from imageserver.client.failures import Failed
+from imageserver.client.http.answers import Abilities, parse_abilities
+
+
+def test_our_answer_to_options_is_understood():
+    body = b'{"unix_socket":"/s","features":["extents","zero"],"max_readers":8,"max_writers":0}'
+    assert parse_abilities(body, "GET, HEAD, OPTIONS") == Abilities(
+        frozenset({"extents", "zero"}), 8, 0, "/s", frozenset({"GET", "HEAD", "OPTIONS"})
+    )
+
+
+def test_what_options_leaves_out_is_not_there():
+    assert parse_abilities(b"", "") == Abilities(frozenset(), 1, 1, None, frozenset())
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]"])
+def test_another_kind_of_server_is_found_out(body):
+    with pytest.raises(Failed, match="this is no image server"):
+        parse_abilities(body, "")
+
+
+def test_deep_json_is_no_answer_to_options():
+    with pytest.raises(Failed, match="this is no image server"):
+        parse_abilities(b"[" * 100_000, "")

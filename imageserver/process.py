@@ -38,7 +38,7 @@ def application(settings: Settings, slots: SharedTable) -> App:
     directory = runtime_in(settings.runtime_dir).locks
     locks = ImageLocks(directory, is_exiting, slots.owner, is_alive)
     return create_app(
-        records(settings, files).visits(),
+        records(settings, files).tracker(),
         Sessions(
             *(locks, slots, backends, image_key),
             shares_lock=settings.max_writers > 1,

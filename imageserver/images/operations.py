@@ -27,12 +27,12 @@ def check_writable(info: ImageInfo) -> None:
 
 def read(session: Session, span: Span) -> Generator[memoryview]:
     """Yield the bytes of ``span``; each piece is valid until the next is asked for."""
-    session.begin(span)
+    session.request.begin(span)
     with session, closing(session.backend.read(span.start, span.length)) as pieces:
         done = 0
         for piece in pieces:
             done += len(piece)
-            session.progress(done)
+            session.request.progress(done)
             if done == span.length:
                 session.close()
             yield piece
@@ -54,26 +54,26 @@ def _check_edges(session: Session, span: Span) -> None:
 def write(session: Session, span: Span, source: Source, *, flush: bool = False) -> bool:
     """Write ``span`` from ``source``; tell whether ``flush`` was asked for and done."""
     _check_edges(session, span)
-    session.begin(span)
+    session.request.begin(span)
     for done in session.backend.write(span.start, span.length, source):
-        session.progress(done)
+        session.request.progress(done)
     return _flush_own(session, asked=flush)
 
 
 def replace(session: Session, length: int, source: Source, *, flush: bool = False) -> bool:
     """Make ``length`` bytes from ``source`` the whole image; returns what ``write`` does."""
-    session.begin(whole(length))
+    session.request.begin(whole(length))
     for done in session.backend.replace(length, source):
-        session.progress(done)
+        session.request.progress(done)
     return _flush_own(session, asked=flush)
 
 
 def zero(session: Session, span: Span, *, flush: bool) -> None:
     """Zero ``span``; then flush, where asked for and possible."""
     _check_edges(session, span)
-    session.begin(span)
+    session.request.begin(span)
     for done in session.backend.zero(span.start, span.length):
-        session.progress(done)
+        session.request.progress(done)
     _flush_own(session, asked=flush)
 
 
@@ -101,10 +101,10 @@ def flush(session: Session) -> None:
 
 def extents(session: Session, span: Span, *, dirty: bool) -> Generator[list[Extent]]:
     """Yield the extents of ``span`` in lists, the last of which may be empty."""
-    session.begin(span)
+    session.request.begin(span)
     listed = session.backend.extents(span.start, span.stop, dirty=dirty)
     with session, closing(listed) as batches:
         for batch in batches:
             if batch:
-                session.progress(batch[-1][0] + batch[-1][1] - span.start)
+                session.request.progress(batch[-1][0] + batch[-1][1] - span.start)
             yield batch

@@ -28,24 +28,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
-from imageserver.core.errors import ClientGone, ImageBusy
+from imageserver.core.errors import ImageBusy
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import (
     Backend,
     Backends,
-    Check,
     Intent,
     Lock,
     Locks,
     Meter,
-    Slot,
     Slots,
     Ticket,
 )
-from imageserver.core.ranges import Span
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
-from imageserver.transfers.visits import UNTRACKED, Visit
+from imageserver.transfers.requests import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,46 +74,22 @@ _UNSEEN = object()
 _SHARING = frozenset(need.operation for need in (WRITE, ZERO, FLUSH))
 
 
-def _unmetered(_count: int) -> None:
-    pass
-
-
 class Session:
     """An open image and the right to use it. Close it; closing twice is harmless."""
 
-    def __init__(
-        self, backend: Backend, slot: Slot, held: ExitStack, visit: Visit, kind: Kind
-    ) -> None:
+    def __init__(self, backend: Backend, held: ExitStack, request: Request) -> None:
         self.backend = backend
         self.size = backend.size
         #: Others may write to the image at the same time, elsewhere in it.
         self.shared = False
-        #: What of the image the operation is about, and how many bytes of that are done.
-        self.span: Span | None = None
-        self.done = 0
-        #: Told of bytes as they move.
-        self.moved: Callable[[int], None] = _unmetered
-        self._slot = slot
-        self._visit = visit
-        self._kind = kind
+        #: The account, to which operations tell their progress.
+        self.request = request
         self._held = held
 
     @property
     def info(self) -> ImageInfo:
         """What the image can do."""
         return self.backend.info
-
-    def begin(self, span: Span) -> None:
-        """Say what of the image the operation is about."""
-        self.span = span
-        self._slot.progress(0, span.length)
-
-    def progress(self, done: int) -> None:
-        """Show operators how far the operation has come, in bytes of its span."""
-        self.moved(done - self.done)
-        self.done = done
-        self._slot.progress(done, self.span.length if self.span else 0)
-        self._visit.progress(self._kind, done)
 
     def close(self) -> None:
         """Give everything back: the back end first, the lock last."""
@@ -127,7 +100,7 @@ class Session:
 
     def __exit__(self, _cls: object, exc: BaseException | None, _traceback: object) -> None:
         if exc:
-            self._visit.failed(exc)
+            self.request.failed(exc)
         self.close()
 
 
@@ -159,17 +132,10 @@ class Sessions:
         #: Images whose servers, by their stamps, lack multi-conn.
         self._single: dict[Image, object] = {}
 
-    def open(
-        self,
-        transfer: Transfer,
-        need: Need,
-        client: str,
-        visit: Visit = UNTRACKED,
-        is_gone: Callable[[], bool] = lambda: False,
-    ) -> Session:
+    def open(self, transfer: Transfer, need: Need, request: Request) -> Session:
         """Take what ``need`` says, in order, without waiting for a request that lives.
 
-        The visit ends with the session. ``is_gone`` tells whether the client has.
+        The request leaves the transfer when the session is closed.
 
         Raises:
             ImageBusy: the image's lock is held.
@@ -178,44 +144,40 @@ class Sessions:
             BackendError, BackendTimeout, FileAccessError: the image cannot be opened.
             ClientGone: nobody waits for it any more.
         """
-        image = self._key(transfer.image) if need.locked else ""
-        ticket = Ticket(transfer.id, need.operation, image, client)
-
-        def check() -> None:
-            if is_gone() or not visit.is_wanted():
-                raise ClientGone
-
-        request = _Request(transfer.image, need, ticket, visit, check)
+        request.needs(need.operation, need.kind)
+        key = self._key(transfer.image) if need.locked else ""
+        ticket = Ticket(transfer.id, need.operation, key, request.client)
+        wanted = _Wanted(transfer.image, need, ticket, request)
         with ExitStack() as held:
-            held.callback(visit.close)
-            backend, slot, shared = self._take_or_share(held, request)
-            session = Session(backend, slot, held.pop_all(), visit, need.kind)
+            held.callback(request.leave)
+            backend, shared = self._take_or_share(held, wanted)
+            session = Session(backend, held.pop_all(), request)
             session.shared = shared
             if self._meter:
-                session.moved = self._meter.meter(need.operation, transfer.image.kind.name)
+                request.counts(self._meter.meter(need.operation, transfer.image.kind.name))
             return session
         raise AssertionError  # an ExitStack swallows nothing
 
-    def _take_or_share(self, held: ExitStack, request: "_Request") -> tuple[Backend, Slot, bool]:
+    def _take_or_share(self, held: ExitStack, wanted: "_Wanted") -> tuple[Backend, bool]:
         """Take what the session holds; True: others may write to the image at the same time."""
-        image = request.image
-        if not (request.need.shares and self._shares_lock and image.kind.shares_writers):
-            backend, slot, _ = self._take(held, request)
-            return backend, slot, False
+        image = wanted.image
+        if not (wanted.need.shares and self._shares_lock and image.kind.shares_writers):
+            backend, _ = self._take(held, wanted)
+            return backend, False
         is_new = not self._is_single(image)
         if is_new:
             with ExitStack() as tried:
-                backend, slot, _ = self._take(tried, request, shared=True)
+                backend, _ = self._take(tried, wanted, shared=True)
                 if backend.info.multi_conn:
                     held.push(tried.pop_all())
-                    return backend, slot, True
+                    return backend, True
             self._remember_single(image)
-        backend, slot, grip = self._take(held, request, brief=is_new)
+        backend, lock = self._take(held, wanted, brief=is_new)
         shared = backend.info.multi_conn
         if shared:
             self._single.pop(image, None)
-            grip.share()
-        return backend, slot, shared
+            lock.share()
+        return backend, shared
 
     def _is_single(self, image: Image) -> bool:
         return self._single.get(image, _UNSEEN) == self._stamp(image)
@@ -226,28 +188,29 @@ class Sessions:
         self._single[image] = self._stamp(image)
 
     def _take(
-        self, held: ExitStack, request: "_Request", *, shared: bool = False, brief: bool = False
-    ) -> "tuple[Backend, Slot, _Grip]":
-        image, need = request.image, request.need
-        grip = _Grip()
+        self, held: ExitStack, wanted: "_Wanted", *, shared: bool = False, brief: bool = False
+    ) -> "tuple[Backend, _HeldLock]":
+        image, need, request = wanted.image, wanted.need, wanted.request
+        mine = _HeldLock()
         if need.locked:
-            grip.lock = self._lock(image, request.ticket.image, shared=shared, brief=brief)
-            held.callback(grip.release)
-        slot = self._slots.claim(need.kind, request.ticket)
+            mine.lock = self._lock(image, wanted.ticket.image, shared=shared, brief=brief)
+            held.callback(mine.release)
+        slot = self._slots.claim(need.kind, wanted.ticket)
         held.callback(slot.release)
-        if grip.lock and not grip.lock.is_in_place():
+        if mine.lock and not mine.lock.is_in_place():
             # Who comes from now on sees the slot; who came before that may have a new lock.
             raise ImageBusy
-        held.push(_telling(request.visit))
-        if grip.lock and grip.lock.abandoned:
+        request.holds(slot)
+        held.push(_noting_failure(request))
+        if mine.lock and mine.lock.abandoned:
             self._backends.settle(image, request.check)
-            grip.lock.abandoned = False
+            mine.lock.abandoned = False
         if shared:
-            grip.share()
-        backend = grip.backend = self._backends.open(image, need.intent, request.check)
+            mine.share()
+        backend = mine.backend = self._backends.open(image, need.intent, request.check)
         held.callback(backend.close)
-        request.visit.uses(backend)
-        return backend, slot, grip
+        request.uses(backend)
+        return backend, mine
 
     def _lock(self, image: Image, key: str, *, shared: bool, brief: bool) -> Lock:
         """Take the image's lock; those who share it have it only until their slot shows them.
@@ -270,27 +233,26 @@ class Sessions:
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """What a session is opened for, and who looks whether that is still wanted."""
+class _Wanted:
+    """What a session is opened for."""
 
     image: Image
     need: Need
     ticket: Ticket
-    visit: Visit
-    check: Check
+    request: Request
 
 
-def _telling(visit: Visit) -> Callable[[object, BaseException | None, object], None]:
-    """Return an exit function that tells a visit what went wrong."""
+def _noting_failure(request: Request) -> Callable[[object, BaseException | None, object], None]:
+    """Return an exit function that notes what went wrong."""
 
-    def tell(_cls: object, exc: BaseException | None, _traceback: object) -> None:
+    def note(_cls: object, exc: BaseException | None, _traceback: object) -> None:
         if exc:
-            visit.failed(exc)
+            request.failed(exc)
 
-    return tell
+    return note
 
 
-class _Grip:
+class _HeldLock:
     """A lock, and the back end whose writes it outlasts."""
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from imageserver.server.presence import Presence
 from imageserver.server.request import BadHost, ImageRequest
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ASKING, ZERO_COPY
-from imageserver.web.visiting import IS_GONE
+from imageserver.web.requests import IS_GONE
 
 log = logging.getLogger(__name__)
 

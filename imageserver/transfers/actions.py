@@ -14,7 +14,7 @@ from imageserver.core.control_protocol import Command, List, Register, Status, U
 from imageserver.core.errors import UnknownImage
 from imageserver.core.ports import Activities, Activity, Owned, Registrations
 from imageserver.core.transfer import InvalidTransfer
-from imageserver.transfers.visits import Catalogue
+from imageserver.transfers.lookup import Catalogue
 
 _POLL_SECONDS = 0.02
 #: A forced end takes at most so long; a shorter timeout would answer busy for no reason.

@@ -12,9 +12,10 @@ from imageserver.runtime.directory import runtime_in
 from imageserver.settings import Settings
 from imageserver.transfers.actions import Administration
 from imageserver.transfers.files import TransferFiles
+from imageserver.transfers.lookup import Catalogue
 from imageserver.transfers.registered import RegistrationFiles
+from imageserver.transfers.tracking import Tracker
 from imageserver.transfers.usage import ActivityFiles
-from imageserver.transfers.visits import Catalogue, Visits
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +27,9 @@ class Records:
     activities: ActivityFiles
     registrations: RegistrationFiles
 
-    def visits(self) -> Visits:
-        """Return where requests look ids up."""
-        return Visits(self._catalogue(), self.prune)
+    def tracker(self) -> Tracker:
+        """Return who lets requests in to transfers."""
+        return Tracker(self._catalogue(), self.prune)
 
     def administration(self) -> Administration:
         """Return who carries out what a control program asks for."""

@@ -10,27 +10,27 @@ from imageserver.core.errors import ClientGone, ImageServerError
 from imageserver.core.ports import Journal
 from imageserver.images.probing import Inspector, WouldWait
 from imageserver.images.sessions import Sessions
-from imageserver.transfers.visits import Visits
+from imageserver.transfers.tracking import Tracker
 from imageserver.web import error_answers
 from imageserver.web.extents_resource import ExtentsResource
 from imageserver.web.flush_resource import FlushResource
 from imageserver.web.image_resource import ImageResource, Limits, ServerResource
-from imageserver.web.journaling import JournalMiddleware
 from imageserver.web.middleware import ImageMiddleware
+from imageserver.web.requests import RequestMiddleware
 
 App: TypeAlias = "falcon.App[Any, Any]"
 
 
 def create_app(
-    visits: Visits,
+    tracker: Tracker,
     sessions: Sessions,
     inspector: Inspector,
     limits: Limits,
     journals: Sequence[Journal] = (),
 ) -> App:
     """Put the application together."""
-    app = falcon.App(middleware=JournalMiddleware(journals))
-    app.add_middleware(ImageMiddleware(visits))
+    app = falcon.App(middleware=RequestMiddleware(journals))
+    app.add_middleware(ImageMiddleware(tracker))
     app.req_options.strip_url_path_trailing_slash = True
 
     server = ServerResource(limits)

@@ -14,7 +14,6 @@ import falcon
 from imageserver.core.errors import BadRequest, ClientGone
 from imageserver.core.ports import HasFileno
 from imageserver.images.sessions import Session
-from imageserver.web.journaling import trace_of
 
 #: A true value under this key: the server takes memoryviews, and gives ``readinto``.
 ZERO_COPY = "imageserver.zero_copy"
@@ -82,7 +81,7 @@ class StreamedBody(Iterable[bytes]):
     ) -> None:
         self._session = session
         self._pieces = pieces
-        self._trace = trace_of(req)
+        self._request = session.request
         self._is_whole = False
         self._zero_copy = bool(req.env.get(ZERO_COPY))
         try:
@@ -96,10 +95,10 @@ class StreamedBody(Iterable[bytes]):
         try:
             while piece is not None:
                 yield self._piece(piece)
-                self._trace.sent(len(piece))
+                self._request.sent += len(piece)
                 piece = next(self._pieces, None)
         except BaseException as exc:
-            self._trace.failed(exc)
+            self._request.failed(exc)
             raise
         self._is_whole = True
 
@@ -107,11 +106,11 @@ class StreamedBody(Iterable[bytes]):
         return piece if self._zero_copy else bytes(piece)
 
     def close(self) -> None:
-        """Give the session back, wherever the body had come to, and end the request's trace."""
+        """Give the session back, wherever the body had come to, and end the request."""
         self._give_back()
         if not self._is_whole:
-            self._trace.failed(ClientGone())
-        self._trace.end()
+            self._request.failed(ClientGone())
+        self._request.end()
 
     def _give_back(self) -> None:
         self._pieces.close()

@@ -16,8 +16,7 @@ from imageserver.core import errors
 from imageserver.core.slots import Kind
 from imageserver.images.probing import WouldWait
 from imageserver.web.answers import set_json
-from imageserver.web.journaling import trace_of
-from imageserver.web.visiting import end_visit
+from imageserver.web.requests import request_of
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def handle(
     req: falcon.Request, resp: falcon.Response, error: errors.ImageServerError, _params: object
 ) -> None:
     """Answer one of our errors; what the client is not told goes to the journals."""
-    trace_of(req).failed(error)
+    request_of(req).failed(error)
     _send(resp, answer_for(error))
 
 
@@ -86,17 +85,17 @@ def cut_off(
     req: falcon.Request, _resp: falcon.Response, error: errors.ClientGone, _params: object
 ) -> None:
     """Pass a vanished client on to the server, which closes the connection."""
-    end_visit(req)
-    trace = trace_of(req)
-    trace.failed(error)
-    trace.answered(0)
-    trace.end()
+    request = request_of(req)
+    request.leave()
+    request.failed(error)
+    request.answered(0)
+    request.end()
     raise error
 
 
 def put_off(req: falcon.Request, _resp: falcon.Response, error: WouldWait, _params: object) -> None:
     """Pass a probe back to the server, which makes it again where it may wait."""
-    end_visit(req)
+    request_of(req).leave()
     raise error
 
 
@@ -111,7 +110,7 @@ def handle_unexpected(
         handle(req, resp, errors.Exhausted(str(error)), _params)
         return
     log.error("%s %s failed", req.method, req.path, exc_info=error)
-    trace_of(req).failed(error)
+    request_of(req).failed(error)
     _send(resp, Answer(500, "internal error"))
 
 
@@ -122,7 +121,7 @@ def handle_http(
     ours: errors.ImageServerError = errors.BadRequest("bad request")
     if isinstance(error, falcon.HTTPNotFound):
         ours = errors.NotFound(req.path)
-    trace_of(req).failed(ours)
+    request_of(req).failed(ours)
     _send(resp, Answer(error.status_code, answer_for(ours).message))
 
 

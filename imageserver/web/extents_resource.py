@@ -19,7 +19,7 @@ from imageserver.images import operations, sessions
 from imageserver.images.sessions import Sessions
 from imageserver.web.body import StreamedBody
 from imageserver.web.headers import check_method, read_span
-from imageserver.web.visiting import open_session
+from imageserver.web.requests import open_session
 
 _CONTEXTS = {"zero": sessions.EXTENTS, "dirty": sessions.DIRTY_EXTENTS}
 _BOOL = ("false", "true")

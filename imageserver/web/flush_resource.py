@@ -8,7 +8,7 @@ from imageserver.images import operations, sessions
 from imageserver.images.sessions import Sessions
 from imageserver.web.answers import set_json
 from imageserver.web.headers import check_method
-from imageserver.web.visiting import open_session
+from imageserver.web.requests import open_session
 
 
 class FlushResource:

@@ -32,7 +32,7 @@ from imageserver.web.headers import (
     read_flush,
     read_range,
 )
-from imageserver.web.visiting import open_session
+from imageserver.web.requests import open_session
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import falcon
 
 from imageserver.core.errors import NotFound, UnknownImage
 from imageserver.core.transfer import Transfer
-from imageserver.transfers.visits import Visits
+from imageserver.transfers.tracking import Tracker
 from imageserver.web.body import StreamedBody
-from imageserver.web.visiting import begin_visit, end_visit
+from imageserver.web.requests import request_of
 
 #: Sent with every answer that has no image of its own to speak for.
 DEFAULT_METHODS = "GET, PUT, OPTIONS"
@@ -32,8 +32,8 @@ class Resource(Protocol):
 class ImageMiddleware:
     """Turns ids into transfers, and gives every answer the headers clients rely on."""
 
-    def __init__(self, visits: Visits) -> None:
-        self._visits = visits
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
 
     def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
         """Refuse encoded separators: decoded, they would look like routes."""
@@ -57,7 +57,8 @@ class ImageMiddleware:
             return
         if req.method == "OPTIONS" and not hasattr(resource, "on_options"):
             raise NotFound(req.path)
-        transfer = begin_visit(self._visits, req, params.pop("image_id"))
+        probes = req.method == "OPTIONS"
+        transfer = self._tracker.enter(request_of(req), params.pop("image_id"), probes=probes)
         resource.check_method(req.method, transfer)
         params["transfer"] = transfer
 
@@ -79,5 +80,5 @@ class ImageMiddleware:
         if isinstance(stream, StreamedBody) and is_dropped:
             resp.stream = None
             stream.close()
-        if not isinstance(resp.stream, StreamedBody):  # which ends it with its last piece
-            end_visit(req)
+        if not isinstance(resp.stream, StreamedBody):  # which leaves before its last piece
+            request_of(req).leave()

@@ -6,6 +6,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from imageserver.backends.file.kind import FileImage
 from imageserver.backends.nbd.kind import NbdImage
@@ -15,10 +16,16 @@ from imageserver.core.ports import Account, Check, Intent, Owned, Source, Ticket
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Sessions
+from imageserver.transfers.requests import Request
 
 DISK = NbdImage("/run/disk.sock", "vda")
 TRANSFER = Transfer("t1", DISK)
 FILE_TRANSFER = Transfer("f1", FileImage("/images/disk.raw"))
+
+
+def a_request(client: str = "192.0.2.1", **more: Any) -> Request:
+    """Return the account of a request that has just begun."""
+    return Request("GET", client, "r1", **more)
 
 
 @dataclass

@@ -10,7 +10,8 @@ from imageserver.core.errors import UnknownImage
 from imageserver.core.ports import Journal
 from imageserver.core.transfer import Transfer
 from imageserver.images.probing import Inspector
-from imageserver.transfers.visits import Catalogue, Visits
+from imageserver.transfers.lookup import Catalogue
+from imageserver.transfers.tracking import Tracker
 from imageserver.web.app import App, create_app
 from imageserver.web.body import ZERO_COPY
 from imageserver.web.image_resource import Limits
@@ -34,8 +35,8 @@ class Known:
 def app_over(world: World, *journals: Journal, limits: Limits = LIMITS) -> App:
     """Return the application over a fake world."""
     inspector = Inspector(FakeBackends(world), lambda _: None)
-    visits = Visits(Catalogue(Known(), None, world.activities), lambda: None)
-    return create_app(visits, world.sessions(), inspector, limits, journals)
+    tracker = Tracker(Catalogue(Known(), None, world.activities), lambda: None)
+    return create_app(tracker, world.sessions(), inspector, limits, journals)
 
 
 class Call:

@@ -10,11 +10,11 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.ranges import Span, whole
 from imageserver.images import operations, sessions
 from imageserver.images.sessions import Need, Session
-from tests.unit.fakes import TRANSFER, Bytes, World
+from tests.unit.fakes import TRANSFER, Bytes, World, a_request
 
 
 def _open(world: World, need: Need = sessions.READ) -> Session:
-    session = world.sessions().open(TRANSFER, need, "")
+    session = world.sessions().open(TRANSFER, need, a_request())
     world.journal.clear()
     return session
 

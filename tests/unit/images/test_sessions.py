@@ -18,8 +18,7 @@ from imageserver.core.ranges import Span
 from imageserver.core.slots import Kind
 from imageserver.images import sessions
 from imageserver.images.sessions import Need
-from imageserver.transfers.visits import Visit
-from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World
+from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World, a_request
 
 CLIENT = "192.0.2.1"
 NEEDS = [
@@ -39,7 +38,7 @@ NEEDS = [
 def test_what_an_operation_needs_is_taken_in_order(need: Need, taken: list[str]) -> None:
     world = World()
 
-    world.sessions().open(TRANSFER, need, CLIENT)
+    world.sessions().open(TRANSFER, need, a_request())
 
     assert world.journal == taken
 
@@ -48,7 +47,7 @@ def test_what_an_operation_needs_is_taken_in_order(need: Need, taken: list[str])
 def test_closing_gives_everything_back_in_reverse(need: Need, taken: list[str]) -> None:
     world = World()
 
-    world.sessions().open(TRANSFER, need, CLIENT).close()
+    world.sessions().open(TRANSFER, need, a_request()).close()
 
     given_back = ["close", "free", "unlock"]
     assert world.journal == taken + given_back[: len(taken)]
@@ -56,7 +55,7 @@ def test_closing_gives_everything_back_in_reverse(need: Need, taken: list[str]) 
 
 def test_closing_twice_gives_back_once() -> None:
     world = World()
-    session = world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+    session = world.sessions().open(TRANSFER, sessions.WRITE, a_request())
 
     with session:
         session.close()
@@ -83,7 +82,7 @@ def test_each_failure_gives_back_what_was_taken(
     world = World(fail={where: error})
 
     with pytest.raises(type(error)) as raised:
-        world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+        world.sessions().open(TRANSFER, sessions.WRITE, a_request())
 
     assert raised.value is error
     assert world.journal[world.journal.index(where) + 1 :] == given_back
@@ -96,7 +95,7 @@ def test_the_lock_is_given_back_where_it_cannot_be_told_who_has_the_image(
     world = World(fail={"holders": StateUnavailable()})
 
     with pytest.raises(StateUnavailable):
-        world.sessions(shares_lock=shares_lock).open(TRANSFER, sessions.REPLACE, CLIENT)
+        world.sessions(shares_lock=shares_lock).open(TRANSFER, sessions.REPLACE, a_request())
 
     assert world.journal == ["lock", "unlock marked"]
 
@@ -105,7 +104,7 @@ def test_the_lock_is_given_back_where_it_cannot_be_told_who_has_the_image(
 def test_the_ticket_says_who_does_what(need: Need) -> None:
     world = World()
 
-    world.sessions().open(TRANSFER, need, CLIENT)
+    world.sessions().open(TRANSFER, need, a_request(CLIENT))
 
     key = "key" if need.locked else ""
     assert world.tickets == [Ticket("t1", need.operation, key, CLIENT)]
@@ -114,18 +113,19 @@ def test_the_ticket_says_who_does_what(need: Need) -> None:
 def test_progress_goes_to_the_slot() -> None:
     world = World()
 
-    session = world.sessions().open(TRANSFER, sessions.READ, CLIENT)
-    session.begin(Span(0, 10, 20))
-    session.progress(3)
+    request = a_request()
+    world.sessions().open(TRANSFER, sessions.READ, request)
+    request.begin(Span(0, 10, 20))
+    request.progress(3)
 
     assert world.progress == [(0, 10), (3, 10)]
-    assert (session.span, session.done) == (Span(0, 10, 20), 3)
+    assert (request.span, request.done) == (Span(0, 10, 20), 3)
 
 
 def test_an_abandoned_image_is_settled_under_lock_and_slot_before_it_is_opened() -> None:
     world = World(abandoned=True)
 
-    world.sessions().open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.sessions().open(TRANSFER, sessions.WRITE, a_request()).close()
 
     assert world.journal == [
         *("lock", "slot WRITE", "settle", "open WRITE"),
@@ -144,7 +144,7 @@ def test_an_abandoned_image_that_was_not_settled_stays_marked(where: str, error:
     world = World(abandoned=True, fail={where: error})
 
     with pytest.raises(type(error)):
-        world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+        world.sessions().open(TRANSFER, sessions.WRITE, a_request())
 
     assert world.journal[-1] == "unlock marked"
 
@@ -153,7 +153,7 @@ def test_an_abandoned_image_that_was_settled_loses_its_mark_even_if_opening_fail
     world = World(abandoned=True, fail={"open WRITE": BackendError("refused")})
 
     with pytest.raises(BackendError):
-        world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+        world.sessions().open(TRANSFER, sessions.WRITE, a_request())
 
     assert world.journal[-2:] == ["free", "unlock"]
 
@@ -161,7 +161,7 @@ def test_an_abandoned_image_that_was_settled_loses_its_mark_even_if_opening_fail
 def test_reading_asks_for_no_lock_and_so_waits_for_no_one() -> None:
     world = World(abandoned=True, fail={"lock": ImageBusy(), "settle": BackendTimeout("no")})
 
-    world.sessions().open(TRANSFER, sessions.READ, CLIENT).close()
+    world.sessions().open(TRANSFER, sessions.READ, a_request()).close()
 
     assert world.journal == ["slot READ", "open READ", "close", "free"]
 
@@ -169,14 +169,14 @@ def test_reading_asks_for_no_lock_and_so_waits_for_no_one() -> None:
 def test_a_write_still_under_way_leaves_the_image_marked() -> None:
     world = World(settled=False)
 
-    world.sessions().open(TRANSFER, sessions.WRITE, CLIENT).close()
+    world.sessions().open(TRANSFER, sessions.WRITE, a_request()).close()
 
     assert world.journal[-3:] == ["close", "free", "unlock marked"]
 
 
 def test_whether_writes_have_settled_is_asked_after_the_back_end_was_closed() -> None:
     world = World(settled=False)
-    session = world.sessions().open(TRANSFER, sessions.WRITE, CLIENT)
+    session = world.sessions().open(TRANSFER, sessions.WRITE, a_request())
 
     world.settled = True
     session.close()
@@ -184,22 +184,47 @@ def test_whether_writes_have_settled_is_asked_after_the_back_end_was_closed() ->
     assert world.journal[-1] == "unlock"
 
 
-@pytest.mark.parametrize("leaves", ["client", "visit"])
+@pytest.mark.parametrize("leaves", ["client", "cut"])
 def test_a_back_end_is_told_when_nobody_waits_any_more(leaves: str) -> None:
-    world = World()
-    away = {"client": False, "visit": False}
-
-    class _Visit(Visit):
-        def is_wanted(self) -> bool:
-            return not away["visit"]
-
-    opened = world.sessions()
-    opened.open(TRANSFER, sessions.WRITE, CLIENT, _Visit(), lambda: away["client"])
+    world, gone = World(), [False]
+    request = a_request(is_gone=lambda: gone[0])
+    world.sessions().open(TRANSFER, sessions.WRITE, request)
     world.checks[-1]()  # it is there
-    away[leaves] = True
+    if leaves == "cut":
+        request.cut()
+        assert world.journal[-1] == "stop"
+    gone[0] = leaves == "client"
 
     with pytest.raises(ClientGone):
         world.checks[-1]()
+
+
+def test_a_request_that_was_cut_before_its_back_end_opened_stops_it() -> None:
+    world, request = World(), a_request()
+    world.on_open = request.cut
+
+    world.sessions().open(TRANSFER, sessions.WRITE, request)
+
+    assert world.journal[-1] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "noted"),
+    [
+        pytest.param("lock", ImageBusy(), None, id="before-the-slot"),
+        pytest.param("slot WRITE", NoSlot(Kind.WRITE), None, id="no-slot"),
+        pytest.param("open WRITE", BackendError("refused"), "BackendError: refused", id="open"),
+    ],
+)
+def test_only_what_goes_wrong_with_a_slot_is_an_error_of_the_transfers(
+    where: str, error: Exception, noted: str | None
+) -> None:
+    request, left = a_request(), []
+    request.found(TRANSFER, lambda: left.append(request.image_error))
+
+    with pytest.raises(type(error)):
+        World(fail={where: error}).sessions().open(TRANSFER, sessions.WRITE, request)
+    assert left == [noted]
 
 
 # Several writers of one export (docs/api.md)
@@ -220,7 +245,7 @@ ALONE = [
 def test_who_shares_has_the_lock_only_until_its_slot_shows_it(need: Need) -> None:
     world = World(others={"write", "zero", "flush"})
 
-    world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT).close()
+    world.sessions(shares_lock=True).open(TRANSFER, need, a_request()).close()
 
     assert world.journal == [
         *("lock briefly", f"slot {need.kind.name}", "unlock marked", f"open {need.intent.name}"),
@@ -234,7 +259,7 @@ def test_who_shares_is_refused_by_who_has_the_image_alone(need: Need, operation:
     world = World(others={"write", operation})
 
     with pytest.raises(ImageBusy):
-        world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT)
+        world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
     assert world.journal == []
 
 
@@ -246,7 +271,7 @@ def test_who_wants_the_image_alone_is_refused_while_others_share_it(
     world = World(others={operation})
 
     with pytest.raises(ImageBusy):
-        world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT)
+        world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
     # Those who share may die: only the mark would tell.
     assert world.journal == ["lock", "unlock marked"]
 
@@ -255,7 +280,7 @@ def test_who_wants_the_image_alone_is_refused_while_others_share_it(
 def test_who_has_the_image_alone_keeps_the_lock(need: Need) -> None:
     world = World()
 
-    world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT).close()
+    world.sessions(shares_lock=True).open(TRANSFER, need, a_request()).close()
 
     assert (world.journal[0], world.journal[-1]) == ("lock", "unlock")
 
@@ -274,7 +299,7 @@ def test_an_export_without_multi_conn_is_given_back_unwritten_and_taken_alone(ne
     world = World(info=ONE_WRITER)
     opened = f"open {need.intent.name}"
 
-    session = world.sessions(shares_lock=True).open(TRANSFER, need, CLIENT)
+    session = world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
 
     assert not session.shared
     assert world.journal == [
@@ -289,10 +314,10 @@ def test_an_export_without_multi_conn_is_given_back_unwritten_and_taken_alone(ne
 def test_an_export_known_to_lack_multi_conn_is_taken_alone_at_once(need: Need) -> None:
     world = World(info=ONE_WRITER)
     sessions_ = world.sessions(shares_lock=True)
-    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    sessions_.open(TRANSFER, sessions.WRITE, a_request()).close()
     world.journal.clear()
 
-    sessions_.open(TRANSFER, need, CLIENT).close()
+    sessions_.open(TRANSFER, need, a_request()).close()
 
     assert world.journal == _alone(need)
 
@@ -302,49 +327,47 @@ def test_who_found_no_multi_conn_is_refused_while_another_is_there() -> None:
     world.on_open = lambda: world.others.add("write")
 
     with pytest.raises(ImageBusy):
-        world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT)
+        world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, a_request())
     assert world.journal[-3:] == ["free", "lock briefly", "unlock marked"]
 
 
 def test_another_server_at_the_socket_is_asked_anew() -> None:
     world = World(info=ONE_WRITER)
     sessions_ = world.sessions(shares_lock=True)
-    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    sessions_.open(TRANSFER, sessions.WRITE, a_request()).close()
     world.info, world.stamp = None, "another"
 
-    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+    assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
 
 
 def test_who_has_an_export_alone_and_finds_multi_conn_lets_others_in() -> None:
     world = World(info=ONE_WRITER)
     sessions_ = world.sessions(shares_lock=True)
-    sessions_.open(TRANSFER, sessions.WRITE, CLIENT).close()
+    sessions_.open(TRANSFER, sessions.WRITE, a_request()).close()
     world.info = None
     world.journal.clear()
 
-    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+    assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
     assert world.journal == ["lock", "slot WRITE", "open WRITE", "unlock marked"]
-    assert sessions_.open(TRANSFER, sessions.WRITE, CLIENT).shared
+    assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
 
 
-def test_a_visit_to_an_export_without_multi_conn_ends_once() -> None:
+def test_a_request_to_an_export_without_multi_conn_leaves_once() -> None:
     world = World(info=ONE_WRITER)
-    ends = []
+    leaves: list[int] = []
+    request = a_request()
+    request.found(TRANSFER, lambda: leaves.append(len(world.journal)))
 
-    class _Visit(Visit):
-        def close(self) -> None:
-            ends.append(len(world.journal))
+    world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, request).close()
 
-    world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT, _Visit()).close()
-
-    assert ends == [len(world.journal)]
+    assert leaves == [len(world.journal)]
 
 
 @pytest.mark.parametrize("need", SHARING)
 def test_files_have_one_writer_however_many_are_allowed(need: Need) -> None:
     world = World()
 
-    world.sessions(shares_lock=True).open(FILE_TRANSFER, need, CLIENT).close()
+    world.sessions(shares_lock=True).open(FILE_TRANSFER, need, a_request()).close()
 
     assert (world.journal[0], world.journal[-1]) == ("lock", "unlock")
 
@@ -352,7 +375,7 @@ def test_files_have_one_writer_however_many_are_allowed(need: Need) -> None:
 def test_what_a_dead_sharer_left_is_settled_before_the_next_is_let_in() -> None:
     world = World(abandoned=True)
 
-    world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, CLIENT)
+    world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, a_request())
 
     assert world.journal == [
         *("lock briefly", "slot WRITE", "settle", "unlock marked", "open WRITE")
@@ -364,6 +387,6 @@ def test_a_lock_that_others_have_removed_is_no_right_to_an_image() -> None:
     world = World(lock_removed=True)
 
     with pytest.raises(ImageBusy):
-        world.sessions().open(TRANSFER, sessions.REPLACE, "client")
+        world.sessions().open(TRANSFER, sessions.REPLACE, a_request())
 
     assert world.journal == ["lock", "slot WRITE", "free", "unlock"]

@@ -18,7 +18,7 @@ from imageserver.server.connection import Connection
 from imageserver.server.exchange import cut, serve
 from imageserver.server.wire import Wire
 from imageserver.web.body import ASKING, ZERO_COPY
-from imageserver.web.visiting import IS_GONE
+from imageserver.web.requests import IS_GONE
 
 OK = "200 OK"
 

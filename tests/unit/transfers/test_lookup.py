@@ -7,7 +7,7 @@ from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import StateUnavailable, UnknownImage
 from imageserver.core.ports import Activity, Owned
 from imageserver.core.transfer import Transfer
-from imageserver.transfers.visits import Catalogue, Found
+from imageserver.transfers.lookup import Catalogue, Found
 
 PLAIN = Transfer("plain", FileImage("/images/plain"))
 EXPIRING = Transfer("expiring", FileImage("/images/expiring"), idle_seconds=60)

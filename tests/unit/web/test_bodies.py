@@ -13,8 +13,7 @@ from imageserver.core import ranges
 from imageserver.core.errors import BackendError, BadRequest, ClientGone
 from imageserver.images import operations, sessions
 from imageserver.web.body import ZERO_COPY, RequestSource, StreamedBody, read_all
-from imageserver.web.journaling import Trace
-from tests.unit.fakes import TRANSFER, World
+from tests.unit.fakes import TRANSFER, World, a_request
 from tests.unit.webapp import Call, app_over
 
 GIVEN_BACK = ["close", "free"]
@@ -126,9 +125,7 @@ def test_a_failure_after_the_first_byte_breaks_the_body_and_gives_the_image_back
 
 
 def _request() -> falcon.Request:
-    req = falcon.Request(testing.create_environ())
-    req.context.trace = Trace((), req)
-    return req
+    return falcon.Request(testing.create_environ())
 
 
 def _failing() -> Generator[bytes]:
@@ -141,7 +138,7 @@ def test_a_body_gives_back_an_image_that_its_pieces_do_not_know_of(
     pieces: Callable[[], Generator[bytes]],
 ) -> None:
     world = World()
-    session = world.sessions().open(TRANSFER, sessions.READ, "")
+    session = world.sessions().open(TRANSFER, sessions.READ, a_request())
 
     with contextlib.suppress(BackendError):
         StreamedBody(_request(), session, pieces()).close()
@@ -158,7 +155,7 @@ class _Drops:
     def check_method(self, *_: object) -> None: ...
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Any) -> None:
-        session = self._world.sessions().open(transfer, sessions.READ, "")
+        session = self._world.sessions().open(transfer, sessions.READ, req.context.request)
         pieces = operations.read(session, ranges.whole(session.size))
         resp.stream = StreamedBody(req, session, pieces)
         self._then(resp)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visits over real activity files: which transfers count at what time, and the beat of them all."""
+"""Requests over real activity files: which transfers count at what time; the beat."""
 
 import errno
 import os
@@ -15,8 +15,11 @@ from imageserver.core.ports import Account, Owned
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer, id_hash
 from imageserver.transfers.fileage import FileAge
+from imageserver.transfers.lookup import Catalogue
+from imageserver.transfers.requests import Request
+from imageserver.transfers.tracking import Tracker, Use
 from imageserver.transfers.usage import ActivityFiles
-from imageserver.transfers.visits import UNTRACKED, Catalogue, TrackedVisit, Visits
+from tests.unit.fakes import FakeSlots, World, a_request
 from tests.unit.shortages import no_threads
 
 SECOND = 1_000_000_000
@@ -34,7 +37,7 @@ class _Place:
         self.known: dict[str, Transfer] = {}
         self.activities = ActivityFiles(str(path), lambda: self.now)
         self.ages = FileAge(lambda: self.now + self.ahead, lambda: self.now)
-        self.visits = Visits(
+        self.tracker = Tracker(
             Catalogue(_Known(self.known), None, self.activities, self.ages),
             lambda: None,
             lambda: self.now,
@@ -49,13 +52,13 @@ class _Place:
     def pass_(self, seconds: int) -> None:
         self.now += seconds * SECOND
 
-    def begin(self, name: str, disconnect: Callable[[], None] = lambda: None) -> TrackedVisit:
-        _, visit = self.visits.begin(name, disconnect)
-        assert isinstance(visit, TrackedVisit)
-        return visit
+    def begin(self, name: str, disconnect: Callable[[], None] = lambda: None) -> Request:
+        request = a_request(disconnect=disconnect)
+        self.tracker.enter(request, name)
+        return request
 
     def use(self, name: str) -> None:
-        self.begin(name).close()
+        self.begin(name).leave()
 
     def is_known(self, name: str) -> bool:
         """Tell whether a request would be let in, without one."""
@@ -147,14 +150,15 @@ def test_a_damaged_record_neither_ends_the_beat_nor_spares_others_their_cut(plac
     for name in ("a", "b"):
         place.write(name)
     cut: list[str] = []
-    visits = [place.begin(name, lambda name=name: cut.append(name)) for name in ("a", "b")]  # type: ignore[misc]
+    requests = [place.begin(name, lambda name=name: cut.append(name)) for name in ("a", "b")]  # type: ignore[misc]
     os.truncate(place.file("a"), 30)
-    visits[0].progress(Kind.READ, 5)
+    requests[0].needs("read", Kind.READ)
+    requests[0].progress(5)
     asked = place.activities.find(Owned.FILE, "b", visit=False)
     assert asked
     asked.cut()
 
-    assert place.visits.beat() == frozenset()
+    assert place.tracker.beat() == frozenset()
     assert cut == ["b"]
     found = place.activities.find(Owned.FILE, "a", visit=False)
     assert found
@@ -170,19 +174,20 @@ def test_a_visit_that_cannot_beat_is_told_of_once_and_stops_no_other(
 ) -> None:
     for name in "abc":
         place.write(name)
-    visits = [place.begin(name) for name in "abc"]
-    beaten: list[TrackedVisit] = []
+    requests = [place.begin(name) for name in "abc"]
+    beaten: list[Use] = []
+    uses = {use._request: use for use in place.tracker._uses}
 
-    def beat(visit: TrackedVisit) -> None:
-        beaten.append(visit)
-        if visit is visits[1]:
+    def beat(use: Use) -> None:
+        beaten.append(use)
+        if use._request is requests[1]:
             raise error
 
-    monkeypatch.setattr(TrackedVisit, "beat", beat)
-    failing = place.visits.beat()
-    assert place.visits.beat(failing) == failing == {visits[1]}
+    monkeypatch.setattr(Use, "beat", beat)
+    failing = place.tracker.beat()
+    assert place.tracker.beat(failing) == failing == {uses[requests[1]]}
 
-    assert (len(beaten), set(beaten)) == (6, set(visits))
+    assert (len(beaten), set(beaten)) == (6, set(uses.values()))
     assert len(caplog.records) == 1
 
 
@@ -190,16 +195,17 @@ def test_a_visit_ends_whatever_can_be_noted_of_it(
     place: _Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.write("x")
-    visit = place.begin("x")
+    request = place.begin("x")
     watched = place.activities.find(Owned.FILE, "x", visit=False)
     assert watched
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", _fails(errno.ENOSPC))
-        visit.failed(ZeroDivisionError())
-        visit.close()
-        visit.close()
+        request.holds(FakeSlots(World()))
+        request.failed(ZeroDivisionError())
+        request.leave()
+        request.leave()
 
-    assert (watched.visitors(), len(place.visits._visits)) == (0, 0)
+    assert (watched.visitors(), len(place.tracker._uses)) == (0, 0)
 
 
 def test_where_no_thread_is_to_be_had_a_visit_fails_and_the_next_one_asks_again(
@@ -209,11 +215,13 @@ def test_where_no_thread_is_to_be_had_a_visit_fails_and_the_next_one_asks_again(
     with no_threads():
         with pytest.raises(Exhausted, match="can't start new thread"):
             place.begin("x")
-        place.visits.begin("x", lambda: None, probes=True)[1].close()
+        probe = a_request()
+        place.tracker.enter(probe, "x", probes=True)
+        probe.leave()
     watched = place.activities.find(Owned.FILE, "x", visit=False)
     assert watched
     assert watched.visitors() == 0
-    assert place.begin("x").is_wanted()
+    place.begin("x").check()
 
 
 # No room
@@ -232,12 +240,13 @@ def test_where_use_cannot_be_noted_probes_are_answered_and_transfers_refused(
     place.write("x")
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", _fails(errno.ENOSPC))
-        assert place.visits.begin("x", lambda: None, probes=True) == (place.known["x"], UNTRACKED)
+        assert place.tracker.enter(a_request(), "x", probes=True) == place.known["x"]
+        assert place.tracker._uses == set()
         with pytest.raises(StateFull):
-            place.visits.begin("x", lambda: None)
+            place.begin("x")
         place.pass_(IDLE)
         with pytest.raises(UnknownImage):
-            place.visits.begin("x", lambda: None, probes=True)
+            place.tracker.enter(a_request(), "x", probes=True)
     place.write("x")
     place.use("x")
 

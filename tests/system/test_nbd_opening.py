@@ -46,22 +46,6 @@ def test_each_server_is_opened_once_and_near_what_is_wanted(server: Server, work
         assert _reads(log) == [(SIZE - 2 * MIB, 2 * MIB), (SIZE - MIB, MIB)]
 
 
-def test_a_small_read_opens_nothing(server: Server, workplace: Path):
-    log = workplace / "small.log"
-    options = ("--filter=log", "pattern", str(SIZE), f"logfile={log}")
-    with nbdkit(workplace / "small", *options) as sock:
-        _get(server, server.add("small", socket=str(sock)), 0, 64 << 10)
-        assert _reads(log) == [(0, 64 << 10)]
-
-
-def test_an_image_of_no_more_than_a_request_is_not_opened(server: Server, workplace: Path):
-    log = workplace / "short.log"
-    options = ("--filter=log", "pattern", str(MIB), f"logfile={log}")
-    with nbdkit(workplace / "short", *options) as sock:
-        _get(server, server.add("short", socket=str(sock)), 0, MIB)
-        assert _reads(log) == [(0, MIB)]
-
-
 def test_an_opening_that_fails_does_not_fail_the_transfer(server: Server, workplace: Path):
     pread = "pread=if [ $3 -gt 1048576 ]; then echo EIO bad >&2; exit 1; fi; head -c $3 /dev/zero"
     options = ("eval", f"get_size=echo {SIZE}", pread)

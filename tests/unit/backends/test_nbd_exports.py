@@ -16,7 +16,7 @@ from imageserver.core.errors import BackendError, ClientGone, Exhausted
 from imageserver.core.extents import Extent
 from imageserver.core.ports import Backend, Check, Intent, no_client
 from tests.unit.fakes import Bytes
-from tests.unit.nbd_liar import CAN_FLUSH, DISCONNECT, HAS_FLAGS, STATUS, ZERO, Liar, lying
+from tests.unit.nbd_liar import CAN_FLUSH, DISCONNECT, HAS_FLAGS, STATUS, Liar, lying
 from tests.unit.shortages import no_descriptors
 
 KIB = 1024
@@ -201,18 +201,3 @@ def test_a_client_that_has_gone_ends_the_handshake(tmp_path: Path) -> None:
         listener.listen()
         with pytest.raises(ClientGone):
             _open(Liar(tmp_path / "silent"), check=check)
-
-
-def test_zeros_of_a_slow_server_go_in_ever_smaller_steps(
-    liar: Liar, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("imageserver.backends.nbd.zeroing._QUICK_SECONDS", -1.0)
-    monkeypatch.setattr("imageserver.backends.nbd.zeroing._LONG_SECONDS", -1.0)
-    liar.size = 512 << 20
-    backend = _open(liar, Intent.WRITE)
-
-    assert list(backend.zero(0, liar.size))[-1] == liar.size
-    backend.close()
-    steps = [length >> 20 for _, command, _, length in liar.got if command == ZERO]
-    assert steps[:9] == [64, 64, 64, 32, 16, 8, 4, 2, 1]
-    assert (set(steps[9:]), sum(steps)) == ({1}, 512)

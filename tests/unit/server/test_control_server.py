@@ -303,7 +303,7 @@ def test_one_peer_too_many_is_told_to_come_back(
     world: _World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MAX_PEERS", 2)
-    with world.connect(), world.connect(), world.connect(STATUS) as third:
+    with world.connect(), world.connect(), world.connect() as third:
         assert json.loads(third.recv(1000)) == _failed("server busy")
     world.wait_until(world.control.is_empty)
     assert world.ask() == OK

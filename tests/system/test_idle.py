@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Idle expiry (docs/api.md), with timeouts of a second and three workers."""
+"""Idle expiry (docs/api.md), with timeouts of a second and three workers.
+
+Waiting is what takes the time here, so what can be waited for together is: courses of events,
+each with transfers of its own, run side by side, and each is one test.
+"""
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,20 +100,6 @@ def test_an_expired_registration_still_hides_a_file(server, control):
     assert server.request("GET", "/images/hiding").status == 200
 
 
-def test_registering_again_begins_anew(server, control, one, name):
-    for _ in range(2):
-        control.register(name, **one)
-        assert server.request("GET", f"/images/{name}").status == 200
-        time.sleep(EXPIRED)
-        assert server.request("GET", f"/images/{name}").status == 404
-    time.sleep(1)
-    control.register(name, **one)
-    time.sleep(MOMENT)
-    control.register(name, **one)
-    time.sleep(0.8)
-    assert server.request("GET", f"/images/{name}").status == 200
-
-
 #: Method, rest of the path, status.
 REQUESTS = (
     ("GET", "", 200),
@@ -146,65 +137,12 @@ def test_every_request_counts_through_whatever_worker(server, control, one):
                 assert exchange(connection, "GET", f"/images/{name}").refusal == UNKNOWN
 
 
-def test_a_refused_upload_counts(server, control, one, name):
-    control.register(name, **one, read_only=True)
-    for _ in range(4):
-        time.sleep(MOMENT)
-        assert server.request("PUT", f"/images/{name}", b"x").status == 405
-    assert server.request("GET", f"/images/{name}").status == 200
-
-
-def test_other_requests_and_status_do_not_count(server, control, one, name):
-    control.register(name, **one)
-    for _ in range(4):
-        time.sleep(MOMENT)
-        control.status(name)
-        server.request("GET", f"/images/{name}-other")
-        server.request("GET", "/images/")
-    assert server.request("GET", f"/images/{name}").refusal == UNKNOWN
-
-
-def test_a_long_request_keeps_its_transfer_alive_for_all(server, control, big, name):
-    control.register(name, **big)
-    with reading(server, f"/images/{name}") as client:
-        time.sleep(EXPIRED)
-        assert control.status(name)["requests_in_flight"] == 1
-        assert server.request("OPTIONS", f"/images/{name}").status == 200
-        time.sleep(EXPIRED)
-        left = BIG
-        while left and (data := client.recv(1 << 20)):
-            left -= len(data)
-        assert left == 0
-    # Its end counts, not its beginning.
-    time.sleep(0.6)
-    assert server.request("OPTIONS", f"/images/{name}").status == 200
-    time.sleep(EXPIRED)
-    assert server.request("OPTIONS", f"/images/{name}").status == 404
-
-
 # Files
 
 
 def test_a_file_expires_only_if_it_asks_for_that(waited):
     files = {name: waited.statuses[name] for name in ("for-ever", "for-a-second", "for-a-day")}
     assert files == {"for-ever": 200, "for-a-second": 404, "for-a-day": 200}
-
-
-def test_a_file_in_use_stays_and_then_expires_until_it_changes(server, one, name):
-    url = server.add(name, **one, idle_timeout_seconds=1)
-    for _ in range(5):
-        time.sleep(MOMENT)
-        assert server.request("OPTIONS", url).status == 200
-    time.sleep(EXPIRED)
-    for _ in range(5):
-        assert server.request("GET", url).refusal == UNKNOWN
-    assert (server.config / name).exists()
-    server.add(name, **one, idle_timeout_seconds=1)
-    assert server.request("GET", url).status == 200
-    time.sleep(EXPIRED)
-    assert server.request("GET", url).status == 404
-    os.utime(server.config / name)
-    assert server.request("GET", url).status == 200
 
 
 @pytest.mark.parametrize("value", ["5", 1.5, True, []], ids=str)
@@ -214,11 +152,124 @@ def test_a_file_with_a_timeout_of_another_kind_is_unknown_and_logged(server, one
     assert '"idle_timeout_seconds" must be an integer' in server.log
 
 
-def test_it_works_without_a_control_socket(workplace, one):
-    home = workplace / "plain"
+# Courses of events
+
+
+class World(NamedTuple):
+    """What the courses of events share."""
+
+    server: Server
+    control: Control
+    one: dict[str, str]
+    big: dict[str, str]
+    home: Path
+
+    def register(self, name: str, **fields: object) -> str:
+        """Register a file; return the path of its image."""
+        self.control.register(name, **self.one, **fields)
+        return f"/images/{name}"
+
+    def status(self, url: str, method: str = "GET") -> int:
+        return self.server.request(method, url).status
+
+
+COURSES: list[Callable[[World], None]] = []
+
+
+def meanwhile(course: Callable[[World], None]) -> Callable[[World], None]:
+    """Have a course of events run beside the others."""
+    COURSES.append(course)
+    return course
+
+
+@pytest.fixture(scope="module")
+def running(server: Server, workplace: Path, big: dict[str, str]) -> Iterator[dict[str, Future]]:
+    """All courses of events, begun at the same moment."""
+    control, one = Control(server.directory / "control"), file_of(server, "one")
+    world = World(server, control, one, big, workplace)
+    with ThreadPoolExecutor(len(COURSES)) as pool:
+        yield {course.__name__: pool.submit(course, world) for course in COURSES}
+
+
+@meanwhile
+def registering_again_begins_anew(world):
+    for _ in range(2):
+        url = world.register("again")
+        assert world.status(url) == 200
+        time.sleep(EXPIRED)
+        assert world.status(url) == 404
+    time.sleep(1)
+    world.register("again")
+    time.sleep(MOMENT)
+    world.register("again")
+    time.sleep(0.8)
+    assert world.status(url) == 200
+
+
+@meanwhile
+def a_refused_upload_counts(world):
+    url = world.register("refused", read_only=True)
+    for _ in range(4):
+        time.sleep(MOMENT)
+        assert world.server.request("PUT", url, b"x").status == 405
+    assert world.status(url) == 200
+
+
+@meanwhile
+def other_requests_and_status_do_not_count(world):
+    url = world.register("others")
+    for _ in range(4):
+        time.sleep(MOMENT)
+        world.control.status("others")
+        world.status(f"{url}-other")
+        world.status("/images/")
+    assert world.server.request("GET", url).refusal == UNKNOWN
+
+
+@meanwhile
+def a_long_request_keeps_its_transfer_alive_for_all(world):
+    world.control.register("long", **world.big)
+    with reading(world.server, "/images/long") as client:
+        time.sleep(EXPIRED)
+        assert world.control.status("long")["requests_in_flight"] == 1
+        assert world.status("/images/long", "OPTIONS") == 200
+        time.sleep(EXPIRED)
+        left = BIG
+        while left and (data := client.recv(1 << 20)):
+            left -= len(data)
+        assert left == 0
+    # Its end counts, not its beginning.
+    time.sleep(0.6)
+    assert world.status("/images/long", "OPTIONS") == 200
+    time.sleep(EXPIRED)
+    assert world.status("/images/long", "OPTIONS") == 404
+
+
+@meanwhile
+def a_file_in_use_stays_and_then_expires_until_it_changes(world):
+    server, fields = world.server, world.one | {"idle_timeout_seconds": 1}
+    url = server.add("in-use", **fields)
+    for _ in range(5):
+        time.sleep(MOMENT)
+        assert world.status(url, "OPTIONS") == 200
+    time.sleep(EXPIRED)
+    for _ in range(5):
+        assert server.request("GET", url).refusal == UNKNOWN
+    assert (server.config / "in-use").exists()
+    server.add("in-use", **fields)
+    assert world.status(url) == 200
+    time.sleep(EXPIRED)
+    assert world.status(url) == 404
+    os.utime(server.config / "in-use")
+    assert world.status(url) == 200
+
+
+@meanwhile
+def it_works_without_a_control_socket(world):
+    home = world.home / "plain"
     home.mkdir()
     with Server(home) as server:
-        url = server.add("x", **one, idle_timeout_seconds=1)
+        url = server.add("x", **world.one, idle_timeout_seconds=1)
         for _ in range(4):
             time.sleep(MOMENT)
             assert server.request("GET", url).status == 200
@@ -226,13 +277,14 @@ def test_it_works_without_a_control_socket(workplace, one):
         assert server.request("GET", url).refusal == UNKNOWN
 
 
-def test_time_goes_on_while_the_server_is_down_but_a_restart_is_no_change(workplace, one):
-    home = workplace / "restarted"
+@meanwhile
+def time_goes_on_while_the_server_is_down_but_a_restart_is_no_change(world):
+    home = world.home / "restarted"
     home.mkdir()
     with Server(home, control_socket=home / "control") as server:
         control = Control(home / "control")
-        control.register("short", **one, idle_timeout_seconds=1)
-        control.register("long", **one, idle_timeout_seconds=60)
+        control.register("short", **world.one, idle_timeout_seconds=1)
+        control.register("long", **world.one, idle_timeout_seconds=60)
         server.stop()
         time.sleep(EXPIRED)
         server.start()
@@ -240,3 +292,8 @@ def test_time_goes_on_while_the_server_is_down_but_a_restart_is_no_change(workpl
         assert server.request("GET", "/images/long").status == 200
         # What has expired leaves no files behind.
         assert wait_until(lambda: len(list((home / "run" / "registered").iterdir())) == 1)
+
+
+@pytest.mark.parametrize("course", [course.__name__ for course in COURSES])
+def test_of_courses_of_events_side_by_side(running, course):
+    running[course].result(60)

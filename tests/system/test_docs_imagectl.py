@@ -31,8 +31,8 @@ def shape(block: str) -> list[list[str]]:
 
 def test_the_terminals_in_the_docs_are_todays(tmp_path: Path):
     shutil.copy(DOCUMENT, tmp_path)
-    command = [sys.executable, str(ROOT / "scripts" / "capturing"), "--quick", "--into", tmp_path]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "capturing", "--quick", "--into", tmp_path]
+    environ = os.environ | {"PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT}"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ours, todays = (blocks(path.read_text()) for path in (DOCUMENT, tmp_path / "imagectl.md"))

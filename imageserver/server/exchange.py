@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One request and its answer, on a thread: from a complete head to the last byte sent.
 
-Every liberty taken with gunicorn's inside stands here, and ``tests/unit/test_gunicorn.py``
-fails when gunicorn changes it:
+What this module uses of gunicorn's inside (of which ``tests/unit/server/test_gunicorn.py``
+fails when gunicorn changes it; the processes are in ``worker`` and the master's modules):
 
-- ``Request`` parses a head that is in memory, and ``request.py`` makes it more exact; its
-  ``body`` is replaced by our own input;
-- ``_expected_100_continue`` is taken over, for gunicorn answers before the application runs;
+- ``Request`` parses a head that is in memory; ``request`` adds checks; its ``body`` is replaced
+  by ``wire.RequestInput``;
+- ``_expected_100_continue`` is cleared, for gunicorn would send 100 before the application runs;
 - ``Response`` is subclassed, to take memoryviews and to put the client timeout on each send;
 - ``create`` makes the environ.
 """
@@ -34,8 +34,8 @@ from imageserver.web.requests import IS_GONE
 
 log = logging.getLogger(__name__)
 
-#: What a head that cannot be parsed is told; the first that fits. gunicorn's own words quote
-#: the client's bytes back, ours do not.
+#: Status and message for a head that cannot be parsed: the first row that fits. gunicorn's own
+#: messages quote the client's bytes back, these do not.
 _HEAD_ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
     (http.LimitRequestLine, 414, "request line too long"),
     (http.LimitRequestHeaders, 431, "request head too large"),
@@ -52,7 +52,7 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes | me
 
 
 class _HeadReader(Unreader):  # type: ignore[misc]  # gunicorn has no types
-    """A head that has been read already; there is never more."""
+    """A head that is in memory; nothing follows it."""
 
     def __init__(self, head: bytes) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
         self._body = body
 
     def collect(self) -> list[bytes]:
-        """Return what the answer's bytes are put into from now on, instead of being sent."""
+        """Collect the answer in the list returned, from now on, instead of sending it."""
         collected: list[bytes] = []
         self._send = lambda *pieces: collected.extend(pieces)
         return collected
@@ -134,13 +134,13 @@ def serve(  # noqa: PLR0913 - what a request needs
 ) -> bool:
     """Answer the request whose head is in ``conn.buffer``; return whether another may follow.
 
-    What of the answer the client does not take at once stays in ``conn.unsent``. Only a stream
-    waits for its client.
+    A complete answer that the client does not take at once stays in ``conn.unsent``, for the
+    loop. A streamed answer is sent here: this waits for the client.
 
-    ``is_last``: whether the connection is to end with this answer; asked when its head goes out.
+    ``is_last``: whether the connection ends with this answer; called when its head is sent.
 
     Raises:
-        ClientGone: the connection is of no use any more, and is to be cut.
+        ClientGone: the connection cannot be used any more, and is to be reset.
         WouldWait: see ``Asking``. The request is in ``conn.buffer`` again, nothing has been sent.
     """
     conn.requests += 1
@@ -201,7 +201,7 @@ def _answer(
     except (ClientGone, WouldWait):
         raise
     except Exception as exc:
-        if not isinstance(exc, ImageServerError):  # of those the journals have been told
+        if not isinstance(exc, ImageServerError):  # those are in the log already
             log.warning("answer to %s cut off", environ["RAW_URI"], exc_info=exc)
         if resp.headers_sent and whole is None:
             raise ClientGone from exc
@@ -212,7 +212,7 @@ def _answer(
 
 
 def _send(conn: Connection, answer: bytes) -> None:
-    """Send what the client takes at once; the rest is the loop's."""
+    """Send what the client takes at once; the loop sends the rest."""
     conn.unsent = answer
     try:
         conn.send()
@@ -233,6 +233,6 @@ def _refused_head(conn: Connection, exc: Exception) -> bytes:
 
 
 def cut(sock: socket.socket) -> None:
-    """Break a connection so that the client cannot take what it has for the whole (RST)."""
+    """Make closing the socket send RST, so that the client does not take a part for the whole."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a request's client is still there, looked at while a back end is waited for.
+"""Whether a request's client is still connected; checked while a thread waits for a back end.
 
 What poll(2) says of its socket, and what that means:
 
     POLLERR, POLLHUP     gone: it has reset the connection, or shut it down both ways
-    POLLRDHUP, while     it sends no more; whoever reads the body finds that out
+    POLLRDHUP, while     it sends no more: reading the body will fail, that is soon enough
       the body is read
-    POLLRDHUP over TLS   gone: who says no more over TLS says so there, and leaves TCP open
+    POLLRDHUP over TLS   gone: a client that half-closes does so in TLS (close_notify), not in TCP
     POLLRDHUP otherwise  gone, or half-closed to read the answer: HTTP allows that, and TCP does
-                         not tell. It is asked: a host answers what comes for a socket that is
-                         closed with a reset.
+                         not distinguish them. So something is sent: a host answers data for a
+                         closed socket with a reset.
 
-To ask is to send ``100 Continue``. Every client of HTTP/1.1 skips it in front of the answer,
-expected or not (RFC 9110 section 15.2). It goes out before the answer's head only, into an
-empty buffer. A client whose host has died says nothing at all: keep-alive probes (tcp(7)) tell.
+What is sent is ``100 Continue``. Every client of HTTP/1.1 skips it in front of the answer,
+expected or not (RFC 9110 section 15.2). It is sent only before the answer's head, and only when
+the send queue is empty. For a client whose host has died, TCP keep-alive probes (tcp(7)) fail.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ import time
 
 from imageserver.server.wire import RequestInput, send_queue
 
-#: How often a client that has half-closed is asked, in seconds.
+#: How often 100 is sent to a client that may have half-closed, in seconds.
 _ASK_SECONDS = 5.0
 _QUESTION = b"HTTP/1.1 100 Continue\r\n\r\n"
-#: A host that says nothing is taken for dead after 30 + 3 * 10 s.
+#: A host that answers nothing counts as dead after 30 + 3 * 10 s.
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
@@ -52,7 +52,7 @@ class Presence:
         self._is_new = True
 
     def is_gone(self) -> bool:
-        """Tell whether nobody waits for the answer any more, as far as that can be known."""
+        """Tell whether the client has gone, as far as that can be known."""
         if self._is_new:
             self._is_new = False
             self._keep_alive()
@@ -66,7 +66,7 @@ class Presence:
         return self._is_tls or self._is_refused()
 
     def answering(self) -> None:
-        """Say that the answer's head goes out now: nothing else may be sent any more."""
+        """Note that the answer's head is sent now: no 100 may follow."""
         with self._lock:
             self._may_ask = False
 
@@ -77,7 +77,7 @@ class Presence:
                     self._sock.setsockopt(level, option, value)
 
     def _is_refused(self) -> bool:
-        """Ask now and then; True where that fails. A reset shows in the next look."""
+        """Send 100 if it is time to; True where that fails. A reset shows in the next poll."""
         with self._lock:
             now = time.monotonic()
             if self._may_ask and now >= self._ask_at:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A request's head as gunicorn parses it, held to what RFC 9110 and 9112 ask where it asks less.
+"""A request's head as gunicorn parses it, with what RFC 9110 and 9112 require beyond that.
 
-Three things: that ``Host`` is there and well formed (gunicorn sees to it that it is not there
-twice), that ``Connection`` is a list, and which
-version is spoken with a client of a later HTTP/1.
+``Host`` must be present and well formed (gunicorn refuses two of them); ``Connection`` is a list;
+a client of a later HTTP/1 is answered as one of HTTP/1.1.
 """
 
 import re
@@ -24,10 +23,10 @@ class BadHost(ParseException):  # type: ignore[misc]  # gunicorn has no types
 
 
 class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's request, more exact.
+    """gunicorn's request, with these rules.
 
     Raises:
-        BadHost: see there; and whatever gunicorn raises.
+        BadHost, and gunicorn's ``ParseException``s.
     """
 
     version: tuple[int, int]

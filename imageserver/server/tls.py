@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """TLS on TCP connections: the certificate's files in, and bytes over an ``SSLSocket``.
 
-The master makes one context, at start and at each reload, and workers inherit it by their
-fork. So a worker that is replaced in between does not meet a renewal that is half written, a
-renewal that is wrong leaves the server as it was, and sessions resume with any worker.
+The master makes one context at start and at each reload; workers inherit it when they are
+forked. So a worker that is replaced in between does not read a certificate that is half written,
+a wrong certificate leaves the old one in use, and a session can be resumed with any worker.
 
-Four things differ from a plain socket, here and in ``connection.py``:
+Four things differ from a plain socket:
 
-- TLS may have to read before it can write, and the other way round: ``wire.BLOCKED``;
-- a record is decrypted as a whole: what nobody has read yet waits where poll(2) does not see
-  it (``Connection.receive_decrypted``);
+- TLS may have to read before it can write, and the other way round (``wire.BLOCKED``);
+- a record is decrypted as a whole: poll(2) does not report bytes that were decrypted and not yet
+  read (``Connection.receive_decrypted``);
 - ``SSLSocket.shutdown`` drops the encryption and would let a later ``send`` pass as plain
   text: the socket below is what gets shut down (``Connection.shutdown``);
 - OpenSSL keeps errors in a queue of the *thread*, and Python leaves some there: one
-  connection's error would be the next one's (``TlsSocket``).
+  connection's error would be reported for the next one (``TlsSocket``).
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _JOINED_BYTES = 128 * 1024
 #: What poll(2) says of a connection that is broken in both directions.
 _BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL
 #: A context that no connection uses: see ``forget_errors``.
-_NOBODYS = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+_UNUSED_CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 
 T = TypeVar("T")
 
@@ -108,36 +108,36 @@ def wire_over(sock: socket.socket, timeout: float) -> Wire:
 
 
 class TlsSocket(ssl.SSLSocket):
-    """A client's connection, which raises no errors but its own.
+    """A client's connection, which raises only errors of its own.
 
     SSL_get_error(3) reads "would block" as a failure while the thread's queue holds an error,
-    whosever it is. Python raises a system error (ERR_LIB_SYS) without taking it out of the
-    queue (3.13.5; OpenSSL 3.5 reports a client's reset in this way), and so may other users
-    of OpenSSL. So the queue is emptied after each failure, and where neither TLS nor the kernel
-    sees anything wrong, the action is tried again: a connection's own error comes again.
+    even of another connection. Python raises a system error (ERR_LIB_SYS) without taking it out
+    of the queue (3.13.5; OpenSSL 3.5 reports a client's reset in this way), and so may other
+    users of OpenSSL. So the queue is emptied after each failure. Where neither TLS nor the
+    kernel reports a problem, the action is tried again: a connection's own error comes again.
     """
 
     def do_handshake(self, block: bool = False) -> None:  # noqa: FBT001, FBT002 - as inherited
         """Go on with the handshake."""
-        self._own(partial(super().do_handshake, block))
+        self._without_foreign_errors(partial(super().do_handshake, block))
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         """Receive."""
-        return self._own(partial(super().recv, buflen, flags))
+        return self._without_foreign_errors(partial(super().recv, buflen, flags))
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         """Receive into a buffer."""
-        return self._own(partial(super().recv_into, buffer, nbytes, flags))
+        return self._without_foreign_errors(partial(super().recv_into, buffer, nbytes, flags))
 
     def send(self, data: Any, flags: int = 0) -> int:
         """Send."""
-        return self._own(partial(super().send, data, flags))
+        return self._without_foreign_errors(partial(super().send, data, flags))
 
     def unwrap(self) -> socket.socket:
         """Exchange close_notify."""
-        return self._own(super().unwrap)
+        return self._without_foreign_errors(super().unwrap)
 
-    def _own(self, action: Callable[[], T]) -> T:
+    def _without_foreign_errors(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except BLOCKED:
@@ -168,7 +168,7 @@ def forget_errors() -> None:
     ``set_ciphers`` does so where it refuses a list, in every Python since 3.4.
     """
     with contextlib.suppress(ssl.SSLError):
-        _NOBODYS.set_ciphers("NO-SUCH-CIPHER")
+        _UNUSED_CONTEXT.set_ciphers("NO-SUCH-CIPHER")
 
 
 def _is_of_tls(exc: OSError) -> bool:
@@ -217,7 +217,7 @@ class TlsWire(Wire):
 
 
 def _joined(pieces: tuple[bytes | memoryview, ...]) -> Iterator[bytes | memoryview]:
-    """Yield the pieces in order, neighbours as one where they are small."""
+    """Yield the pieces in order, small neighbours joined."""
     small: list[bytes | memoryview] = []
     size = 0
     for piece in pieces:

@@ -45,7 +45,7 @@ LOOKS = 8
 def wait(sock: HasFileno, events: int, seconds: float, until: HasFileno | None = None) -> bool:
     """Wait until a socket is ready for ``events`` (poll(2)), or broken; False after ``seconds``.
 
-    Also, where ``until`` is readable.
+    Return early, with True, where ``until`` becomes readable.
     """
     poller = select.poll()
     poller.register(sock, events)
@@ -62,7 +62,7 @@ def awaited(blocked: OSError, usual: int) -> int:
 
 
 class Wire:
-    """A client's socket, which never blocks, with a limit on how long nothing may move."""
+    """A client's non-blocking socket, with a limit on the time in which no byte moves."""
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.sock = sock
@@ -85,7 +85,7 @@ class Wire:
     def recv_into(self, buffer: memoryview, until: HasFileno | None = None) -> int:
         """Fill ``buffer`` with what has arrived; 0 where the client has closed.
 
-        Or where ``until`` is readable before anything has.
+        Also 0 where ``until`` becomes readable first.
 
         Raises:
             ClientGone: the connection broke, or brought no byte for the timeout.
@@ -93,33 +93,33 @@ class Wire:
         return self._retry(lambda: self.sock.recv_into(buffer), select.POLLIN, until)
 
     def _retry(self, action: Callable[[], int], events: int, until: HasFileno | None = None) -> int:
-        silence: _Silence | None = None
+        inactivity: _Inactivity | None = None
         while True:
             try:
                 return action()
             except BLOCKED as exc:
                 # A socket that is readable need not have brought a byte of the body: a TLS
                 # record may carry none. A writable one has sent some of the answer.
-                if silence is None or events == select.POLLOUT:
-                    silence = _Silence(self.sock)
-                if not self._wait(awaited(exc, events), until, silence):
+                if inactivity is None or events == select.POLLOUT:
+                    inactivity = _Inactivity(self.sock)
+                if not self._wait(awaited(exc, events), until, inactivity):
                     return 0
             except OSError as exc:
                 raise ClientGone from exc
 
-    def _wait(self, events: int, until: HasFileno | None, silence: "_Silence") -> bool:
+    def _wait(self, events: int, until: HasFileno | None, inactivity: "_Inactivity") -> bool:
         """Wait until ``events``, or ``until`` (False)."""
-        while silence.seconds() < self.timeout:
+        while inactivity.seconds() < self.timeout:
             if wait(self.sock, events, self.timeout / LOOKS, until):
                 return until is None or not wait(until, select.POLLIN, 0)
         raise ClientGone from None
 
 
-class _Silence:
-    """For how long a client has sent and taken nothing.
+class _Inactivity:
+    """How long a client has sent and taken nothing.
 
-    A socket becomes writable only when a third of its buffer, megabytes at times, is free: a
-    slow client would be cut off while it takes what it can.
+    poll(2) is not enough: a socket becomes writable only when a third of its buffer, which may
+    be megabytes, is free. A slow client would be cut off while it takes what it can.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -128,9 +128,10 @@ class _Silence:
         self._least = _count(send_queue(sock))
 
     def seconds(self) -> float:
-        """Return it; less in flight than ever before means that the client has taken a byte.
+        """Return the seconds since the send queue was last shorter than ever before.
 
-        TLS answers some records by itself, so more and less than that means nothing.
+        Only then has the client taken a byte: TLS answers some records by itself, so a queue
+        that grows and shrinks again means nothing.
         """
         now, count = time.monotonic(), _count(send_queue(self._sock))
         if count < self._least:

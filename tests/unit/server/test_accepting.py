@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is let in, by which worker, and who has to go for it, over real sockets and a set clock."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from imageserver.server import loop as module
+from imageserver.server.accepting import Acceptors, AcceptPolicy
+from imageserver.server.connection import Connection
+from imageserver.server.loop import Loop, Timeouts
+
+if TYPE_CHECKING:
+    from imageserver.observability.metrics.counted import Metrics
+
+
+class _World:
+    """A worker that accepts; it stands in for the metrics, too."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds = 1000.0
+        #: Seconds for which the worker leaves new connections to others; how often it was asked.
+        self.delay = 0.0
+        self.asked = 0
+        self.counted: list[str] = []
+        metrics = cast("Metrics", self)
+        self.loop = Loop(Timeouts(8, 20), lambda _: None, metrics, lambda: self.seconds)
+        self.acceptors = Acceptors(self.loop, self._accept_delay, metrics)
+        self.listener = socket.create_server(str(path), family=socket.AF_UNIX)
+        self.clients: list[socket.socket] = []
+
+    def accepted(self) -> None:
+        self.counted.append("accepted")
+
+    def turned_away(self, reason: str) -> None:
+        self.counted.append(reason)
+
+    def _accept_delay(self) -> float:
+        self.asked += 1
+        return self.delay
+
+    def listen(self, **policy: Any) -> None:
+        self.acceptors.listen(self.listener, AcceptPolicy(**policy))
+
+    def connect(self) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(5)
+        client.connect(str(self._path))
+        self.clients.append(client)
+        self.loop.step()
+        return client
+
+    @property
+    def waiting(self) -> list[Connection]:
+        return list(self.loop._waiting.values())
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_World]:
+    monkeypatch.setattr(module, "TICK", 0.0)
+    made = _World(tmp_path / "socket")
+    yield made
+    made.acceptors.close()
+    made.loop.close_all()
+    for client in made.clients:
+        client.close()
+
+
+def test_a_connection_is_let_in_and_counted(world: _World) -> None:
+    world.listen()
+    world.connect()
+
+    assert (len(world.waiting), world.counted) == (1, ["accepted"])
+    (conn,) = world.waiting
+    assert (conn.client, conn.listener) == ("unix", world.listener.getsockname())
+
+
+def test_a_busy_worker_leaves_a_connection_to_others_once_and_takes_it_then(
+    world: _World,
+) -> None:
+    world.listen()
+    world.delay = 0.05
+    world.connect()
+    world.loop.step()
+    assert (world.waiting, world.asked) == ([], 1)
+
+    world.seconds += 0.06
+    world.loop.step()
+    assert (len(world.waiting), world.asked) == (1, 1)
+
+
+def test_what_another_worker_took_meanwhile_is_no_error(world: _World) -> None:
+    world.listen()
+    world.delay = 0.05
+    world.connect()
+    world.listener.accept()[0].close()
+
+    world.seconds += 0.06
+    world.loop.step()
+    assert (world.waiting, world.counted) == ([], [])
+
+
+def test_where_connections_are_not_spread_none_is_left_or_counted(world: _World) -> None:
+    world.listen(spreads=False)
+    world.delay = 0.05
+    world.connect()
+
+    assert (len(world.waiting), world.asked, world.counted) == (1, 0, [])
+
+
+def test_a_stranger_is_not_let_in(world: _World) -> None:
+    world.listen(admits=lambda _: False)
+
+    assert world.connect().recv(1) == b""
+    assert (world.waiting, world.counted) == ([], ["not_admitted"])
+
+
+def test_one_connection_too_many_closes_the_one_with_the_least_time_left(world: _World) -> None:
+    world.listen(spreads=False)
+    world.loop.most_waiting = 2
+    first = world.connect()
+    world.seconds += 1
+    world.connect()
+    world.connect()
+
+    assert first.recv(1) == b""
+    assert (len(world.waiting), world.counted) == (2, ["too_many"])
+
+
+def test_a_worker_that_accepts_no_more_frees_its_address_and_keeps_its_connections(
+    world: _World,
+) -> None:
+    world.listen()
+    world.connect()
+    world.delay = 0.05
+    world.connect()  # left to others for a moment
+    world.acceptors.close()
+    world.seconds += 0.06
+    world.loop.step()
+
+    assert (len(world.waiting), world.listener.fileno()) == (1, -1)
+    with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+        late.connect(str(world._path))

@@ -5,19 +5,20 @@ QEMU reads zeros behind the end of a file, so a truncated image is read without 
 image of a chain must have
 
     header      marked neither corrupt nor dirty
-    metadata    that ``qemu-img check`` finds consistent; leaked clusters (a crash leaves some)
-                do no harm
+    metadata    that ``qemu-img check`` finds consistent; a few leaked clusters do no harm (a crash
+                leaves some), many are those of a table that is gone
     length      a file, or data file, that reaches to the end of every cluster in use;
                 ``qemu-img check`` accepts any part of the last cluster
     raw         the length of the image above it: nothing else tells that its end is missing
 
-The last cluster may lack what lies behind the end of the disk. A compressed cluster may end
-anywhere: QEMU fails to unpack one that is truncated.
+The last cluster may lack what lies behind the end of the disk. A compressed cluster ends anywhere
+in its last sector, so the one in which a file ends is unpacked: QEMU accepts one that is truncated.
 """
 
 import json
 import re
 import sys
+import zlib
 from array import array
 from collections.abc import Iterator
 
@@ -28,10 +29,15 @@ from imageserver.client.local.qemu_programs import as_filename, reason, run
 
 #: Bits of an L2 table's entry.
 _OFFSET, _COMPRESSED, _ZERO = 0x00FFFFFFFFFFFE00, 1 << 62, 1 << 0
+_COPIED = 1 << 63
 #: Subclusters with extended entries: lower bits for allocated ones, upper bits for zeros.
 _SUBCLUSTERS = 32
-#: Statuses of ``qemu-img check``: nothing or leaked clusters found; corruption found.
-_SOUND, _DAMAGED = {0, 3}, 2
+#: Statuses of ``qemu-img check``: nothing found; corruption; leaked clusters only.
+_SOUND, _DAMAGED, _LEAKED = 0, 2, 3
+#: More leaked clusters than a crash leaves: half of what one table of the default size names.
+_MANY_LEAKS = 4096
+#: zlib.decompressobj: a raw stream, and the window of QEMU's (docs/interop/qcow2.txt).
+_WINDOW_BITS = -12
 #: QEMU's message about an image that another of its programs has open for writing.
 _LOCKED = re.compile("Failed to get .* lock")
 
@@ -75,8 +81,20 @@ def _require_consistent(member: Member) -> None:
         raise Damaged(f"{path} is damaged: {_corruptions(output)}{first and f' ({first})'}")
     if _LOCKED.search(said):
         raise LocalFailure(f"{path} is being written by another program, as its lock tells")
-    if status not in _SOUND:
+    if status == _LEAKED:
+        _require_few_leaks(path, output)
+    elif status != _SOUND:
         raise Damaged(f"{path} cannot be checked: {reason(said, names) or 'qemu-img failed'}")
+
+
+def _require_few_leaks(path: str, output: str) -> None:
+    found = json.loads(output)
+    leaks, used = found.get("leaks", 0), found.get("allocated-clusters", 0)
+    if leaks > used or leaks >= _MANY_LEAKS:
+        raise Damaged(
+            f"{path} is damaged: no table names {leaks} of its clusters, more than a crash "
+            f"leaves ({used} are named): what was in them would be zeros"
+        )
 
 
 def _corruptions(output: str) -> str:
@@ -105,6 +123,44 @@ def _require_length(member: Member, header: Header) -> None:
             end = _end(entry, first + number * header.cluster_bytes, header, table, number)
             if end > length:
                 raise _cut(content.path, length, f"a cluster of it ends at {end}")
+        for entry in _compressed_late(table, header, length):
+            _require_unpacked(member, header, entry, length)
+
+
+def _compressed_late(table: "array[int]", header: Header, length: int) -> list[int]:
+    """Return the entries of compressed clusters in whose last sector the file ends, or before."""
+    bound = length - 2 * header.cluster_bytes  # none needs more than that
+    mask = _compressed_mask(header)
+    return [
+        entry
+        for entry in (table[::2] if header.has_extended_l2 else table)
+        if entry & _COMPRESSED and entry & mask > bound
+    ]
+
+
+def _compressed_mask(header: Header) -> int:
+    """Return which bits of a compressed cluster's entry are its offset; the rest counts sectors."""
+    return (1 << 62 - (header.cluster_bytes.bit_length() - 1 - 8)) - 1
+
+
+def _require_unpacked(member: Member, header: Header, entry: int, length: int) -> None:
+    mask = _compressed_mask(header)
+    start, more = entry & mask, (entry & ~(_COMPRESSED | _COPIED)) // (mask + 1)
+    end = (start // SECTOR + 1 + more) * SECTOR
+    if end <= length:
+        return
+    path = member.file.path
+    if end - SECTOR >= length:
+        raise _cut(path, length, f"a compressed cluster of it ends behind {end - SECTOR}")
+    if header.is_zstd:
+        return  # QEMU refuses a frame without its end
+    unpacker = zlib.decompressobj(_WINDOW_BITS)
+    try:
+        unpacker.decompress(member.file.read(start, length - start), header.cluster_bytes + 1)
+    except zlib.error as exc:
+        raise Damaged(f"{path} is damaged: its last compressed cluster: {exc}") from exc
+    if not unpacker.eof:
+        raise _cut(path, length, "the end of its last compressed cluster is missing")
 
 
 def _cut(path: str, length: int, what: str) -> Damaged:

@@ -16,7 +16,10 @@ LARGEST_CLUSTER = 2 << 20
 #: The fixed part in bytes, of version 2 and of version 3.
 _HEADER_BYTES, _HEADER_3_BYTES = 72, 104
 #: Bits of version 3's incompatible features.
-_DIRTY, _CORRUPT, _EXTERNAL_DATA, _EXTENDED_L2 = 1 << 0, 1 << 1, 1 << 2, 1 << 4
+_DIRTY, _CORRUPT, _EXTERNAL_DATA = 1 << 0, 1 << 1, 1 << 2
+_COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 3, 1 << 4
+#: The compression type that is not deflate.
+_ZSTD = b"\1"
 #: Types of header extensions.
 _BACKING_FORMAT, _DATA_FILE = 0xE2792ACA, 0x44415441
 #: Longest name of another file that QEMU takes, and of a format, in bytes.
@@ -39,6 +42,8 @@ class Header:
     is_dirty: bool = False
     is_corrupt: bool = False
     has_extended_l2: bool = False
+    is_zstd: bool = False
+    """Compressed clusters are zstd frames, not deflate streams."""
 
 
 def parse_header(head: bytes) -> Header:
@@ -66,6 +71,7 @@ def parse_header(head: bytes) -> Header:
         is_dirty=bool(features & _DIRTY),
         is_corrupt=bool(features & _CORRUPT),
         has_extended_l2=bool(features & _EXTENDED_L2),
+        is_zstd=bool(features & _COMPRESSION_TYPE) and head[104:105] == _ZSTD,
     )
 
 

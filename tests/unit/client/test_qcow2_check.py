@@ -99,6 +99,31 @@ def test_a_table_that_is_cut_is_found_out(tmp_path: Path):
         look(image)
 
 
+@pytest.mark.parametrize("lost", [1, 100, 511, 512, 513, 2048, 20000])
+def test_a_compressed_cluster_that_is_cut_is_found_out(tmp_path: Path, lost: int):
+    image = tmp_path / "image"
+    half = hashlib.shake_128(b"half").digest(40000) + bytes(2 * 64 * KIB - 40000)
+    (tmp_path / "image.raw").write_bytes(bytes(MIB) + half)
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", tmp_path / "image.raw", image)
+    end = len(image.read_bytes().rstrip(b"\0"))  # its last sector is padded
+    os.truncate(image, end)
+    look(image)
+    os.truncate(image, end - lost)
+    with pytest.raises(Damaged, match=f"{image} is "):
+        look(image)
+
+
+def test_a_table_that_is_gone_is_no_crash(tmp_path: Path):
+    image = converted(tmp_path / "image")
+    text = bytearray(image.read_bytes())
+    first = int.from_bytes(text[40:48], "big")
+    table = int.from_bytes(text[first : first + 8], "big") & 0x00FFFFFFFFFFFE00
+    text[table : table + 64 * KIB] = bytes(64 * KIB)
+    image.write_bytes(text)
+    with pytest.raises(Damaged, match=f"{image} is damaged: no table names 17 of its clusters"):
+        look(image)
+
+
 @pytest.mark.parametrize(
     ("bit", "sentence"), [(_DIRTY, "is marked as dirty"), (_CORRUPT, "is marked as corrupt")]
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams: what the work layer asks of its adapters, operation by operation.
+"""The protocols between the layers: what each asks of those below, method by method.
 
 Offsets and lengths are bytes. Nothing here waits for a client; what waits for a back end is
 bounded by the back-end timeout. One ``Backend`` serves one request, on one thread.
@@ -54,7 +54,7 @@ class Source(Protocol):
         """Fill as much of ``buffer`` as has arrived, waiting for at least one byte.
 
         Returns 0 only where the body has ended (or ``buffer`` is empty), or once ``until`` is
-        readable: what the body is for may fail while the client takes its time.
+        readable, which the image's side makes it when it fails.
 
         Raises:
             ClientGone: the connection broke or fell silent.
@@ -86,8 +86,8 @@ class Backend(Protocol):
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield exactly ``length`` bytes from ``start``, in pieces, in order.
 
-        A piece is valid until the next one is asked for; the last one stays valid after
-        ``close``. The caller sees to ``start + length <= size``. Nothing is yielded for 0.
+        A piece is valid until the next one is asked for, the last one after ``close``, too.
+        The caller sees to ``start + length <= size``. Nothing is yielded for 0.
         """
         ...
 
@@ -99,15 +99,13 @@ class Backend(Protocol):
 
         Raises:
             ShortBody: the source ended early; what had arrived may be written.
-            ClientGone: from the source.
         """
         ...
 
     def replace(self, length: int, source: Source) -> Iterator[int]:
         """Make ``length`` bytes from ``source`` the whole image; yield running totals.
 
-        For a file: readers and disk see the old one until the last byte is there, and after
-        any failure. For an export: as ``write`` from 0.
+        A file is replaced when the last byte is there; an export: as ``write`` from 0.
         """
         ...
 
@@ -122,8 +120,7 @@ class Backend(Protocol):
     def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
         """Yield the extents of [start, stop), in order, merged, without gaps, in lists.
 
-        ``dirty``: with the dirty flag of the image's bitmap, true everywhere where there is
-        none. False everywhere otherwise.
+        ``dirty``: with the dirty flags of the image's bitmap, or all dirty without one.
         """
         ...
 
@@ -152,7 +149,7 @@ class Lock(Protocol):
 
 
 class Locks(Protocol):
-    """Who may change an image: one holder per image over all processes of the server."""
+    """Image locks: one holder per image over all processes of the server."""
 
     def acquire(self, image: Image) -> Lock:
         """Take the image's lock, or raise ``ImageBusy`` or ``StateUnavailable`` at once."""
@@ -192,7 +189,7 @@ Check = Callable[[], None]
 
 
 def no_client() -> None:
-    """Check nothing: whoever asks waits for the answer, whatever happens."""
+    """Check nothing: the caller wants the answer in any case."""
 
 
 _Image_contra = TypeVar("_Image_contra", bound=Image, contravariant=True)
@@ -220,7 +217,7 @@ class Backends(Protocol[_Image_contra]):
 
 
 class Transfers(Protocol):
-    """Where ids are looked up."""
+    """Transfers by their ids."""
 
     def get(self, transfer_id: str) -> Transfer:
         """Return a transfer, or raise ``UnknownImage``."""
@@ -228,7 +225,7 @@ class Transfers(Protocol):
 
 
 class Owned(Enum):
-    """Whose the files are that make a transfer known."""
+    """Who wrote the file that makes a transfer known: the server or a control program."""
 
     REGISTERED = "registered"
     FILE = "file"
@@ -244,10 +241,10 @@ class Account:
 
 
 class Activity(Protocol):
-    """What all processes know of one transfer's use: who is there, since when nobody was.
+    """What all processes know of one transfer's use: how many requests, since when none.
 
-    Every method may be called at any time from any process; a visitor's death is noticed by
-    the kernel. ``close`` ends a visit; all else may raise ``StateUnavailable``.
+    Any process may call any method at any time; a request whose process dies is no longer
+    counted. ``close`` ends a request's use; every other method may raise ``StateUnavailable``.
     """
 
     changed_ns: int  # of the transfer's file, when it was used last: ``Transfer.changed_ns``
@@ -261,15 +258,15 @@ class Activity(Protocol):
         ...
 
     def visitors(self) -> int:
-        """Return how many visits others are on."""
+        """Return how many requests, without this one, use the transfer."""
         ...
 
     def cut(self) -> None:
-        """Ask every visit that has begun to end at once."""
+        """Ask every request that has begun to end at once."""
         ...
 
     def is_cut(self, began_ns: int) -> bool:
-        """Tell whether a visit begun at ``began_ns`` (monotonic clock) is to end."""
+        """Tell whether a request begun at ``began_ns`` (monotonic clock) is to end."""
         ...
 
     def add(self, done: Account, *, wait: bool) -> bool:
@@ -289,11 +286,11 @@ class Activities(Protocol):
     """The use of all transfers that can expire."""
 
     def find(self, owned: Owned, transfer_id: str, *, visit: bool) -> Activity | None:
-        """Open what is known of a transfer's use, ``visit``: as one who uses it; None: nothing."""
+        """Open the record of a transfer's use, None where there is none; ``visit``: to use it."""
         ...
 
     def make(self, owned: Owned, transfer_id: str) -> Activity:
-        """Visit a transfer of which nothing need be known."""
+        """Use a transfer, whose record is made where there is none."""
         ...
 
 
@@ -322,7 +319,7 @@ class Registrations(Protocol):
 
 
 class Meter(Protocol):
-    """Who counts the bytes of images, as they move."""
+    """Counts the bytes of images, as they move."""
 
     def meter(self, operation: str, backend: str) -> Callable[[int], None]:
         """Return what an operation tells of each piece, in bytes. Quick, never fails."""
@@ -330,10 +327,10 @@ class Meter(Protocol):
 
 
 class Living(Protocol):
-    """Who holds what in the slot table."""
+    """The slot table, for those who show it."""
 
     def living(self, *kinds: Kind) -> list[Holder]:
-        """Return what processes that live hold now, of these kinds."""
+        """Return the rows of these kinds whose processes live."""
         ...
 
 
@@ -346,7 +343,7 @@ class Exposition:
 
 
 class Journal(Protocol):
-    """Who wants to know of finished requests."""
+    """Is told of each finished request: the log, the metrics."""
 
     def finished(self, entry: Entry) -> None:
         """Take an entry. Quick, never fails; called from any thread."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be done to an image: each function moves bytes and shows progress, and knows no HTTP.
 
-Those that stream give the session back *before* their last piece goes out: who has received
-the last byte must not meet this request's own lock or slot in the next one.
+An operation that streams closes the session *before* it yields the last piece: a client that
+has received the last byte must not be refused, by its own lock or slot, when it asks again.
 """
 
 from collections.abc import Generator

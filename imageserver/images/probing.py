@@ -44,7 +44,7 @@ class Asking(Enum):
     """What may be done for an answer that is not known."""
 
     NOW = auto()
-    """Ask, or wait for who asks."""
+    """Ask the back end, or wait for the query that is under way."""
     ELSEWHERE = auto()
     """Raise ``WouldWait``: another thread may ask."""
     NEVER = auto()

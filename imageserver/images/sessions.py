@@ -6,21 +6,23 @@
     write, zero, PUT    exclusive   WRITE
     flush, extents      exclusive   OTHER (shown, not limited)
 
-With more than one writer, range writes, zero and flush of one export share its lock: each
-takes it only until its slot, which names the image, is claimed. Whoever wants the image alone
-takes the lock and finds no such slot.
+With MAX_WRITERS above 1, range writes, zero and flush of one image may share it: each holds the
+lock only until it has claimed a slot, which names the image. An operation that wants the image
+alone takes the lock, and is refused while there is such a slot.
 
-Only an export with multi-conn is shared, and that is known once it is open:
+Only an image whose server has multi-conn is shared, which is known once it is open. Three cases:
 
-1. The last server at the image's socket lacked it, or nobody may share: the image is taken alone.
-2. Otherwise it is shared and opened. With multi-conn, the operation begins.
-3. Without, everything is given back before a byte is written, and the image taken alone. Of
-   several that meet there, the last to give back finds nobody, so that one of them gets it.
+1. The server at the image's socket is known to lack multi-conn, or the kind or the operation
+   does not share: the image is taken alone. If the server has multi-conn after all (it was
+   replaced), other writers are let in from then on.
+2. Otherwise the image is taken shared and opened, and the server has multi-conn: the operation
+   begins.
+3. As 2, but the server lacks it: everything is given back before a byte is written, and the image
+   is taken alone. Of several requests that meet there, the last to give back meets no other, so
+   that one of them succeeds.
 
-Who has it alone and finds multi-conn (another server has come) lets others in.
-
-A streamed answer outlives the code that began it, so the right belongs to an object. Who
-opens a ``Session`` sees to its ``close()``, which is idempotent and gives all three back.
+A streamed answer outlives the responder, so the right to the image is an object. The code that
+opens a ``Session`` closes it; ``close()`` is idempotent and gives all three back.
 """
 
 from collections.abc import Callable
@@ -260,7 +262,7 @@ class _HeldLock:
         self.backend: Backend | None = None
 
     def share(self) -> None:
-        """Let others in. The mark stays: whether all who share were done is asked when one dies."""
+        """Let others share the image. The mark stays, for the case that a sharer dies."""
         if self.lock:
             self.lock.release(settled=False)
             self.lock = None

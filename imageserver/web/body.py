@@ -17,7 +17,7 @@ from imageserver.images.sessions import Session
 
 #: A true value under this key: the server takes memoryviews, and gives ``readinto``.
 ZERO_COPY = "imageserver.zero_copy"
-#: Under this key: whether the thread may wait for a back end, an ``inspection.Asking``.
+#: Under this key: whether the thread may wait for a back end, a ``probing.Asking``.
 ASKING = "imageserver.asking"
 
 

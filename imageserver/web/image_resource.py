@@ -152,8 +152,8 @@ class ImageResource:
             )
 
     def _patch_json(self, req: falcon.Request, transfer: Transfer) -> None:
-        # The body comes before lock and slot: only it says which slot, and a client that
-        # dawdles over it holds nothing.
+        # The body is read before lock and slot are taken: only the body says which slot, and a
+        # client that sends it slowly holds nothing.
         patch = patches.parse_patch(read_all(req, json_length(req)))
         if isinstance(patch, patches.Zero):
             with self._open(req, transfer, sessions.ZERO) as session:

@@ -23,7 +23,7 @@ from imageserver.core.ports import Check, Intent, Source, no_client
 CONNECT_SECONDS = 10.0
 #: How long an OPTIONS or HEAD may wait for a server (docs/api.md).
 INSPECT_SECONDS = 1.0
-#: How often a server is asked whether it has done with the connections of the dead.
+#: How often the kernel is asked whether a server still holds connections of dead clients.
 _SETTLE_SECONDS = 0.01
 
 

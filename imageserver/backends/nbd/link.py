@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection to an NBD server: connecting, submitting, waiting, saying good-bye.
+"""One connection to an NBD server: connecting, submitting, waiting, disconnecting.
 
 The only importer of libnbd; its errors become ours here, once. Everything is asynchronous
 underneath (nbd_aio_*(3)): that is what allows several requests in flight, and ``poll`` with
@@ -26,7 +26,7 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, no_client
 from imageserver.core.transfer import path_bytes
 
-#: How long an orderly good-bye may take. A server that does not answer one is hanging.
+#: How long an orderly disconnect may take (NBD_CMD_DISC). A server that takes longer hangs.
 DISCONNECT_SECONDS = 1.0
 #: Between tries to connect to a server whose backlog is full.
 _RETRY_SECONDS = 0.02
@@ -297,7 +297,7 @@ class Link:
             raise translated(exc, self.name) from exc.with_traceback(None)
 
     def close(self) -> None:
-        """Say good-bye and wait, within bounds, until the server has let go of the connection.
+        """Disconnect, and wait within bounds until the server has closed the connection.
 
         So that the next client of a server with room for one finds room, and no server ever
         sees more of us than the limits allow. Never fails, may be called twice.

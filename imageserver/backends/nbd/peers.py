@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections of the dead: what an NBD server still holds of a client that is gone.
+"""Connections that an NBD server still holds of clients that are gone.
 
 A worker that is killed leaves its last writes in the server's receive buffer. Until the
 server has read to the end and closed its side, they may still land, and could land on top

@@ -40,6 +40,7 @@ class Guard:
     ) -> None:
         self._fd = fd
         self._what = what
+        self._errors = own_files(what)
         self._patience = patience
         self._now = now
         self._sleep = sleep
@@ -85,7 +86,7 @@ class Guard:
         self._held = None
 
     def _is_free(self) -> bool:
-        with own_files(self._what):
+        with self._errors:
             return try_flock(self._fd)
 
     def _stuck(self) -> StateUnavailable:

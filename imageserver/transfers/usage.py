@@ -56,7 +56,7 @@ _ADD_SECONDS = 1.0
 _PRUNE_NS = 60 * 1_000_000_000
 #: one that was damaged, and does not say whose it is, after this one.
 _PRUNE_DAMAGED_NS = DAY_SECONDS * 1_000_000_000
-_WHAT = "the records of use"
+_OWN_FILES = own_files("the records of use")
 
 
 class OpenActivity:
@@ -95,7 +95,7 @@ class OpenActivity:
 
     def enter(self) -> bool:
         """Begin a visit; False where the file has been removed."""
-        with own_files(_WHAT):
+        with _OWN_FILES:
             while True:
                 byte = random.randrange(_FIRST, _LAST)  # noqa: S311 - no secret
                 lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
@@ -105,7 +105,7 @@ class OpenActivity:
                     continue
                 return os.fstat(self._fd).st_nlink > 0
 
-    @own_files(_WHAT)
+    @_OWN_FILES
     def visitors(self) -> int:
         """Return how many visits others are on."""
         count = 0
@@ -170,11 +170,11 @@ class OpenActivity:
     def _set_word(self, at: int, value: int) -> None:
         self._write(at, pack_word(value))
 
-    @own_files(_WHAT)
+    @_OWN_FILES
     def _read(self) -> bytes:
         return os.pread(self._fd, SIZE, 0)
 
-    @own_files(_WHAT)
+    @_OWN_FILES
     def _write(self, at: int, data: bytes) -> None:
         os.pwrite(self._fd, data, at)
 
@@ -200,7 +200,7 @@ class OpenActivity:
     @contextlib.contextmanager
     def _alone(self, *, wait: bool) -> Iterator[bool]:
         """Lock the sums against other processes; yield whether that worked."""
-        with own_files(_WHAT):
+        with _OWN_FILES:
             is_alone = wait_flock(self._fd, _ADD_SECONDS if wait else 0)
         try:
             yield is_alone
@@ -210,7 +210,7 @@ class OpenActivity:
 
     def remove(self) -> None:
         """Remove the file. A visit that begins in it is told by ``enter``."""
-        with own_files(_WHAT), contextlib.suppress(FileNotFoundError):
+        with _OWN_FILES, contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
 
     def remove_if_empty(self) -> None:
@@ -251,7 +251,7 @@ class ActivityFiles:
         """Open or make the file of a transfer's use: see ``ports.Activities``."""
         path = self._path(owned, id_hash(transfer_id))
         while True:
-            with own_files(_WHAT), contextlib.ExitStack() as opened:
+            with _OWN_FILES, contextlib.ExitStack() as opened:
                 fd = open_private(*os.path.split(path))
                 activity = OpenActivity(path, fd, self._boot, self._now_ns)
                 opened.callback(activity.close)
@@ -263,7 +263,7 @@ class ActivityFiles:
 
     def prune(self, owned: Owned, is_known: Callable[[str], bool]) -> int:
         """Remove the files of transfers that do not exist any more; return how many."""
-        with own_files(_WHAT), os.scandir(self._directory) as entries:
+        with _OWN_FILES, os.scandir(self._directory) as entries:
             names = [entry.name for entry in entries]
         pruned = 0
         for name in names:
@@ -290,7 +290,7 @@ class ActivityFiles:
         path = self._path(owned, digest)
         # O_NONBLOCK: a FIFO that somebody has made there must not block.
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with own_files(_WHAT):
+        with _OWN_FILES:
             try:
                 fd = os.open(path, flags)
             except FileNotFoundError:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flock(2) with a deadline."""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imageserver.runtime.flock import try_flock, wait_flock
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[int, int]]:
+    """Return two open file descriptions of one file."""
+    fds = [os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o600) for _ in range(2)]
+    yield fds[0], fds[1]
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_lock_has_one_holder(pair: tuple[int, int]) -> None:
+    one, two = pair
+
+    assert [try_flock(one), try_flock(two), wait_flock(two, 0.002)] == [True, False, False]
+
+
+def test_a_shared_lock_has_several(pair: tuple[int, int]) -> None:
+    one, two = pair
+
+    assert try_flock(one, fcntl.LOCK_SH)
+    assert wait_flock(two, 0, fcntl.LOCK_SH)
+    assert not try_flock(two)
+
+
+def test_a_lock_that_becomes_free_in_time_is_taken(pair: tuple[int, int]) -> None:
+    one, two = pair
+    assert try_flock(one)
+    release = threading.Timer(0.01, fcntl.flock, (one, fcntl.LOCK_UN))
+    release.start()
+
+    assert wait_flock(two, 30)
+    release.join()

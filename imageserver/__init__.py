@@ -3,9 +3,9 @@
 
 The layers, each importing only what stands below it (``pyproject.toml`` holds the contract):
 
-    __main__, client           the command lines; imagectl uses core, and the kinds of images
+    __main__, client              the command lines; imagectl uses core, and the kinds of images
     server                     gunicorn: processes, connections, threads
-    process                    one process's application, put together
+    process                    what one process is made of, put together
     web                        HTTP in, operations out
     images                     the right to an image, and what is done with it
     transfers                  which ids count

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m imageserver --check | --show-config | --sample-config``: what would the server do?
+"""The ``imageserver`` command: serve, say whether it could, print settings.
 
-The last prints ``conf/imageserver.env`` from the settings' declarations.
+Every setting is a flag of ``serve``, ``check`` and ``config show``, and wins over its variable in
+the environment. An upgrade (SIGUSR2) executes the same command line, so flags survive it.
 """
 
 import argparse
 import io
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from imageserver import __version__
-from imageserver.server.hooks import load_settings
+from imageserver.server.configuration import ImageApplication
 from imageserver.server.preconditions import CannotStart, check
-from imageserver.settings import Settings, as_text, variable_of
+from imageserver.server.startup import in_force, read_settings
+from imageserver.settings import Settings, as_text, flag_of, variable_of
 
 _SAMPLE_HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
-# The server's settings, printed by `python -m imageserver --sample-config`.
+# The server's settings, printed by `imageserver config sample`.
 #
 # Every setting with its default; uncomment a line to change it. One VARIABLE=value a line, as
 # systemd reads it (EnvironmentFile= of imageserver.service). A wrong value stops the server at
@@ -27,61 +30,94 @@ _SAMPLE_HEAD = """\
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Answer one question; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m imageserver",
-        description="Ask about the server's configuration. To serve, run gunicorn.",
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    question = parser.add_mutually_exclusive_group(required=True)
-    question.add_argument(
-        "--check", action="store_true", help="prove that the server can start with these settings"
-    )
-    question.add_argument(
-        "--show-config", action="store_true", help="print the settings in force, as variables"
-    )
-    question.add_argument(
-        "--sample-config", action="store_true", help="print every setting with its default"
-    )
-    asked = parser.parse_args(arguments)
-    if asked.sample_config:
-        print(sample(), end="")
-        return 0
-    settings = load_settings()
+    """Run the command line; return the exit status."""
+    command_line = parser()
+    parsed = command_line.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not fit the locale
         sys.stdout.reconfigure(errors="surrogateescape")
-    return _show(settings) if asked.show_config else _check(settings)
+    if parsed.question and parsed.run:
+        command_line.error("a command excludes --check, --show-config and --sample-config")
+    run: Callable[[argparse.Namespace], int] | None = parsed.run or parsed.question
+    if run is None:
+        command_line.print_help()
+        return 0
+    return run(parsed)
 
 
-def sample() -> str:
-    """Return an environment file that names every setting and changes none."""
-    return _SAMPLE_HEAD + "".join(
-        f"\n# {_explained(field)}\n#{variable_of(field.name)}={_default(field)}\n"
-        for field in fields(Settings)
+class _Parser(argparse.ArgumentParser):
+    """Refuses a command line in one sentence, as wrong settings are refused."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"imageserver: {message}; see {self.prog} --help.\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's grammar."""
+    root = _Parser(
+        prog="imageserver",
+        description="Serve virtual disks, NBD exports and image files, over HTTP.",
+        allow_abbrev=False,
+    )
+    root.set_defaults(run=None, question=None)
+    root.add_argument("--version", action="version", version=__version__)
+    older = root.add_mutually_exclusive_group()
+    for flag, run, command in (
+        ("--check", _check, "check"),
+        ("--show-config", _show, "config show"),
+        ("--sample-config", _sample, "config sample"),
+    ):
+        older.add_argument(
+            flag, dest="question", action="store_const", const=run, help=f"the same as {command}"
+        )
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    _add(commands, "serve", _serve, "serve, in the foreground, until SIGTERM")
+    _add(commands, "check", _check, "prove that the server can start with these settings")
+    config = commands.add_parser("config", help="print settings", allow_abbrev=False)
+    questions = config.add_subparsers(metavar="COMMAND", parser_class=_Parser, required=True)
+    _add(questions, "show", _show, "print the settings in force, as variables")
+    _add(questions, "sample", _sample, "print every setting with its default", flags=False)
+    return root
+
+
+def _add(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    explained: str,
+    *,
+    flags: bool = True,
+) -> None:
+    described = explained[0].upper() + explained[1:] + "."
+    command = commands.add_parser(name, help=explained, description=described, allow_abbrev=False)
+    command.set_defaults(run=run)
+    if flags:
+        group = command.add_argument_group(
+            "settings", "Each also has a variable; --bind is IMAGESERVER_BIND. The flag wins."
+        )
+        for field in fields(Settings):
+            group.add_argument(
+                flag_of(field.name),
+                metavar="VALUE",
+                default=argparse.SUPPRESS,
+                help=_explained(field).replace("%", "%%"),
+            )
+
+
+def _settings(parsed: argparse.Namespace) -> Settings:
+    given = vars(parsed)
+    return read_settings(
+        {field.name: given[field.name] for field in fields(Settings) if field.name in given}
     )
 
 
-def _explained(field: Field[Any]) -> str:
-    text = str(field.metadata["help"])
-    shown = field.metadata["shown"]
-    return f"{text[0].upper()}{text[1:]}" + (f" (default: {shown})" if shown else "")
-
-
-def _default(field: Field[Any]) -> str:
-    """Write the default as its variable takes it; nothing where it depends on the machine."""
-    is_plain = field.default is not MISSING and not field.metadata["shown"]
-    return as_text(field.default) if is_plain else ""
-
-
-def _show(settings: Settings) -> int:
-    for field in fields(settings):
-        print(f"{variable_of(field.name)}={settings.text(field.name)}")
+def _serve(parsed: argparse.Namespace) -> int:
+    ImageApplication(_settings(parsed)).run()
     return 0
 
 
-def _check(settings: Settings) -> int:
+def _check(parsed: argparse.Namespace) -> int:
     try:
-        warnings = check(settings)
+        warnings = check(_settings(parsed))
     except CannotStart as exc:
         print(f"imageserver: {exc}", file=sys.stderr)
         return 1
@@ -89,6 +125,33 @@ def _check(settings: Settings) -> int:
         print(f"warning: {warning}")
     print("ok")
     return 0
+
+
+def _show(parsed: argparse.Namespace) -> int:
+    for variable, text in in_force(_settings(parsed)).items():
+        print(f"{variable}={text}")
+    return 0
+
+
+def _sample(_parsed: argparse.Namespace) -> int:
+    """Print an environment file that names every setting and changes none."""
+    print(_SAMPLE_HEAD, end="")
+    for field in fields(Settings):
+        explained = _explained(field)
+        print(f"\n# {explained[0].upper()}{explained[1:]}")
+        print(f"#{variable_of(field.name)}={_default(field)}")
+    return 0
+
+
+def _explained(field: Field[Any]) -> str:
+    shown = field.metadata["shown"]
+    return f"{field.metadata['help']}" + (f" (default: {shown})" if shown else "")
+
+
+def _default(field: Field[Any]) -> str:
+    """Write the default as its variable takes it; nothing where it depends on the machine."""
+    is_plain = field.default is not MISSING and not field.metadata["shown"]
+    return as_text(field.default) if is_plain else ""
 
 
 if __name__ == "__main__":

@@ -1,50 +1,154 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings in, application out: everything is put together here, once per worker."""
+"""What one process of the server is made of, put together here and nowhere else.
+
+``Process`` is made once per process, in a worker after the fork, from settings that are handed
+in. Its attributes are in the order in which they build on each other; each is made when it is
+first used, so that the master, which serves nothing, has the few that it needs.
+"""
 
 import os
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
 
 from imageserver.backends.table import AnyBackend
+from imageserver.core.ports import Owned
+from imageserver.core.slots import CAPACITY, Holder, Kind
 from imageserver.images.probing import Inspector
 from imageserver.images.sessions import Sessions
 from imageserver.observability.logs import OperationLog
-from imageserver.observability.metrics.counted import LateMetrics
-from imageserver.runtime.directory import runtime_in
+from imageserver.observability.metrics.counted import Metrics, metrics_in
+from imageserver.runtime.directory import RuntimeDirectory, runtime_in
 from imageserver.runtime.locks import ImageLocks, image_key
 from imageserver.runtime.processes import is_alive, is_exiting
 from imageserver.runtime.slottable import SharedTable
-from imageserver.settings import Settings
+from imageserver.settings import MAX_WORKERS, Settings
+from imageserver.transfers.actions import Administration
 from imageserver.transfers.files import TransferFiles
-from imageserver.transfers.records import records
+from imageserver.transfers.lookup import Catalogue
+from imageserver.transfers.registered import RegistrationFiles
+from imageserver.transfers.tracking import Tracker
+from imageserver.transfers.usage import ActivityFiles
 from imageserver.web.app import App, create_app
 from imageserver.web.image_resource import Limits
 
 
-def create() -> App:
-    """Build the application from the environment: gunicorn's ``wsgi_app``, once per worker.
+class Process:
+    """What the master, or one worker, has of everything: one slot table, one catalogue, ..."""
 
-    The slot table opens itself anew after a fork, so that preloading does no harm.
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    # What processes share
+
+    @cached_property
+    def runtime(self) -> RuntimeDirectory:
+        """The runtime directory: in a worker the very one that the master has opened."""
+        return runtime_in(self.settings.runtime_dir)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """The counters of this process."""
+        return metrics_in(self.settings.metrics_dir)
+
+    @cached_property
+    def slot_limits(self) -> dict[Kind, int]:
+        """How many slots of each limited kind there are."""
+        readers, writers = self.settings.max_readers, self.settings.max_writers
+        others = CAPACITY - readers - writers - MAX_WORKERS
+        return {Kind.READ: readers, Kind.WRITE: writers, Kind.OTHER: others}
+
+    @cached_property
+    def slots(self) -> SharedTable:
+        """The slot table, mapped at first use."""
+        return SharedTable(self.runtime, self.slot_limits, self._count_freed)
+
+    def _count_freed(self, holder: Holder | None) -> None:
+        self.metrics.freed(holder)
+
+    @cached_property
+    def locks(self) -> ImageLocks:
+        """The lock files of images."""
+        return ImageLocks(self.runtime.locks, is_exiting, self.slots.owner, is_alive)
+
+    # Transfers
+
+    @cached_property
+    def files(self) -> TransferFiles:
+        """The transfers in the config directory, with the cache of what was read there."""
+        return TransferFiles(
+            self.settings.config_dir, self.settings.config_owners, self.slots.is_first
+        )
+
+    @cached_property
+    def usage(self) -> ActivityFiles:
+        """The use of transfers that can expire."""
+        return ActivityFiles(self.settings.activity_dir)
+
+    @cached_property
+    def registrations(self) -> RegistrationFiles:
+        """The transfers that were registered over the control socket."""
+        directory = self.settings.registered_dir
+        return RegistrationFiles(directory, self.usage, self.runtime.registered.require)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """All transfers, by id."""
+        # What was registered once stays unknown as long as nobody can unregister it.
+        registered = self.registrations if self.settings.control_socket else None
+        return Catalogue(self.files, registered, self.usage, require=self.runtime.require_records)
+
+    @cached_property
+    def administration(self) -> Administration:
+        """Carries out what a control program asks for."""
+        idle = self.settings.idle_timeout
+        return Administration(self.registrations, self.usage, self.catalogue, idle)
+
+    def recover_transfers(self) -> None:
+        """Put in order what earlier servers have left of transfers; before any process serves."""
+        self.registrations.recover()
+        self.prune_transfers()
+
+    def prune_transfers(self) -> None:
+        """Remove what is left of transfers that are known no more."""
+        if self.runtime.problem():
+            return
+        self.registrations.prune(self.files.has)
+        self.usage.prune(Owned.FILE, self.files.has)
+
+    # Images
+
+    @cached_property
+    def backends(self) -> AnyBackend:
+        """What opens images of every kind; it needs libnbd, which the master does not load."""
+        return AnyBackend(self.settings)
+
+    @cached_property
+    def application(self) -> App:
+        """The WSGI application that serves images."""
+        settings = self.settings
+        return create_app(
+            Tracker(self.catalogue, self.prune_transfers),
+            Sessions(
+                *(self.locks, self.slots, self.backends, image_key),
+                shares_lock=settings.max_writers > 1,
+                meter=self.metrics,
+            ),
+            Inspector(self.backends),
+            Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
+            journals=(OperationLog(), self.metrics),
+        )
+
+
+def create() -> Callable[..., Iterable[bytes]]:
+    """Return the application, with settings from the environment: for any WSGI server.
+
+    It is built with the first request: a server that preloads it forks afterwards, and has not
+    checked yet whether there is a place to count in. ``ImageWorker`` does not come here.
     """
-    settings = Settings.from_environ(os.environ)
-    freed = LateMetrics(settings.metrics_dir).freed
-    runtime = runtime_in(settings.runtime_dir)
-    return application(settings, SharedTable(runtime, settings.slot_limits, freed))
+    process = Process(Settings.from_environ(os.environ))
 
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        return process.application(environ, start_response)
 
-def application(settings: Settings, slots: SharedTable) -> App:
-    """Build the application for one process."""
-    metrics = LateMetrics(settings.metrics_dir)
-    backends = AnyBackend(settings)
-    files = TransferFiles(settings.config_dir, settings.config_owners, slots.is_first)
-    directory = runtime_in(settings.runtime_dir).locks
-    locks = ImageLocks(directory, is_exiting, slots.owner, is_alive)
-    return create_app(
-        records(settings, files).tracker(),
-        Sessions(
-            *(locks, slots, backends, image_key),
-            shares_lock=settings.max_writers > 1,
-            meter=metrics,
-        ),
-        Inspector(backends),
-        Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
-        journals=(OperationLog(), metrics),
-    )
+    return application

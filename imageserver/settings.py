@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: every knob declared once, read from ``IMAGESERVER_*`` variables.
+"""Settings: each is declared once, and read from its ``IMAGESERVER_*`` variable or its flag.
 
-A setting is a field of ``Settings`` with its default, its parser and one line of help; the
-sample environment file, the table in the documentation and ``--show-config`` derive from it.
-A value that does not parse stops the server with a sentence that names the variable.
+A setting is a field of ``Settings`` with its default, its parser and one line of help. Flags,
+the sample environment file and the table in the documentation derive from it. A value that does
+not parse stops the server with a sentence that names the variable or the flag.
 """
 
 import os
@@ -11,10 +11,8 @@ import pwd
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
-
-from imageserver.core.slots import CAPACITY, Kind
 
 PREFIX = "IMAGESERVER_"
 
@@ -24,7 +22,7 @@ class InvalidSetting(Exception):
 
 
 class _Wrong(Exception):
-    """What would have been right."""
+    """A text is no value of its setting; ``str()`` says what is."""
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:
@@ -49,11 +47,10 @@ def _seconds(low: float, high: float) -> Callable[[str], float]:
 
 
 _MAX_PORT = 65535
-#: sizeof(sun_path) less its NUL (unix(7)).
-_MAX_SUN_PATH = 107
-#: (uid_t)-1 is no user: chown(2) takes it for "leave alone".
-_NO_UID = 2**32 - 1
-_MAX_WORKERS = 128
+_MAX_SUN_PATH = 107  #: sizeof(sun_path) less its NUL (unix(7))
+_NO_UID = 2**32 - 1  #: (uid_t)-1, which chown(2) takes for "leave alone"
+#: Each has a record in the slot table.
+MAX_WORKERS = 128
 #: How a setting that is on by default is turned off; an empty value counts as absent.
 _NONE = "none"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -144,7 +141,7 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
 
 def _default_workers() -> int:
-    return min(max(2, len(os.sched_getaffinity(0))), _MAX_WORKERS)
+    return min(max(2, len(os.sched_getaffinity(0))), MAX_WORKERS)
 
 
 def _default_owners() -> tuple[int, ...]:
@@ -184,7 +181,7 @@ class Settings:
         "addresses to serve: HOST:PORT, unix:/PATH or unix:@ABSTRACT, comma-separated",
     )
     workers: int = _setting(
-        _default_workers, _integer(1, _MAX_WORKERS), "worker processes", "CPUs, at least 2"
+        _default_workers, _integer(1, MAX_WORKERS), "worker processes", "CPUs, at least 2"
     )
     threads: int = _setting(
         64,
@@ -259,12 +256,6 @@ class Settings:
     )
 
     @property
-    def slot_limits(self) -> dict[Kind, int]:
-        """How many slots of each limited kind there are."""
-        others = CAPACITY - self.max_readers - self.max_writers - _MAX_WORKERS
-        return {Kind.READ: self.max_readers, Kind.WRITE: self.max_writers, Kind.OTHER: others}
-
-    @property
     def registered_dir(self) -> str:
         """Where registered transfers live."""
         return os.path.join(self.runtime_dir, "registered")
@@ -300,32 +291,46 @@ class Settings:
         return None
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
-        """Read the settings from ``environ``; an empty value counts as absent.
+    def from_environ(
+        cls, environ: Mapping[str, str], flags: Mapping[str, str] | None = None
+    ) -> "Settings":
+        """Read the settings from variables, where an empty value counts as absent.
+
+        ``flags``: texts by a setting's name; they win, whatever the variable says.
 
         Raises:
             InvalidSetting: a value is wrong, or a variable with the prefix names no setting.
         """
-        known = {f.name: f for f in fields(cls)}
+        known = {variable_of(f.name): f for f in fields(cls)}
+        given = {name: text for name, text in environ.items() if text.strip()}
+        for variable in given:
+            if variable.startswith(PREFIX) and variable not in known:
+                raise InvalidSetting(f"{variable} is not a setting; known are {', '.join(known)}.")
         values = {}
-        for variable, text in environ.items():
-            if not variable.startswith(PREFIX) or not text.strip():
-                continue
-            declared = known.get(variable.removeprefix(PREFIX).lower())
-            if declared is None or variable != variable_of(declared.name):
-                raise InvalidSetting(
-                    f"{variable} is not a setting; known are {', '.join(map(variable_of, known))}."
-                )
-            try:
-                values[declared.name] = declared.metadata["parse"](text.strip())
-            except _Wrong as exc:
-                raise InvalidSetting(f"{variable}={text!r} is wrong: it must be {exc}.") from exc
+        for variable, declared in known.items():
+            if flags and declared.name in flags:
+                flag = flag_of(declared.name)
+                values[declared.name] = _parsed(declared, flag, flags[declared.name])
+            elif variable in given:
+                values[declared.name] = _parsed(declared, variable, given[variable])
         return cls(**values)
+
+
+def _parsed(declared: Field[Any], source: str, text: str) -> Any:
+    try:
+        return declared.metadata["parse"](text.strip())
+    except _Wrong as exc:
+        raise InvalidSetting(f"{source}={text!r} is wrong: it must be {exc}.") from exc
 
 
 def variable_of(name: str) -> str:
     """Return the environment variable of a setting."""
     return PREFIX + name.upper()
+
+
+def flag_of(name: str) -> str:
+    """Return the command line's flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def as_text(value: object) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 import imageserver
+from imageserver import __main__ as server
 from imageserver.client.commands.cli import imagectl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +193,11 @@ def pages() -> dict[str, str]:
             of_click(imagectl, None, "imagectl"),
             "move, show and watch disk images on an image server",
             ".BR imageserver (1)",
+        ),
+        "imageserver.1": page(
+            of_argparse(server.parser()),
+            "serve virtual disks over HTTP",
+            ".BR imagectl (1)",
         ),
     }
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process side: gunicorn's hooks, and the worker that gives threads only to complete heads."""
+"""The process side: gunicorn's master, and the worker that gives threads only to complete heads."""

@@ -14,14 +14,10 @@ from typing import Any
 from gunicorn.util import parse_address
 
 from imageserver.core.ports import Exposition
-from imageserver.observability.metrics.counted import metrics_in
 from imageserver.observability.metrics.shown import Sources, exposition
-from imageserver.runtime.directory import runtime_in
-from imageserver.runtime.slottable import SharedTable
+from imageserver.process import Process
 from imageserver.server.credentials import peer_of
 from imageserver.server.readiness import checks
-from imageserver.settings import Settings
-from imageserver.transfers.files import TransferFiles
 from imageserver.web.admin_app import Sights, create_admin_app
 from imageserver.web.app import App
 
@@ -67,18 +63,18 @@ def admit(peer: socket.socket) -> bool:
     return peer_of(peer).uid in {0, os.geteuid()}
 
 
-def admin_application(settings: Settings, slots: SharedTable, *, full_ids: bool) -> App:
+def admin_application(process: Process, *, full_ids: bool) -> App:
     """Build the application of an admin listener."""
-    files = TransferFiles(settings.config_dir, settings.config_owners)
-    proofs = checks(settings, files, slots, runtime_in(settings.runtime_dir))
-    sources = Sources(settings.metrics_dir, slots, settings.slot_limits, settings.threads, proofs)
+    settings, slots = process.settings, process.slots
+    proofs = checks(settings, process.files, slots, process.runtime)
+    limits, threads = process.slot_limits, settings.threads
+    sources = Sources(settings.metrics_dir, slots, limits, threads, proofs)
 
     def metrics() -> Exposition:
-        metrics_in(settings.metrics_dir).flush()
+        process.metrics.flush()
         return exposition(sources)
 
-    sights = Sights(slots, proofs, metrics)
-    return create_admin_app(sights, full_ids=full_ids)
+    return create_admin_app(Sights(slots, proofs, metrics), full_ids=full_ids)
 
 
 # In the master

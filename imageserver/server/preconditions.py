@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be so before a server starts: one list, for ``--check``, a start and a reload.
+"""What must be so before a server starts: one list, for ``imageserver check``, a start, a reload.
 
-To check changes nothing at all, on the disk or elsewhere; ``prepare`` is the start's next step.
+A check changes nothing, on the disk or elsewhere; ``startup`` is what follows.
 """
 
 import os
@@ -9,11 +9,10 @@ import ssl
 import tempfile
 
 from imageserver.core.slots import SIZE, IncompatibleTable
+from imageserver.process import Process
 from imageserver.runtime import tablefile
-from imageserver.runtime.directory import runtime_in
 from imageserver.runtime.private import UnusableDirectory, examine_runtime
 from imageserver.runtime.processes import is_proc_ours
-from imageserver.runtime.slottable import SharedTable
 from imageserver.server import addresses
 from imageserver.server.addresses import UnusableAddress
 from imageserver.server.tls import UnusableFiles, server_context
@@ -45,40 +44,20 @@ def check(settings: Settings) -> list[str]:
     return warnings
 
 
-def check_reload(settings: Settings) -> None:
-    """Prove that workers can start in place of those that serve. Changes nothing.
+def check_reload(process: Process) -> None:
+    """Prove that new workers of the master ``process`` can start. Changes nothing.
 
-    The addresses are bound by now, the table is open, and may be damaged for a moment; a
-    certificate that does not fit leaves the old one.
+    Not checked: the addresses, which are bound by now; the table, which is open, and may be
+    damaged for a moment; the certificate, for one that does not fit leaves the old one.
 
     Raises:
         CannotStart: they cannot.
     """
     _check_heartbeats()
-    problem = runtime_in(settings.runtime_dir).problem()
+    problem = process.runtime.problem()
     if problem:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {problem}; restart the server.")
-    _check_config_directory(settings)
-
-
-def prepare(settings: Settings) -> None:
-    """Make what is missing in the runtime directory, and keep it open for all workers.
-
-    Raises:
-        CannotStart: that does not work.
-    """
-    runtime = runtime_in(settings.runtime_dir)
-    try:
-        runtime.prepare()
-        table = SharedTable(runtime, settings.slot_limits)
-        table.open()
-        table.close()
-    except (UnusableDirectory, IncompatibleTable) as exc:
-        raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
-    except OSError as exc:
-        raise CannotStart(
-            f"IMAGESERVER_RUNTIME_DIR: {runtime.path} cannot be used: {exc.strerror}."
-        ) from exc
+    _check_config_directory(process.settings)
 
 
 def heartbeat_directory() -> str | None:

@@ -30,9 +30,7 @@ from gunicorn.workers.base import Worker
 from imageserver.core.ports import Ticket
 from imageserver.core.slots import Holder, Kind, WorkerState
 from imageserver.observability import logs
-from imageserver.observability.metrics.counted import metrics_in
-from imageserver.runtime.directory import runtime_in
-from imageserver.runtime.slottable import SharedTable
+from imageserver.process import Process
 from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.admin_listener import admin_application, admin_name, admit
 from imageserver.server.control import ControlServer
@@ -40,11 +38,11 @@ from imageserver.server.loop import MOST_WAITING, Loop, Timeouts
 from imageserver.server.pools import Pools
 from imageserver.server.tls import server_context
 from imageserver.settings import Settings
-from imageserver.transfers.files import TransferFiles
-from imageserver.transfers.records import records
 
 log = logging.getLogger(__name__)
 
+#: gunicorn's name of this server's own application; other worker classes load it by this.
+APPLICATION = "imageserver.process:create()"
 #: How long a busier worker leaves a new connection to a less busy one, per request of difference.
 _YIELD_SECONDS = 0.01
 _MAX_YIELD_SECONDS = 0.05
@@ -66,31 +64,37 @@ _LEAST_WAITING = 16
 class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """A gunicorn worker for long transfers and frequent probes."""
 
-    #: What the master has made ready before the fork (``hooks.post_fork``).
+    #: What the master has read and made before the fork (``ImageArbiter.equip``).
+    settings: Settings | None = None
     tls: ssl.SSLContext | None = None
 
     def init_process(self) -> None:
         """Set up what must belong to this process alone, then run the loop."""
-        self.settings = settings = Settings.from_environ(os.environ)
+        # Without our master's hook: never other settings for want of it, and never plain HTTP.
+        settings = self.settings or Settings.from_environ(os.environ)
+        self.tls = self.tls or server_context(settings)
         logs.configure(settings.log_level, settings.log_format)
         descriptors = _raise_file_limit()
-        self.tls = self.tls or server_context(settings)  # never plain for want of a hook
+        self.process = process = Process(settings)
         self._notified = 0.0
         self._is_quitting = False
-        self._metrics = metrics = metrics_in(settings.metrics_dir)
+        self._metrics = metrics = process.metrics
         metrics.begin()
-        self._runtime = runtime_in(settings.runtime_dir)
-        self._table = SharedTable(self._runtime, settings.slot_limits, metrics.freed)
-        self._row = self._table.claim(Kind.WORKER, Ticket("", "worker", "", ""))
+        self._row = process.slots.claim(Kind.WORKER, Ticket("", "worker", "", ""))
         self._pools = Pools(settings.threads, settings.client_timeout, self._publish, metrics)
         timeouts = Timeouts(settings.client_timeout, settings.keepalive)
         self._loop = Loop(timeouts, self._pools.dispatch, metrics)
         self._acceptors = Acceptors(self._loop, self._accept_delay, metrics)
         self._loop.most_waiting = most_waiting(descriptors, settings.threads)
-        files = TransferFiles(settings.config_dir, settings.config_owners, self._table.is_first)
-        administration = records(settings, files).administration()
-        self._control = ControlServer(administration, settings.client_timeout)
+        self._control = ControlServer(process.administration, settings.client_timeout)
         super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Serve this process's application, unless gunicorn was told to serve another one."""
+        if getattr(self.app, "app_uri", None) == APPLICATION:
+            self.wsgi = self.process.application
+        else:
+            super().load_wsgi()
 
     # Signals: flags only; set_wakeup_fd (base.init_signals) ends the wait.
 
@@ -140,11 +144,12 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _listen(self, listener: Any) -> None:
         is_unix = listener.FAMILY == socket.AF_UNIX
-        admin = admin_name(listener, self.settings.admin_bind)
-        if listener.getsockname() == (self.settings.control_socket or None):
+        settings = self.process.settings
+        admin = admin_name(listener, settings.admin_bind)
+        if listener.getsockname() == (settings.control_socket or None):
             self._control.listen(listener, self._loop)
         elif admin is not None:
-            app = admin_application(self.settings, self._table, full_ids=is_unix)
+            app = admin_application(self.process, full_ids=is_unix)
             self._pools.reserve(admin, app)
             self._acceptors.listen(listener, AcceptPolicy(spreads=False, admits=admit))
         else:
@@ -158,8 +163,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         if now - self._notified >= _NOTIFY_SECONDS:
             self._notified = now
             self.notify()
-            self._table.mend()
-            self._runtime.watch()
+            self.process.slots.mend()
+            self.process.runtime.watch()
         self._loop.step()
         self._metrics.flush_if_due()
 
@@ -191,7 +196,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         # The pools first: what they hand back in between is then found in the loop.
         while not (self._pools.is_empty() and self._loop.is_empty() and self._control.is_empty()):
             now = time.monotonic()
-            if self._is_quitting or now > began + self.settings.drain_timeout:
+            if self._is_quitting or now > began + self.process.settings.drain_timeout:
                 self._abort()
             if now > began + _STOP_IDLE_SECONDS:
                 self._control.close_silent()
@@ -208,7 +213,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         return any(WorkerState.of(row) is not WorkerState.DRAINING for row in self._workers())
 
     def _workers(self) -> list[Holder]:
-        return self._table.holders(Kind.WORKER)
+        return self.process.slots.holders(Kind.WORKER)
 
     def _abort(self) -> None:
         """End within seconds, with everything given back that threads can give back."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of a gunicorn master as the hooks know, and what one finds when it starts."""
+"""A master that gunicorn has not set up, and what one finds when it starts."""
 
+import os
 import queue
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import pytest
 from gunicorn.config import Config
 
 from imageserver.core.slots import Kind
+from imageserver.observability import logs
+from imageserver.process import Process
 from imageserver.runtime.slottable import SharedTable
-from imageserver.server import hooks
+from imageserver.server import startup
+from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.worker import ImageWorker
 
 _HOLD = """
@@ -34,27 +38,39 @@ def settle(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", str(place / "run"))
     monkeypatch.setenv("IMAGESERVER_BIND", f"unix:{place}/socket")
     monkeypatch.setenv("IMAGESERVER_ADMIN_BIND", "none")
-    monkeypatch.setattr(hooks.logs, "configure", lambda *_: None)
-    monkeypatch.setattr(hooks, "close_to_others", lambda: None)
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
+    monkeypatch.setattr(startup, "close_to_others", lambda: None)
     return place
 
 
-def new_arbiter() -> SimpleNamespace:
-    return SimpleNamespace(
+def new_arbiter() -> ImageArbiter:
+    """Return a master; what a test lets gunicorn's own do, it patches in ``Arbiter``."""
+    arbiter = ImageArbiter.__new__(ImageArbiter)
+    vars(arbiter).update(
         cfg=Config(),
-        reload=lambda: None,
-        stop=lambda _graceful: None,
-        kill_worker=lambda _pid, _number: None,
+        pid=os.getpid(),
         WORKERS={},
-        spawn_worker=lambda: None,
-        reexec=lambda: None,
-        reap_workers=lambda: None,
+        LISTENERS=[],
         app=SimpleNamespace(cfg=None),
         worker_class=ImageWorker,
         SIG_QUEUE=queue.SimpleQueue(),
         systemd=False,
-        tls=None,
     )
+    return arbiter
+
+
+def begin(arbiter: ImageArbiter) -> None:
+    """Have it start with the settings of the environment."""
+    arbiter.begin(startup.read_settings())
+
+
+def prepared() -> Process:
+    """Return a process whose runtime directory is made and open, with the same settings."""
+    process = Process(startup.read_settings())
+    process.runtime.prepare()
+    process.slots.open()
+    process.slots.close()
+    return process
 
 
 def writers(place: Path) -> int:

@@ -154,32 +154,6 @@ class Metrics:
         self._store.close()
 
 
-class LateMetrics:
-    """A process's metrics for an application that is made before there is a place to count in.
-
-    So it is where gunicorn preloads the application: the master has not checked anything yet.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-
-    def finished(self, entry: Entry) -> None:
-        """Count a finished request."""
-        metrics_in(self._directory).finished(entry)
-
-    def meter(self, operation: str, backend: str) -> Callable[[int], None]:
-        """Return what is told of each piece that an operation has moved."""
-        return metrics_in(self._directory).meter(operation, backend)
-
-    def freed(self, holder: Holder | None) -> None:
-        """Count what a sweep has freed."""
-        metrics_in(self._directory).freed(holder)
-
-    def flush(self) -> None:
-        """Write what could not be written before."""
-        metrics_in(self._directory).flush()
-
-
 _making = Lock()
 _made = cache(Metrics)
 

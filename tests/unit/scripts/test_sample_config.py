@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """conf/imageserver.env is what the settings declare, and changes none of them.
 
-When the first of these fails: ``python -m imageserver --sample-config > conf/imageserver.env``.
+When the first of these fails: ``imageserver config sample > conf/imageserver.env``.
 """
 
 from dataclasses import fields
@@ -16,7 +16,7 @@ SAMPLE = Path(__file__).parents[3] / "conf" / "imageserver.env"
 
 
 def test_the_file_is_what_the_settings_declare(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--sample-config"]) == 0
+    assert main(["config", "sample"]) == 0
     assert capsys.readouterr().out == SAMPLE.read_text(encoding="utf-8")
 
 
@@ -39,7 +39,7 @@ def test_a_sample_is_printed_even_where_the_settings_are_wrong(
 ) -> None:
     monkeypatch.setenv("IMAGESERVER_WORKERS", "many")
 
-    assert main(["--sample-config"]) == 0
+    assert main(["config", "sample"]) == 0
     assert "\n# Image reads at once, over all workers\n#IMAGESERVER_MAX_READERS=8\n" in (
         capsys.readouterr().out
     )

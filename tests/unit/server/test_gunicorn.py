@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What we count on of gunicorn's inside: a release that changes any of it fails here, by name.
 
-The list is in the docstring of ``server/exchange.py``; hooks and worker add to it below.
+The list is in the docstring of ``server/exchange.py``; the master and the worker add to it below.
 """
 
 import inspect
@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 from gunicorn import config
+from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
+from gunicorn.glogging import Logger
 from gunicorn.http import errors
 from gunicorn.http.body import ChunkedReader, LengthReader
 from gunicorn.http.message import Request
@@ -26,10 +28,13 @@ from gunicorn.http.unreader import Unreader
 from gunicorn.http.wsgi import Response, create
 from gunicorn.workers.base import Worker
 
+from imageserver.server.arbiter import ImageArbiter
+from imageserver.server.configuration import ImageApplication, configuration
 from imageserver.server.connection import Connection
 from imageserver.server.exchange import _HEAD_ERRORS, ImageResponse, _HeadReader, serve
 from imageserver.server.wire import REASONS, Wire
 from imageserver.server.worker import ImageWorker
+from imageserver.settings import Settings
 
 PEER = ("192.0.2.1", 4321)
 GET = b"GET /images/a%2Fb?q=1 HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -270,19 +275,54 @@ def test_no_header_changes_the_path(
 
 
 @pytest.fixture
-def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Config:
-    """Return gunicorn's configuration after ``gunicorn.conf.py``; a wrong name is an error."""
-    monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", str(tmp_path))
-    cfg = config.Config()
-    for name, value in runpy.run_path(str(ROOT / "gunicorn.conf.py")).items():
-        if not name.startswith("_") and not inspect.ismodule(value):
-            cfg.set(name, value)
-    return cfg
+def configured(tmp_path: Path) -> config.Config:
+    """Return gunicorn's configuration as this server makes it; a wrong name is an error."""
+    return ImageApplication(Settings(runtime_dir=str(tmp_path))).cfg
 
 
 def test_the_configuration_names_only_what_gunicorn_knows(configured: config.Config) -> None:
     assert (configured.worker_class, configured.http_parser) == (ImageWorker, "python")
     assert not configured.is_ssl
+
+
+def test_the_configuration_file_has_all_that_the_server_tells_gunicorn() -> None:
+    names = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+
+    assert configuration(Settings()).keys() <= names.keys()
+
+
+def test_settings_are_read_once_though_gunicorn_reads_its_file_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+    monkeypatch.setenv("IMAGESERVER_WORKERS", "many")
+
+    assert runpy.run_path(str(ROOT / "gunicorn.conf.py"))["bind"] is before["bind"]
+
+
+def test_the_master_that_gunicorn_has_made_becomes_ours_before_it_binds() -> None:
+    arbiter = Arbiter.__new__(Arbiter)
+    lines = inspect.getsource(Arbiter.start)
+
+    arbiter.__class__ = ImageArbiter  # which Python refuses for other layouts
+
+    assert isinstance(arbiter, ImageArbiter)
+    assert lines.index("self.pid = os.getpid()") < lines.index("self.cfg.on_starting(self)")
+    assert lines.index("self.cfg.on_starting(self)") < lines.index("sock.create_sockets(")
+
+
+def test_the_master_overrides_methods_that_are_there() -> None:
+    overridden = {
+        *("setup", "spawn_worker", "kill_worker", "manage_workers", "reap_workers"),
+        *("reload", "reexec", "stop"),
+    }
+
+    assert overridden == vars(Arbiter).keys() & {
+        name for name, value in vars(ImageArbiter).items() if inspect.isfunction(value)
+    }
+    for name in overridden:
+        ours, theirs = (inspect.signature(getattr(cls, name)) for cls in (ImageArbiter, Arbiter))
+        assert list(ours.parameters) == list(theirs.parameters)
 
 
 def test_the_worker_overrides_methods_that_are_there() -> None:
@@ -318,7 +358,7 @@ def test_a_reload_waits_for_old_workers_no_longer_than_the_graceful_timeout() ->
     )
 
 
-def test_workers_are_counted_in_one_place_only_which_hooks_replaces() -> None:
+def test_workers_are_counted_in_one_place_only_which_we_override() -> None:
     """``manage_workers``, and what it alone calls; all others ask it, or name a worker."""
     sources = {
         name: inspect.getsource(method)
@@ -347,3 +387,20 @@ def test_an_upgrade_executes_the_context_that_a_hook_may_change() -> None:
     assert lines.index("self.cfg.pre_exec(self)") < lines.index("os.chdir(self.START_CTX['cwd'])")
     assert "os.execvpe(self.START_CTX[0], self.START_CTX['args'], environ)" in lines
     assert "environ['GUNICORN_PID']" in lines
+
+
+def test_what_is_executed_in_an_upgrade_is_what_the_master_was_started_by() -> None:
+    source = inspect.getsource(Arbiter.__init__)
+
+    assert "self.START_CTX = {" in source
+    assert '"args": args' in source
+
+
+def test_an_application_without_a_command_line_loads_what_it_is_told() -> None:
+    """``BaseApplication``, which ``ImageApplication`` is."""
+    assert {"load_config", "load", "run", "wsgi"} <= vars(BaseApplication).keys()
+    assert "self.load_config()" in inspect.getsource(BaseApplication.do_load_config)
+
+
+def test_a_log_configuration_takes_the_place_of_gunicorns_own() -> None:
+    assert "dictConfig(config)" in inspect.getsource(Logger.setup)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.process import Process
 from imageserver.server import addresses, preconditions
-from imageserver.server.hooks import load_settings
-from imageserver.server.preconditions import CannotStart, check, check_reload, prepare
-from tests.unit.masters import settle
+from imageserver.server.preconditions import CannotStart, check, check_reload
+from imageserver.server.startup import read_settings
+from tests.unit.masters import prepared, settle
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def test_heartbeats_go_elsewhere_where_memory_takes_no_files(
     monkeypatch.setattr(preconditions, "_HEARTBEATS", str(place / "missing"))
 
     assert preconditions.heartbeat_directory() is None
-    check(load_settings())
+    check(read_settings())
 
 
 def test_without_a_place_for_heartbeats_there_is_no_start(
@@ -36,16 +37,18 @@ def test_without_a_place_for_heartbeats_there_is_no_start(
     monkeypatch.setattr(preconditions, "_HEARTBEATS", str(place / "missing"))
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(place / "none"))
 
-    for proves in (check, check_reload):
-        with pytest.raises(CannotStart, match=r"/missing nor in .*/none \(No such file .*TMPDIR"):
-            proves(load_settings())
+    said = r"/missing nor in .*/none \(No such file .*TMPDIR"
+    with pytest.raises(CannotStart, match=said):
+        check(read_settings())
+    with pytest.raises(CannotStart, match=said):
+        check_reload(Process(read_settings()))
 
 
 def test_a_proc_that_is_not_ours_is_no_place_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preconditions, "is_proc_ours", lambda: False)
 
     with pytest.raises(CannotStart, match="/proc is missing, or that of another PID namespace"):
-        check(load_settings())
+        check(read_settings())
 
 
 def test_a_socket_that_is_there_already_need_not_be_made(
@@ -54,10 +57,10 @@ def test_a_socket_that_is_there_already_need_not_be_made(
     """As systemd's are, in directories where the server's user may make none."""
     monkeypatch.setenv("IMAGESERVER_BIND", f"unix:{place}/missing/socket")
     with pytest.raises(CannotStart, match="missing is no directory where this user can make"):
-        check(load_settings())
+        check(read_settings())
     monkeypatch.setattr(addresses, "_is_socket", lambda _: True)
 
-    assert check(load_settings()) == []
+    assert check(read_settings()) == []
 
 
 def test_a_slash_at_the_end_of_a_directory_does_not_count(
@@ -65,10 +68,10 @@ def test_a_slash_at_the_end_of_a_directory_does_not_count(
 ) -> None:
     (place / "real").mkdir(0o700)
     monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", f"{place}/run/")
-    check(load_settings())
-    prepare(load_settings())
+    check(read_settings())
+    prepared()
     (place / "link").symlink_to("real")
     monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", f"{place}/link/")
 
     with pytest.raises(CannotStart, match="link is not a directory that belongs to uid"):
-        check(load_settings())
+        check(read_settings())

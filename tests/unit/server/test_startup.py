@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold before gunicorn's master binds: else it ends with a sentence."""
+"""What must hold before the master binds: else it ends with a sentence."""
 
 import fcntl
 import logging
@@ -8,18 +8,25 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from imageserver.core import slots
 from imageserver.runtime import tablefile
 from imageserver.runtime.private import open_private
-from imageserver.server import hooks, preconditions
+from imageserver.server import startup
+from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.preconditions import CannotStart, check
 from imageserver.settings import Settings
 from tests.system.skips import needs
-from tests.unit.masters import die_holding_a_slot, new_arbiter, settle, writers
+from tests.unit.masters import (
+    begin,
+    die_holding_a_slot,
+    new_arbiter,
+    prepared,
+    settle,
+    writers,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +35,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def arbiter() -> SimpleNamespace:
+def arbiter() -> ImageArbiter:
     return new_arbiter()
 
 
@@ -36,16 +43,16 @@ def arbiter() -> SimpleNamespace:
 
 
 def test_directories_that_can_be_used_pass_without_a_word(place: Path) -> None:
-    assert check(hooks.load_settings()) == []
-    preconditions.prepare(hooks.load_settings())
+    assert check(startup.read_settings()) == []
+    prepared()
     assert {path.name for path in (place / "run").iterdir()} >= {"locks", "slots"}
-    assert check(hooks.load_settings()) == []
+    assert check(startup.read_settings()) == []
 
 
 def test_a_missing_config_directory_is_a_warning(place: Path) -> None:
     (place / "transfers").rmdir()
 
-    (warning,) = check(hooks.load_settings())
+    (warning,) = check(startup.read_settings())
     assert warning == (
         f"config directory {place}/transfers does not exist yet: no transfer is known"
     )
@@ -84,7 +91,7 @@ def test_a_directory_that_cannot_be_used_is_a_sentence(
     spoil(place)
 
     with pytest.raises(CannotStart, match=f"^{sentence}"):
-        check(hooks.load_settings())
+        check(startup.read_settings())
 
 
 def test_another_version_that_still_runs_is_a_sentence(
@@ -98,7 +105,7 @@ def test_another_version_that_still_runs_is_a_sentence(
 
     try:
         with pytest.raises(CannotStart, match=r"another version of this server that still runs"):
-            check(hooks.load_settings())
+            check(startup.read_settings())
     finally:
         os.close(user)
 
@@ -107,47 +114,47 @@ def test_a_missing_libnbd_names_the_package(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "nbd", None)
 
     with pytest.raises(CannotStart, match="install the package python3-libnbd"):
-        check(hooks.load_settings())
+        check(startup.read_settings())
 
 
 def test_a_wrong_setting_ends_the_process_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMAGESERVER_WORKERS", "many")
 
     with pytest.raises(SystemExit, match=r"^imageserver: IMAGESERVER_WORKERS='many' is wrong: "):
-        hooks.load_settings()
+        startup.read_settings()
 
 
 # Starting
 
 
 def test_starting_frees_what_the_dead_held_and_prunes_idle_locks(
-    place: Path, arbiter: SimpleNamespace
+    place: Path, arbiter: ImageArbiter
 ) -> None:
-    preconditions.prepare(hooks.load_settings())
+    prepared()
     die_holding_a_slot(place)
     (place / "run" / "locks" / "idle.lock").touch()
     os.utime(place / "run" / "locks" / "idle.lock", (0, 0))
 
-    hooks.on_starting(arbiter)
+    begin(arbiter)
 
     assert writers(place) == 0
     assert list((place / "run" / "locks").iterdir()) == []
 
 
-def test_a_failed_check_ends_the_start(place: Path, arbiter: SimpleNamespace) -> None:
+def test_a_failed_check_ends_the_start(place: Path, arbiter: ImageArbiter) -> None:
     _open_to_all(place)
 
     with pytest.raises(SystemExit, match=r"^imageserver: IMAGESERVER_CONFIG_DIR: "):
-        hooks.on_starting(arbiter)
+        begin(arbiter)
 
 
 def test_warnings_of_the_check_are_logged(
-    place: Path, arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    place: Path, arbiter: ImageArbiter, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "imageserver")
     (place / "transfers").rmdir()
 
-    hooks.on_starting(arbiter)
+    begin(arbiter)
 
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
@@ -161,7 +168,7 @@ def taken() -> Iterator[str]:
 
 def test_an_address_that_is_taken_ends_the_start_by_name(taken: str, place: Path) -> None:
     with pytest.raises(SystemExit) as raised:
-        hooks._check_addresses(Settings(bind=(f"unix:{place}/x", taken), admin_bind=()))
+        startup.require_free_addresses(Settings(bind=(f"unix:{place}/x", taken), admin_bind=()))
 
     assert str(raised.value) == (
         f"imageserver: IMAGESERVER_BIND: {taken} cannot be used (Address already in use); "
@@ -176,7 +183,7 @@ def test_a_port_that_an_outgoing_connection_has_is_said_to_be_that() -> None:
     ):
         address = f"127.0.0.1:{outgoing.getsockname()[1]}"
         with pytest.raises(SystemExit) as raised:
-            hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
+            startup.require_free_addresses(Settings(bind=(address,), admin_bind=()))
 
     assert str(raised.value) == (
         f"imageserver: IMAGESERVER_BIND: {address} cannot be used (Address already in use); "
@@ -191,7 +198,7 @@ def test_inherited_sockets_are_not_checked(
 ) -> None:
     monkeypatch.setenv(variable, "3")
 
-    hooks._check_addresses(Settings(bind=(taken,), admin_bind=()))
+    startup.require_free_addresses(Settings(bind=(taken,), admin_bind=()))
 
 
 def test_the_check_leaves_an_address_free(taken: str) -> None:
@@ -199,8 +206,8 @@ def test_the_check_leaves_an_address_free(taken: str) -> None:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
 
-    hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
-    hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
+    startup.require_free_addresses(Settings(bind=(address,), admin_bind=()))
+    startup.require_free_addresses(Settings(bind=(address,), admin_bind=()))
 
 
 @needs("IPv6")
@@ -209,7 +216,7 @@ def test_ipv6_addresses_are_checked_too() -> None:
         address = f"[::1]:{listener.getsockname()[1]}"
 
         with pytest.raises(SystemExit):
-            hooks._check_addresses(Settings(bind=(address,), admin_bind=()))
+            startup.require_free_addresses(Settings(bind=(address,), admin_bind=()))
 
 
 @needs("IPv6")
@@ -219,14 +226,16 @@ def test_an_address_that_another_takes_along_ends_the_start() -> None:
         port = probe.getsockname()[1]
 
     with pytest.raises(SystemExit, match=f"IMAGESERVER_BIND: 127.0.0.1:{port} cannot be used"):
-        hooks._check_addresses(Settings(bind=(f"[::]:{port}", f"127.0.0.1:{port}"), admin_bind=()))
+        startup.require_free_addresses(
+            Settings(bind=(f"[::]:{port}", f"127.0.0.1:{port}"), admin_bind=())
+        )
 
 
 def test_sockets_of_systemd_that_are_not_the_settings_end_the_start(
-    arbiter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LISTEN_FDS", "0")
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
 
     with pytest.raises(SystemExit, match=r"^imageserver: systemd has passed .* agree\.$"):
-        hooks.on_starting(arbiter)
+        begin(arbiter)

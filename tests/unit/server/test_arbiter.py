@@ -1,24 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in gunicorn's master while it serves: hooks that stop nothing."""
+"""The master while it serves: nothing that fails to begin stops it."""
 
-import logging
 import os
 import shutil
 import signal
+import ssl
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from gunicorn.arbiter import Arbiter
 from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
 from imageserver.core.ports import Ticket
 from imageserver.core.slots import Kind, WorkerState
 from imageserver.runtime.slottable import SharedTable
-from imageserver.server import hooks, master, preconditions
+from imageserver.server import arbiter as master
+from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.worker import ImageWorker
-from tests.unit.masters import die_holding_a_slot, new_arbiter, settle, writers
+from tests.unit.masters import begin, die_holding_a_slot, new_arbiter, settle, writers
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def arbiter() -> SimpleNamespace:
+def arbiter() -> ImageArbiter:
     return new_arbiter()
 
 
@@ -35,7 +38,7 @@ def arbiter() -> SimpleNamespace:
 
 
 def test_an_upgrade_runs_what_a_link_leads_to_by_then(
-    tmp_path: Path, arbiter: SimpleNamespace
+    tmp_path: Path, arbiter: ImageArbiter
 ) -> None:
     home = tmp_path / "current"
     home.mkdir()
@@ -44,16 +47,16 @@ def test_an_upgrade_runs_what_a_link_leads_to_by_then(
     context = {0: "/old/bin/python", "args": ["/old/bin/python", *command], "cwd": "/old"}
     arbiter.START_CTX = context
 
-    hooks.pre_exec(arbiter)
+    arbiter.run_command_again()
 
     assert context == {0: command[0], "args": command, "cwd": str(home)}
 
 
-def test_an_upgrade_elsewhere_runs_what_it_ran(arbiter: SimpleNamespace) -> None:
+def test_an_upgrade_elsewhere_runs_what_it_ran(arbiter: ImageArbiter) -> None:
     context = {0: "/venv/bin/python", "args": ["/venv/bin/python", "gunicorn"], "cwd": "/here"}
     arbiter.START_CTX = dict(context)
 
-    hooks.pre_exec(arbiter)
+    arbiter.run_command_again()
 
     assert context == arbiter.START_CTX
 
@@ -61,45 +64,35 @@ def test_an_upgrade_elsewhere_runs_what_it_ran(arbiter: SimpleNamespace) -> None
 # A worker's exit
 
 
-def test_what_a_dead_worker_held_is_free_at_once(place: Path) -> None:
-    preconditions.prepare(hooks.load_settings())
+def test_what_a_dead_worker_held_is_free_at_once(place: Path, arbiter: ImageArbiter) -> None:
+    begin(arbiter)
     die_holding_a_slot(place)
 
-    hooks.child_exit(None, None)
+    arbiter.free_slots(None)
 
     assert writers(place) == 0
 
 
-def test_a_sweep_in_the_master_leaves_no_descriptor_behind() -> None:
-    preconditions.prepare(hooks.load_settings())
-    hooks.child_exit(None, None)  # opens the files of counts
+def test_a_sweep_in_the_master_leaves_no_descriptor_behind(arbiter: ImageArbiter) -> None:
+    begin(arbiter)
     before = os.listdir("/proc/self/fd")
 
-    hooks.child_exit(None, None)
+    arbiter.free_slots(None)
 
     assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_sweep_that_fails_is_logged_and_stops_nothing(
-    place: Path, caplog: pytest.LogCaptureFixture
+    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.ERROR, "imageserver")
-    (place / "run").touch()
+    def fail() -> None:
+        raise OSError(5, "Input/output error")
 
-    hooks.child_exit(None, None)
+    begin(arbiter)
+    caplog.clear()
+    monkeypatch.setattr(arbiter.process.slots, "sweep", fail)
 
-    assert [record.getMessage() for record in caplog.records] == [
-        "sweep after a worker's exit failed"
-    ]
-
-
-def test_settings_that_no_longer_parse_stop_nothing(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.ERROR, "imageserver")
-    monkeypatch.setenv("IMAGESERVER_CONFIG_OWNERS", "somebody-whom-ldap-has-just-lost")
-
-    hooks.child_exit(None, None)
+    arbiter.free_slots(None)
 
     assert [record.getMessage() for record in caplog.records] == [
         "sweep after a worker's exit failed"
@@ -111,61 +104,51 @@ def test_settings_that_no_longer_parse_stop_nothing(
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_reload_does_not_wait_and_leaves_the_timeout_as_it_was(
-    arbiter: SimpleNamespace, fails: bool
+    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     waits = []
 
-    def reload() -> None:
-        hooks.on_reload(arbiter)
+    def reload(arbiter: ImageArbiter) -> None:
+        arbiter.renew()
         waits.append(arbiter.cfg.graceful_timeout)
         if fails:
             raise RuntimeError("bug")
 
-    arbiter.reload = reload
+    monkeypatch.setattr(Arbiter, "reload", reload)
     arbiter.cfg.set("graceful_timeout", 605)
-    hooks.on_starting(arbiter)
+    begin(arbiter)
     arbiter.reload()
 
     assert (waits, arbiter.cfg.graceful_timeout) == ([0], 605)
 
 
-def _reload(arbiter: SimpleNamespace, reload: Callable[[], None]) -> None:
-    arbiter.reload = reload
-    hooks.on_starting(arbiter)
-    arbiter.reload()
-
-
-def _remove_runtime(place: Path, _patch: pytest.MonkeyPatch) -> None:
+def _remove_runtime(place: Path) -> None:
     shutil.rmtree(place / "run")
 
 
-def _replace_runtime(place: Path, _patch: pytest.MonkeyPatch) -> None:
+def _replace_runtime(place: Path) -> None:
     (place / "run").rename(place / "away")
     (place / "run").mkdir(0o700)
 
 
-def _open_config(place: Path, _patch: pytest.MonkeyPatch) -> None:
+def _open_config(place: Path) -> None:
     (place / "transfers").chmod(0o777)
 
 
-def _lose_owner(_place: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setenv("IMAGESERVER_CONFIG_OWNERS", "somebody-whom-ldap-has-just-lost")
-
-
-@pytest.mark.parametrize("spoil", [_remove_runtime, _replace_runtime, _open_config, _lose_owner])
+@pytest.mark.parametrize("spoil", [_remove_runtime, _replace_runtime, _open_config])
 def test_a_reload_that_could_not_start_workers_stops_none(
     place: Path,
-    arbiter: SimpleNamespace,
+    arbiter: ImageArbiter,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    spoil: Callable[[Path, pytest.MonkeyPatch], None],
+    spoil: Callable[[Path], None],
 ) -> None:
     reloads: list[str] = []
-    arbiter.reload = lambda: reloads.append("reload")
-    hooks.on_starting(arbiter)
+    monkeypatch.setattr(Arbiter, "reload", lambda _: reloads.append("reload"))
+    begin(arbiter)
     arbiter.reload()
     caplog.clear()
-    spoil(place, monkeypatch)
+    spoil(place)
 
     arbiter.reload()
 
@@ -175,11 +158,11 @@ def test_a_reload_that_could_not_start_workers_stops_none(
 
 
 def test_a_reload_does_not_mind_a_table_that_is_damaged_for_a_moment(
-    place: Path, arbiter: SimpleNamespace
+    place: Path, arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reloads: list[str] = []
-    arbiter.reload = lambda: reloads.append("reload")
-    hooks.on_starting(arbiter)
+    monkeypatch.setattr(Arbiter, "reload", lambda _: reloads.append("reload"))
+    begin(arbiter)
     with (place / "run" / "slots").open("r+b") as file:
         file.write(bytes(64))
 
@@ -190,28 +173,33 @@ def test_a_reload_does_not_mind_a_table_that_is_damaged_for_a_moment(
 
 @pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("bug"), OSError(12, "no memory")])
 def test_a_reload_that_fails_half_way_leaves_the_master_as_it_was(
-    arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture, error: BaseException
+    arbiter: ImageArbiter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
 ) -> None:
     before = arbiter.cfg
 
-    def fail() -> None:
+    def fail(arbiter: ImageArbiter) -> None:
         arbiter.app.cfg = Config()  # what gunicorn does first
         raise error
 
-    _reload(arbiter, fail)
+    monkeypatch.setattr(Arbiter, "reload", fail)
+    begin(arbiter)
+    arbiter.reload()
 
     assert (arbiter.app.cfg, arbiter.cfg) == (before, before)
     assert caplog.records[-1].getMessage() == "reload failed, the workers go on"
 
 
 def test_a_certificate_that_does_not_fit_leaves_the_old_one_and_the_reload_goes_on(
-    arbiter: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    arbiter: ImageArbiter,
 ) -> None:
-    hooks.on_starting(arbiter)
-    arbiter.tls = old = object()
-    monkeypatch.setenv("IMAGESERVER_TLS_CERT", "/nowhere")
+    begin(arbiter)
+    arbiter.tls = old = ssl.create_default_context()
+    arbiter.settings = replace(arbiter.settings, tls_cert="/nowhere")
 
-    hooks.on_reload(arbiter)
+    arbiter.renew()
 
     assert arbiter.tls is old
 
@@ -220,18 +208,18 @@ def test_a_certificate_that_does_not_fit_leaves_the_old_one_and_the_reload_goes_
 
 
 def test_a_worker_that_cannot_be_forked_is_waited_for(
-    arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    arbiter: ImageArbiter, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
     monkeypatch.setattr(master.time, "monotonic", lambda: now)
     monkeypatch.setattr(master.time, "sleep", lambda _: None)
 
-    def no_process() -> None:
+    def no_process(_arbiter: ImageArbiter) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    arbiter.spawn_worker = no_process
-    hooks.on_starting(arbiter)
-    arbiter.num_workers = 2
+    monkeypatch.setattr(Arbiter, "spawn_worker", no_process)
+    begin(arbiter)
+    arbiter._num_workers = 2
     for _ in range(3):
         arbiter.manage_workers()
     now += 1.0
@@ -245,16 +233,16 @@ def test_a_worker_that_cannot_be_forked_is_waited_for(
 
 @pytest.mark.parametrize("others_accept", [True, False])
 def test_a_worker_that_cannot_boot_ends_a_server_only_where_no_other_serves(
-    place: Path, arbiter: SimpleNamespace, others_accept: bool
+    place: Path, arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch, others_accept: bool
 ) -> None:
     failures: list[BaseException] = [HaltServer("Worker failed to boot.", 3)]
 
-    def reap() -> None:
+    def reap(_arbiter: ImageArbiter) -> None:
         if failures:
             raise failures.pop()
 
-    arbiter.reap_workers = reap
-    hooks.on_starting(arbiter)
+    monkeypatch.setattr(Arbiter, "reap_workers", reap)
+    begin(arbiter)
     table = SharedTable(str(place / "run"), {})
     row = table.claim(Kind.WORKER, Ticket("", "worker", "", ""))
     state = WorkerState.ACCEPTING if others_accept else WorkerState.BOOTING
@@ -270,11 +258,14 @@ def test_a_worker_that_cannot_boot_ends_a_server_only_where_no_other_serves(
 
 
 def test_an_upgrade_without_its_runtime_directory_does_not_begin(
-    place: Path, arbiter: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    place: Path,
+    arbiter: ImageArbiter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     upgrades: list[str] = []
-    arbiter.reexec = lambda: upgrades.append("upgrade")
-    hooks.on_starting(arbiter)
+    monkeypatch.setattr(Arbiter, "reexec", lambda _: upgrades.append("upgrade"))
+    begin(arbiter)
     arbiter.reexec()
     shutil.rmtree(place / "run")
     arbiter.reexec()
@@ -287,35 +278,37 @@ def test_an_upgrade_without_its_runtime_directory_does_not_begin(
 
 
 def test_an_upgrade_that_cannot_begin_ends_its_own_process_only(
-    arbiter: SimpleNamespace,
+    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     children: list[int] = []
 
-    def fail_in_a_copy() -> None:
+    def fail_in_a_copy(_arbiter: ImageArbiter) -> None:
         child = os.fork()
         if child == 0:
             raise FileNotFoundError(2, "the working directory was removed")
         children.append(child)
 
-    arbiter.reexec = fail_in_a_copy
-    hooks.on_starting(arbiter)
+    monkeypatch.setattr(Arbiter, "reexec", fail_in_a_copy)
+    begin(arbiter)
     arbiter.reexec()
 
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
 
 
-def test_workers_told_to_stop_do_not_count(arbiter: SimpleNamespace) -> None:
+def test_workers_told_to_stop_do_not_count(
+    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = []
 
-    def spawn() -> None:
+    def spawn(arbiter: ImageArbiter = arbiter) -> None:
         age = len(arbiter.WORKERS)
         arbiter.WORKERS[age] = SimpleNamespace(pid=age, age=age)
 
-    arbiter.spawn_worker = spawn
-    arbiter.kill_worker = lambda pid, number: told.append((pid, number))
-    hooks.on_starting(arbiter)
+    monkeypatch.setattr(Arbiter, "spawn_worker", spawn)
+    monkeypatch.setattr(Arbiter, "kill_worker", lambda _, pid, sig: told.append((pid, sig)))
+    begin(arbiter)
 
-    arbiter.num_workers = 2
+    arbiter._num_workers = 2
     arbiter.manage_workers()
     spawn()
     spawn()
@@ -327,7 +320,7 @@ def test_workers_told_to_stop_do_not_count(arbiter: SimpleNamespace) -> None:
     assert sorted(arbiter.WORKERS) == [0, 1, 2, 3]
     arbiter.kill_worker(3, signal.SIGUSR1)
     arbiter.manage_workers()
-    arbiter.num_workers = 1
+    arbiter._num_workers = 1
     arbiter.manage_workers()
     assert told[2:] == [(3, signal.SIGUSR1), (2, signal.SIGTERM)]
 
@@ -355,22 +348,24 @@ def handlers() -> Iterator[None]:
     ],
 )
 def test_a_worker_heeds_signals_that_came_before_it_could(
-    arbiter: SimpleNamespace, handlers: None, pending: list[signal.Signals], alive: bool
+    arbiter: ImageArbiter, handlers: None, pending: list[signal.Signals], alive: bool
 ) -> None:
     worker = ImageWorker.__new__(ImageWorker)
     worker.alive = True
+    begin(arbiter)
     for number in pending:
         arbiter.SIG_QUEUE.put_nowait(number)
 
-    hooks.post_fork(arbiter, worker)
+    arbiter.equip(worker)
 
     assert (worker.alive, arbiter.SIG_QUEUE.empty()) == (alive, True)
+    assert worker.settings is arbiter.settings
     assert signal.getsignal(signal.SIGTERM) == worker.handle_exit
 
 
-def test_a_worker_of_another_class_is_left_alone(arbiter: SimpleNamespace) -> None:
+def test_a_worker_of_another_class_is_left_alone(arbiter: ImageArbiter) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
-    hooks.post_fork(arbiter, SimpleNamespace())
+    arbiter.equip(SimpleNamespace())
 
     assert signal.getsignal(signal.SIGTERM) == before

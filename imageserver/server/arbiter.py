@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The master: gunicorn's arbiter, which goes on whatever fails to begin.
+
+gunicorn's own ends, and its workers with it, at any exception: a process that cannot be forked, a
+configuration that cannot be read, a new worker that cannot boot. It also waits in ``reload`` for
+the old workers, counts those that drain, and knows nothing of abstract sockets. What it does
+otherwise here is what ``ImageArbiter`` overrides; ``configuration`` names its last methods as
+gunicorn's hooks. None of them raises once the server serves.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import ssl
+import time
+from dataclasses import replace
+from typing import Any
+
+from gunicorn.arbiter import Arbiter
+from gunicorn.errors import HaltServer
+
+from imageserver.core import entry
+from imageserver.core.errors import StateUnavailable
+from imageserver.core.slots import IncompatibleTable, Kind, WorkerState
+from imageserver.observability import logs
+from imageserver.process import Process
+from imageserver.server import activation, admin_listener, startup
+from imageserver.server.activation import WrongSockets
+from imageserver.server.admin_listener import admin_name, bindable
+from imageserver.server.control import open_to_group
+from imageserver.server.preconditions import CannotStart, check, check_reload, tls_context
+from imageserver.server.worker import ImageWorker
+from imageserver.settings import Settings, variable_of
+
+log = logging.getLogger(__name__)
+
+#: Between two new workers, so that those which die at once do not keep the machine busy.
+_SPAWN_SECONDS = 0.05
+#: After a worker that could not begin; the master's loop wakes up every second.
+_PAUSE_SECONDS = 0.9
+
+
+class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
+    """gunicorn's master for this server.
+
+    The ``gunicorn`` command makes an ``Arbiter`` and leaves no choice, so ``on_starting`` gives
+    that object this class. Therefore there is no constructor: ``begin`` sets everything.
+    """
+
+    settings: Settings
+    process: Process
+    tls: ssl.SSLContext | None
+    #: No worker is forked before this time (monotonic clock).
+    _paused_until = 0.0
+    #: Addresses of the configuration that must not be bound.
+    _unbound: frozenset[str] = frozenset()
+
+    @staticmethod
+    def adopt(arbiter: Arbiter, settings: Settings) -> None:
+        """Make a gunicorn master that starts one of ours; it has bound and forked nothing yet."""
+        arbiter.__class__ = ImageArbiter
+        arbiter.begin(settings)
+
+    def begin(self, settings: Settings) -> None:
+        """Check, and clean up after predecessors; or end the process with a sentence."""
+        logs.configure(settings.log_level, settings.log_format)
+        startup.close_to_others()
+        try:
+            warnings = check(settings)
+            self.tls = tls_context(settings)
+            heeded = self._heeded(settings)
+            if activation.is_activated():
+                activation.check(self.cfg.address)
+        except WrongSockets as exc:
+            raise SystemExit(f"imageserver: {exc}.") from exc
+        except CannotStart as exc:
+            raise SystemExit(f"imageserver: {exc}") from exc
+        for warning in warnings:
+            log.warning("%s", warning)
+        startup.require_free_addresses(heeded)
+        self.settings, self.process = settings, Process(settings)
+        startup.take_over(self.process)
+        log.info("settings in force", extra=entry.fields(**startup.in_force(heeded)))
+
+    def _heeded(self, settings: Settings) -> Settings:
+        """Return the settings without those that another worker class does not heed.
+
+        Only ``ImageWorker`` tells listeners apart. Another one would serve images at the admin
+        addresses, so they are left unbound, now and after each reload (``setup``).
+        """
+        if issubclass(self.worker_class, ImageWorker):
+            return settings
+        for name in ("tls_cert", "control_socket"):
+            if getattr(settings, name):
+                raise CannotStart(
+                    f"{variable_of(name)} is set, but only the worker class of gunicorn.conf.py "
+                    "heeds it: leave the class as it is."
+                )
+        self._unbound = frozenset(bindable(address) for address in settings.admin_bind)
+        self._leave_unbound()
+        return replace(settings, admin_bind=())
+
+    def _leave_unbound(self) -> None:
+        self.cfg.set("bind", [bound for bound in self.cfg.bind if bound not in self._unbound])
+
+    def setup(self, app: Any) -> None:
+        """Take over a configuration: at the start, and in each reload."""
+        super().setup(app)
+        if self._unbound:
+            self._leave_unbound()
+
+    # Workers
+
+    def spawn_worker(self) -> Any:
+        """Fork a worker; where no process, descriptor or heartbeat file is to be had, later."""
+        try:
+            return super().spawn_worker()
+        except (OSError, RuntimeError) as exc:  # none of a worker's own: those end it
+            log.error("no worker could be started, trying again: %s", exc)  # noqa: TRY400
+            self._pause()
+            return None
+
+    def _pause(self) -> None:
+        self._paused_until = time.monotonic() + _PAUSE_SECONDS
+
+    def kill_worker(self, pid: int, sig: int) -> None:
+        """Send a worker a signal, and remember who was told to stop: see ``manage_workers``."""
+        if sig == signal.SIGTERM and pid in self.WORKERS:
+            self.WORKERS[pid].is_told_to_stop = True
+        super().kill_worker(pid, sig)
+
+    def manage_workers(self) -> None:
+        """Keep as many workers as the settings say, apart from those that were told to stop.
+
+        gunicorn counts them until they end. While old ones drain, which may take an hour, it
+        would replace none of those that die, and leave the port to nobody. They stay among
+        ``WORKERS``: gunicorn goes on watching, reaping and, on stop, awaiting them.
+        """
+        workers = self.WORKERS.values()
+        staying = [worker for worker in workers if not hasattr(worker, "is_told_to_stop")]
+        staying.sort(key=lambda worker: worker.age)
+        for worker in staying[: max(0, len(staying) - self.num_workers)]:
+            self.kill_worker(worker.pid, signal.SIGTERM)
+        for _ in range(self.num_workers - len(staying)):
+            if time.monotonic() < self._paused_until:
+                break
+            self.spawn_worker()
+            time.sleep(_SPAWN_SECONDS)
+
+    def reap_workers(self) -> None:
+        """Reap dead workers; one that could not boot ends the server only if no other serves."""
+        while True:
+            try:
+                super().reap_workers()
+            except HaltServer as exc:
+                if not self._has_accepting():
+                    raise
+                log.error("%s The others go on", exc.reason)  # noqa: TRY400
+                self._pause()
+                self.free_slots(None)
+            else:
+                return
+
+    def _has_accepting(self) -> bool:
+        """Tell whether a worker of this master accepts connections."""
+        slots = self.process.slots
+        try:
+            with contextlib.closing(slots):  # mapped again at its next use: see startup.sweep
+                rows = slots.living(Kind.WORKER)
+        except (StateUnavailable, IncompatibleTable, OSError, ValueError):
+            return False
+        ready = [row for row in rows if WorkerState.of(row) is WorkerState.ACCEPTING]
+        return any(row.owner.pid in self.WORKERS for row in ready)
+
+    # A reload, an upgrade, the end
+
+    def reload(self) -> None:
+        """Replace the workers, if new ones can start, without waiting for the old ones.
+
+        gunicorn waits up to the graceful timeout, deaf to signals and to dying new workers, so
+        that old workers are not told twice to stop. Ours drain for as long as a transfer takes,
+        and do not mind. Before that it reads gunicorn.conf.py, and ends the process where that
+        fails; nobody has been stopped by then.
+        """
+        before = self.cfg
+        graceful_timeout = before.graceful_timeout
+        try:
+            check_reload(self.process)
+            super().reload()
+        except CannotStart as exc:
+            log.error("reload refused, the workers go on: %s", exc)  # noqa: TRY400
+        except (Exception, SystemExit):
+            if os.getpid() != self.pid:
+                raise  # a new worker that ends
+            self.app.cfg = self.cfg
+            log.exception("reload failed, the workers go on")
+        finally:
+            self.cfg.set("graceful_timeout", graceful_timeout)
+
+    def reexec(self) -> None:
+        """Begin no upgrade that would have locks and slots elsewhere; survive a failed one.
+
+        What fails between fork and exec would end in the main loop's last handler, in the copy
+        of the master that was to become the new one: it stops the old one's workers.
+        """
+        problem = self.process.runtime.problem()
+        if problem:
+            log.error("upgrade refused: IMAGESERVER_RUNTIME_DIR: %s; restart the server", problem)
+            return
+        try:
+            super().reexec()
+        except Exception:
+            log.exception("upgrade failed, the server goes on")
+            if os.getpid() != self.pid:
+                os._exit(1)
+
+    def stop(self, graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - gunicorn's signature
+        """Stop; close abstract sockets (unix(7)) first: gunicorn would try to unlink them."""
+        for listener in list(self.LISTENERS):
+            if isinstance(listener.getsockname(), bytes):
+                self.LISTENERS.remove(listener)
+                listener.close()
+        super().stop(graceful)
+
+    # gunicorn's hooks
+
+    def set_socket_modes(self) -> None:
+        """``when_ready``: all addresses are bound, no worker is forked yet."""
+        try:
+            # systemd's sockets have the modes that imageserver.socket says.
+            if self.settings.control_socket and not self.systemd:
+                open_to_group(self.settings.control_socket)
+            for address in self.settings.admin_bind:
+                if not any(admin_name(listener, (address,)) for listener in self.LISTENERS):
+                    # Sockets came from a server without it, or the worker class is another.
+                    log.warning("nothing listens at IMAGESERVER_ADMIN_BIND=%s", address)
+                elif not self.systemd:
+                    admin_listener.close_to_others(address)
+        except OSError as exc:
+            raise SystemExit(f"imageserver: {exc.filename}: {exc.strerror}.") from exc
+
+    def equip(self, worker: Any) -> None:
+        """``post_fork``: in a new worker, before anything else."""
+        if isinstance(worker, ImageWorker):  # else gunicorn was told to use another class
+            worker.catch_early_signals(self.SIG_QUEUE)
+            worker.settings, worker.tls = self.settings, self.tls
+
+    def renew(self) -> None:
+        """``on_reload``: the configuration was read again, no worker is forked yet."""
+        self.cfg.set("graceful_timeout", 0)  # see reload
+        try:
+            self.tls = tls_context(self.settings)
+        except CannotStart as exc:
+            log.error("%s New connections get the certificate as it was", exc)  # noqa: TRY400
+
+    def free_slots(self, _worker: object) -> None:
+        """``child_exit``: free at once what a worker held. A courtesy: claims sweep too."""
+        try:
+            startup.sweep(self.process)
+        except Exception:  # an exception here would stop the master
+            log.exception("sweep after a worker's exit failed")
+
+    def run_command_again(self) -> None:
+        """``pre_exec``: in an upgrade, before exec: run the command, not what it once led to.
+
+        scripts/install reaches releases through a link that may lead to a newer one by now.
+        """
+        command = self.START_CTX["args"][1:]  # less the interpreter, which the old release has
+        home = os.path.dirname(os.path.dirname(command[0]))
+        if os.path.isabs(home) and os.path.isfile(os.path.join(home, "gunicorn.conf.py")):
+            self.START_CTX.update({0: command[0], "args": command, "cwd": home})
+        if self.systemd:
+            activation.pass_on(self.LISTENERS)

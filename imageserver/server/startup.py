@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start of the master, before anything is bound, and what it cleans up after others.
+
+Whoever cannot start ends the process (``SystemExit``) with one sentence.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+
+from imageserver.core.errors import StateUnavailable
+from imageserver.core.slots import IncompatibleTable
+from imageserver.observability.metrics.numbers import clear_if_alone
+from imageserver.process import Process
+from imageserver.runtime.private import UnusableDirectory
+from imageserver.server import addresses
+from imageserver.server.addresses import UnusableAddress
+from imageserver.settings import InvalidSetting, Settings, variable_of
+
+log = logging.getLogger(__name__)
+
+
+def read_settings(flags: Mapping[str, str] | None = None) -> Settings:
+    """Read the settings from this process's environment, and from the command line.
+
+    ``flags``: see ``Settings.from_environ``.
+    """
+    try:
+        return Settings.from_environ(os.environ, flags or {})
+    except InvalidSetting as exc:
+        raise SystemExit(f"imageserver: {exc}") from exc
+
+
+def in_force(settings: Settings) -> dict[str, str]:
+    """Return every setting by its variable."""
+    return {variable_of(field.name): settings.text(field.name) for field in fields(settings)}
+
+
+def close_to_others() -> None:
+    """Have files made for this user alone: another umask may make some that nobody can open."""
+    os.umask(0o077)
+
+
+def require_free_addresses(settings: Settings) -> None:
+    """Prove that nobody listens at the addresses of the settings."""
+    if "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ:
+        return  # the running server, or systemd, hands its sockets over
+    try:
+        addresses.check_free(settings)
+    except UnusableAddress as exc:
+        raise SystemExit(f"imageserver: {exc}.") from exc
+
+
+def take_over(process: Process) -> None:
+    """Make what is missing in the runtime directory; clean up what earlier servers left there."""
+    try:
+        _prepare(process)
+        clear_if_alone(process.settings.metrics_dir)
+        process.metrics.begin()
+        process.recover_transfers()
+        sweep(process)
+        process.locks.prune()
+    except (UnusableDirectory, IncompatibleTable, StateUnavailable) as exc:
+        raise SystemExit(f"imageserver: IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
+    except OSError as exc:
+        where = exc.filename or process.settings.runtime_dir
+        raise SystemExit(
+            f"imageserver: IMAGESERVER_RUNTIME_DIR: {where} cannot be used: {exc.strerror}."
+        ) from exc
+    finally:
+        process.slots.close()
+
+
+def _prepare(process: Process) -> None:
+    """Open the runtime directory and the slot table, which all workers inherit."""
+    process.runtime.prepare()
+    process.slots.open()
+
+
+def sweep(process: Process) -> None:
+    """Free what dead processes held.
+
+    The table is mapped for this only: if its file were cut short, a later access would end the
+    master (SIGBUS).
+    """
+    try:
+        process.slots.sweep()
+    finally:
+        process.slots.close()
+        process.metrics.flush()  # a master does so at no other time

@@ -10,11 +10,10 @@ limits explain stands in a line of its own, so that it does not make the others 
 that they do not explain is a failure of the line it would have been in.
 """
 
-import contextlib
 import json
 import ssl
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -107,7 +106,9 @@ class Referee:
             self.fire(**fields)
 
 
-def told(user: str, name: str, began: float, moved: int, problem: Exception | None) -> Any:  # noqa: ANN401
+def told(
+    user: str, name: str, began: float, moved: int, problem: Exception | None
+) -> dict[str, Any]:
     """Return what locust's request event is told."""
     return {
         "request_type": user,
@@ -154,22 +155,15 @@ class Client:
             entry = self._referee.ledger.begin(call.kind, call.image, time.monotonic())
         began = time.perf_counter()
         try:
-            with self._lost(entry):
-                answer = self._exchange(call, on_head)
-        except (Cut, Hanging) as exc:
+            answer = self._exchange(call, on_head)
+        except BaseException as exc:
+            self.close()
+            self._end(entry, Outcome.LOST)
+            if not isinstance(exc, (Cut, Hanging)):
+                raise  # the user is being ended
             self._referee.fire(**told(self._user, call.name, began, 0, exc))
             return None
         return self._judge(call, entry, began, answer, check)
-
-    @contextlib.contextmanager
-    def _lost(self, entry: Entry | None) -> Iterator[None]:
-        """Note that the connection is lost, or that the user is being ended."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            self._end(entry, Outcome.LOST)
-            raise
 
     def _exchange(self, call: Call, on_head: Callable[[], None]) -> Answer:
         self._wire = wire = self._wire or self._connect()

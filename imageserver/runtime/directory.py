@@ -18,6 +18,7 @@ from functools import cache
 
 from imageserver.core.errors import StateUnavailable
 from imageserver.runtime.flock import wait_flock
+from imageserver.runtime.pathclaim import PathClaim
 from imageserver.runtime.private import (
     SUBDIRECTORIES,
     UnusableDirectory,
@@ -106,6 +107,8 @@ class RuntimeDirectory:
         self._kept = (self.top, self.locks, self.registered, self.activity, self.metrics)
         self._files: dict[str, int] = {}
         self._told = ""
+        #: By which the next server knows that this one lives, should the directory be lost.
+        self.claim = PathClaim(path)
 
     def prepare(self) -> None:
         """Make what is missing, open everything, and keep cleaners away.
@@ -125,6 +128,10 @@ class RuntimeDirectory:
     def keep(self, name: str, fd: int) -> None:
         """Take over the descriptor of a file in it, for this process and its children."""
         self._files[name] = fd
+
+    def kept(self, name: str) -> int:
+        """Return the descriptor of a file that is kept; children share its locks."""
+        return self._files[name]
 
     def reopen(self, name: str) -> int | None:
         """Open a file that is kept anew, with locks of its own; None where it is not kept."""
@@ -151,7 +158,11 @@ class RuntimeDirectory:
         self.activity.require()
 
     def watch(self) -> None:
-        """Log, once per change, that the directory is lost or back. For one thread."""
+        """Log, once per change, that the directory is lost or back. For one thread.
+
+        Claim its path, too, where the server that had it before has ended.
+        """
+        self.claim.take()
         problem = self.problem()
         if not problem and not self._is_table_in_place():
             problem = f"the table in {self.path} was removed or replaced"
@@ -172,6 +183,7 @@ class RuntimeDirectory:
             os.close(fd)
         for directory in self._kept:
             directory.close()
+        self.claim.close()
 
 
 #: One for each path and process: what the master has opened, its children inherit.

@@ -67,10 +67,7 @@ def examine(directory: str) -> None:
         try:
             os.close(_open_readable(directory))
         except _UNREADABLE as exc:
-            if not (
-                _is_used(directory, os.O_RDONLY | os.O_DIRECTORY)
-                or _is_used(os.path.join(directory, _USE), os.O_RDWR)
-            ):
+            if not is_used(directory):
                 return
             if time.monotonic() > deadline:
                 raise IncompatibleTable(_why_not(directory, exc)) from exc
@@ -79,7 +76,14 @@ def examine(directory: str) -> None:
             return
 
 
-def _is_used(path: str, flags: int) -> bool:
+def is_used(directory: str) -> bool:
+    """Tell whether a process has the table of this directory open. Changes nothing."""
+    return _is_locked(directory, os.O_RDONLY | os.O_DIRECTORY) or _is_locked(
+        os.path.join(directory, _USE), os.O_RDWR
+    )
+
+
+def _is_locked(path: str, flags: int) -> bool:
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -88,6 +92,16 @@ def _is_used(path: str, flags: int) -> bool:
         return not try_flock(fd)
     finally:
         os.close(fd)
+
+
+def is_alone(runtime: RuntimeDirectory) -> bool:
+    """Tell whether no other process has the table open that this one keeps, and has not mapped."""
+    held = (runtime.kept(_USE), runtime.top.fileno())
+    try:
+        return all(try_flock(fd) for fd in held)
+    finally:
+        for fd in held:
+            fcntl.flock(fd, fcntl.LOCK_SH)
 
 
 def map_kept(file: int) -> tuple[mmap.mmap, SlotTable]:

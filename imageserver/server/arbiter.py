@@ -136,7 +136,11 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         gunicorn counts them until they end. While old ones drain, which may take an hour, it
         would replace none of those that die, and leave the port to nobody. They stay among
         ``WORKERS``: gunicorn goes on watching, reaping and, on stop, awaiting them.
+
+        gunicorn calls this once a second: the time to claim the runtime directory's path, where
+        the server that had it before (an upgrade, orphans) has ended; new workers inherit it.
         """
+        self.process.runtime.claim.take()
         workers = self.WORKERS.values()
         staying = [worker for worker in workers if not hasattr(worker, "is_told_to_stop")]
         staying.sort(key=lambda worker: worker.age)

@@ -11,6 +11,7 @@ import tempfile
 from imageserver.core.slots import SIZE, IncompatibleTable
 from imageserver.process import Process
 from imageserver.runtime import tablefile
+from imageserver.runtime.pathclaim import claimants
 from imageserver.runtime.private import UnusableDirectory, examine_runtime
 from imageserver.runtime.processes import is_proc_ours
 from imageserver.server import addresses
@@ -110,6 +111,8 @@ def _check_directories(settings: Settings) -> list[str]:
         examine_runtime(path, SIZE)
         if os.path.isdir(path):
             tablefile.examine(path)
+        if not (os.path.isdir(path) and tablefile.is_used(path)):
+            refuse_beside_the_lost(path)
     except (UnusableDirectory, IncompatibleTable) as exc:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
     except OSError as exc:
@@ -117,6 +120,20 @@ def _check_directories(settings: Settings) -> list[str]:
             f"IMAGESERVER_RUNTIME_DIR: {path} cannot be used: {exc.strerror}."
         ) from exc
     return warnings
+
+
+def refuse_beside_the_lost(path: str) -> None:
+    """Refuse a path that processes have claimed, where nobody uses the directory there now.
+
+    Raises:
+        UnusableDirectory: there are such processes.
+    """
+    pids = claimants(path)
+    if pids:
+        raise UnusableDirectory(
+            f"processes of a server that has lost {path} (it was removed or replaced) still run; "
+            f"wait for or stop pid {', '.join(map(str, pids))}"
+        )
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext | None:

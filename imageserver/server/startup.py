@@ -13,9 +13,11 @@ from imageserver.core.errors import StateUnavailable
 from imageserver.core.slots import IncompatibleTable
 from imageserver.observability.metrics.numbers import clear_if_alone
 from imageserver.process import Process
+from imageserver.runtime import tablefile
 from imageserver.runtime.private import UnusableDirectory
 from imageserver.server import addresses
 from imageserver.server.addresses import UnusableAddress
+from imageserver.server.preconditions import refuse_beside_the_lost
 from imageserver.settings import InvalidSetting, Settings, variable_of
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,17 @@ def take_over(process: Process) -> None:
 
 
 def _prepare(process: Process) -> None:
-    """Open the runtime directory and the slot table, which all workers inherit."""
-    process.runtime.prepare()
+    """Open the runtime directory and the slot table, which all workers inherit.
+
+    The path is claimed once the table is held: a server that starts meanwhile, and finds the path
+    claimed, finds the table in use, too.
+    """
+    runtime = process.runtime
+    runtime.prepare()
     process.slots.open()
+    process.slots.close()
+    if not runtime.claim.take() and tablefile.is_alone(runtime):
+        refuse_beside_the_lost(runtime.path)
 
 
 def sweep(process: Process) -> None:

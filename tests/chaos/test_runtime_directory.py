@@ -2,6 +2,7 @@
 """The runtime directory removed or replaced under a live server: nobody gets in twice."""
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from tests.system.clients import putting, read_answer
 from tests.system.controlling import Control, controlled
 from tests.system.disks import refill
 from tests.system.harness import Server, free_port, repeatable, wait_until
+from tests.system.killing import is_running
+from tests.system.test_start import CHECK, SERVE, assert_one_sentence, run
 from tests.system.watching import Admin
 
 DATA = repeatable("runtime directory").randbytes(1 << 20)
@@ -121,3 +124,38 @@ def test_a_removed_lock_file_does_not_let_a_second_writer_in(server, nbd):
             lock.unlink()
         answers = {server.request("PUT", "/images/disk", b"").refusal for _ in range(8)}
     assert answers == {(409, "image busy")}
+
+
+def _move(path: Path) -> None:
+    path.rename(path.with_name("away"))
+
+
+@pytest.mark.parametrize(
+    ("lose", "kills_master"),
+    [
+        pytest.param(shutil.rmtree, False, id="removed"),
+        pytest.param(_move, True, id="moved, and its master killed"),
+    ],
+)
+def test_no_server_starts_beside_one_that_has_lost_the_same_directory(
+    server, home, lose, kills_master
+):
+    workers = server.worker_pids()
+    with putting(server, "/images/disk", SIZE, DATA) as (writer, stream):
+        lose(server.runtime)
+        if kills_master:
+            server.process.kill()
+            server.process.wait()
+        for command in (CHECK, SERVE):
+            done = run(command, server.env | {"IMAGESERVER_BIND": f"unix:{home}/other"})
+            words = ["IMAGESERVER_RUNTIME_DIR", "that has lost", "wait for or stop pid"]
+            assert_one_sentence(done, words)
+            assert {str(pid) for pid in workers} & set(re.findall("[0-9]+", done.stderr))
+        assert not server.runtime.exists()
+        writer.sendall(DATA * (SIZE // len(DATA) - 1))
+        assert read_answer(stream, "PUT").status == 200
+    if not kills_master:
+        server.stop()
+    wait_until(lambda: not any(map(is_running, workers)))
+    server.start()
+    assert server.request("GET", "/images/disk").status == 200

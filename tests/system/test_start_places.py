@@ -116,6 +116,16 @@ def test_a_shared_memory_file_system_that_takes_no_files_is_done_without(home):
         assert server.request("OPTIONS", "/images/*").status == 200
 
 
+@needs("mounts")
+def test_the_same_path_in_another_mount_namespace_is_another_place(home):
+    place = _directory(home / "place", 0o700)
+    with Server(home, workers=1, runtime_dir=place / "run") as server:
+        mount = f"mount -t tmpfs -o mode=0700 tmpfs {place} && exec {' '.join(CHECK)}"
+        settings = server.env | {"IMAGESERVER_BIND": f"unix:{home}/other"}
+        done = run([program("unshare"), "--mount", "sh", "-c", mount], settings)
+        assert (done.stdout, done.stderr) == ("ok\n", "")
+
+
 @needs("PID namespaces")
 @COMMANDS
 def test_a_server_in_another_pid_namespace_is_refused(home, command):

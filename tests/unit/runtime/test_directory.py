@@ -12,6 +12,7 @@ import pytest
 
 from imageserver.core.errors import StateUnavailable
 from imageserver.runtime.directory import RuntimeDirectory, runtime_in
+from imageserver.runtime.pathclaim import PathClaim
 from imageserver.runtime.private import UnusableDirectory
 
 
@@ -143,3 +144,18 @@ def test_a_directory_that_is_not_there_cannot_be_required(runtime: RuntimeDirect
 
 def test_a_process_has_one_for_each_path(path: Path) -> None:
     assert runtime_in(str(path)) is runtime_in(str(path))
+
+
+def test_the_path_of_a_server_that_has_ended_is_claimed_by_the_next_one(
+    path: Path, runtime: RuntimeDirectory
+) -> None:
+    before = PathClaim(str(path))
+    before.take()
+    runtime.prepare()
+    runtime.watch()
+    assert not runtime.claim.take()
+    before.close()
+
+    runtime.watch()
+
+    assert not PathClaim(str(path)).take()

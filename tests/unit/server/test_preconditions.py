@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must be so before a start, as far as no real server is needed to see it."""
 
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from imageserver.process import Process
-from imageserver.server import addresses, preconditions
+from imageserver.runtime.pathclaim import PathClaim
+from imageserver.server import addresses, preconditions, startup
 from imageserver.server.preconditions import CannotStart, check, check_reload
 from imageserver.server.startup import read_settings
 from tests.unit.masters import prepared, settle
+from tests.unit.processes import holding
+
+_USE = """
+import sys
+from imageserver.runtime.directory import RuntimeDirectory
+from imageserver.runtime.slottable import SharedTable
+runtime = RuntimeDirectory(sys.argv[1])
+runtime.prepare()
+SharedTable(runtime, {}).open()
+print("held", flush=True)
+sys.stdin.readline()
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +89,26 @@ def test_a_slash_at_the_end_of_a_directory_does_not_count(
 
     with pytest.raises(CannotStart, match="link is not a directory that belongs to uid"):
         check(read_settings())
+
+
+def test_a_path_that_others_have_lost_is_refused_at_the_check_and_at_the_start(
+    place: Path,
+) -> None:
+    others = PathClaim(str(place / "run"))
+    others.take()
+    said = rf"lost {place}/run .* stop pid {os.getpid()}\.$"
+
+    with pytest.raises(CannotStart, match=said):
+        check(read_settings())
+    with pytest.raises(SystemExit, match=said):
+        startup.take_over(Process(read_settings()))
+    others.close()
+
+
+def test_beside_a_server_that_has_its_directory_another_one_may_start(place: Path) -> None:
+    others = PathClaim(str(place / "run"))
+    others.take()
+    with holding(_USE, place / "run"):
+        check(read_settings())
+        startup.take_over(Process(read_settings()))
+    others.close()

@@ -48,20 +48,21 @@ def image_key(image: Image) -> str:
 class ImageLock:
     """The lock of an image that this request holds; made by ``ImageLocks.acquire``."""
 
-    def __init__(self, directory: int, name: str, mark: bytes) -> None:
+    def __init__(self, directory: KeptDirectory, name: str, mark: bytes) -> None:
         """Take the lock, leaving ``mark`` in its file, which is made where it is missing.
 
         Raises:
             ImageBusy: another request holds it.
             FileNotFoundError: the directory was removed.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        self._fd = os.open(name, flags, 0o600, dir_fd=directory)
+        self._directory = directory
+        self._name = name
+        self._fd = self._open()
         try:
             while not self._is_taken():
                 os.close(self._fd)  # pruned between open(2) and flock(2)
                 self._fd = -1
-                self._fd = os.open(name, flags, 0o600, dir_fd=directory)
+                self._fd = self._open()
             self.predecessor = os.pread(self._fd, _MARK_SIZE, 0)
             self.abandoned = self.predecessor != b""
             # One write(2) over the old mark, so that the file has a mark at every moment.
@@ -70,14 +71,29 @@ class ImageLock:
             self._close()
             raise
 
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        return os.open(self._name, flags, 0o600, dir_fd=self._directory.fileno())
+
     def _is_taken(self) -> bool:
         if not lock_descriptor(self._fd, blocking=False):
             raise ImageBusy
-        return self.is_in_place()
+        return self._is_named()
+
+    def _is_named(self) -> bool:
+        """Tell whether the file's name still leads to it, not to another file or none."""
+        try:
+            found = os.stat(self._name, dir_fd=self._directory.fileno(), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(found, os.fstat(self._fd))
 
     def is_in_place(self) -> bool:
-        """Tell whether the next request would find this lock; False: its file was removed."""
-        return os.fstat(self._fd).st_nlink > 0
+        """Tell whether the next request would find this lock.
+
+        False: its file, or the directory with it, was removed, renamed or replaced.
+        """
+        return self._directory.is_in_place() and self._is_named()
 
     def release(self, *, settled: bool) -> None:
         """Let the image go. Never fails, may be called twice."""
@@ -156,7 +172,7 @@ class ImageLocks:
 
     def _take(self, name: str, *, shared: bool) -> ImageLock:
         self._directory.require()
-        return ImageLock(self._directory.fileno(), name, self._mark(shared=shared))
+        return ImageLock(self._directory, name, self._mark(shared=shared))
 
     def _await_exit(self, lock: ImageLock, deadline: float) -> None:
         """Wait until the process that left a mark has no thread and no file any more.
@@ -200,7 +216,7 @@ class ImageLocks:
                 # and one in use is kept by its lock.
                 if time.time() - found.st_mtime < _IDLE_SECONDS or found.st_size:
                     continue
-                lock = ImageLock(directory, name, self._mark())
+                lock = ImageLock(self._directory, name, self._mark())
                 try:
                     if not lock.abandoned:  # it may have got a mark since it was listed
                         os.unlink(name, dir_fd=directory)

@@ -118,10 +118,11 @@ def test_a_directory_that_was_moved_away_and_back_is_used_again(server, home):
     assert server.request("POST", "/images/disk/flush").status == 200
 
 
-def test_a_removed_lock_file_does_not_let_a_second_writer_in(server, nbd):
+@pytest.mark.parametrize("how", ["removed", "renamed"])
+def test_a_lock_file_that_is_gone_does_not_let_a_second_writer_in(server, home, how):
     with putting(server, "/images/disk", SIZE, DATA):
         for lock in (server.runtime / "locks").iterdir():
-            lock.unlink()
+            lock.unlink() if how == "removed" else lock.rename(home / lock.name)
         answers = {server.request("PUT", "/images/disk", b"").refusal for _ in range(8)}
     assert answers == {(409, "image busy")}
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,7 +292,7 @@ def test_a_lock_file_that_is_marked_while_it_is_pruned_is_kept(
     age(directory, 3601)
     real = locks.ImageLock
 
-    def after_another(directory: int, name: str, mark: bytes) -> locks.ImageLock:
+    def after_another(directory: KeptDirectory, name: str, mark: bytes) -> locks.ImageLock:
         real(directory, name, mark).release(settled=False)
         return real(directory, name, mark)
 
@@ -342,11 +343,61 @@ def test_a_directory_removed_at_the_last_moment_is_not_made_either(
     assert not directory.exists()
 
 
-def test_a_lock_whose_file_was_removed_knows_it(directory: Path, images: ImageLocks) -> None:
+def _remove(file: Path) -> None:
+    file.unlink()
+
+
+def _rename(file: Path) -> None:
+    file.rename(file.with_name("away"))
+
+
+def _replace(file: Path) -> None:
+    _rename(file)
+    file.touch()
+
+
+def _link(file: Path) -> None:
+    _rename(file)
+    file.symlink_to("away")
+
+
+def _rename_directory(file: Path) -> None:
+    file.parent.rename(file.parent.with_name("away"))
+
+
+SPOILT = pytest.mark.parametrize("spoil", [_remove, _rename, _replace, _link, _rename_directory])
+
+
+@SPOILT
+def test_a_lock_that_the_next_request_would_not_find_knows_it(
+    directory: Path, images: ImageLocks, spoil: Callable[[Path], None]
+) -> None:
     held = images.acquire(DISK)
     before = held.is_in_place()
-    for file in directory.iterdir():
-        file.unlink()
+    spoil(next(directory.iterdir()))
 
     assert (before, held.is_in_place()) == (True, False)
+    held.release(settled=True)
+
+
+@pytest.mark.parametrize("spoil", [_remove, _rename, _replace])
+def test_a_file_that_loses_its_name_before_it_is_locked_is_no_lock(
+    directory: Path,
+    images: ImageLocks,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None],
+) -> None:
+    really, left = locks.lock_descriptor, [1]
+
+    def late(fd: int, *, blocking: bool) -> bool:
+        if left[0]:
+            left[0] -= 1
+            spoil(directory / f"{image_key(DISK)}.lock")
+        return really(fd, blocking=blocking)
+
+    monkeypatch.setattr(locks, "lock_descriptor", late)
+    held = images.acquire(DISK)
+
+    assert held.is_in_place()
+    assert is_busy(images)
     held.release(settled=True)

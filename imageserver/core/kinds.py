@@ -41,6 +41,13 @@ class Image(Protocol):
         """Return what two images of a kind have in common exactly if they must share a lock."""
         ...
 
+    def pinned(self) -> "Image":
+        """Return an equal image that stays at what ``identity`` is now, wherever links lead later.
+
+        A lock is taken by the identity; what is opened under it must be that very image.
+        """
+        ...
+
     def stamp(self) -> object:
         """Return what changes when another server answers for the image; None: no server does."""
         ...

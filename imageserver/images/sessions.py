@@ -147,9 +147,10 @@ class Sessions:
             ClientGone: nobody waits for it any more.
         """
         request.needs(need.operation, need.kind)
-        key = self._key(transfer.image) if need.locked else ""
+        image = transfer.image.pinned() if need.locked else transfer.image
+        key = self._key(image) if need.locked else ""
         ticket = Ticket(transfer.id, need.operation, key, request.client)
-        wanted = _Wanted(transfer.image, need, ticket, request)
+        wanted = _Wanted(image, need, ticket, request)
         with ExitStack() as held:
             held.callback(request.leave)
             backend, shared = self._take_or_share(held, wanted)

@@ -42,11 +42,13 @@ class World:
     others: set[str] = field(default_factory=set)
     batches: list[list[Extent]] = field(default_factory=list)
     on_piece: Callable[[int], None] = lambda _: None
+    on_lock: Callable[[], None] = lambda: None
     on_open: Callable[[], None] = lambda: None
     stamp: object = "first"
     checks: list[Check] = field(default_factory=list)
     journal: list[str] = field(default_factory=list)
     opened: list["FakeBackend"] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
 
@@ -79,10 +81,12 @@ class FakeLocks:
 
     def acquire(self, _image: Image) -> "FakeLocks":
         self._world.note("lock")
+        self._world.on_lock()
         return FakeLocks(self._world)
 
     def acquire_briefly(self, _image: Image, *, shared: bool) -> "FakeLocks":
         self._world.note("lock briefly")
+        self._world.on_lock()
         return FakeLocks(self._world)
 
     def is_in_place(self) -> bool:
@@ -122,10 +126,12 @@ class FakeBackends:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def settle(self, _image: Image, _check: object = None) -> None:
+    def settle(self, image: Image, _check: object = None) -> None:
+        self._world.images.append(image)
         self._world.note("settle")
 
-    def open(self, _image: Image, intent: Intent, check: Check = no_client) -> "FakeBackend":
+    def open(self, image: Image, intent: Intent, check: Check = no_client) -> "FakeBackend":
+        self._world.images.append(image)
         self._world.note(f"open {intent.name}")
         self._world.checks.append(check)
         self._world.on_open()

@@ -62,9 +62,12 @@ class ImageFiles:
             FileAccessError: it cannot be opened or sized, is something else, or lies
                 outside the configured roots.
         """
-        path = path_bytes(image.path)
+        path = image.at or path_bytes(image.path)
         try:
             place = find(path, self._roots)
+            if place.path != (image.at or place.path):
+                place.close()
+                raise FileAccessError(f"{path_text(path)} has become a link")
             path = place.path
             return ImageFile(place, intent, self._chunk_size)
         except OSError as exc:

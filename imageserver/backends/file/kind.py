@@ -2,7 +2,7 @@
 """Files as a kind of image: what a transfer says of one, what can be done with it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from imageserver.backends.paths import resolved
@@ -19,6 +19,8 @@ class FileImage:
     """The bytes of a file or block device."""
 
     path: str
+    at: bytes | None = field(default=None, compare=False)
+    """The path without links, of an image that is pinned."""
 
     @property
     def kind(self) -> ImageKind:
@@ -31,7 +33,11 @@ class FileImage:
 
     def identity(self) -> Sequence[bytes]:
         """Return the path without links."""
-        return (resolved(self.path),)
+        return (self.at or resolved(self.path),)
+
+    def pinned(self) -> "FileImage":
+        """Return the image at the file to which links lead now."""
+        return replace(self, at=resolved(self.path))
 
     def stamp(self) -> None:
         """Return None: no server is between us and the file."""

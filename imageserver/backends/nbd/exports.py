@@ -52,7 +52,7 @@ class NbdExports:
             BackendTimeout: it has not, for the back-end timeout.
         """
         deadline = time.monotonic() + self._tuning.timeout
-        while has_orphans(image.socket):
+        while has_orphans(image.socket, image.at):
             check()
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{image.socket} still holds the connection of a dead client")

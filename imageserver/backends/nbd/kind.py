@@ -6,7 +6,7 @@ Read by imagectl too: libnbd is imported only when the server opens exports.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from imageserver.backends.paths import resolved
@@ -33,6 +33,8 @@ class NbdImage:
     bitmap: str | None = None
     flushes_image: bool = False
     """A flush covers what other connections have written, though the server does not say so."""
+    at: bytes | None = field(default=None, compare=False)
+    """The socket's path without links, of an image that is pinned."""
 
     @property
     def kind(self) -> ImageKind:
@@ -50,12 +52,21 @@ class NbdImage:
 
     def identity(self) -> Sequence[bytes]:
         """Return the socket without links, and the export."""
-        return resolved(self.socket), self.export.encode()
+        return self.at or resolved(self.socket), self.export.encode()
+
+    def pinned(self) -> "NbdImage":
+        """Return the image at the socket to which links lead now."""
+        return replace(self, at=resolved(self.socket))
+
+    @property
+    def path(self) -> bytes:
+        """Where the socket is looked for."""
+        return self.at or path_bytes(self.socket)
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Return which socket it is now; another server at the same path has another one."""
         try:
-            found = os.stat(path_bytes(self.socket))
+            found = os.stat(self.path)
         except OSError:
             return None
         return found.st_dev, found.st_ino, found.st_ctime_ns

@@ -11,6 +11,7 @@ A link is used by one thread at a time; only ``stopped`` is for another one.
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,17 @@ from functools import cached_property
 import nbd
 
 from imageserver.backends.nbd.failures import Stopped, TryAgain, TurnedAway, translated
-from imageserver.backends.nbd.kind import NbdImage
-from imageserver.core.errors import BackendError, BackendTimeout, ImageServerError
+from imageserver.backends.nbd.kind import MAX_SOCKET_PATH, NbdImage
+from imageserver.core.errors import (
+    NO_DESCRIPTOR,
+    BackendError,
+    BackendTimeout,
+    Exhausted,
+    ImageServerError,
+)
 from imageserver.core.extents import Reply
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, no_client
-from imageserver.core.transfer import path_bytes
 
 #: How long an orderly disconnect may take (NBD_CMD_DISC). A server that takes longer hangs.
 DISCONNECT_SECONDS = 1.0
@@ -96,7 +102,7 @@ def _handshake(
         handle.set_pread_initialize(False)
         for context in contexts:
             handle.add_meta_context(context)
-        handle.aio_connect_unix(path_bytes(image.socket))
+        _connect_unix(handle, image.path)
         # Few calls: each gives the interpreter to another thread and has to win it back.
         while handle.aio_is_connecting():
             left = deadline - time.monotonic()
@@ -108,12 +114,31 @@ def _handshake(
             raise BackendError(f"{name}: closed the connection during the handshake")
     except nbd.Error as exc:
         raise _refused(exc, handle, name) from exc.with_traceback(None)
+    except OSError as exc:
+        cls = Exhausted if exc.errno in NO_DESCRIPTOR else BackendError
+        raise cls(f"{name}: {exc.strerror}") from exc.with_traceback(None)
     else:
         return handle
     finally:
         # A connection is closed when nothing refers to it, a traceback included: an error
         # that somebody keeps must not keep a place in the server's queue with it.
         del handle
+
+
+def _connect_unix(handle: nbd.NBD, path: bytes) -> None:
+    """Begin to connect, also where links have led to a path that no address takes (unix(7)).
+
+    Raises:
+        OSError: there is no socket at such a path.
+    """
+    if len(path) <= MAX_SOCKET_PATH:
+        handle.aio_connect_unix(path)
+        return
+    socket = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        handle.aio_connect_unix(b"/proc/self/fd/%d" % socket)  # calls connect(2) at once
+    finally:
+        os.close(socket)
 
 
 def _refused(exc: nbd.Error, handle: nbd.NBD, name: str) -> ImageServerError:

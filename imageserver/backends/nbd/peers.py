@@ -29,8 +29,10 @@ _ATTRIBUTE = struct.Struct("=HH")
 _MINOR_BITS = 20  # the kernel's own dev_t, as unix_diag shows it
 
 
-def has_orphans(path: str) -> bool:
+def has_orphans(path: str, at: bytes | None = None) -> bool:
     """Tell whether the server listening at ``path`` still holds connections of dead clients.
+
+    ``at``: the path without links, where they have been resolved.
 
     False where that cannot be known, because the server lives in another network namespace.
 
@@ -39,7 +41,7 @@ def has_orphans(path: str) -> bool:
     """
     name = path_bytes(path)
     try:
-        found = os.stat(name)
+        found = os.stat(at or name)
     except OSError:
         return False  # nobody listens there any more
     device = os.major(found.st_dev) << _MINOR_BITS | os.minor(found.st_dev)

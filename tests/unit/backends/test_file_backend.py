@@ -183,3 +183,19 @@ def test_what_is_exchanged_between_look_and_opening_is_not_read(
     monkeypatch.setattr(os, "open", opening)
     with pytest.raises(FileAccessError, match="neither a regular file"):
         ImageFiles(4096).open(FileImage(str(image)), Intent.READ)
+
+
+def test_a_pinned_file_is_the_one_that_links_led_to_or_none(image: Path) -> None:
+    link = image.with_name("link")
+    link.symlink_to(image)
+    pinned = FileImage(str(link)).pinned()
+    link.unlink()
+    link.symlink_to("another")
+    backend = ImageFiles(4096).open(pinned, Intent.READ)
+    assert b"".join(backend.read(0, backend.size)) == OLD
+    backend.close()
+
+    image.rename(image.with_name("another"))
+    image.symlink_to("another")
+    with pytest.raises(FileAccessError, match=r"/image has become a link$"):
+        ImageFiles(4096).open(pinned, Intent.READ)

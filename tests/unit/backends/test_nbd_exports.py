@@ -201,3 +201,51 @@ def test_a_client_that_has_gone_ends_the_handshake(tmp_path: Path) -> None:
         listener.listen()
         with pytest.raises(ClientGone):
             _open(Liar(tmp_path / "silent"), check=check)
+
+
+# Links to a server's socket
+
+
+def _link(link: Path, target: Path) -> NbdImage:
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    return NbdImage(str(link))
+
+
+def _served(image: NbdImage) -> bytes:
+    exports = NbdExports(Tuning(chunk_size=64 * KIB, queue_depth=3, timeout=5.0))
+    backend = exports.open(image, Intent.WRITE)
+    try:
+        return b"".join(map(bytes, backend.read(0, 2)))
+    finally:
+        backend.close()
+
+
+def test_a_pinned_image_stays_at_its_socket_when_the_link_to_it_is_moved(
+    liar: Liar, tmp_path: Path
+) -> None:
+    image = _link(tmp_path / "link", liar.path)
+    pinned = image.pinned()
+    _link(tmp_path / "link", tmp_path / "another")
+
+    assert pinned == image
+    assert image.stamp() is None
+    assert pinned.stamp() == NbdImage(str(liar.path)).stamp()
+    assert _served(pinned) == b"DD"
+    with pytest.raises(BackendError, match=r"^.*/link export '': .*No such file"):
+        _served(image)
+
+
+def test_a_link_may_lead_to_a_path_longer_than_an_address_takes(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    (tmp_path / "short").symlink_to(deep)
+    with lying(Liar(tmp_path / "short" / "nbd")) as liar:
+        image = _link(tmp_path / "link", deep / "nbd").pinned()
+        assert len(image.path) > 107
+        assert _served(image) == b"DD"
+        with no_descriptors(), pytest.raises(Exhausted):
+            _served(image)
+        liar.path.unlink()
+        with pytest.raises(BackendError, match=r"^.*/link export '': No such file or directory$"):
+            _served(image)

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sessions over fake ports: taken in order, given back in reverse, whatever fails on the way."""
 
+from pathlib import Path
+
 import pytest
 
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import (
     BackendError,
     BackendTimeout,
@@ -16,6 +20,7 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Ticket
 from imageserver.core.ranges import Span
 from imageserver.core.slots import Kind
+from imageserver.core.transfer import Transfer
 from imageserver.images import sessions
 from imageserver.images.sessions import Need
 from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World, a_request
@@ -390,3 +395,25 @@ def test_a_lock_that_others_have_removed_is_no_right_to_an_image() -> None:
         world.sessions().open(TRANSFER, sessions.REPLACE, a_request())
 
     assert world.journal == ["lock", "slot WRITE", "free", "unlock"]
+
+
+@pytest.mark.parametrize("shares_lock", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("image", [NbdImage, FileImage])
+def test_what_is_opened_is_the_image_that_was_locked_wherever_links_lead_meanwhile(
+    tmp_path: Path, image: type[NbdImage | FileImage], shares_lock: bool
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("first")
+    world = World(abandoned=True)
+
+    def move() -> None:
+        link.unlink()
+        link.symlink_to("second")
+
+    world.on_lock = move
+    sessions_ = world.sessions(shares_lock=shares_lock)
+    sessions_.open(Transfer("t1", image(str(link))), sessions.WRITE, a_request()).close()
+
+    first = f"{tmp_path}/first".encode()
+    assert [found.identity()[0] for found in world.images] == [first, first]
+    assert world.images[0] == image(str(link))

@@ -129,14 +129,13 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """Serve until told to stop or orphaned, then drain."""
         self._pools.start(self.wsgi, self.cfg, self._loop)
         self._loop.watch(self.PIPE[0], self._woken)
-        # Readable when the parent dies (pidfd_open(2)): orphans must free their port at once.
-        parent = os.pidfd_open(self.ppid)
-        self._loop.watch(parent, lambda: self._orphaned(parent))
         for listener in self.sockets:
             self._listen(listener)
+        self._watch_master()
         self._publish()
-        log.info("worker %d accepts connections", self.pid)
-        if "GUNICORN_PID" in os.environ:  # an upgrade (SIGUSR2) has come this far
+        if self.alive:
+            log.info("worker %d accepts connections", self.pid)
+        if self.alive and "GUNICORN_PID" in os.environ:  # an upgrade (SIGUSR2) has come this far
             systemd.sd_notify(f"MAINPID={self.ppid}", self.log)
         while self.alive:
             self._step()
@@ -168,9 +167,23 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._loop.step()
         self._metrics.flush_if_due()
 
-    def _orphaned(self, parent: int) -> None:
+    def _watch_master(self) -> None:
+        """Drain when the master dies, or has died since the fork: its address must be free."""
+        try:
+            master = os.pidfd_open(self.ppid)
+        except ProcessLookupError:
+            self._orphaned()
+            return
+        if os.getppid() == self.ppid:
+            self._loop.watch(master, lambda: self._orphaned(master))  # readable: pidfd_open(2)
+        else:  # another process has its pid
+            os.close(master)
+            self._orphaned()
+
+    def _orphaned(self, master: int | None = None) -> None:
         log.warning("master died; worker %d finishes what runs and ends", self.pid)
-        self._loop.forget(parent)
+        if master is not None:
+            self._loop.forget(master)
         self.alive = False
 
     def _publish(self) -> None:

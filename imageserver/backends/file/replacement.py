@@ -155,9 +155,16 @@ def check_target(directory: int, name: bytes, old: int) -> None:
     """
     if _mount_of(old) != _mount_of(directory):
         raise OSError(errno.EBUSY, "is a mount point")
-    # rmdir(2) asks whether the name may be removed before it asks whether it is a directory.
     with contextlib.suppress(NotADirectoryError, FileNotFoundError):
+        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "has become a directory")
+        # rmdir(2) asks whether the name may be removed before it asks whether it is a directory.
         os.rmdir(name, dir_fd=directory)
+        # An empty directory was put there since the stat. Its mode is not known: nobody but us.
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=directory)
+        raise IsADirectoryError(errno.EISDIR, "has become a directory")
 
 
 def _mount_of(fd: int) -> bytes:

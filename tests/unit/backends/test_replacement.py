@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from imageserver.backends.file import replacement
-from imageserver.backends.file.replacement import NewFile, copy_attributes, sweep
+from imageserver.backends.file.replacement import NewFile, check_target, copy_attributes, sweep
 
 
 @pytest.fixture
@@ -218,3 +218,38 @@ def test_a_label_that_the_old_file_lacks_stays(
     place.of = {old: {}, new: {b"security.selinux": b"label"}}
     copy_attributes(old, new)
     assert place.of[new] == {b"security.selinux": b"label"}
+
+
+def test_a_directory_that_takes_the_files_place_is_left_as_it_is(
+    directory: int, tmp_path: Path
+) -> None:
+    (tmp_path / "image").touch()
+    old = os.open(tmp_path / "image", os.O_RDONLY)
+    (tmp_path / "image").rename(tmp_path / "away")
+    (tmp_path / "image").mkdir(0o751)
+    (tmp_path / "image").chmod(0o751)
+    before = (tmp_path / "image").stat()
+
+    with pytest.raises(IsADirectoryError):
+        check_target(directory, b"image", old)
+    assert (tmp_path / "image").stat() == before
+    os.close(old)
+
+
+def test_a_directory_that_comes_while_the_name_is_tried_is_there_afterwards(
+    directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "image").touch()
+    old = os.open(tmp_path / "image", os.O_RDONLY)
+    really = os.rmdir
+
+    def late(name: bytes, *, dir_fd: int) -> None:
+        (tmp_path / "image").rename(tmp_path / "away")
+        (tmp_path / "image").mkdir()
+        really(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    with pytest.raises(IsADirectoryError):
+        check_target(directory, b"image", old)
+    assert (tmp_path / "image").stat().st_mode & 0o7777 == 0o700
+    os.close(old)

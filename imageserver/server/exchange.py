@@ -170,7 +170,7 @@ def serve(  # noqa: PLR0913 - what a request needs
     if conn.is_tls:
         environ["wsgi.url_scheme"] = "https"  # gunicorn knows of no TLS here
     environ[ZERO_COPY] = True
-    presence = Presence(conn.sock, body, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
+    presence = Presence(conn.sock, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
     resp.begins = presence.answering
     environ[IS_GONE] = presence.is_gone
     environ[ASKING] = asking

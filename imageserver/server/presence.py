@@ -4,8 +4,6 @@
 What poll(2) says of its socket, and what that means:
 
     POLLERR, POLLHUP     gone: it has reset the connection, or shut it down both ways
-    POLLRDHUP, while     it sends no more: reading the body will fail, that is soon enough
-      the body is read
     POLLRDHUP over TLS   gone: a client that half-closes does so in TLS (close_notify), not in TCP
     POLLRDHUP otherwise  gone, or half-closed to read the answer: HTTP allows that, and TCP does
                          not distinguish them. So something is sent: a host answers data for a
@@ -14,6 +12,9 @@ What poll(2) says of its socket, and what that means:
 What is sent is ``100 Continue``. Every client of HTTP/1.1 skips it in front of the answer,
 expected or not (RFC 9110 section 15.2). It is sent only before the answer's head, and only when
 the send queue is empty. For a client whose host has died, TCP keep-alive probes (tcp(7)) fail.
+
+Bytes of a body that nobody has read change nothing of this, and are left where they are. Only
+where the receive buffer is full of them does the end of the connection stay unseen.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import socket
 import threading
 import time
 
-from imageserver.server.wire import RequestInput, send_queue
+from imageserver.server.wire import send_queue
 
 #: How often 100 is sent to a client that may have half-closed, in seconds.
 _ASK_SECONDS = 5.0
@@ -39,12 +40,9 @@ _KEEPALIVE = (
 class Presence:
     """One request's client. ``is_gone`` may be called from any thread."""
 
-    def __init__(
-        self, sock: socket.socket, body: RequestInput, *, is_tls: bool, knows_100: bool
-    ) -> None:
+    def __init__(self, sock: socket.socket, *, is_tls: bool, knows_100: bool) -> None:
         """``knows_100``: it speaks HTTP/1.1."""
         self._sock = sock
-        self._body = body
         self._is_tls = is_tls
         self._lock = threading.Lock()
         self._may_ask = knows_100 and not is_tls
@@ -61,7 +59,7 @@ class Presence:
         events = sum(event for _, event in poller.poll(0))
         if events & (select.POLLERR | select.POLLHUP):
             return True
-        if not events & select.POLLRDHUP or self._body.left:
+        if not events & select.POLLRDHUP:
             return False
         return self._is_tls or self._is_refused()
 

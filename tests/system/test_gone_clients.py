@@ -18,6 +18,7 @@ JSON = "Content-Type: application/json"
 SLOW = {
     "zero": ("PATCH", (JSON,), b'{"op":"zero","size":%d}' % SIZE),
     "read": ("GET", (), b""),
+    "read, with a body that nobody reads": ("GET", (), b"{}"),
 }
 
 

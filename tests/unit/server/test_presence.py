@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from imageserver.server.presence import Presence
-from imageserver.server.wire import RequestInput, Wire
 
 Ends = tuple[socket.socket, socket.socket]
 QUESTION = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -39,11 +38,8 @@ def ends(request: pytest.FixtureRequest) -> Iterator[Ends]:
         yield pair
 
 
-def _presence(
-    ours: socket.socket, *, left: int = 0, is_tls: bool = False, knows_100: bool = True
-) -> Presence:
-    body = RequestInput(Wire(ours, 5), bytearray(), left, expects_continue=False)
-    return Presence(ours, body, is_tls=is_tls, knows_100=knows_100)
+def _presence(ours: socket.socket, *, is_tls: bool = False, knows_100: bool = True) -> Presence:
+    return Presence(ours, is_tls=is_tls, knows_100=knows_100)
 
 
 def _is_gone_within(presence: Presence, seconds: float = 5.0) -> bool:
@@ -104,16 +100,34 @@ def test_a_client_that_has_half_closed_is_asked_now_and_then_and_is_there(
     assert _is_gone_within(presence)
 
 
-@pytest.mark.parametrize(
-    "silent",
-    [
-        pytest.param({"knows_100": False}, id="HTTP/1.0"),
-        pytest.param({"left": 1}, id="its-body-is-not-read"),
-    ],
-)
-def test_who_cannot_be_asked_is_not_and_counts_as_there(ends: Ends, silent: dict[str, int]) -> None:
+@pytest.mark.parametrize("leave", [_reset, socket.socket.close], ids=["reset", "close"])
+def test_a_client_is_gone_whatever_of_its_body_nobody_has_read(
+    ends: Ends, leave: Callable[[socket.socket], None]
+) -> None:
     ours, client = ends
-    presence = _presence(ours, **silent)  # type: ignore[arg-type]
+    presence = _presence(ours)
+    client.sendall(bytes(1000))
+    assert not presence.is_gone()
+
+    leave(client)
+
+    assert _is_gone_within(presence)
+
+
+def test_a_client_that_half_closes_behind_its_body_is_there_and_so_is_its_body(ends: Ends) -> None:
+    ours, client = ends
+    presence = _presence(ours)
+    client.sendall(b"body")
+    client.shutdown(socket.SHUT_WR)
+
+    assert not _is_gone_within(presence, 0.05)
+    assert client.recv(100) == QUESTION
+    assert ours.recv(100) == b"body"
+
+
+def test_a_client_of_http_1_0_is_not_asked_and_counts_as_there(ends: Ends) -> None:
+    ours, client = ends
+    presence = _presence(ours, knows_100=False)
     client.shutdown(socket.SHUT_WR)
 
     assert not _is_gone_within(presence, 0.05)

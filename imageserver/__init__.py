@@ -16,4 +16,4 @@ The layers, each importing only what stands below it (``pyproject.toml`` holds t
     core                       values and rules; no I/O, no clock, no threads
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

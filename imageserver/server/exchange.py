@@ -152,6 +152,22 @@ def serve(  # noqa: PLR0913 - what a request needs
         _send(conn, _refused_head(conn, exc))
         return False
     conn.buffer[:] = reader.take_buffered()
+    resp, environ = _prepare(conn, wire, cfg, req)
+    resp.is_last = is_last
+    environ[ASKING] = asking
+    try:
+        _answer(conn, resp, environ, app)
+    except WouldWait:
+        conn.buffer[:] = received
+        conn.requests -= 1
+        raise
+    return not resp.should_close()
+
+
+def _prepare(
+    conn: Connection, wire: Wire, cfg: Any, req: ImageRequest
+) -> tuple[ImageResponse, dict[str, Any]]:
+    """Return a request's answer, to be filled, and its WSGI environment."""
     chunked = isinstance(req.body.reader, ChunkedReader)
     # A chunked body is never read (docs/api.md): its end is unknown, so the connection ends.
     body = RequestInput(
@@ -164,7 +180,6 @@ def serve(  # noqa: PLR0913 - what a request needs
     resp, environ = create(
         req, conn.sock, conn.address, conn.listener, cfg, ImageResponse, (wire, body)
     )
-    resp.is_last = is_last
     environ["wsgi.input"] = body
     environ["wsgi.multithread"] = True
     if conn.is_tls:
@@ -173,14 +188,7 @@ def serve(  # noqa: PLR0913 - what a request needs
     presence = Presence(conn.sock, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
     resp.begins = presence.answering
     environ[IS_GONE] = presence.is_gone
-    environ[ASKING] = asking
-    try:
-        _answer(conn, resp, environ, app)
-    except WouldWait:
-        conn.buffer[:] = received
-        conn.requests -= 1
-        raise
-    return not resp.should_close()
+    return resp, environ
 
 
 def _answer(

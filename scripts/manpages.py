@@ -63,7 +63,7 @@ def of_click(command: click.Command, parent: click.Context | None, name: str) ->
     )
 
 
-def of_argparse(parser: argparse.ArgumentParser, text: str | None = None) -> Command:
+def of_argparse(parser: argparse.ArgumentParser, text: str = "") -> Command:
     """Return what argparse knows of a command; ``text`` describes it where nothing else does."""
     children: list[Command] = []
     options: list[tuple[str, str]] = []
@@ -71,15 +71,20 @@ def of_argparse(parser: argparse.ArgumentParser, text: str | None = None) -> Com
     for action in parser._actions:  # noqa: SLF001 - argparse shows them in its help only
         if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 - as above
             said = {choice.dest: choice.help for choice in action._choices_actions}  # noqa: SLF001
-            children += [of_argparse(sub, said[name]) for name, sub in action.choices.items()]
+            children += [of_argparse(sub, said[name] or "") for name, sub in action.choices.items()]
             positionals.append(str(action.metavar or "COMMAND"))
         elif action.help != argparse.SUPPRESS:
             options.append((_terms(action), _expanded(parser, action)))
             positionals += [] if action.option_strings else [str(_metavar(action))]
+    groups = [
+        f"{str(group.title).capitalize()}: {group.description}"
+        for group in parser._action_groups  # noqa: SLF001 - as above
+        if group.description
+    ]
     return Command(
         parser.prog,
         " ".join(["[OPTIONS]", *positionals]),
-        parser.description or (text or "").capitalize(),
+        "\n\n".join([parser.description or _sentence(text), *groups]),
         options,
         children,
         parser.epilog or "",
@@ -101,7 +106,10 @@ def _terms(action: argparse.Action) -> str:
 def _expanded(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
     """Return an option's help, a whole sentence as click's are."""
     values = vars(action) | {"prog": parser.prog}
-    text = (action.help or "") % values
+    return _sentence((action.help or "") % values)
+
+
+def _sentence(text: str) -> str:
     return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "!")) else ".")
 
 

@@ -42,11 +42,15 @@ def test_a_parser_is_read_with_its_commands():
     parser.add_argument("--loud", action="store_true", help="make noise")
     commands = parser.add_subparsers()
     serve = commands.add_parser("serve", help="serve images", add_help=False)
-    serve.add_argument("-b", "--bind", metavar="ADDRESS", help="where; not %(default)s", default=1)
+    settings = serve.add_argument_group("settings", "Each has a variable.")
+    settings.add_argument(
+        "-b", "--bind", metavar="ADDRESS", help="where; not %(default)s", default=1
+    )
     serve.add_argument("mode", choices=["a", "b"], help="how")
 
     options = [("-b, --bind ADDRESS", "Where; not 1."), ("{a,b}", "How.")]
-    child = Command("toy serve", "[OPTIONS] {a,b}", "Serve images", options, [])
+    text = "Serve images.\n\nSettings: Each has a variable."
+    child = Command("toy serve", "[OPTIONS] {a,b}", text, options, [])
     loud = [("--loud", "Make noise.")]
     assert of_argparse(parser) == Command("toy", "[OPTIONS] COMMAND", "Play.", loud, [child])
 

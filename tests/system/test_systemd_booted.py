@@ -58,7 +58,7 @@ def machine() -> Iterator[Machine]:
 def service(machine: Machine, workplace: Path) -> Service:
     """The service, installed, set up by its environment file, and running."""
     service = installed(workplace, machine)
-    (check,) = re.findall(r"```sh\n(.*--check\)\n)```", OPERATIONS, re.DOTALL)
+    (check,) = re.findall(r"```sh\n(.* check\)\n)```", OPERATIONS, re.DOTALL)
     machine.run("bash", "-c", check.rpartition("```sh\n")[2])
     machine.run("systemctl", "start", "imageserver")
     return service

@@ -24,6 +24,7 @@ from imageserver.runtime.processes import is_alive, is_exiting
 from imageserver.runtime.slottable import SharedTable
 from imageserver.settings import MAX_WORKERS, Settings
 from imageserver.transfers.actions import Administration
+from imageserver.transfers.fileage import file_age
 from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.lookup import Catalogue
 from imageserver.transfers.registered import RegistrationFiles
@@ -96,7 +97,8 @@ class Process:
         """All transfers, by id."""
         # What was registered once stays unknown as long as nobody can unregister it.
         registered = self.registrations if self.settings.control_socket else None
-        return Catalogue(self.files, registered, self.usage, require=self.runtime.require_records)
+        require = self.runtime.require_records
+        return Catalogue(self.files, registered, self.usage, file_age(), require)
 
     @cached_property
     def administration(self) -> Administration:

@@ -32,6 +32,7 @@ from imageserver.server.control import open_to_group
 from imageserver.server.preconditions import CannotStart, check, check_reload, tls_context
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import Settings, variable_of
+from imageserver.transfers.fileage import file_age
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +139,11 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         ``WORKERS``: gunicorn goes on watching, reaping and, on stop, awaiting them.
 
         gunicorn calls this once a second: the time to claim the runtime directory's path, where
-        the server that had it before (an upgrade, orphans) has ended; new workers inherit it.
+        the server that had it before (an upgrade, orphans) has ended, and to note whether the
+        system's clock was set. New workers inherit both.
         """
         self.process.runtime.claim.take()
+        file_age().look()
         workers = self.WORKERS.values()
         staying = [worker for worker in workers if not hasattr(worker, "is_told_to_stop")]
         staying.sort(key=lambda worker: worker.age)

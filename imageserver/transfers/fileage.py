@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 #: The two clocks drift apart by less within a minute; stamps are up to a timer tick old.
 _STEP_NS = 100_000_000
@@ -61,6 +62,11 @@ class FileAge:
             ]
         return max(0, now - max(moments, default=now))
 
+    def look(self) -> None:
+        """Note whether the system's clock has been set. To be called now and then."""
+        with self._lock:
+            self._look()
+
     def _look(self) -> int:
         """Note whether the system's clock has been set; return the time."""
         now = self._now_ns()
@@ -75,3 +81,9 @@ class FileAge:
         else:
             latest.last_ns = now
         return now
+
+
+@cache
+def file_age() -> FileAge:
+    """Return that of this process: in a worker, with the periods that its master has noted."""
+    return FileAge()

@@ -21,6 +21,7 @@ from imageserver.runtime.slottable import SharedTable
 from imageserver.server import arbiter as master
 from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.worker import ImageWorker
+from imageserver.transfers.fileage import FileAge, file_age
 from tests.unit.masters import begin, die_holding_a_slot, new_arbiter, settle, writers
 
 
@@ -202,6 +203,24 @@ def test_a_certificate_that_does_not_fit_leaves_the_old_one_and_the_reload_goes_
     arbiter.renew()
 
     assert arbiter.tls is old
+
+
+def test_workers_inherit_what_the_master_has_noted_of_the_clock(
+    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[FileAge] = []
+
+    def look(ages: FileAge) -> None:
+        noted.append(ages)
+
+    monkeypatch.setattr(FileAge, "look", look)
+    begin(arbiter)
+    arbiter._num_workers = 0
+
+    arbiter.manage_workers()
+
+    assert noted == [file_age()]
+    assert arbiter.process.catalogue._ages is noted[0]
 
 
 # What cannot begin

@@ -80,3 +80,18 @@ def test_a_clock_that_is_set_all_the_time_is_followed(clocks: _Clocks, ages: Fil
         clocks.ahead += 60 * SECOND
         assert ages.age_ns(clocks.wall() - SECOND // 100) <= SECOND
     assert len(ages._periods) < 50
+
+
+def test_a_file_ages_as_before_where_the_clock_was_only_looked_at(
+    clocks: _Clocks, ages: FileAge
+) -> None:
+    stamp = clocks.wall()
+    ages.look()
+    clocks.now += 10 * SECOND
+    ages.look()
+    clocks.ahead += HOUR
+    clocks.now += 5 * SECOND
+    ages.look()
+
+    assert ages.age_ns(stamp) == 15 * SECOND
+    assert FileAge(clocks.wall, clocks.monotonic).age_ns(stamp) == 3615 * SECOND

@@ -39,6 +39,14 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
     assert broken == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_is_named_exists(document: Path) -> None:
+    named = re.findall(r"(?:tests/[a-z_/]+/)?\btest_[a-z_]+\.py", document.read_text("utf-8"))
+    files = [f"/{path.relative_to(ROOT)}" for path in (ROOT / "tests").rglob("test_*.py")]
+    missing = [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
+    assert missing == []
+
+
 def test_operations_has_the_sections_that_alerts_lead_to() -> None:
     named = re.compile(r"operations\.md#([\w-]+)")
     conf = ROOT / "conf"

@@ -23,8 +23,6 @@ import hashlib
 import os
 import socket
 
-from imageserver.core.transfer import path_bytes
-
 
 class PathClaim:
     """The claim of a path, for this process and the children that it forks."""
@@ -63,7 +61,7 @@ def claimants(path: str) -> list[int]:
 
 
 def _name(path: str) -> bytes:
-    real = os.path.realpath(path_bytes(path))
+    real = os.path.realpath(os.fsencode(path))
     return b"\0imageserver/" + hashlib.sha256(real).hexdigest().encode()
 
 
@@ -91,7 +89,7 @@ def _has(pid: int, inode: bytes) -> bool:
 
 def _means(pid: int, path: str) -> bool:
     """Tell whether the path is in the same directory for another process as for this one."""
-    parent = os.path.dirname(os.path.realpath(path_bytes(path)))
+    parent = os.path.dirname(os.path.realpath(os.fsencode(path)))
     try:
         theirs = os.stat(b"/proc/%d/root" % pid + parent)
         return os.path.samestat(theirs, os.stat(parent))

@@ -18,7 +18,7 @@ from imageserver.observability.metrics.shown import Sources, exposition
 from imageserver.process import Process
 from imageserver.server.credentials import peer_of
 from imageserver.server.readiness import checks
-from imageserver.web.admin_app import Sights, create_admin_app
+from imageserver.web.admin_app import AdminSources, create_admin_app
 from imageserver.web.app import App
 
 
@@ -74,7 +74,7 @@ def admin_application(process: Process, *, full_ids: bool) -> App:
         process.metrics.flush()
         return exposition(sources)
 
-    return create_admin_app(Sights(slots, proofs, metrics), full_ids=full_ids)
+    return create_admin_app(AdminSources(slots, proofs, metrics), full_ids=full_ids)
 
 
 # In the master

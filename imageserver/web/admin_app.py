@@ -30,8 +30,8 @@ _RUNNING = (Kind.READ, Kind.WRITE, Kind.OTHER)
 
 
 @dataclass(frozen=True, slots=True)
-class Sights:
-    """What there is to see."""
+class AdminSources:
+    """Where the answers of the admin listener come from."""
 
     table: Living
     checks: Mapping[str, Callable[[], str]]
@@ -39,13 +39,13 @@ class Sights:
     metrics: Callable[[], Exposition]
 
 
-def create_admin_app(sights: Sights, *, full_ids: bool) -> App:
+def create_admin_app(sources: AdminSources, *, full_ids: bool) -> App:
     """Put the application together."""
     app = falcon.App(middleware=_ReadOnly())
     app.add_route("/healthz", _Health())
-    app.add_route("/readyz", _Readiness(sights.checks))
-    app.add_route("/status", _Status(sights.table, full_ids=full_ids))
-    app.add_route("/metrics", _Metrics(sights.metrics))
+    app.add_route("/readyz", _Readiness(sources.checks))
+    app.add_route("/status", _Status(sources.table, full_ids=full_ids))
+    app.add_route("/metrics", _Metrics(sources.metrics))
     app.add_error_handler(Exception, _refuse_unexpected)
     app.add_error_handler(falcon.HTTPError, _refuse_http)
     app.add_error_handler(ImageServerError, _refuse)

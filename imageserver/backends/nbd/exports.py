@@ -12,8 +12,8 @@ from dataclasses import replace
 from imageserver.backends.nbd import status, transfer, zeroing
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.link import Link, Tuning, connect
-from imageserver.backends.nbd.opening import Openings
 from imageserver.backends.nbd.peers import has_orphans
+from imageserver.backends.nbd.warmup import WarmUp
 from imageserver.core import extents
 from imageserver.core.errors import BackendTimeout
 from imageserver.core.extents import Extent
@@ -32,7 +32,7 @@ class NbdExports:
 
     def __init__(self, tuning: Tuning) -> None:
         self._tuning = tuning
-        self._openings = Openings()
+        self._warm_up = WarmUp()
 
     def open(self, image: NbdImage, intent: Intent, check: Check = no_client) -> "NbdExport":
         """Connect to an export: see ``ports.Backends``."""
@@ -43,7 +43,7 @@ class NbdExports:
             contexts.append(extents.dirty_context(image.bitmap))
         seconds = INSPECT_SECONDS if intent is Intent.INSPECT else CONNECT_SECONDS
         link = connect(image, contexts, seconds, self._tuning, check)
-        return NbdExport(link, image, self._openings)
+        return NbdExport(link, image, self._warm_up)
 
     def settle(self, image: NbdImage, check: Check = no_client) -> None:
         """Wait until the server has done with every connection whose client is dead.
@@ -62,10 +62,10 @@ class NbdExports:
 class NbdExport:
     """One connection to one export: a ``ports.Backend``."""
 
-    def __init__(self, link: Link, image: NbdImage, openings: Openings) -> None:
+    def __init__(self, link: Link, image: NbdImage, warm_up: WarmUp) -> None:
         self._link = link
         self._image = image
-        self._openings = openings
+        self._warm_up = warm_up
         self.size = link.size
         self.align = link.align
 
@@ -82,21 +82,21 @@ class NbdExport:
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``."""
-        self._open(start, length)
+        self._prepare(start, length)
         return transfer.read(self._link, start, length)
 
     def write(self, start: int, length: int, source: Source) -> Iterator[int]:
         """Write ``length`` bytes from ``source`` at ``start``."""
-        self._open(start, length)
+        self._prepare(start, length)
         return transfer.write(self._link, start, length, source)
 
     def replace(self, length: int, source: Source) -> Iterator[int]:
         """Write the whole export."""
-        self._open(0, length)
+        self._prepare(0, length)
         return transfer.write(self._link, 0, length, source)
 
-    def _open(self, start: int, length: int) -> None:
-        self._openings.open(self._link, start, length)
+    def _prepare(self, start: int, length: int) -> None:
+        self._warm_up.read_once(self._link, start, length)
 
     def zero(self, start: int, length: int) -> Iterator[int]:
         """Zero a range of any length."""

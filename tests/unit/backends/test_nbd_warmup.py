@@ -3,9 +3,9 @@
 
 import pytest
 
-from imageserver.backends.nbd import opening
+from imageserver.backends.nbd import warmup
 from imageserver.backends.nbd.failures import Stopped
-from imageserver.backends.nbd.opening import Openings
+from imageserver.backends.nbd.warmup import WarmUp
 from imageserver.core.errors import BackendError, BackendTimeout, ClientGone, NoSpace
 from tests.unit.backends.links import FakeLink
 
@@ -19,10 +19,10 @@ def _fake(server: int = 1, **parts: object) -> FakeLink:
 
 
 def test_each_server_is_read_once_near_what_is_wanted() -> None:
-    openings, first, again, other = Openings(), _fake(), _fake(), _fake(2)
-    openings.open(first.link, 3 * MIB, MIB)
-    openings.open(again.link, 0, MIB)
-    openings.open(other.link, SIZE - MIB, MIB)
+    warm_up, first, again, other = WarmUp(), _fake(), _fake(), _fake(2)
+    warm_up.read_once(first.link, 3 * MIB, MIB)
+    warm_up.read_once(again.link, 0, MIB)
+    warm_up.read_once(other.link, SIZE - MIB, MIB)
 
     assert first.sent("read") == [(3 * MIB, 2 * MIB)]
     assert again.requests == []
@@ -38,34 +38,34 @@ def test_each_server_is_read_once_near_what_is_wanted() -> None:
     ],
 )
 def test_what_needs_no_large_request_causes_none(fake: FakeLink, length: int) -> None:
-    Openings().open(fake.link, 0, length)
+    WarmUp().read_once(fake.link, 0, length)
     assert fake.requests == []
 
 
 def test_a_read_is_of_whole_blocks() -> None:
     fake = _fake(align=4096, size=3 * MIB + 512)  # the fake refuses others
-    Openings().open(fake.link, 2 * MIB + 5, MIB)
+    WarmUp().read_once(fake.link, 2 * MIB + 5, MIB)
     assert fake.sent("read") == [(MIB, 2 * MIB)]
 
 
 @pytest.mark.parametrize("error", [BackendError("bad"), NoSpace("odd")], ids=repr)
 def test_a_read_that_fails_says_nothing(error: Exception) -> None:
-    openings, fake = Openings(), _fake(fail=lambda _: error)
-    openings.open(fake.link, 0, MIB)
-    openings.open(fake.link, 0, MIB)
+    warm_up, fake = WarmUp(), _fake(fail=lambda _: error)
+    warm_up.read_once(fake.link, 0, MIB)
+    warm_up.read_once(fake.link, 0, MIB)
     assert len(fake.requests) == 1
 
 
 @pytest.mark.parametrize("error", [BackendTimeout("s"), ClientGone(), Stopped("s")], ids=repr)
 def test_a_read_that_nobody_waits_for_any_more_ends_the_transfer(error: Exception) -> None:
     with pytest.raises(type(error)):
-        Openings().open(_fake(fail=lambda _: error).link, 0, MIB)
+        WarmUp().read_once(_fake(fail=lambda _: error).link, 0, MIB)
 
 
 def test_only_so_many_servers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "_MOST", 2)
-    openings = Openings()
+    monkeypatch.setattr(warmup, "_MOST", 2)
+    warm_up = WarmUp()
     for server in (1, 2, 3, 1):
         fake = _fake(server)
-        openings.open(fake.link, 0, MIB)
+        warm_up.read_once(fake.link, 0, MIB)
         assert len(fake.requests) == 1

@@ -46,7 +46,7 @@ def test_each_server_is_opened_once_and_near_what_is_wanted(server: Server, work
         assert _reads(log) == [(SIZE - 2 * MIB, 2 * MIB), (SIZE - MIB, MIB)]
 
 
-def test_an_opening_that_fails_does_not_fail_the_transfer(server: Server, workplace: Path):
+def test_a_warm_up_that_fails_does_not_fail_the_transfer(server: Server, workplace: Path):
     pread = "pread=if [ $3 -gt 1048576 ]; then echo EIO bad >&2; exit 1; fi; head -c $3 /dev/zero"
     options = ("eval", f"get_size=echo {SIZE}", pread)
     with nbdkit(workplace / "bad", *options) as sock:

@@ -19,13 +19,13 @@ _SMALL = 128 << 10
 _MOST = 1024
 
 
-class Openings:
-    """Which servers a worker has opened: those behind the same sockets, as they were bound."""
+class WarmUp:
+    """Reads once from each server: the one behind a socket, as that was bound."""
 
     def __init__(self) -> None:
         self._seen: set[tuple[int, ...]] = set()
 
-    def open(self, link: Link, start: int, length: int) -> None:
+    def read_once(self, link: Link, start: int, length: int) -> None:
         """Read once, near ``start``, if the server is new.
 
         A read that fails says nothing about what the client wants.

@@ -57,7 +57,11 @@ class ControlProgram(LoadUser):
         with self._transfer(registrar, name) as image:
             reader = gevent.spawn(read, image)
             reader.link(lambda _: has_begun.set())
-            has_begun.wait()
+            try:
+                has_begun.wait()
+            except BaseException:  # the run is over: the read must not begin after the transfer
+                reader.kill()
+                raise
         self._is_gone(name)
         reader.get()
 

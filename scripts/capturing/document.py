@@ -16,11 +16,6 @@ class UnknownBlock(Exception):
     """Markers and captures do not match; ``str()`` names those that are alone."""
 
 
-def names(text: str) -> list[str]:
-    """Return the blocks' names, in order."""
-    return [match[2] for match in _BLOCK.finditer(text)]
-
-
 def blocks(text: str) -> dict[str, str]:
     """Return what each block holds."""
     return {
@@ -31,7 +26,7 @@ def blocks(text: str) -> dict[str, str]:
 
 def filled(text: str, captures: Mapping[str, str]) -> str:
     """Replace each block; there must be one for each capture, and the other way round."""
-    alone = set(names(text)) ^ set(captures)
+    alone = set(blocks(text)) ^ set(captures)
     if alone:
         raise UnknownBlock(f"in the document or among the captures only: {sorted(alone)}")
     return _BLOCK.sub(lambda match: match[1] + captures[match[2]] + match[3], text)

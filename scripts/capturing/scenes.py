@@ -13,7 +13,6 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from lab.processes import free_port, wait_until
 from lab.servers import Server, nbdkit, qemu_img, qemu_io, qemu_nbd
 from rich.text import Text
 
-from capturing.terminal import Program, program
+from capturing.terminal import Program
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT, _ADMIN_PORT = 54323, 54324
@@ -96,11 +95,14 @@ class World:
         with source.open("wb") as file:
             file.truncate(self._data)
             file.write(os.urandom(self._data // 2))
-        reading = self._started("download", "$url", "disk.raw", "-n", "2", image="slow")
-        writing = self._started("upload", "other.raw", "$url", "-n", "1", image="target")
-        with reading:
+        download = ("download", "$url", "disk.raw", "-n", "2")
+        upload = ("upload", "other.raw", "$url", "-n", "1")
+        with self._started(*download, image="slow"):
             wait_until(self._both_read)  # the oldest stands first
-            with writing, self._started("top", "$admin", "--interval", "0.3") as top:
+            with (
+                self._started(*upload, image="target"),
+                self._started("top", "$admin", "--interval", "0.3") as top,
+            ):
                 shown = top.until(_shows_all)
         return Shot(((self._typed(("top", "$admin")), shown),), "imagectl top")
 
@@ -108,13 +110,13 @@ class World:
         with urllib.request.urlopen(f"http://127.0.0.1:{self._admin}/status") as answer:
             return len(json.load(answer)["transfers"]) == _READS
 
-    def _started(self, *words: str, image: str = "demo") -> AbstractContextManager[Program]:
+    def _started(self, *words: str, image: str = "demo") -> Program:
         places = {
             "$url": f"http://127.0.0.1:{self._server.port}/images/{image}",
             "$admin": f"http://127.0.0.1:{self._admin}",
         }
         command = [*_IMAGECTL, *(places.get(word, word) for word in words)]
-        return program(command, self._home, self._renamed)
+        return Program(command, self._home, self._renamed)
 
     def _typed(self, words: tuple[str, ...]) -> str:
         admin = f"http://127.0.0.1:{_ADMIN_PORT}"

@@ -6,7 +6,6 @@ before it writes it anew, and writes full screens from the top.
 """
 
 import codecs
-import contextlib
 import fcntl
 import io
 import os
@@ -17,8 +16,9 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from rich.console import CONSOLE_SVG_FORMAT, Console  # type: ignore[attr-defined]
 from rich.text import Text
@@ -68,7 +68,7 @@ class Screen:
 
 
 class Program:
-    """A program whose terminal is ours."""
+    """A program whose terminal is ours; ``renamed`` is what its screen shows otherwise."""
 
     def __init__(self, command: Sequence[str], cwd: Path, renamed: Mapping[str, str]) -> None:
         self._master, slave = pty.openpty()
@@ -112,21 +112,14 @@ class Program:
         """Send a signal, as the terminal's keys do."""
         self._running.send_signal(number)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
         """End it, if it has not ended."""
         self._running.kill()
         self._running.wait()
         os.close(self._master)
-
-
-@contextlib.contextmanager
-def program(command: Sequence[str], cwd: Path, renamed: Mapping[str, str]) -> Iterator[Program]:
-    """Run a program beside the block; ``renamed`` is what its screen shows otherwise."""
-    running = Program(command, cwd, renamed)
-    try:
-        yield running
-    finally:
-        running.close()
 
 
 def svg(text: Text, title: str) -> str:

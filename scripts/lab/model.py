@@ -40,6 +40,8 @@ class Write:
 
     start: int
     data: bytes
+    done: bool | None = False
+    """Answered 200; interrupted (False); or refused before a byte (None)."""
 
     @property
     def stop(self) -> int:
@@ -75,54 +77,48 @@ class Model:
 
     # The image's only writer
 
-    def begin_write(self, start: int, data: bytes) -> Write:
-        """Note a write before its first byte is sent."""
+    @contextlib.contextmanager
+    def writing(self, start: int, data: bytes) -> Iterator[Write]:
+        """Note a write that is sent and answered within the block, which sets its ``done``."""
         write = Write(start, data)
         with self._lock:
             self._current = write
             for read in self._reads:
                 if write.start < read.stop and read.start < write.stop:
                     read.writes.append(write)
-        return write
+        try:
+            yield write
+        finally:
+            with self._lock:
+                self._current = None
+                self._end(write)
 
-    def end_write(self, write: Write, *, done: bool | None) -> None:
-        """Note its end: answered 200, interrupted (False), or refused before a byte (None)."""
-        with self._lock:
-            self._current = None
-            if done:
-                self._committed[write.start : write.stop] = write.data
-                self._interrupted = [
-                    piece
-                    for other in self._interrupted
-                    for piece in _outside(other, write.start, write.stop)
-                ]
-            elif done is False:
-                self._interrupted.append(write)
+    def _end(self, write: Write) -> None:
+        if write.done:
+            self._committed[write.start : write.stop] = write.data
+            self._interrupted = [
+                piece
+                for other in self._interrupted
+                for piece in _outside(other, write.start, write.stop)
+            ]
+        elif write.done is False:
+            self._interrupted.append(write)
 
     # Its readers
 
-    def begin_read(self, start: int, stop: int) -> Read:
-        """Note a read before its request is sent."""
+    @contextlib.contextmanager
+    def reading(self, start: int, stop: int) -> Iterator[Read]:
+        """Note a read whose request is sent and answered within the block."""
         with self._lock:
             read = Read(start, stop, bytes(self._committed[start:stop]))
             candidates = self._interrupted + ([self._current] if self._current else [])
             read.writes += [w for w in candidates if w.start < stop and start < w.stop]
             self._reads.append(read)
-            return read
-
-    def end_read(self, read: Read) -> None:
-        """Forget a read."""
-        with self._lock:
-            self._reads.remove(read)
-
-    @contextlib.contextmanager
-    def reading(self, start: int, stop: int) -> Iterator[Read]:
-        """Note a read that begins and ends within the block."""
-        read = self.begin_read(start, stop)
         try:
             yield read
         finally:
-            self.end_read(read)
+            with self._lock:
+                self._reads.remove(read)
 
     def check(self, read: Read, data: bytes) -> None:
         """Compare what has come of a read, its beginning at least, with what it may see.

@@ -4,15 +4,19 @@
 import contextlib
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 
 import gevent
 from gevent.event import Event
 from locust import between, task
 
+from imageserver.client.failures import ClientError
 from loading.client import Answer, Call, Unexpected
 from loading.images import Image
-from loading.registrars import NotRegistered, Registrar
 from loading.users import LoadUser
+
+#: Longer than a request in flight takes to end: unregistering waits for those.
+_UNREGISTER_SECONDS = 80.0
 
 
 class ControlProgram(LoadUser):
@@ -65,22 +69,23 @@ class ControlProgram(LoadUser):
         self._is_gone(name)
         reader.get()
 
-    def _begin(self) -> tuple[Registrar, str]:
-        return self.choose.choice(self.plan.registrars), str(uuid.uuid4())
+    def _begin(self) -> tuple[str, str]:
+        return self.choose.choice(list(self.plan.registrars)), str(uuid.uuid4())
 
     @contextlib.contextmanager
-    def _transfer(self, registrar: Registrar, name: str) -> Iterator[Image]:
+    def _transfer(self, registrar: str, name: str) -> Iterator[Image]:
         image = self._make(registrar, name)
         try:
             yield image
         finally:
-            with self.plan.measured(self.kind, f"end {registrar.name}", NotRegistered, OSError):
-                registrar.end(name)
+            with self.plan.measured(self.kind, f"end {registrar}", ClientError):
+                seconds = _UNREGISTER_SECONDS if registrar == "socket" else None
+                self.plan.registrars[registrar].remove(name, seconds, force=False)
 
-    def _make(self, registrar: Registrar, name: str) -> Image:
-        image, fields = self.choose.choice(self.plan.sources)
-        with self.plan.measured(self.kind, f"make {registrar.name}", NotRegistered, OSError):
-            registrar.make(name, fields)
+    def _make(self, registrar: str, name: str) -> Image:
+        image, transfer = self.choose.choice(self.plan.sources)
+        with self.plan.measured(self.kind, f"make {registrar}", ClientError):
+            self.plan.registrars[registrar].add(replace(transfer, id=name))
         return image
 
     def _is_gone(self, name: str) -> None:

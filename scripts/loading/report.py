@@ -20,6 +20,7 @@ REQUESTS: dict[str, tuple[str, ...]] = {
     "probe": ("HEAD", "OPTIONS", "OPTIONS /images/*"),
     "restore": ("GET back", "PATCH range", "PATCH zero", "POST flush", "PUT"),
 }
+_LINE = "{:7}  {:18}  {:>6}  {:>7}  {:>6}  {:>6}  {:>4}  {:>6}  {:>6}"
 _HEAD = ("user", "request", "done", "refused", "failed", "median", "p95", "p99 ms", "MiB/s")
 
 
@@ -35,13 +36,6 @@ class Row:
     milliseconds: tuple[float, ...]
     rate: float
     """MiB/s moved, in either direction."""
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """Return the columns' texts."""
-        counts = (f"{count}" for count in (self.done, self.refused, self.failed))
-        times = (f"{value:.0f}" for value in self.milliseconds)
-        return (self.user, self.name, *counts, *times, f"{self.rate:.1f}")
 
 
 def rows(stats: Any, seconds: float) -> list[Row]:  # noqa: ANN401 - locust's statistics
@@ -64,23 +58,15 @@ def rows(stats: Any, seconds: float) -> list[Row]:  # noqa: ANN401 - locust's st
 
 def table(found: Collection[Row]) -> str:
     """Return the rows and their sum, aligned."""
-    total = (
-        "all",
-        "",
-        *(f"{sum(getattr(row, name) for row in found)}" for name in ("done", "refused", "failed")),
-        *("", "", ""),
-        f"{sum(row.rate for row in found):.1f}",
-    )
-    lines = [_HEAD, *(row.cells for row in found), total]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(line: tuple[str, ...], widths: list[int]) -> str:
-    words, figures = line[:2], line[2:]
-    cells = [cell.ljust(width) for cell, width in zip(words, widths, strict=False)]
-    cells += [cell.rjust(width) for cell, width in zip(figures, widths[2:], strict=True)]
-    return "  ".join(cells).rstrip()
+    lines: list[tuple[object, ...]] = [_HEAD]
+    for row in found:
+        times = (f"{value:.0f}" for value in row.milliseconds)
+        lines.append(
+            (row.user, row.name, row.done, row.refused, row.failed, *times, f"{row.rate:.1f}")
+        )
+    counts = (sum(getattr(row, name) for row in found) for name in ("done", "refused", "failed"))
+    lines.append(("all", "", *counts, "", "", "", f"{sum(row.rate for row in found):.1f}"))
+    return "\n".join(_LINE.format(*line) for line in lines)
 
 
 def failures(stats: Any, exceptions: Any) -> list[str]:  # noqa: ANN401 - locust's

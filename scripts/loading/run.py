@@ -2,17 +2,22 @@
 """What the users of one run share: the server's limits, its images, and the referee."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
+from imageserver.backends.table import KINDS
+from imageserver.client.local.control_socket import ControlSocket
+from imageserver.client.local.transfer_files import ConfigDirectory
+from imageserver.core.transfer import Transfer, parse_transfer
 from loading.client import Answer, Call, Client, Referee, told
 from loading.images import WINDOW, Image
 from loading.ledger import Image as Lockable
 from loading.ledger import Ledger, Limits
 from loading.parameters import Parameters, Readable
-from loading.registrars import ControlSocket, Files, Registrar
+
+#: How a control program makes and ends transfers; both count when the call returns.
+Registrar = ConfigDirectory | ControlSocket
 
 
 class NotReady(Exception):
@@ -42,16 +47,17 @@ class Run:
         self.images = self.readable + self.writable
         self.unclaimed = list(self.writable)
         self.unready = list(self.writable)
-        self.registrars: list[Registrar] = []
-        self.sources: list[tuple[Image, dict[str, Any]]] = []
+        self.registrars: dict[str, Registrar] = {}
+        self.sources: list[tuple[Image, Transfer]] = []
         if parameters.config_dir:
-            self.registrars.append(Files(parameters.config_dir))
+            self.registrars["file"] = ConfigDirectory(str(parameters.config_dir))
             for image in self.readable:
                 with contextlib.suppress(FileNotFoundError):
-                    text = (parameters.config_dir / image.id).read_text(encoding="utf-8")
-                    self.sources.append((image, json.loads(text) | {"read_only": True}))
+                    text = (parameters.config_dir / image.id).read_bytes()
+                    transfer = parse_transfer(image.id, text, KINDS)
+                    self.sources.append((image, replace(transfer, read_only=True)))
         if parameters.control_socket:
-            self.registrars.append(ControlSocket(parameters.control_socket))
+            self.registrars["socket"] = ControlSocket(str(parameters.control_socket))
 
     @contextlib.contextmanager
     def measured(self, kind: str, name: str, *failures: type[Exception]) -> Iterator[None]:

@@ -75,15 +75,11 @@ class RestoreWriter(LoadUser):
     def _write(self, start: int, data: bytes, *, zero: bool) -> Answer | None:
         model = self.image.model
         assert model is not None  # noqa: S101 - since on_start
-        write = model.begin_write(start, data)
-        done: bool | None = False
-        try:
+        with model.writing(start, data) as write:
             answer = self.client.ask(self._call(start, data, zero=zero))
             if answer:
-                done = None if answer.refused else True
+                write.done = None if answer.refused else True
             return answer
-        finally:
-            model.end_write(write, done=done)
 
     def _call(self, start: int, data: bytes, *, zero: bool) -> Call:
         path, lockable = self.image.path, self.image.lockable

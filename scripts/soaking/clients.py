@@ -172,24 +172,19 @@ class Writer(Client):
             self._write(image, kind, start, data)
 
     def _write(self, image: Image, kind: str, start: int, data: bytes) -> None:
-        write = image.model.begin_write(start, data)
-        done: bool | None = False
         self._sent = 0
-        try:
+        with image.model.writing(start, data) as write:
             with self.exchange(image, kind) as wire:
                 send = self._zero if kind == "zero" else self._upload
                 answer = send(wire, image, kind, start, data)
-                if answer is None:
-                    return
-                if answer.status in _TRY_LATER:
-                    done = None
-                elif answer.status == _OK:
-                    done = True
-                self.settle(image, kind, answer)
-        finally:
-            if image.model.is_whole and done is False and self._sent < len(data):
-                done = None  # a body that was cut short replaces nothing
-            image.model.end_write(write, done=done)
+                if answer and answer.status in _TRY_LATER:
+                    write.done = None
+                elif answer and answer.status == _OK:
+                    write.done = True
+                if answer:
+                    self.settle(image, kind, answer)
+            if image.model.is_whole and write.done is False and self._sent < len(data):
+                write.done = None  # a body that was cut short replaces nothing
 
     def _upload(
         self, wire: Wire, image: Image, kind: str, start: int, data: bytes

@@ -127,13 +127,17 @@ def _stop_of(span: Range) -> int:
     return span[1]
 
 
-def data_spans(extents: Iterable[Extent], *, dirty: bool = False) -> tuple[Spans, Spans]:
-    """Return the spans of data and of zeros; ``dirty``: only of what has changed."""
-    data, zeros = Spans(), Spans()
+def data_spans(extents: Iterable[Extent], *, dirty: bool = False) -> tuple[Spans, Spans, int]:
+    """Return the spans of data and of zeros, and where the last extent ends.
+
+    ``dirty``: only the spans that have changed.
+    """
+    data, zeros, end = Spans(), Spans(), 0
     for start, length, is_zero, is_dirty in extents:
+        end = start + length
         if is_dirty or not dirty:
-            (zeros if is_zero else data).add(start, start + length)
-    return data, zeros
+            (zeros if is_zero else data).add(start, end)
+    return data, zeros, end
 
 
 def piece_bytes(total: int, connections: int) -> int:

@@ -7,7 +7,6 @@ no connection is replaced by a new one.
 
 import contextlib
 import http.client
-import json
 import select
 import socket
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 from imageserver.client.failures import Broken, Unreachable
 from imageserver.client.http.access import Access, tls_context
+from imageserver.client.http.answers import parse_fields
 from imageserver.client.http.connections import HANDSHAKE_SECONDS
 from imageserver.client.http.connections import Reply as Paced
 from imageserver.client.pace import Pace
@@ -51,19 +51,13 @@ class Reply:
     @property
     def error(self) -> str | None:
         """The message of an error in JSON."""
-        try:
-            message = json.loads(self.body or b"")["error"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
+        message = parse_fields(self.body or b"").get("error")
         return message if isinstance(message, str) else None
 
     @property
     def says_done(self) -> bool:
         """Whether the body is JSON that says so."""
-        try:
-            return json.loads(self.body or b"")["ok"] is True
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return False
+        return parse_fields(self.body or b"").get("ok") is True
 
 
 class Connection:

@@ -5,6 +5,7 @@ So nothing changes, unless somebody else writes to the same place at the same mo
 """
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 
 from imageserver.client.checking.findings import (
@@ -17,6 +18,7 @@ from imageserver.client.checking.findings import (
     require_done,
 )
 from imageserver.client.checking.probe import Reply, Request
+from imageserver.client.http.answers import parse_fields
 
 _BAD = 400
 #: Refusals of a way of writing that a server need not have.
@@ -29,6 +31,9 @@ _INSIDE = 4097
 #: Bytes before and behind a written span that are compared as well.
 _MARGIN = 512
 
+#: Half-open bytes of the image.
+Span = tuple[int, int]
+
 
 def _needs_range_writes(subject: Subject) -> None:
     if not subject.abilities.writes_ranges:
@@ -36,14 +41,16 @@ def _needs_range_writes(subject: Subject) -> None:
     subject.needs_bytes()
 
 
-def _end(subject: Subject) -> tuple[int, int]:
+def _end(subject: Subject) -> Span:
+    _needs_range_writes(subject)
     return max(0, subject.size - SAMPLE), subject.size
 
 
-def _inside(subject: Subject) -> tuple[int, int]:
+def _inside(subject: Subject) -> Span:
     """Return a span with odd ends, among data: zeros in the wrong place would not be seen."""
+    _needs_range_writes(subject)
     begin = subject.size // 2
-    if subject.size and subject.abilities.has("extents"):
+    if subject.abilities.has("extents"):
         with closing(subject.extents("zero")) as extents:
             data = (extent[0] for extent in extents if not extent[2] and extent[1] > _INSIDE)
             begin = next(data, begin)
@@ -55,20 +62,31 @@ def _content_range(start: int, stop: int) -> dict[str, str]:
     return {"Content-Range": f"bytes {start}-{stop - 1}/*", "Content-Type": _DATA}
 
 
+def _rewritten(subject: Subject, span: Span, write: Callable[[bytes], Reply]) -> Reply:
+    """Write the bytes of a span again; return the answer, once the image is found as it was."""
+    before, data = _around(subject, *span)
+    reply = write(data)
+    _check_written(subject, reply, span, before)
+    return reply
+
+
+def _put(subject: Subject, span: Span, query: str) -> Reply:
+    headers = _content_range(*span)
+    return _rewritten(subject, span, lambda data: subject.ask(Request("PUT", query, headers, data)))
+
+
 def _written_end(subject: Subject) -> str:
-    return _put(subject, *_end(subject))
+    _put(subject, span := _end(subject), "?flush=n")
+    return _shown(span)
 
 
 def _written_inside(subject: Subject) -> str:
-    return _put(subject, *_inside(subject))
+    _put(subject, span := _inside(subject), "?flush=n")
+    return _shown(span)
 
 
-def _put(subject: Subject, start: int, stop: int) -> str:
-    _needs_range_writes(subject)
-    before, data = _around(subject, start, stop)
-    reply = subject.ask(Request("PUT", "?flush=n", _content_range(start, stop), data))
-    _check_written(subject, reply, (start, stop), before)
-    return f"{stop - start} bytes at {start}"
+def _shown(span: Span) -> str:
+    return f"{span[1] - span[0]} bytes at {span[0]}"
 
 
 def _around(subject: Subject, start: int, stop: int) -> tuple[bytes, bytes]:
@@ -78,7 +96,7 @@ def _around(subject: Subject, start: int, stop: int) -> tuple[bytes, bytes]:
     return before, before[start - first : stop - first]
 
 
-def _check_written(subject: Subject, reply: Reply, span: tuple[int, int], before: bytes) -> None:
+def _check_written(subject: Subject, reply: Reply, span: Span, before: bytes) -> None:
     require_done(reply)
     if _around(subject, *span)[0] != before:
         raise Wrong(f"other bytes are read at {span[0]} than were written")
@@ -87,27 +105,22 @@ def _check_written(subject: Subject, reply: Reply, span: tuple[int, int], before
 
 
 def _patched(subject: Subject) -> str:
-    _needs_range_writes(subject)
-    start, stop = _inside(subject)
-    before, data = _around(subject, start, stop)
+    start, stop = span = _inside(subject)
     headers = {"Range": f"bytes={start}-{stop - 1}", "Content-Type": _DATA}
-    reply = subject.ask(Request("PATCH", headers=headers, body=data))
-    if reply.status in _UNSUPPORTED:
-        raise Missing(f"status {reply.status}")
-    _check_written(subject, reply, (start, stop), before)
-    return f"{stop - start} bytes at {start}"
+
+    def patch(data: bytes) -> Reply:
+        reply = subject.ask(Request("PATCH", headers=headers, body=data))
+        if reply.status in _UNSUPPORTED:
+            raise Missing(f"status {reply.status}")
+        return reply
+
+    _rewritten(subject, span, patch)
+    return _shown(span)
 
 
 def _flushed(subject: Subject) -> str:
-    _needs_range_writes(subject)
-    start, stop = _inside(subject)
-    before, data = _around(subject, start, stop)
-    reply = subject.ask(Request("PUT", "?flush=y", _content_range(start, stop), data))
-    _check_written(subject, reply, (start, stop), before)
-    try:
-        flushed = json.loads(reply.body or b"").get("flushed")
-    except (ValueError, AttributeError):
-        flushed = None
+    reply = _put(subject, _inside(subject), "?flush=y")
+    flushed = parse_fields(reply.body or b"").get("flushed")
     if flushed is None:
         raise Differs("the answer does not say whether it was flushed")
     if flushed is not subject.abilities.has("flush"):
@@ -122,24 +135,25 @@ def _zeroed(subject: Subject) -> str:
         found = next((extent for extent in extents if extent[2]), None)
     if found is None:
         raise Missing("no part of the image is zero, so nothing was tried")
-    start, stop = found[0], found[0] + min(found[1], _ZEROED)
+    start, stop = span = found[0], found[0] + min(found[1], _ZEROED)
     before, data = _around(subject, start, stop)
     if any(data):
         raise Wrong(f"bytes {start} to {stop} are said to be zero and are not")
     command = {"op": "zero", "offset": start, "size": stop - start}
     headers = {"Content-Type": "application/json"}
     reply = subject.ask(Request("PATCH", headers=headers, body=json.dumps(command).encode()))
-    _check_written(subject, reply, (start, stop), before)
-    return f"{stop - start} bytes at {start}, which were zero"
+    _check_written(subject, reply, span, before)
+    return f"{_shown(span)}, which were zero"
 
 
 def _expected(subject: Subject) -> str:
-    _needs_range_writes(subject)
-    start, stop = _inside(subject)
-    before, data = _around(subject, start, stop)
-    with subject.connection() as connection:
-        reply = connection.ask_expecting("PUT", _content_range(start, stop), data)
-    _check_written(subject, reply, (start, stop), before)
+    span = _inside(subject)
+
+    def put(data: bytes) -> Reply:
+        with subject.connection() as connection:
+            return connection.ask_expecting("PUT", _content_range(*span), data)
+
+    reply = _rewritten(subject, span, put)
     if not reply.continued:
         raise Differs("the body was not asked for")
     return "100 Continue, then the body"

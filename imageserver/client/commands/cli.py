@@ -12,7 +12,6 @@ import importlib
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from types import FrameType
 
 import click
@@ -67,20 +66,6 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="imagectl")
 def imagectl() -> None:
     """Move, show and watch disk images on an image server."""
-
-
-def command_contexts(context: click.Context | None = None) -> Iterator[click.Context]:
-    """Yield a context of ``imagectl`` and of each command below it, in the order of the help.
-
-    What a manual page needs: ``context.command_path``, ``context.get_help()``, and the parts of
-    ``context.command``: ``help``, ``epilog``, ``params``.
-    """
-    context = context or click.Context(imagectl, info_name="imagectl")
-    yield context
-    if isinstance(context.command, click.Group):
-        for name in context.command.list_commands(context):
-            if below := context.command.get_command(context, name):
-                yield from command_contexts(click.Context(below, context, info_name=name))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from rich.live import Live
 from imageserver.client.commands.options import Options, ascii_option, common_options
 from imageserver.client.failures import Refused, Transient
 from imageserver.client.http.access import Access
+from imageserver.client.http.answers import parse_fields
 from imageserver.client.http.transport import Transport
 from imageserver.client.showing.status import Status, parse_status, with_rates
 from imageserver.client.showing.terminal import is_dumb, speaks_utf8
@@ -89,11 +90,7 @@ class _Admin:
             text = response.read(_MAX_STATUS)
             response.drain_conn()
             response.release_conn()
-        try:
-            answer = json.loads(text)
-        except (ValueError, RecursionError):
-            answer = None
-        return parse_status(answer, time.monotonic())
+        return parse_status(parse_fields(text), time.monotonic())
 
     def close(self) -> None:
         self._transport.close()

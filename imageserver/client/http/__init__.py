@@ -2,7 +2,8 @@
 """An image behind HTTP.
 
     remote                         one image: abilities, size, extents, bytes
-    transport  answers             requests and their failures; what answers say
+    transport                      requests and their failures
+    answers                        what answers say
     connections  extent_list       urllib3 over our sockets; extents, parsed as they come
     access                         URL, certificates, Unix socket
 

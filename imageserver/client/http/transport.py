@@ -6,7 +6,6 @@ Each request is made once; ``backoff`` retries. An answer is returned only with 
 
 import contextlib
 import http.client
-import json
 import re
 import ssl
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from urllib3 import exceptions
 
 from imageserver.client.failures import Broken, Busy, Failed, Refused, Unreachable
 from imageserver.client.http.access import Access, tls_reason
+from imageserver.client.http.answers import parse_fields
 from imageserver.client.http.connections import NoTls, Sockets, is_protocol_error, make_pool
 
 #: Statuses that a retry may change (502 and 504: a proxy whose server restarts).
@@ -67,7 +67,12 @@ class Transport:
                 method,
                 target,
                 body=body,  # type: ignore[arg-type] # pieces for `send`, which takes any buffer
-                headers=self._headers() | dict(headers or {}),
+                headers={
+                    "Host": self._host_field,
+                    "User-Agent": "imagectl",
+                    "Accept-Encoding": "identity",
+                    **(headers or {}),
+                },
                 retries=False,
                 redirect=False,
                 assert_same_host=False,
@@ -76,13 +81,6 @@ class Transport:
             if response.status in expected:
                 return response
             raise self._refusal(method, response)
-
-    def _headers(self) -> dict[str, str]:
-        return {
-            "Host": self._host_field,
-            "User-Agent": "imagectl",
-            "Accept-Encoding": "identity",
-        }
 
     def read_into(self, response: Response, view: memoryview) -> int:
         """Read some of a body into ``view``; return how many bytes.
@@ -125,9 +123,8 @@ class Transport:
         inner = _innermost(exc)
         if isinstance(inner, TimeoutError):
             return Unreachable(f"{self.name} does not answer in TLS")
-        if is_protocol_error(inner):
-            return Failed(f"no TLS with {self.name}: {_reason(exc)}")
-        return Unreachable(f"no TLS with {self.name}: {_reason(exc)}")
+        kind = Failed if is_protocol_error(inner) else Unreachable
+        return kind(f"no TLS with {self.name}: {_reason(exc)}")
 
     def _refusal(self, method: str, response: Response) -> Exception:
         if response.status < _BELOW_ERRORS:  # its body may be the image: do not show it
@@ -171,13 +168,8 @@ def _message(response: Response) -> str:
     except (exceptions.HTTPError, OSError):
         response.close()
         return response.reason or "an answer that was cut"
-    try:
-        fields = json.loads(text)
-        if isinstance(fields, dict):
-            said = str(fields.get("error") or fields.get("explanation") or fields)
-            return said[:_MAX_SHOWN]
-    except (ValueError, RecursionError):
-        pass
+    if fields := parse_fields(text):
+        return str(fields.get("error") or fields.get("explanation") or fields)[:_MAX_SHOWN]
     first = text.decode("utf-8", "replace").strip().partition("\n")[0]
     return first[:_MAX_SHOWN] or response.reason or "no reason"
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layout of an image on a server: its size, and where its data is. Both must agree."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from imageserver.client.backoff import RetryBudget, retried
@@ -9,7 +8,6 @@ from imageserver.client.failures import Failed, Refused
 from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
 from imageserver.client.plan import Spans, data_spans, joined
-from imageserver.core.extents import Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +39,14 @@ def ask_layout(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dir
         if dirty:
             raise Refused("the server does not tell what has changed: no incremental download")
         return Layout(size, Spans([(0, size)]), Spans(), is_mapped=False)
-    data, zeros, end = retried(lambda: _extents(remote, dirty=dirty), budget)
+
+    def spans() -> tuple[Spans, Spans, int]:
+        return data_spans(remote.extents("dirty" if dirty else "zero"), dirty=dirty)
+
+    data, zeros, end = retried(spans, budget)
     if end != size:  # it may have grown between the two questions
         size = retried(remote.size, budget)
-        data, zeros, end = retried(lambda: _extents(remote, dirty=dirty), budget)
+        data, zeros, end = retried(spans, budget)
     if end != size:
         raise Failed(
             f"the extents end at {end}, the image at {size}: "
@@ -54,17 +56,3 @@ def ask_layout(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dir
         # One extent of data is what a server says of an image whose holes it does not know, too.
         return Layout(size, data, Spans(), is_mapped=data.total < size)
     return Layout(size, data, zeros, is_mapped=True)
-
-
-def _extents(remote: Remote, *, dirty: bool) -> tuple[Spans, Spans, int]:
-    """Return data, zeros, and the end of the last extent."""
-    end = 0
-
-    def told() -> Iterator[Extent]:
-        nonlocal end
-        for extent in remote.extents("dirty" if dirty else "zero"):
-            end = extent[0] + extent[1]
-            yield extent
-
-    data, zeros = data_spans(told(), dirty=dirty)
-    return data, zeros, end

@@ -54,7 +54,7 @@ class Target:
         beside = half_state(wanted.file) if wanted.in_place else state_beside(wanted.file)
         self._half = resume.State(beside)
         self._state = self._half if wanted.in_place else resume.State(f"{wanted.part}.state")
-        self._locked: LockedFile | None = None
+        self._locked: LockedFile
         self._is_base_same: Callable[[], bool] = lambda: True
 
     @contextlib.contextmanager
@@ -142,15 +142,8 @@ class Target:
         block = 1 if self._wanted.format == "raw" else SECTOR
         return -(-self._layout.size // block) * block
 
-    def _require_ours(self) -> None:
-        if self._locked:
-            self._locked.require()
-
-    def _ours(self) -> os.stat_result | None:
-        return self._locked.file if self._locked else None
-
     def _open_part(self, connections: int) -> LocalImage:
-        kind, ours = self._wanted.format, self._ours()
+        kind, ours = self._wanted.format, self._locked.file
         return open_image(self.path, kind, connections, writable=True, ours=ours)
 
     def _open_base(self, connections: int) -> LocalImage:
@@ -166,7 +159,7 @@ class Target:
     def _create(self, connections: int) -> LocalImage:
         wanted = self._wanted
         base = (wanted.base, wanted.base_format) if wanted.base else None
-        size, ours = self._layout.size, self._ours()
+        size, ours = self._layout.size, self._locked.file
         return create_image(self.path, wanted.format, size, connections, base, ours)
 
     def save(self, done: list[Range]) -> None:
@@ -175,7 +168,7 @@ class Target:
         Raises:
             LocalFailure: the path leads to another file than the one that was written.
         """
-        self._require_ours()
+        self._locked.require()
         undone = self._layout.changed.without(done) if self._wanted.in_place else None
         self._state.save(self._identity, done, undone)
 
@@ -184,7 +177,7 @@ class Target:
         if self._wanted.in_place:
             self.save([])
         else:  # a state must stay beside the part: it is no image
-            self._require_ours()
+            self._locked.require()
             self._state.save(replace(self._identity, kind=_WRONG), [])
 
     def fits(self, layout: Layout) -> bool:
@@ -208,7 +201,7 @@ class Target:
 
     def finish(self) -> None:
         """Rename the part to FILE, and remove the states."""
-        self._require_ours()
+        self._locked.require()
         file = self._wanted.file
         with local_errors(file):
             if not self._wanted.in_place and self._wanted.force:

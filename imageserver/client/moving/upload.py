@@ -36,7 +36,7 @@ from imageserver.client.local.formats import LocalImage, open_image
 from imageserver.client.local.qcow2_header import QCOW2_MAGIC, SECTOR
 from imageserver.client.moving.movers import Advance, Move, Movers
 from imageserver.client.moving.verify import compare, same_length
-from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, piece_bytes, pieces
+from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, data_spans, piece_bytes, pieces
 from imageserver.client.showing.progress import Watcher, adding
 
 #: Where ranges begin and end, in bytes: a qcow2 cluster, and a multiple of any block size.
@@ -289,11 +289,7 @@ class _Upload:
 
     def _differing(self, size: int) -> Spans:
         """Return where either side may have data: only there can both differ."""
-        zeros, end = Spans(), 0
-        for start, length, is_zero, _ in self._remote.extents():
-            end = start + length
-            if is_zero:
-                zeros.add(start, end)
+        _, zeros, end = data_spans(self._remote.extents())
         if end != size:  # extents of something else: compare all
             return Spans([(0, size)])
         return zeros.without(self._local.spans()).gaps(size)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 from click.testing import CliRunner
+from manpages import of_click
 
-from imageserver.client.commands.cli import COMMANDS, command_contexts, imagectl
+from imageserver.client.commands.cli import COMMANDS, imagectl
 from imageserver.client.failures import BadUrl
 
 IMAGE = "http://127.0.0.1:1/images/x"
@@ -14,8 +15,8 @@ IMAGE = "http://127.0.0.1:1/images/x"
 
 def helps() -> Iterator[tuple[str, list[str]]]:
     """Yield each command, and the lines of its help."""
-    for context in command_contexts():
-        words = context.command_path.split()[1:]
+    for command in of_click(imagectl, None, "imagectl").walk():
+        words = command.words.split()[1:]
         said = CliRunner().invoke(imagectl, [*words, "--help"], prog_name="imagectl").output
         yield " ".join(words), said.splitlines()
 

@@ -86,8 +86,10 @@ def test_a_piece_is_done_up_to_its_position():
 
 def test_data_and_zeros_are_told_apart_and_only_changes_where_asked():
     extents = [(0, 4, False, True), (4, 4, True, True), (8, 4, False, False), (12, 4, True, False)]
-    assert [list(spans) for spans in data_spans(extents)] == [[(0, 4), (8, 12)], [(4, 8), (12, 16)]]
-    assert [list(spans) for spans in data_spans(extents, dirty=True)] == [[(0, 4)], [(4, 8)]]
+    data, zeros, end = data_spans(extents)
+    assert (list(data), list(zeros), end) == ([(0, 4), (8, 12)], [(4, 8), (12, 16)], 16)
+    data, zeros, end = data_spans(extents, dirty=True)
+    assert (list(data), list(zeros), end) == ([(0, 4)], [(4, 8)], 16)
 
 
 def test_several_connections_get_several_pieces_each():

@@ -14,6 +14,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+from imageserver.settings.texts import (
+    NONE,
+    WrongText,
+    addresses,
+    addresses_or_none,
+    choice,
+    directory,
+    integer,
+    path,
+    paths,
+    seconds,
+    size,
+    socket_path,
+)
+
 PREFIX = "IMAGESERVER_"
 
 
@@ -21,104 +36,15 @@ class InvalidSetting(Exception):
     """A variable's value is wrong; ``str()`` names it and says what would be right."""
 
 
-class _Wrong(Exception):
-    """A text is no value of its setting; ``str()`` says what is."""
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if re.fullmatch(r"[0-9]{1,18}", text) is None or not low <= int(text) <= high:
-            raise _Wrong(f"a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if (
-            re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text) is None
-            or not low <= float(text) <= high
-        ):
-            raise _Wrong(f"a number of seconds from {low:g} to {high:g}")
-        return float(text)
-
-    return parse
-
-
-_MAX_PORT = 65535
-_MAX_SUN_PATH = 107  #: sizeof(sun_path) less its NUL (unix(7))
 _NO_UID = 2**32 - 1  #: (uid_t)-1, which chown(2) takes for "leave alone"
 #: Each has a record in the slot table.
 MAX_WORKERS = 128
-#: How a setting that is on by default is turned off; an empty value counts as absent.
-_NONE = "none"
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-
-
-def _size(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        match = re.fullmatch(r"([0-9]{1,12})(?:([kmg])(?:ib)?)?", text, re.ASCII | re.IGNORECASE)
-        value = int(match[1]) * _UNITS[(match[2] or "").lower()] if match else -1
-        if not low <= value <= high or value % 4096:
-            raise _Wrong(f"a multiple of 4096 from {low} to {high} bytes, such as 512k or 1m")
-        return value
-
-    return parse
-
-
-def _path(text: str) -> str:
-    if not os.path.isabs(text):
-        raise _Wrong("an absolute path")
-    return text
-
-
-def _directory(text: str) -> str:
-    return _path(text).rstrip("/") or "/"  # with a slash at its end a link would be followed
-
-
-def _socket_path(text: str) -> str:
-    if not os.path.isabs(text) or len(os.fsencode(text)) > _MAX_SUN_PATH:
-        raise _Wrong(f"an absolute path of at most {_MAX_SUN_PATH} bytes")
-    return text
-
-
-def _paths(text: str) -> tuple[str, ...]:
-    paths = tuple(_path(part.strip()) for part in text.split(",") if part.strip())
-    if not paths:  # no directory would read as any directory
-        raise _Wrong("absolute paths separated by commas")
-    return paths
-
-
-def _addresses(text: str) -> tuple[str, ...]:
-    addresses = tuple(part.strip() for part in text.split(",") if part.strip())
-    pattern = r"unix:(/[^,\0]+|@[^,\0]+)|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})"
-    for address in addresses:
-        match = re.fullmatch(pattern, address)
-        path = os.fsencode(match[1] or "") if match else b""
-        if match is None or int(match[3] or 0) > _MAX_PORT or len(path) > _MAX_SUN_PATH:
-            raise _Wrong(
-                "HOST:PORT, unix:/PATH or unix:@NAME (of at most "
-                f"{_MAX_SUN_PATH} bytes), several separated by commas"
-            )
-    if not addresses:
-        raise _Wrong("at least one address, such as 127.0.0.1:54323")
-    return addresses
-
-
-def _addresses_or_none(text: str) -> tuple[str, ...]:
-    if text.lower() == _NONE:
-        return ()
-    addresses = _addresses(text)
-    if any(re.search(r"^(?!unix:).*:0+$", address) for address in addresses):
-        raise _Wrong("addresses with a port other than 0, or none")
-    return addresses
 
 
 def _owners(text: str) -> tuple[int, ...]:
     owners = tuple(_uid(part.strip()) for part in text.split(",") if part.strip())
     if not owners:
-        raise _Wrong("at least one user, such as root")
+        raise WrongText("at least one user, such as root")
     return owners
 
 
@@ -128,16 +54,7 @@ def _uid(name: str) -> int:
     try:
         return pwd.getpwnam(name).pw_uid
     except (KeyError, ValueError) as exc:
-        raise _Wrong("user names or numbers that exist, separated by commas") from exc
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in choices:
-            raise _Wrong(" or ".join(choices))
-        return text.lower()
-
-    return parse
+        raise WrongText("user names or numbers that exist, separated by commas") from exc
 
 
 def _default_workers() -> int:
@@ -177,20 +94,20 @@ class Settings:
 
     bind: tuple[str, ...] = _setting(
         ("127.0.0.1:54323",),
-        _addresses,
+        addresses,
         "addresses to serve: HOST:PORT, unix:/PATH or unix:@ABSTRACT, comma-separated",
     )
     workers: int = _setting(
-        _default_workers, _integer(1, MAX_WORKERS), "worker processes", "CPUs, at least 2"
+        _default_workers, integer(1, MAX_WORKERS), "worker processes", "CPUs, at least 2"
     )
     threads: int = _setting(
         64,
-        _integer(1, 1024),
+        integer(1, 1024),
         "requests a worker serves at once; a waiting one costs a thread and no CPU",
     )
     config_dir: str = _setting(
         "/tmp/imagetransfer",  # noqa: S108 - checked at start for who can write it
-        _path,
+        path,
         "directory of transfer files",
     )
     config_owners: tuple[int, ...] = _setting(
@@ -201,58 +118,58 @@ class Settings:
     )
     runtime_dir: str = _setting(
         _default_runtime_dir,
-        _directory,
+        directory,
         "private directory for locks, the slot table and registrations",
         "/run/imageserver, else $XDG_RUNTIME_DIR/imageserver, else one per user under /tmp",
     )
-    max_readers: int = _setting(8, _integer(1, 512), "image reads at once, over all workers")
-    max_writers: int = _setting(1, _integer(1, 256), "image writes at once, over all workers")
+    max_readers: int = _setting(8, integer(1, 512), "image reads at once, over all workers")
+    max_writers: int = _setting(1, integer(1, 256), "image writes at once, over all workers")
     client_timeout: float = _setting(
-        60.0, _seconds(0.1, 86400), "seconds a client may be silent, or take to send a head"
+        60.0, seconds(0.1, 86400), "seconds a client may be silent, or take to send a head"
     )
     backend_timeout: float = _setting(
-        60.0, _seconds(0.1, 86400), "seconds in which a back end must complete some request"
+        60.0, seconds(0.1, 86400), "seconds in which a back end must complete some request"
     )
     drain_timeout: float = _setting(
-        600.0, _seconds(0, 604800), "seconds running transfers get to finish on stop or reload"
+        600.0, seconds(0, 604800), "seconds running transfers get to finish on stop or reload"
     )
-    keepalive: float = _setting(75.0, _seconds(1, 86400), "seconds an idle connection stays open")
+    keepalive: float = _setting(75.0, seconds(1, 86400), "seconds an idle connection stays open")
     chunk_size: int = _setting(
-        1 << 20, _size(4096, 32 << 20), "bytes of one back-end request and one piece of a body"
+        1 << 20, size(4096, 32 << 20), "bytes of one back-end request and one piece of a body"
     )
-    queue_depth: int = _setting(3, _integer(1, 64), "back-end requests in flight per transfer")
+    queue_depth: int = _setting(3, integer(1, 64), "back-end requests in flight per transfer")
     file_roots: tuple[str, ...] = _setting(
-        (), _paths, "directories the file backend may touch, comma-separated", "any"
+        (), paths, "directories the file backend may touch, comma-separated", "any"
     )
     tls_cert: str = _setting(
-        "", _path, "PEM certificate chain; TCP addresses speak TLS 1.2 or newer with it", "none"
+        "", path, "PEM certificate chain; TCP addresses speak TLS 1.2 or newer with it", "none"
     )
     tls_key: str = _setting(
-        "", _path, "PEM private key of the certificate, unencrypted", "in the certificate's file"
+        "", path, "PEM private key of the certificate, unencrypted", "in the certificate's file"
     )
     tls_client_ca: str = _setting(
-        "", _path, "PEM certificates of which one must have signed a client's", "any client"
+        "", path, "PEM certificates of which one must have signed a client's", "any client"
     )
     control_socket: str = _setting(
         "",
-        _socket_path,
+        socket_path,
         "Unix socket where root and the server's user and group register transfers",
         "none",
     )
     idle_timeout: int = _setting(
-        600, _integer(1, 31_536_000), "seconds after which an unused registered transfer expires"
+        600, integer(1, 31_536_000), "seconds after which an unused registered transfer expires"
     )
     admin_bind: tuple[str, ...] = _setting(
         ("127.0.0.1:54324",),
-        _addresses_or_none,
+        addresses_or_none,
         "addresses for metrics, health and status, as BIND; none: there are no such",
-        empty=_NONE,
+        empty=NONE,
     )
     log_format: str = _setting(
-        "text", _choice("text", "json"), "how log lines are written: text or json"
+        "text", choice("text", "json"), "how log lines are written: text or json"
     )
     log_level: str = _setting(
-        "info", _choice("debug", "info", "warning", "error"), "least severe messages to log"
+        "info", choice("debug", "info", "warning", "error"), "least severe messages to log"
     )
 
     @property
@@ -319,7 +236,7 @@ class Settings:
 def _parsed(declared: Field[Any], source: str, text: str) -> Any:
     try:
         return declared.metadata["parse"](text.strip())
-    except _Wrong as exc:
+    except WrongText as exc:
         raise InvalidSetting(f"{source}={text!r} is wrong: it must be {exc}.") from exc
 
 

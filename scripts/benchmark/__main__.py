@@ -15,18 +15,20 @@ from pathlib import Path
 from lab.model import WrongBytes
 from lab.processes import LabFailed, run
 
-from benchmark import report, rows_costs, rows_data, rows_imagectl, rows_proxy
+from benchmark import report, rows_costs, rows_data, rows_imagectl, rows_proxy, rows_requests
 from benchmark.clients import ClientFailed
 from benchmark.figures import Figure
 from benchmark.world import FULL, QUICK, World
 
 ROWS: dict[str, Callable[[World], list[Figure]]] = {
+    "requests-get": rows_requests.get,
+    "requests-put": rows_requests.put,
+    "requests-other": rows_requests.other,
     "get-nbd": rows_data.get_nbd,
     "put-nbd": rows_data.put_nbd,
     "get-file": rows_data.get_file,
     "put-file": rows_data.put_file,
     "parallel": rows_data.parallel,
-    "small": rows_data.small,
     "tls": rows_data.tls,
     "haproxy": rows_proxy.haproxy,
     "options": rows_costs.options,
@@ -46,21 +48,31 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
+def named(prefix: str) -> list[str]:
+    """Return the rows of a name, or of the first words of several."""
+    if not (found := [name for name in ROWS if f"{name}-".startswith(f"{prefix}-")]):
+        raise argparse.ArgumentTypeError(f"no row {prefix}; --list names them")
+    return found
+
+
 def main() -> int:
     """Run the rows that are asked for."""
     parser = argparse.ArgumentParser("scripts/bench", description="Measure the image server.")
+    parser.add_argument(
+        "rows", nargs="*", type=named, metavar="ROW", help="these only; requests: requests-*"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("--only", action="append", choices=ROWS, help="this row; repeatable")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work?")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     told = parser.parse_args()
+    asked = {name for names in told.rows for name in names}
     if told.list:
         sys.stdout.write("\n".join(ROWS) + "\n")
         return 0
     figures: list[Figure] = []
     status = 0
     with World(QUICK if told.quick else FULL) as world:
-        for name in [name for name in ROWS if not told.only or name in told.only]:
+        for name in [name for name in ROWS if not asked or name in asked]:
             _say(f"{name} ...")
             began = time.monotonic()
             try:

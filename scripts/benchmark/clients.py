@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs clients (``client.py``) in processes of their own, all beginning at the same moment."""
 
+import contextlib
 import json
-import os
+import select
 import subprocess
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from benchmark.client import Job, Result
 
@@ -23,7 +24,11 @@ class Outcome:
     """What several clients did together. Times count from the first connect."""
 
     results: list[Result]
-    began: float
+
+    @property
+    def began(self) -> float:
+        """When the first began."""
+        return min(result.began for result in self.results)
 
     @property
     def seconds(self) -> float:
@@ -56,41 +61,65 @@ class Outcome:
         return sum(result.received for result in self.results)
 
 
-def run(jobs: list[Job], status: int = 200) -> Outcome:
-    """Run one client per job.
+class Clients:
+    """Client processes: started when they are first needed, then kept; ``close`` ends them."""
 
-    Raises:
-        ClientFailed: one did not finish, or had an answer other than ``status``.
-    """
-    with ExitStack() as stack:
-        starting, go = os.pipe()
-        stack.callback(os.close, starting)
-        with os.fdopen(go, "wb"):
-            clients = [_started(stack, job, starting) for job in jobs]
-            for client in clients:
-                if client.stdout:
-                    client.stdout.readline()
-        results = [_result(client) for client in clients]
-    for result in results:
-        if result.status != status:
-            raise ClientFailed(f"answer {result.status} instead of {status}")
-    return Outcome(results, min(result.began for result in results))
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def run(self, jobs: list[Job]) -> Outcome:
+        """Run one client per job.
+
+        Raises:
+            ClientFailed: one did not finish, made no request, or had an answer that its job
+                does not allow.
+        """
+        while len(self._running) < len(jobs):
+            command = [sys.executable, "-m", "benchmark.client"]
+            pipe = subprocess.PIPE
+            self._running.append(subprocess.Popen(command, stdin=pipe, stdout=pipe))
+        chosen = self._running[: len(jobs)]
+        try:
+            for client, job in zip(chosen, jobs, strict=True):
+                _tell(client, json.dumps(asdict(job)))
+            for client in chosen:
+                _heard(client)
+            for client in chosen:
+                _tell(client, "go")
+            return Outcome([_result(json.loads(_heard(client))) for client in chosen])
+        except BaseException:
+            self.close()  # the others may still be at it
+            raise
+
+    def close(self) -> None:
+        """End them all; the next run starts others."""
+        for client in self._running:
+            client.kill()
+            with contextlib.suppress(BrokenPipeError), client:
+                pass
+        self._running.clear()
 
 
-def _started(stack: ExitStack, job: Job, starting: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmark.client", json.dumps(asdict(job))]
-    pipe = subprocess.PIPE
-    client = subprocess.Popen(command, stdin=starting, stdout=pipe, stderr=pipe, text=True)
-    stack.enter_context(client)
-    stack.callback(client.kill)  # which does nothing to one that has ended
-    return client
+def _tell(client: subprocess.Popen[bytes], line: str) -> None:
+    # One that has ended is noticed when it does not answer.
+    with contextlib.suppress(BrokenPipeError):
+        if client.stdin:
+            client.stdin.write(f"{line}\n".encode())
+            client.stdin.flush()
 
 
-def _result(client: subprocess.Popen[str]) -> Result:
-    try:
-        out, err = client.communicate(timeout=_LIMIT_SECONDS)
-    except subprocess.TimeoutExpired as exc:
-        raise ClientFailed(f"a client did not finish in {_LIMIT_SECONDS:g} s") from exc
-    if client.returncode:
-        raise ClientFailed(err.strip().rpartition("\n")[2])
-    return Result(**json.loads(out))
+def _heard(client: subprocess.Popen[bytes]) -> bytes:
+    if not client.stdout or not select.select([client.stdout], [], [], _LIMIT_SECONDS)[0]:
+        raise ClientFailed(f"a client did not finish in {_LIMIT_SECONDS:g} s")
+    if not (line := client.stdout.readline()):
+        raise ClientFailed("a client has ended")
+    return line
+
+
+def _result(said: dict[str, Any]) -> Result:
+    if failed := said.get("failed"):
+        raise ClientFailed(failed)
+    result = Result(**said)
+    if not result.requests:
+        raise ClientFailed("a client made no request")
+    return result

@@ -102,4 +102,5 @@ class Rounds:
 
 def shown(size: int) -> str:
     """Return a size as the table has it."""
-    return f"{size // GIB} GiB" if size >= GIB else f"{size // MIB} MiB"
+    unit, name = next(u for u in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")) if size >= u[0])
+    return f"{size // unit} {name}"

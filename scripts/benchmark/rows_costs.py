@@ -5,8 +5,7 @@ import contextlib
 import os
 from statistics import median
 
-from benchmark import clients
-from benchmark.client import Job
+from benchmark.client import Job, head
 from benchmark.figures import GIB, MIB, Figure, Rounds
 from benchmark.readers import Readers
 from benchmark.verify import answer_digest, expect, map_digest, nbdinfo
@@ -28,9 +27,8 @@ def options(world: World) -> list[Figure]:
     gthread = ("--worker-class", "gthread", "--threads", "64", constant)
 
     def rate(port: int) -> float:
-        head = f"OPTIONS {path} HTTP/1.1\r\nHost: bench"
-        job = Job(port, [head], seconds=world.scale.seconds)
-        return clients.run([job] * _CONNECTIONS).requests_per_second
+        job = Job(port, [head("OPTIONS", path)], seconds=world.scale.seconds)
+        return world.clients.run([job] * _CONNECTIONS).requests_per_second
 
     with (
         world.image_server("same", constant) as same,
@@ -62,10 +60,10 @@ def extents(world: World) -> list[Figure]:
         lengths: set[int] = set()
 
         def ours(_number: int) -> float:
-            head = f"GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close"
+            request = head("GET", path, Connection="close")  # without chunks
             before = resident(server.worker_pids())
             with MemorySampler(server.worker_pids()) as sampler:
-                outcome = clients.run([Job(server.port, [head])])
+                outcome = world.clients.run([Job(server.port, [request])])
             growth.append((sampler.peak - before) / MIB)
             first.append(outcome.first_byte_seconds)
             lengths.add(outcome.received)
@@ -94,17 +92,16 @@ def zero(world: World) -> list[Figure]:
     image = world.sparse("zeroed.raw", size)
     places = [0, size // 2, size - MIB]
     body = f'{{"op":"zero","offset":0,"size":{size}}}'
-    # The empty line that the client adds is white space after the JSON.
-    length = f"Content-Type: application/json\r\nContent-Length: {len(body) + 4}"
     with world.serving(image, "--discard=unmap") as sock:
         path = world.server.add_nbd(sock)
-        head = f"PATCH {path} HTTP/1.1\r\nHost: bench\r\n{length}\r\n\r\n{body}"
+        fields = {"Content_Type": "application/json", "Content_Length": len(body)}
+        request = head("PATCH", path, **fields) + body
 
         def seconds(_number: int) -> float:
             with image.open("r+b") as file:
                 for place in places:
                     os.pwrite(file.fileno(), os.urandom(MIB), place)
-            outcome = clients.run([Job(world.server.port, [head])])
+            outcome = world.clients.run([Job(world.server.port, [request])])
             with image.open("rb") as file:
                 found = [os.pread(file.fileno(), MIB, place) for place in places]
             expect([data.count(0) for data in found], [MIB] * len(places), "zeros")
@@ -128,10 +125,10 @@ def memory(world: World) -> list[Figure]:
         idle = resident(server.worker_pids())
 
         def peak(name: str) -> float:
-            head = f"GET {paths[name]} HTTP/1.1\r\nHost: bench"
-            job = Job(server.port, [head], cut_off=world.scale.hold_seconds)
+            request = head("GET", paths[name])
+            job = Job(server.port, [request], cut_off=world.scale.hold_seconds)
             with MemorySampler(server.worker_pids()) as sampler:
-                clients.run([job] * _READERS)
+                world.clients.run([job] * _READERS)
             return sampler.peak
 
         rounds = Rounds.take(

@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows that move data: whole images and ranges, over NBD and from files."""
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lab.processes import program
 
-from benchmark import clients
-from benchmark.client import Job
-from benchmark.figures import GIB, KIB, MIB, Figure, Measure, Rounds, shown
+from benchmark.client import Job, head
+from benchmark.clients import Clients, Outcome
+from benchmark.figures import GIB, Figure, Measure, Rounds, shown
 from benchmark.verify import digest, expect
 from benchmark.watching import cpu_seconds, timed
 from benchmark.world import SHIFT, World
 
 _STREAMS = 4
-_HEADS = 64
 #: A tick at least: quick runs cost less.
 _TICK = 0.01
 
@@ -25,6 +23,7 @@ _TICK = 0.01
 class Side:
     """One server under comparison, and the image it is asked for."""
 
+    clients: Clients
     port: int
     path: str
     pids: Sequence[int] = ()
@@ -34,31 +33,29 @@ class Side:
     cpu: list[float] = field(default_factory=list)
     """CPU seconds of the server, per timed run."""
 
-    def _job(self, method: str, fields: str = "") -> Job:
-        head = f"{method} {self.path} HTTP/1.1\r\nHost: bench{fields}"
-        return Job(self.port, [head], trust=self.trust)
-
     def get(self, *, start: int = 0, length: int = 0, hashed: bool = False) -> Job:
         """Return a job that reads the image, or a range of it."""
-        wanted = f"\r\nRange: bytes={start}-{start + length - 1}" if length else ""
-        return replace(self._job("GET", wanted), digest=hashed)
+        fields = {"Range": f"bytes={start}-{start + length - 1}"} if length else {}
+        requests = [head("GET", self.path, **fields)]
+        status = 206 if length else 200
+        return Job(self.port, requests, status, trust=self.trust, digest=hashed)
 
     def put(self, source: Path, offset: int, length: int) -> Job:
         """Return a job that writes the image."""
-        job = self._job("PUT", f"\r\nContent-Length: {length}")
+        job = Job(self.port, [head("PUT", self.path, Content_Length=length)], trust=self.trust)
         return replace(job, file=str(source), offset=offset, length=length)
 
-    def run(self, job: Job) -> clients.Outcome:
+    def run(self, job: Job) -> Outcome:
         """Run a job; note the server's CPU time."""
         before = cpu_seconds(self.pids)
-        outcome = clients.run([job])
+        outcome = self.clients.run([job])
         self.cpu.append(cpu_seconds(self.pids) - before)
         return outcome
 
     def reads(self, image: Path) -> Measure:
         """Check that the image arrives; return what measures that."""
         size = image.stat().st_size
-        found = clients.run([self.get(hashed=True)]).digests
+        found = self.clients.run([self.get(hashed=True)]).digests
         expect(found, [digest(image, (0, size))], self.path)
 
         def measure(_number: int) -> float:
@@ -96,18 +93,20 @@ def cpu(
     return rounds.less(figure, lambda spent: f"{spent * GIB / size:.2f} s/GiB", "reference")
 
 
-def _nbd_sides(world: World, socks: dict[str, Path]) -> tuple[Side, Side]:
+def _sides(world: World, path: str, name: str) -> tuple[Side, Side]:
+    server, reference = world.server, world.reference
     return (
-        Side(world.server.port, world.server.add_nbd(socks["ours"]), world.server.pids),
-        Side(world.reference.port, f"/{socks['reference'].name}", world.reference.pids),
+        Side(world.clients, server.port, path, server.pids),
+        Side(world.clients, reference.port, f"/{name}", reference.pids),
     )
+
+
+def _nbd_sides(world: World, socks: dict[str, Path]) -> tuple[Side, Side]:
+    return _sides(world, world.server.add_nbd(socks["ours"]), socks["reference"].name)
 
 
 def _file_sides(world: World, image: Path, other: Path) -> tuple[Side, Side]:
-    return (
-        Side(world.server.port, world.server.add_file(image), world.server.pids),
-        Side(world.reference.port, f"/{other.name}", world.reference.pids),
-    )
+    return _sides(world, world.server.add_file(image), other.name)
 
 
 def _nbdcopy(source: object, target: object) -> float:
@@ -166,7 +165,7 @@ def get_file(world: World) -> list[Figure]:
     rounds = Rounds.take(
         world.scale.rounds,
         ours=ours.reads(image),
-        nginx=Side(world.nginx, f"/{image.name}").reads(image),
+        nginx=Side(world.clients, world.nginx, f"/{image.name}").reads(image),
         reference=reference.reads(image),
     )
     work = f"GET {shown(size)} file"
@@ -204,7 +203,7 @@ def parallel(world: World) -> list[Figure]:
 
     def seconds(side: Side, *, hashed: bool = False) -> float:
         jobs = [side.get(start=start, length=part, hashed=hashed) for start in starts]
-        outcome = clients.run(jobs, status=206)
+        outcome = side.clients.run(jobs)
         expect(outcome.received, size, f"bytes of {side.path}")
         if hashed:
             expect(outcome.digests, wanted, f"ranges of {side.path}")
@@ -219,41 +218,6 @@ def parallel(world: World) -> list[Figure]:
     return [rounds.speed(f"{_STREAMS} range GETs over NBD at once", "reference", size, 1.1)]
 
 
-def small(world: World) -> list[Figure]:
-    """GET ranges of 64 KiB and of 1 MiB one after the other on kept-alive connections."""
-    return [_ranges(world, 64 * KIB, "64 KiB", 1.5), _ranges(world, MIB, "1 MiB", 1.0)]
-
-
-def _ranges(world: World, length: int, name: str, target: float) -> Figure:
-    image, socks = world.readable
-    chance = random.Random(1)  # the same ranges for everybody, each time
-    places = [
-        [chance.randrange(world.scale.image // length) * length for _ in range(_HEADS)]
-        for _ in range(_STREAMS)
-    ]
-    wanted = [digest(image, *[(start, length) for start in starts]) for starts in places]
-
-    def rate(side: Side) -> Measure:
-        heads = [
-            [side.get(start=start, length=length).heads[0] for start in starts] for starts in places
-        ]
-        hashed = [Job(side.port, each, count=_HEADS, digest=True) for each in heads]
-        expect(clients.run(hashed, status=206).digests, wanted, f"ranges of {side.path}")
-        jobs = [Job(side.port, each, seconds=world.scale.seconds) for each in heads]
-
-        def measure(_number: int) -> float:
-            outcome = clients.run(jobs, status=206)
-            expect(outcome.received, outcome.requests * length, f"bytes of {side.path}")
-            return outcome.requests_per_second
-
-        return measure
-
-    ours, reference = _nbd_sides(world, socks)
-    rounds = Rounds.take(world.scale.rounds, ours=rate(ours), reference=rate(reference))
-    work = f"{name} range GETs over NBD, {_STREAMS} connections"
-    return rounds.rate(work, "reference", target, "reference")
-
-
 def tls(world: World) -> list[Figure]:
     """GET and PUT a whole image over NBD with TLS, against plain HTTP."""
     size, source, pki = world.scale.image, world.source, world.pki
@@ -262,7 +226,7 @@ def tls(world: World) -> list[Figure]:
     with world.image_server("tls", **settings) as server:
         for method, (image, socks) in (("GET", world.readable), ("PUT", world.writable)):
             sides = tuple(
-                Side(each.port, each.add_nbd(socks["ours"]), each.pids, trust)
+                Side(world.clients, each.port, each.add_nbd(socks["ours"]), each.pids, trust)
                 for each, trust in ((server, str(pki / "ca.crt")), (world.server, ""))
             )
             ours, plain = (

@@ -13,14 +13,14 @@ def haproxy(world: World) -> list[Figure]:
     """GET a file and PUT an image through haproxy: speed against direct, and haproxy's CPU."""
     size = shown(world.scale.image)
     image, _ = world.readable
-    ours = Side(world.server.port, world.server.add_file(image))
-    nginx = Side(world.nginx, f"/images/plain-{image.name}")
+    ours = Side(world.clients, world.server.port, world.server.add_file(image))
+    nginx = Side(world.clients, world.nginx, f"/images/plain-{image.name}")
     figures = _compare(
         world, f"GET {size} file", "nginx", (ours, nginx), lambda side, _: side.reads(image)
     )
     target, socks = world.writable
-    ours = Side(world.server.port, world.server.add_nbd(socks["ours"]))
-    reference = Side(world.reference.port, f"/images/{socks['reference'].name}")
+    ours = Side(world.clients, world.server.port, world.server.add_nbd(socks["ours"]))
+    reference = Side(world.clients, world.reference.port, f"/images/{socks['reference'].name}")
 
     def put(side: Side, shift: int) -> Measure:
         return side.writes(world.source, shift, target)

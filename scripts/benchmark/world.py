@@ -17,9 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from lab.ovirt import OvirtDaemon, ovirt_daemon
 from lab.processes import ROOT, LabFailed, answers, children, free_port, process, program
 from lab.servers import Server, nbdkit, qemu_nbd, settings_in
 
+from benchmark.clients import Clients
 from benchmark.figures import GIB, KIB, MIB
 from imageserver.settings import Settings
 
@@ -30,8 +32,10 @@ _OURS = {"bind", "config_dir", "runtime_dir", "admin_bind", "drain_timeout"}
 #: Sources have this much more than an image: bodies taken at two offsets differ everywhere, so
 #: that an image written over by the one, then by the other, shows every byte that was not.
 SHIFT = 64 * KIB
+#: As many as oVirt's daemon lets write at once.
+MAX_WRITERS = 8
 #: Who is compared over NBD.
-CONTENDERS = ("ours", "reference", "nbdcopy")
+CONTENDERS = ("ours", "reference", "nbdcopy", "ovirt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +96,9 @@ class World:
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
+        self.clients = Clients()
         self._opened = contextlib.ExitStack()
+        self._opened.callback(self.clients.close)
 
     def __enter__(self) -> Self:
         tmpfs = _TMPFS if os.path.isdir(_TMPFS) else None
@@ -160,6 +166,21 @@ class World:
     def server(self) -> ImageServer:
         """The image server as it comes, with the settings of the environment."""
         return self._opened.enter_context(self.image_server("server"))
+
+    @cached_property
+    def parallel(self) -> ImageServer:
+        """The image server as oVirt's daemon is: several writers at once. Two workers."""
+        settings = {"workers": 2, "max_writers": MAX_WRITERS}
+        return self._opened.enter_context(self.image_server("parallel", **settings))
+
+    @cached_property
+    def ovirt(self) -> OvirtDaemon:
+        """OVirt's daemon."""
+        with contextlib.ExitStack() as stack:
+            directory = stack.enter_context(self._directory("ovirt"))
+            daemon = stack.enter_context(ovirt_daemon(directory))
+            self._opened.push(stack.pop_all())
+        return daemon
 
     @cached_property
     def reference(self) -> Other:

@@ -3,6 +3,7 @@
 
 processes  programs: found, started, waited for, ended; ports
 servers    the image server, qemu-nbd, nbdkit; qemu-img and qemu-io
+ovirt      oVirt's own daemon
 wire       an HTTP client on a bare socket
 model      which bytes an image may contain, and which extents
 

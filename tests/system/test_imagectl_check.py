@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab.ovirt import ovirt_daemon
 
 from tests.system.clients import reading
 from tests.system.harness import Server, free_port, qemu_nbd
 from tests.system.looking import fragmented, mixed, url_of
 from tests.system.moving import MIB, filled, imagectl
-from tests.system.ovirt_daemon import ovirt_daemon
 from tests.system.pki import files
 
 SETTINGS = {"max_writers": 2}

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab.ovirt import OvirtDaemon, ovirt_daemon
 
 from tests.system.harness import qemu_img, qemu_io, qemu_nbd
 from tests.system.moving import IMAGES, KIB, MIB, assert_same, filled, imagectl
-from tests.system.ovirt_daemon import OvirtDaemon, ovirt_daemon
 
 
 @pytest.fixture(scope="module")

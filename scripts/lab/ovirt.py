@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """oVirt's own daemon, unmodified, on loopback with plain HTTP: what imagectl must also understand.
 
-It is told which images it serves by *tickets*, through the Unix socket of its control service.
-A ticket's size bounds what may be used of the image.
+``scripts/bench`` compares with it. It is told which images it serves by *tickets*, through the
+Unix socket of its control service. A ticket's size bounds what may be used of the image.
 """
 
 import contextlib
@@ -12,9 +12,10 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 
-from tests.system.harness import free_port, process
+from lab.processes import LabFailed, free_port, process
 
 _DAEMON = Path(sys.executable).with_name("ovirt-imageio")
 #: Above any test's time.
@@ -26,7 +27,7 @@ run_dir = {home}
 drop_privileges = false
 systemd_enable = false
 poll_interval = 0.1
-max_connections = 4
+max_connections = 8
 [tls]
 enable = false
 [remote]
@@ -40,14 +41,15 @@ socket = {home}/control
 keys = stderr
 [logger_root]
 handlers = stderr
-level = WARNING
+level = INFO
 """
 
 
 class OvirtDaemon:
     """A running daemon."""
 
-    def __init__(self, home: Path, port: int) -> None:
+    def __init__(self, home: Path, port: int, pid: int) -> None:
+        self.pid = pid
         self._control = home / "control"
         self.local = home / "local"
         self.port = port
@@ -67,7 +69,8 @@ class OvirtDaemon:
         with contextlib.closing(_OverUnix(self._control)) as connection:
             connection.request("PUT", f"/tickets/{name}", json.dumps(ticket))
             answer = connection.getresponse()
-            assert answer.status == 200, answer.read()
+            if answer.status != HTTPStatus.OK:
+                raise LabFailed(f"oVirt's daemon refused a ticket: {answer.read()!r}")
         return f"http://127.0.0.1:{self.port}/images/{name}"
 
 
@@ -78,8 +81,8 @@ def ovirt_daemon(home: Path) -> Iterator[OvirtDaemon]:
     configuration = home / "conf.d" / "50-test.conf"
     configuration.parent.mkdir(parents=True)
     configuration.write_text(_CONFIGURATION.format(home=home, port=port))
-    with process([str(_DAEMON), "--conf-dir", str(home)], (home / "control").exists):
-        yield OvirtDaemon(home, port)
+    with process([str(_DAEMON), "--conf-dir", str(home)], (home / "control").exists) as running:
+        yield OvirtDaemon(home, port, running.pid)
 
 
 class _OverUnix(http.client.HTTPConnection):

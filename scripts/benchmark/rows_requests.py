@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of small requests and of streams against oVirt's daemon: what its clients would notice."""
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from benchmark.cases import Case, Place
+from benchmark.figures import KIB, MIB, Figure, Rounds
+from benchmark.world import SHIFT, World
+
+#: Each with the least ratio of requests per second.
+CASES = [
+    *(Case("GET", size * KIB, 1, 1.1) for size in (4, 64, 256)),
+    *(Case("GET", size * KIB, 4, 1.4) for size in (4, 64, 256)),
+    *(Case("GET", size * MIB, count, 1.3) for size in (1, 4) for count in (1, 4)),
+    *(Case("PUT", size, 1, 1.1) for size in (64 * KIB, MIB)),
+    *(Case("PUT", size, 4, 1.3) for size in (64 * KIB, MIB)),
+    Case("zero", 64 * KIB, 1, 1.1),
+    Case("flush", 0, 1, 1.1),
+    Case("OPTIONS", 0, 4, 1.6),
+    *(Case(method, 512 * MIB, 1, 1.6) for method in ("GET", "PUT")),
+]
+
+
+def get(world: World) -> list[Figure]:
+    """GET of ranges, and of much."""
+    return list(_compare(world, "GET"))
+
+
+def put(world: World) -> list[Figure]:
+    """PUT with Content-Range, the same."""
+    return list(_compare(world, "PUT"))
+
+
+def other(world: World) -> list[Figure]:
+    """PATCH and OPTIONS."""
+    return list(_compare(world, "zero", "flush", "OPTIONS"))
+
+
+def _compare(world: World, *kinds: str) -> Iterator[Figure]:
+    for case in CASES:
+        if case.kind not in kinds or case.size > world.scale.image:
+            continue
+        image, socks = world.readable if case.kind == "GET" else world.writable
+        size = image.stat().st_size
+        theirs = urlsplit(world.ovirt.add_nbd(socks["ovirt"], size)).path
+        sides = {
+            "ours": Place(
+                world.parallel.port, world.parallel.add_nbd(socks["ours"]), image, world.source
+            ),
+            "ovirt": Place(world.ovirt.port, theirs, image, world.source, SHIFT),
+        }
+        seconds = world.scale.seconds
+        rounds = Rounds.take(
+            world.scale.rounds,
+            **{name: case.measure(world.clients, side, seconds) for name, side in sides.items()},
+        )
+        figure = Figure(f"{case}", "oVirt's daemon", [], case.target)
+        yield rounds.compare(figure, case.rate, "ours", "ovirt")

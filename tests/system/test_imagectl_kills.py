@@ -62,7 +62,8 @@ def slow(path: Path, *errors: str) -> Iterator[Disk]:
     limits = (f"rate={8 * _SLOW}", f"rate-file={rate}", "burstiness=0.1")
     filters = ("--filter=rate", "--filter=error")[: 1 + bool(errors)]
     with nbdkit(sock, *filters, f"--pidfile={pid}", "file", str(path), *limits, *errors):
-        yield Disk(path, sock, int(wait_until(pid.read_text)), rate)
+        # nbdkit listens before it writes the file.
+        yield Disk(path, sock, int(wait_until(lambda: pid.exists() and pid.read_text())), rate)
 
 
 @pytest.fixture(scope="module")

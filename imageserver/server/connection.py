@@ -16,7 +16,8 @@ from imageserver.server.wire import send_queue
 MAX_HEAD = 64 * 1024
 #: A head ends with an empty line (RFC 9112 section 2.2). One made with bare LF is complete
 #: too, so that the parser gets to refuse it at once.
-_ENDS = (b"\r\n\r\n", b"\n\n", b"\n\r\n")
+_END = b"\r\n\r\n"
+_ENDS = (_END, b"\n\n", b"\n\r\n")
 _SCRATCH = 64 * 1024
 
 #: How long, and how much, a refused client may go on sending, so that it gets to read the answer
@@ -128,6 +129,13 @@ class Connection:
             self._scanned = 0
             return True
         return False
+
+    def take_head(self) -> bytes:
+        """Take a complete head off the buffer; all of it where that has no proper end."""
+        end = self.buffer.find(_END)
+        head = bytes(self.buffer[: end + len(_END)] if end >= 0 else self.buffer)
+        del self.buffer[: len(head)]
+        return head
 
     def has_begun(self) -> bool:
         """Tell whether a part of a head has arrived; the beginning of an empty line is none.

@@ -4,11 +4,11 @@
 What this module uses of gunicorn's inside (of which ``tests/unit/server/test_gunicorn.py``
 fails when gunicorn changes it; the processes are in ``worker`` and the master's modules):
 
-- ``Request`` parses a head that is in memory; ``request`` adds checks; its ``body`` is replaced
-  by ``wire.RequestInput``;
-- ``_expected_100_continue`` is cleared, for gunicorn would send 100 before the application runs;
-- ``Response`` is subclassed, to take memoryviews and to put the client timeout on each send;
-- ``create`` makes the environ.
+- ``Request`` parses a head that is in memory, and nothing that follows it; ``request`` adds
+  checks, and gives it the configuration as plain attributes; its ``body`` is replaced by
+  ``wire.RequestInput``;
+- ``_expected_100_continue`` tells whether the client waits for 100;
+- ``base_environ``, ``proxy_environ`` (``environ``); ``hop_headers``, ``http_date`` (``response``).
 """
 
 import contextlib
@@ -21,13 +21,14 @@ from typing import Any
 from gunicorn.http import errors as http
 from gunicorn.http.body import ChunkedReader
 from gunicorn.http.unreader import Unreader
-from gunicorn.http.wsgi import Response, create
 
 from imageserver.core.errors import ClientGone, ImageServerError
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.server.connection import Connection
+from imageserver.server.environ import Gateway
 from imageserver.server.presence import Presence
 from imageserver.server.request import BadHost, ImageRequest
+from imageserver.server.response import ImageResponse
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ASKING, ZERO_COPY
 from imageserver.web.requests import IS_GONE
@@ -55,79 +56,21 @@ class _HeadReader(Unreader):  # type: ignore[misc]  # gunicorn has no types
     """A head that is in memory; nothing follows it."""
 
     def __init__(self, head: bytes) -> None:
-        super().__init__()
-        self.buf.write(head)
+        self._head = head
 
-    def chunk(self, _size_hint: int | None = None) -> bytes:
-        return b""
+    def read(self, _size: int | None = None, _read_ahead: int | None = None) -> bytes:
+        head, self._head = self._head, b""
+        return head
 
-
-class ImageResponse(Response):  # type: ignore[misc]  # gunicorn has no types
-    """gunicorn's response, with pieces of any buffer type sent as they are."""
-
-    def __init__(self, req: Any, sock: Any, cfg: Any, wire: Wire, body: RequestInput) -> None:
-        super().__init__(req, sock, cfg)
-        self._send: Callable[..., None] = wire.send
-        #: Whether the connection ends with this answer.
-        self.is_last: Callable[[], bool] = lambda: False
-        #: Told when the head is about to go out.
-        self.begins: Callable[[], None] = lambda: None
-        self.version = "imageserver"
-        self.headers_sent = False
-        self._body = body
-
-    def collect(self) -> list[bytes]:
-        """Collect the answer in the list returned, from now on, instead of sending it."""
-        collected: list[bytes] = []
-        self._send = lambda *pieces: collected.extend(pieces)
-        return collected
-
-    def default_headers(self) -> Any:
-        """Decide on keep-alive as late as possible: a body left unread ends the connection."""
-        self._body.discard_early()
-        if self._body.left or self.is_last():
-            self.force_close()
-        return super().default_headers()
-
-    def head(self) -> bytes:
-        """Return the head, once; empty when it has been sent."""
-        if self.headers_sent:
-            return b""
-        self.headers_sent = True
-        self.begins()
-        lines = self.default_headers()
-        lines.extend([f"{name}: {value}\r\n" for name, value in self.headers])
-        return ("".join(lines) + "\r\n").encode("latin-1")
-
-    def write(self, piece: bytes | memoryview) -> None:
-        """Send a piece of the body, the head before the first."""
-        size = 0 if self._omits_body else len(piece)
-        if size == 0:
-            self._send(self.head())
-            return
-        self.sent += size
-        if self.response_length is not None and self.sent > self.response_length:
-            raise RuntimeError(f"body is longer than its Content-Length {self.response_length}")
-        if self.chunked:
-            self._send(self.head(), b"%X\r\n" % size, piece, b"\r\n")
-        else:
-            self._send(self.head(), piece)
-
-    def finish(self) -> None:
-        """Send what ends the answer."""
-        end = b""
-        if not self._omits_body:
-            if self.response_length is not None and self.sent != self.response_length:
-                raise RuntimeError(f"body has {self.sent} bytes of {self.response_length}")
-            end = b"0\r\n\r\n" if self.chunked else b""
-        self._send(self.head(), end)
+    def unread(self, data: bytes) -> None:
+        self._head = data
 
 
 def serve(  # noqa: PLR0913 - what a request needs
     conn: Connection,
     wire: Wire,
     app: Application,
-    cfg: Any,
+    gateway: Gateway,
     is_last: Callable[[], bool],
     *,
     asking: Asking = Asking.NOW,
@@ -144,51 +87,30 @@ def serve(  # noqa: PLR0913 - what a request needs
         WouldWait: see ``Asking``. The request is in ``conn.buffer`` again, nothing has been sent.
     """
     conn.requests += 1
-    received = bytes(conn.buffer)
-    reader = _HeadReader(received)
+    head = conn.take_head()
     try:
-        req = ImageRequest(cfg, reader, conn.address, conn.requests)
+        req = ImageRequest(gateway.rules, _HeadReader(head), conn.address, conn.requests)
     except Exception as exc:  # noqa: BLE001 - gunicorn's parse errors have no common root
         _send(conn, _refused_head(conn, exc))
         return False
-    conn.buffer[:] = reader.take_buffered()
-    resp, environ = _prepare(conn, wire, cfg, req)
-    resp.is_last = is_last
+    chunked = isinstance(req.body.reader, ChunkedReader)
+    # A chunked body is never read (docs/api.md): its end is unknown, so the connection ends.
+    length = 1 << 62 if chunked else req.body.reader.length
+    body = RequestInput(wire, conn.buffer, length, expects_continue=req.expects_continue)
+    presence = Presence(conn.sock, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
+    resp = ImageResponse(req, body, wire.send, is_last=is_last, begins=presence.answering)
+    environ = gateway.environ(req, conn)
+    environ["wsgi.input"] = body
+    environ[ZERO_COPY] = True
+    environ[IS_GONE] = presence.is_gone
     environ[ASKING] = asking
     try:
         _answer(conn, resp, environ, app)
     except WouldWait:
-        conn.buffer[:] = received
+        conn.buffer[:0] = head
         conn.requests -= 1
         raise
     return not resp.should_close()
-
-
-def _prepare(
-    conn: Connection, wire: Wire, cfg: Any, req: ImageRequest
-) -> tuple[ImageResponse, dict[str, Any]]:
-    """Return a request's answer, to be filled, and its WSGI environment."""
-    chunked = isinstance(req.body.reader, ChunkedReader)
-    # A chunked body is never read (docs/api.md): its end is unknown, so the connection ends.
-    body = RequestInput(
-        wire,
-        conn.buffer,
-        1 << 62 if chunked else req.body.reader.length,
-        expects_continue=req._expected_100_continue,  # noqa: SLF001
-    )
-    req._expected_100_continue = False  # noqa: SLF001
-    resp, environ = create(
-        req, conn.sock, conn.address, conn.listener, cfg, ImageResponse, (wire, body)
-    )
-    environ["wsgi.input"] = body
-    environ["wsgi.multithread"] = True
-    if conn.is_tls:
-        environ["wsgi.url_scheme"] = "https"  # gunicorn knows of no TLS here
-    environ[ZERO_COPY] = True
-    presence = Presence(conn.sock, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
-    resp.begins = presence.answering
-    environ[IS_GONE] = presence.is_gone
-    return resp, environ
 
 
 def _answer(

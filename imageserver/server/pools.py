@@ -29,6 +29,7 @@ from imageserver.core.errors import ClientGone
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.observability.metrics.counted import Metrics
 from imageserver.server.connection import Connection
+from imageserver.server.environ import Gateway
 from imageserver.server.exchange import Application, cut, serve
 from imageserver.server.loop import Loop
 from imageserver.server.states import State
@@ -104,7 +105,7 @@ class Pools:
         self._admin: dict[object, _Pool] = {}
         #: One token for each hand-over to a thread that is not over yet.
         self._handovers: set[object] = set()
-        self._cfg: Any
+        self._gateway: Gateway
         self._loop: Loop
         self.last = False
         """True: every answer is the last on its connection."""
@@ -114,7 +115,7 @@ class Pools:
         self._transfers.app = self._probes.app = self._asking.app = app
         for pool in (self._probes, self._asking):
             pool.start()  # there may be no threads to be had when they are needed most
-        self._cfg, self._loop = cfg, loop
+        self._gateway, self._loop = Gateway(cfg), loop
 
     def reserve(self, listener: object, app: Application) -> None:
         """Give a listener's connections, by its name, their own threads and application."""
@@ -219,7 +220,7 @@ class Pools:
         def is_last() -> bool:
             return self.last or pool.answers_once
 
-        while serve(conn, wire, pool.app, self._cfg, is_last, asking=asking):
+        while serve(conn, wire, pool.app, self._gateway, is_last, asking=asking):
             if conn.unsent or not self._has_next(pool, conn):
                 return self._loop.keep
             # A transfer goes to the transfer threads; a probe any thread may answer.

@@ -18,6 +18,21 @@ _HOST = re.compile(r"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(:[0-9
 _HTTP_1_1 = (1, 1)
 
 
+class HeadRules:
+    """gunicorn's configuration as its parser reads it, in plain attributes.
+
+    A ``Config`` looks each up in a table by a method, and the parser asks for twenty of them.
+    """
+
+    forwarded_allow_ips: list[str]
+
+    def __init__(self, cfg: Config) -> None:
+        vars(self).update((name, setting.get()) for name, setting in cfg.settings.items())
+        self.is_ssl = cfg.is_ssl
+        self.forwarded_allow_networks = cfg.forwarded_allow_networks
+        self.proxy_allow_networks = cfg.proxy_allow_networks
+
+
 class BadHost(ParseException):  # type: ignore[misc]  # gunicorn has no types
     """``Host`` is missing or malformed; ``str()`` is what the client is told."""
 
@@ -30,9 +45,10 @@ class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
     """
 
     version: tuple[int, int]
+    cfg: HeadRules
 
-    def __init__(self, cfg: Config, unreader: Unreader, address: object, number: int) -> None:
-        super().__init__(cfg, unreader, address, number)
+    def __init__(self, rules: HeadRules, unreader: Unreader, address: object, number: int) -> None:
+        super().__init__(rules, unreader, address, number)
         # RFC 9110 section 2.5: a client of a later minor version understands this one.
         self.version = min(self.version, _HTTP_1_1)
         host: str | None = None
@@ -45,6 +61,17 @@ class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
                 options += [option.strip(" \t") for option in value.lower().split(",")]
         _check_host(host, required=self.version == _HTTP_1_1)
         self._ends = self.method == "CONNECT" or _ends(options, is_old=self.version < _HTTP_1_1)
+
+    def _peer_is_trusted_proxy(self) -> bool:
+        # Where no address is trusted, none need be parsed.
+        if isinstance(self.peer_addr, tuple) and not self.cfg.forwarded_allow_ips:
+            return False
+        return bool(super()._peer_is_trusted_proxy())
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for ``100 Continue`` before it sends its body."""
+        return bool(self._expected_100_continue)
 
     def should_close(self) -> bool:
         """Tell whether the connection ends with this request."""

@@ -15,6 +15,7 @@ from gunicorn.config import Config
 from imageserver.core.errors import ClientGone
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.server.connection import Connection
+from imageserver.server.environ import Gateway
 from imageserver.server.exchange import cut, serve
 from imageserver.server.wire import Wire
 from imageserver.web.body import ASKING, ZERO_COPY
@@ -49,8 +50,9 @@ class _Line:
     def __init__(self, ours: socket.socket, client: socket.socket) -> None:
         self.conn = Connection(ours, ("192.0.2.1", 4321), ("127.0.0.1", 80))
         self.client = client
-        self.cfg = Config()
-        self.cfg.set("http_parser", "python")
+        cfg = Config()
+        cfg.set("http_parser", "python")
+        self.gateway = Gateway(cfg)
 
     def ask(
         self, app: _App, head: str | bytes = "GET /x HTTP/1.1\r\nHost: x\r\n\r\n", **flags: Any
@@ -58,7 +60,7 @@ class _Line:
         self.conn.buffer += head if isinstance(head, bytes) else head.encode()
         wire = Wire(self.conn.sock, 5.0)
         last, asking = flags.get("last", False), flags.get("asking", Asking.NOW)
-        return serve(self.conn, wire, app, self.cfg, lambda: last, asking=asking)
+        return serve(self.conn, wire, app, self.gateway, lambda: last, asking=asking)
 
     def answer(self) -> tuple[str, dict[str, str], bytes]:
         """Return status line, headers and body of what has been sent, whatever its framing."""

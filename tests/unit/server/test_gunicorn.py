@@ -5,10 +5,10 @@ The list is in the docstring of ``server/exchange.py``; the master and the worke
 """
 
 import inspect
-import io
 import itertools
 import json
 import queue
+import re
 import runpy
 import signal
 import socket
@@ -21,17 +21,18 @@ from gunicorn import config
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
-from gunicorn.http import errors
+from gunicorn.http import errors, message
 from gunicorn.http.body import ChunkedReader, LengthReader
 from gunicorn.http.message import Request
 from gunicorn.http.unreader import Unreader
-from gunicorn.http.wsgi import Response, create
 from gunicorn.workers.base import Worker
 
 from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.configuration import ImageApplication, configuration
 from imageserver.server.connection import Connection
-from imageserver.server.exchange import _HEAD_ERRORS, ImageResponse, _HeadReader, serve
+from imageserver.server.environ import Gateway
+from imageserver.server.exchange import _HEAD_ERRORS, _HeadReader, serve
+from imageserver.server.request import HeadRules, ImageRequest
 from imageserver.server.wire import REASONS, Wire
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import Settings
@@ -56,8 +57,8 @@ def _request(cfg: config.Config, head: bytes) -> tuple[Any, Unreader]:
 # Request
 
 
-def test_a_head_in_memory_is_parsed_and_what_follows_is_left(cfg: config.Config) -> None:
-    req, reader = _request(cfg, GET + b"the next")
+def test_a_head_in_memory_is_parsed(cfg: config.Config) -> None:
+    req, reader = _request(cfg, GET)
 
     assert (req.method, req.uri, req.query, req.version) == (
         "GET",
@@ -66,15 +67,14 @@ def test_a_head_in_memory_is_parsed_and_what_follows_is_left(cfg: config.Config)
         (1, 1),
     )
     assert req.headers == [("HOST", "h")]
-    assert reader.take_buffered() == b"the next"
-    assert reader.take_buffered() == b""
+    assert reader.read() == b""
 
 
 def test_the_reader_of_a_body_knows_its_length(cfg: config.Config) -> None:
     req, reader = _request(cfg, b"PUT / HTTP/1.1\r\nContent-Length: 7\r\n\r\nabc")
 
     assert (type(req.body.reader), req.body.reader.length) == (LengthReader, 7)
-    assert reader.take_buffered() == b"abc"
+    assert reader.read() == b"abc"
 
 
 def test_a_request_without_a_body_has_a_reader_of_length_zero(cfg: config.Config) -> None:
@@ -87,7 +87,7 @@ def test_a_chunked_body_is_told_by_its_reader(cfg: config.Config) -> None:
     req, reader = _request(cfg, b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n")
 
     assert type(req.body.reader) is ChunkedReader
-    assert reader.take_buffered() == b"1\r\n"
+    assert reader.read() == b"1\r\n"
 
 
 @pytest.mark.parametrize("expects", [False, True])
@@ -103,77 +103,34 @@ def test_a_head_that_is_cut_off_raises_no_more_data(cfg: config.Config) -> None:
         _request(cfg, b"GET / HTTP/1.1\r\nHost: h\r\n")
 
 
-def test_the_reader_in_memory_overrides_what_unreader_asks_of_a_source() -> None:
-    assert list(inspect.signature(Unreader.chunk).parameters) == ["self", "size_hint"]
-    assert isinstance(Unreader().buf, io.BytesIO)
+def test_the_reader_in_memory_overrides_what_a_request_asks_of_its_source() -> None:
+    asked = set(re.findall(r"unreader\.(\w+)\(", inspect.getsource(message)))
+
+    assert asked == {"read", "unread"}
+    assert list(inspect.signature(Unreader.read).parameters) == ["self", "size", "read_ahead"]
 
 
-# create
+def test_the_rules_have_all_that_the_parser_asks_of_the_configuration(cfg: config.Config) -> None:
+    source = inspect.getsource(message)
+    asked = set(re.findall(r"cfg\.(\w+)", source)) | set(re.findall(r"cfg, '(\w+)'", source))
+
+    assert {name: getattr(cfg, name) for name in asked} == {
+        name: getattr(HeadRules(cfg), name) for name in asked
+    }
 
 
-def test_create_takes_a_response_class_and_its_arguments() -> None:
-    assert list(inspect.signature(create).parameters) == [
-        *("req", "sock", "client", "server", "cfg", "response_class", "response_args")
-    ]
-
-
-class _Sock:
-    """A socket that must not be written to."""
-
-    def __getattr__(self, name: str) -> object:
-        raise AssertionError(f"gunicorn used the socket's {name}")
-
-
-def test_create_sends_nothing_itself_once_the_expectation_is_ours(cfg: config.Config) -> None:
-    head = b"PUT / HTTP/1.1\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n"
-    req, _ = _request(cfg, head)
-    req._expected_100_continue = False
-
-    resp, environ = create(req, _Sock(), PEER, ("127.0.0.1", 80), cfg, Response, ())
-
-    assert (type(resp), environ["CONTENT_LENGTH"], environ["wsgi.input"]) == (
-        Response,
-        "1",
-        req.body,
-    )
-
-
-@pytest.mark.parametrize("listener", [("127.0.0.1", 80), ("::1", 80, 0, 0), "/run/s", b"\0name"])
+@pytest.mark.parametrize("allowed", ["", "127.0.0.1", "192.0.2.0/24", "*"])
 @pytest.mark.parametrize("peer", [PEER, ("::1", 4321, 0, 0), "unix"])
-def test_create_takes_the_addresses_that_sockets_have(
-    cfg: config.Config, listener: object, peer: object
+def test_the_peers_that_are_trusted_are_gunicorns(
+    cfg: config.Config, peer: object, allowed: str
 ) -> None:
-    req = Request(cfg, _HeadReader(GET), peer, 1)
+    cfg.set("forwarded_allow_ips", allowed)
+    ours = ImageRequest(HeadRules(cfg), _HeadReader(GET), peer, 1)
 
-    _, environ = create(req, _Sock(), peer, listener, cfg, Response, ())
-
-    assert environ["REMOTE_ADDR"] == (peer if isinstance(peer, str) else peer[0])  # type: ignore[index]
-
-
-# Response
-
-
-def test_the_response_we_subclass_has_what_we_use_of_it(cfg: config.Config) -> None:
-    req, _ = _request(cfg, GET)
-    resp = Response(req, _Sock(), cfg)
-    resp.start_response("200 OK", [("Content-Length", "3"), ("X-Y", "z")])
-
-    assert (resp.headers, resp.response_length, resp.sent) == (
-        [("Content-Length", "3"), ("X-Y", "z")],
-        3,
-        0,
+    assert (
+        ours._peer_is_trusted_proxy()
+        == Request(cfg, _HeadReader(GET), peer, 1)._peer_is_trusted_proxy()
     )
-    assert (resp.chunked, resp._omits_body, resp.should_close()) == (False, False, False)
-    assert resp.default_headers()[0] == "HTTP/1.1 200 OK\r\n"
-    resp.force_close()
-    assert resp.should_close()
-    assert "Connection: close\r\n" in resp.default_headers()
-
-
-def test_we_override_methods_that_are_there() -> None:
-    overridden = {"default_headers", "write"}
-
-    assert overridden <= vars(Response).keys() & vars(ImageResponse).keys()
 
 
 # Errors
@@ -246,7 +203,7 @@ def test_a_head_that_cannot_be_parsed_is_answered_in_json(
     conn = Connection(pair[0], PEER, ("127.0.0.1", 80))
     conn.buffer += head + b"\r\n\r\n"
 
-    assert not serve(conn, Wire(pair[0], 5.0), lambda *_: [], cfg, lambda: False)
+    assert not serve(conn, Wire(pair[0], 5.0), lambda *_: [], Gateway(cfg), lambda: False)
     answer = pair[1].recv(1 << 16)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {"error": message}
@@ -266,7 +223,7 @@ def test_no_header_changes_the_path(
 
     conn = Connection(pair[0], peer, ("127.0.0.1", 80))
     conn.buffer += f"GET /images/t HTTP/1.1\r\nHost: h\r\nSCRIPT_NAME: {name}\r\n\r\n".encode()
-    serve(conn, Wire(pair[0], 5.0), app, configured, lambda: False)
+    serve(conn, Wire(pair[0], 5.0), app, Gateway(configured), lambda: False)
 
     assert paths == ["/images/t"]
 

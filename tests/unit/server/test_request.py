@@ -6,14 +6,14 @@ from gunicorn.config import Config
 from gunicorn.http.errors import InvalidHeader
 
 from imageserver.server.exchange import _HeadReader
-from imageserver.server.request import BadHost, ImageRequest
+from imageserver.server.request import BadHost, HeadRules, ImageRequest
 
 
 def _parse(*lines: str, version: str = "1.1") -> ImageRequest:
     cfg = Config()
     cfg.set("http_parser", "python")
     head = "".join(f"{line}\r\n" for line in (f"GET / HTTP/{version}", *lines, ""))
-    return ImageRequest(cfg, _HeadReader(head.encode("latin-1")), ("192.0.2.1", 4321), 1)
+    return ImageRequest(HeadRules(cfg), _HeadReader(head.encode("latin-1")), ("192.0.2.1", 4321), 1)
 
 
 @pytest.mark.parametrize(

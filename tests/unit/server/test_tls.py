@@ -19,6 +19,7 @@ from gunicorn.config import Config
 from imageserver.core.errors import ClientGone
 from imageserver.server import wire as module
 from imageserver.server.connection import Connection
+from imageserver.server.environ import Gateway
 from imageserver.server.exchange import serve
 from imageserver.server.tls import (
     TlsWire,
@@ -315,7 +316,7 @@ def test_the_application_hears_of_https(ends):
 
     conn = Connection(ours, ("client", 1), ("server", 2))
     conn.buffer += b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-    assert serve(conn, TlsWire(ours, 1), app, Config(), lambda: False)
+    assert serve(conn, TlsWire(ours, 1), app, Gateway(Config()), lambda: False)
     assert client.recv(100).startswith(b"HTTP/1.1 204 No Content\r\n")
     assert heard == [("https", "2")]
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The WSGI environment of a request (PEP 3333), made of its parsed head and its connection.
+
+As gunicorn's, but without ``wsgi.early_hints``; and what is the same for every request is looked
+up once. ``SCRIPT_NAME`` is the process's variable, as with gunicorn, and no header's.
+"""
+
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from gunicorn.config import Config
+from gunicorn.http.errors import ConfigurationProblem
+from gunicorn.http.wsgi import base_environ, proxy_environ
+from gunicorn.util import unquote_to_wsgi_str
+
+from imageserver.server.connection import Connection
+from imageserver.server.request import HeadRules, ImageRequest
+
+_PORTS = {"http": "80", "https": "443"}
+#: Fields that have no ``HTTP_`` before their names.
+_BARE = {"CONTENT-TYPE", "CONTENT-LENGTH"}
+
+
+class Gateway:
+    """What gunicorn's configuration says of every request."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.rules = HeadRules(cfg)
+        self._common = {**base_environ(cfg), "wsgi.multithread": True}
+        self._script_name = os.environ.get("SCRIPT_NAME", "")
+
+    def environ(self, req: ImageRequest, conn: Connection) -> dict[str, Any]:
+        """Return a request's environment, which has no ``wsgi.input`` yet.
+
+        Raises:
+            ConfigurationProblem: the path does not begin with ``SCRIPT_NAME``.
+        """
+        path, script_name = req.path, self._script_name
+        if not path.startswith(script_name):
+            raise ConfigurationProblem(f"{path!r} does not begin with {script_name!r}")
+        environ = self._common.copy()
+        environ["gunicorn.socket"] = conn.sock
+        environ["REQUEST_METHOD"] = req.method
+        environ["QUERY_STRING"] = req.query
+        environ["RAW_URI"] = req.uri
+        environ["SERVER_PROTOCOL"] = "HTTP/1.1" if req.version == (1, 1) else "HTTP/1.0"
+        environ["SCRIPT_NAME"] = script_name
+        path = path[len(script_name) :]
+        environ["PATH_INFO"] = unquote_to_wsgi_str(path) if "%" in path else path
+        # gunicorn knows of no TLS here.
+        environ["wsgi.url_scheme"] = scheme = "https" if conn.is_tls else req.scheme
+        _add_fields(environ, req.headers)
+        _add_addresses(environ, conn, scheme)
+        if req.proxy_protocol_info:
+            environ.update(proxy_environ(req))
+        return environ
+
+
+def _add_fields(environ: dict[str, Any], fields: Iterable[tuple[str, str]]) -> None:
+    # Joined at the end: one by one, the growing value would be copied each time.
+    repeated: dict[str, list[str]] = {}
+    for name, value in fields:
+        key = _key(name)
+        if key in environ:
+            repeated.setdefault(key, [environ[key]]).append(value)
+        else:
+            environ[key] = value
+    for key, values in repeated.items():
+        environ[key] = ",".join(values)
+
+
+@lru_cache(maxsize=256)
+def _key(name: str) -> str:
+    return name.replace("-", "_") if name in _BARE else "HTTP_" + name.replace("-", "_")
+
+
+def _add_addresses(environ: dict[str, Any], conn: Connection, scheme: str) -> None:
+    peer, listener = conn.address, conn.listener
+    if isinstance(peer, tuple):
+        environ["REMOTE_ADDR"] = peer[0]
+        environ["REMOTE_PORT"] = str(peer[1])
+    else:
+        environ["REMOTE_ADDR"] = str(peer)
+    if isinstance(listener, tuple):
+        environ["SERVER_NAME"], environ["SERVER_PORT"] = listener[0], str(listener[1])
+    else:  # a Unix socket: what the client takes it for
+        name, _, port = environ.get("HTTP_HOST", "").partition(":")
+        environ["SERVER_NAME"] = name or str(listener)
+        environ["SERVER_PORT"] = port or (_PORTS[scheme] if name else "")

@@ -32,17 +32,20 @@ CAPACITY = 1024
 _HEADER = struct.Struct("=8sIIII16sQ")
 _MAGIC = b"imgslots"
 _STATES = 64
-_RECORD = struct.Struct("=QQII QQQ 16s32s64s256s")
 RECORD = 448
 _RECORDS = _STATES + CAPACITY
 _NOTES = _RECORDS + CAPACITY * RECORD
 #: How many of the latest notes are kept; see ``SlotTable.note``.
 NOTES = 511
 SIZE = _NOTES + 8 * (1 + NOTES)
+_PROGRESS = struct.Struct("=QQII")
 _STATIC = struct.Struct("=QQQ16s32s64s256s")
-_STATIC_AT = 24
+_STATIC_AT = _PROGRESS.size
+_USED = _STATIC_AT + _STATIC.size
 _CRC = struct.Struct("=I")
 _CRC_AT = 16
+#: The pid in 8-byte words from a record's beginning; the start time and ``started_ns`` follow.
+_PID = _STATIC_AT // 8
 
 
 class Kind(Enum):
@@ -179,8 +182,10 @@ class SlotTable:
 
         One store to a record of the caller's own: safe without the guard, so never delayed.
         """
-        holder = self._read(index)
-        if holder is None or (holder.owner, holder.started_ns) != (owner, started_ns):
+        at = _word(index)
+        words = self._words
+        found = words[at + _PID], words[at + _PID + 1], words[at + _PID + 2]
+        if not self._states[index] or found != (owner.pid, owner.start, started_ns):
             return False
         self._states[index] = 0
         return True
@@ -238,18 +243,20 @@ class SlotTable:
             holder.owner.pid,
             holder.owner.start,
             holder.started_ns,
-            *(_fit(text, size) for text, size in _texts(holder)),
+            _fit(holder.operation, 16),
+            _fit(holder.image, 32),
+            _fit(holder.client, 64),
+            _fit(holder.transfer, 256),
         )
         crc = zlib.crc32(static, holder.kind.value)
         at = _RECORDS + index * RECORD
-        _RECORD.pack_into(
-            self._buffer, at, holder.done, holder.expected, crc, 0, *_STATIC.unpack(static)
-        )
+        _PROGRESS.pack_into(self._buffer, at, holder.done, holder.expected, crc, 0)
+        self._buffer[at + _STATIC_AT : at + _USED] = static
 
     def _read(self, index: int) -> Holder | None:
         kind = _KINDS.get(self._states[index])
         at = _RECORDS + index * RECORD
-        record = bytes(self._buffer[at : at + _RECORD.size])
+        record = bytes(self._buffer[at : at + _USED])
         static = record[_STATIC_AT:]
         (crc,) = _CRC.unpack_from(record, _CRC_AT)
         if kind is None or crc != zlib.crc32(static, kind.value):
@@ -271,15 +278,6 @@ class SlotTable:
 
 def _word(index: int) -> int:
     return index * RECORD // 8  # where a record begins, in 8-byte words
-
-
-def _texts(holder: Holder) -> tuple[tuple[str, int], ...]:
-    return (
-        (holder.operation, 16),
-        (holder.image, 32),
-        (holder.client, 64),
-        (holder.transfer, 256),
-    )
 
 
 def _fit(text: str, size: int) -> bytes:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 from imageserver.core.errors import StateUnavailable
 from imageserver.runtime.flock import STEP_SECONDS, try_flock
-from imageserver.runtime.private import open_private, own_files
+from imageserver.runtime.private import open_private, own_files, unusable
 
 #: That moment: a guard that works again is still held now and then, its holder waiting for a core.
 _GRACE_SECONDS = 0.05
@@ -40,7 +40,6 @@ class Guard:
     ) -> None:
         self._fd = fd
         self._what = what
-        self._errors = own_files(what)
         self._patience = patience
         self._now = now
         self._sleep = sleep
@@ -55,27 +54,46 @@ class Guard:
         Raises:
             StateUnavailable: another process holds it for longer.
         """
-        began = self._now()
-        deadline = self._deadline(began, self._patience if seconds is None else seconds)
-        if not self._threads.acquire(timeout=deadline - began):
-            raise self._stuck()
+        self.acquire(seconds)
         try:
-            self._await(deadline)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            yield
+        finally:
+            self.release()
+
+    def acquire(self, seconds: float | None = None) -> None:
+        """Take the guard: see ``hold``. The caller releases it, whatever happens."""
+        if self._held is None and self._threads.acquire(blocking=False):
+            deadline = None  # nobody has waited lately: mostly there is nothing to wait for
+        else:
+            began = self._now()
+            deadline = self._deadline(began, seconds)
+            if not self._threads.acquire(timeout=deadline - began):
+                raise self._stuck()
+        try:
+            if not self._is_free():
+                self._await(deadline or self._deadline(self._now(), seconds))
+            self._held = None
+        except BaseException:
+            self._threads.release()
+            raise
+
+    def release(self) -> None:
+        """Let go of the guard."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         finally:
             self._threads.release()
 
-    def _deadline(self, began: float, seconds: float) -> float:
+    def _deadline(self, began: float, patience: float | None) -> float:
+        seconds = self._patience if patience is None else patience
         held = self._held
         if held is None or began - held[1] > self._patience:
             return began + seconds
         return min(began + seconds, max(held[0] + self._patience, began + _GRACE_SECONDS))
 
     def _await(self, deadline: float) -> None:
-        while not self._is_free():
+        """Wait for who was found to hold it."""
+        while True:
             now = self._now()
             held = self._held
             is_new = held is None or now - held[1] > self._patience
@@ -83,11 +101,14 @@ class Guard:
             if now >= deadline:
                 raise self._stuck()
             self._sleep(STEP_SECONDS)
-        self._held = None
+            if self._is_free():
+                return
 
     def _is_free(self) -> bool:
-        with self._errors:
+        try:
             return try_flock(self._fd)
+        except OSError as exc:
+            raise unusable(self._what, exc) from exc
 
     def _stuck(self) -> StateUnavailable:
         return StateUnavailable(f"{self._what} cannot be used now: another process holds its guard")

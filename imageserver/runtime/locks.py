@@ -18,6 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import lru_cache
 
 from filelock import lock_descriptor, unlock_descriptor
 
@@ -41,8 +42,12 @@ _LOCK_FILES = own_files("the lock files")
 
 def image_key(image: Image) -> str:
     """Return the identity of an image, 32 hexadecimal digits: ids of one image share it."""
-    parts = [image.kind.name.encode(), *image.identity()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+    return _hashed(image.kind.name, *image.identity())
+
+
+@lru_cache(4096)
+def _hashed(kind: str, *identity: bytes) -> str:
+    return hashlib.sha256(b"\0".join((kind.encode(), *identity))).hexdigest()[:32]
 
 
 class ImageLock:

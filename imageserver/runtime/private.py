@@ -166,11 +166,15 @@ class own_files(contextlib.ContextDecorator):  # noqa: N801 - used as a statemen
 
     def __exit__(self, _cls: object, exc: BaseException | None, _traceback: object) -> None:
         """Translate an error of the system; others pass."""
-        if not isinstance(exc, OSError):
-            return
-        error: type[StateUnavailable] = StateUnavailable
-        if exc.errno in _FULL:
-            error = StateFull
-        elif exc.errno in NO_DESCRIPTOR:
-            error = Exhausted
-        raise error(f"{self._what} cannot be used now: {exc.strerror or exc}") from exc
+        if isinstance(exc, OSError):
+            raise unusable(self._what, exc) from exc
+
+
+def unusable(what: str, exc: OSError) -> StateUnavailable:
+    """Return the error that an error of the system about the server's own files is."""
+    error: type[StateUnavailable] = StateUnavailable
+    if exc.errno in _FULL:
+        error = StateFull
+    elif exc.errno in NO_DESCRIPTOR:
+        error = Exhausted
+    return error(f"{what} cannot be used now: {exc.strerror or exc}")

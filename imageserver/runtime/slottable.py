@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeGuard
 
 from imageserver.core import slots
 from imageserver.core.entry import fields
@@ -27,6 +26,7 @@ from imageserver.runtime.private import is_at, own_files
 from imageserver.runtime.processes import (
     EXIT_SECONDS,
     EXIT_STEP_SECONDS,
+    forks,
     is_alive,
     is_exiting,
     owner_of,
@@ -69,12 +69,13 @@ class _Mapping:
         owner = owner_of(os.getpid())
         assert owner is not None  # noqa: S101 - this process runs
         self.owner = owner
+        self.forks = forks()
         self._path = os.path.join(runtime.path, tablefile.TABLE)
         with contextlib.ExitStack() as opened:
             use, self.file = tablefile.reopen(runtime)
             opened.callback(os.close, use)
             opened.callback(os.close, self.file)
-            self._guard = Guard(self.file, _WHAT, _GUARD_SECONDS)
+            self.lock = Guard(self.file, _WHAT, _GUARD_SECONDS)
             self._found = os.fstat(self.file)
             self._map, self.table = tablefile.map_kept(self.file)
             opened.callback(self._map.close)
@@ -88,7 +89,7 @@ class _Mapping:
     @contextlib.contextmanager
     def guard(self, seconds: float | None = None) -> Iterator[SlotTable]:
         """Hold the table against all other threads and processes: see ``Guard.hold``."""
-        with self._guard.hold(seconds):
+        with self.lock.hold(seconds):
             yield self.table
 
     def close(self) -> None:
@@ -129,16 +130,13 @@ class SharedTable:
 
     def _open(self) -> _Mapping:
         # A child must not share its parent's flock(2): it maps the file itself, at first use.
-        if self._is_ours(self._mapping):
-            return self._mapping
+        mapping = self._mapping
+        if mapping is not None and mapping.forks == forks():
+            return mapping
         with self._opening:
-            if not self._is_ours(self._mapping):
+            if self._mapping is None or self._mapping.forks != forks():
                 self._mapping = _Mapping(self._runtime)
             return self._mapping
-
-    @staticmethod
-    def _is_ours(mapping: "_Mapping | None") -> TypeGuard["_Mapping"]:
-        return mapping is not None and mapping.owner.pid == os.getpid()
 
     @own_files(_WHAT)
     def claim(self, kind: Kind, ticket: Ticket) -> ClaimedSlot:
@@ -175,8 +173,12 @@ class SharedTable:
         return ClaimedSlot(mapping, index, holder.started_ns)
 
     def _claim(self, mapping: _Mapping, holder: Holder) -> int | None:
-        with mapping.guard() as table:
-            return table.claim(holder, self._limits.get(holder.kind, slots.CAPACITY))
+        guard = mapping.lock
+        guard.acquire()
+        try:
+            return mapping.table.claim(holder, self._limits.get(holder.kind, slots.CAPACITY))
+        finally:
+            guard.release()
 
     def _awaits_exit(self, kind: Kind, deadline: float) -> bool:
         """Wait a moment where a holder of this kind is being killed; else return False."""

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image locks on real files: identity, exclusion between threads and processes, pruning."""
+"""Image locks on real files: exclusion between threads and processes, pruning."""
 
-import errno
 import os
-import re
 import shutil
 import threading
 import time
@@ -14,8 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from imageserver.backends.file.kind import FileImage
-from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import ImageBusy, StateUnavailable
 from imageserver.runtime import locks
 from imageserver.runtime.directory import KeptDirectory
@@ -32,76 +28,6 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def images(directory: Path) -> ImageLocks:
     return locks_in(directory)
-
-
-# Identity
-
-
-def test_a_key_is_32_hexadecimal_digits() -> None:
-    assert re.fullmatch("[0-9a-f]{32}", image_key(DISK))
-
-
-def test_ids_of_one_image_share_its_key(tmp_path: Path) -> None:
-    (tmp_path / "real").touch()
-    (tmp_path / "link").symlink_to("real")
-    real, link = str(tmp_path / "real"), str(tmp_path / "link")
-
-    assert image_key(FileImage(real)) == image_key(FileImage(link))
-    assert image_key(NbdImage(real, "x")) == image_key(NbdImage(link, "x", "bitmap"))
-
-
-def test_a_real_path_that_is_not_utf_8_has_a_key_of_its_own(tmp_path: Path) -> None:
-    keys = set()
-    for number, name in enumerate((b"\xff", b"\xfe", "\ufffd".encode())):
-        os.close(os.open(os.path.join(os.fsencode(tmp_path), name), os.O_CREAT))
-        (tmp_path / f"link{number}").symlink_to(os.fsdecode(name))
-        keys.add(image_key(FileImage(str(tmp_path / f"link{number}"))))
-        keys.add(image_key(NbdImage(str(tmp_path / f"link{number}"))))
-    assert len(keys) == 6
-
-
-@pytest.mark.parametrize("times", [1, 1000])
-def test_a_link_that_is_exchanged_while_it_is_looked_at_is_no_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, times: int
-) -> None:
-    (tmp_path / "link").symlink_to("real")
-    really, left = os.readlink, [times]
-
-    def readlink(path: bytes) -> bytes:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise OSError(errno.EINVAL, "no link any more")
-        return really(path)
-
-    monkeypatch.setattr(os, "readlink", readlink)
-    name = "real" if times == 1 else "link"
-    assert image_key(FileImage(f"{tmp_path}/link")) == image_key(FileImage(f"{tmp_path}/{name}"))
-
-
-def test_a_link_in_the_middle_of_a_path_makes_no_other_image(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-
-    assert image_key(FileImage(f"{tmp_path}/real/missing")) == image_key(
-        FileImage(f"{tmp_path}/link/../link/missing")
-    )
-
-
-def test_what_differs_in_kind_path_or_export_has_a_key_of_its_own() -> None:
-    images = [
-        NbdImage("/a"),
-        NbdImage("/a", "b"),
-        NbdImage("/a", "c"),
-        NbdImage("/b"),
-        FileImage("/a"),
-        FileImage("/b"),
-    ]
-
-    assert len({image_key(image) for image in images}) == len(images)
-
-
-def test_paths_and_exports_do_not_run_into_each_other() -> None:
-    assert image_key(NbdImage("/ab", "c")) != image_key(NbdImage("/a", "bc"))
 
 
 # Exclusion

@@ -15,7 +15,16 @@ from pathlib import Path
 from lab.model import WrongBytes
 from lab.processes import LabFailed, run
 
-from benchmark import report, rows_costs, rows_data, rows_imagectl, rows_proxy, rows_requests
+from benchmark import (
+    report,
+    rows_costs,
+    rows_cpu,
+    rows_data,
+    rows_growth,
+    rows_imagectl,
+    rows_proxy,
+    rows_requests,
+)
 from benchmark.clients import ClientFailed
 from benchmark.figures import Figure
 from benchmark.world import FULL, QUICK, World
@@ -24,6 +33,8 @@ ROWS: dict[str, Callable[[World], list[Figure]]] = {
     "requests-get": rows_requests.get,
     "requests-put": rows_requests.put,
     "requests-other": rows_requests.other,
+    "growth": rows_growth.growth,
+    "cpu": rows_cpu.cpu,
     "get-nbd": rows_data.get_nbd,
     "put-nbd": rows_data.put_nbd,
     "get-file": rows_data.get_file,
@@ -31,7 +42,6 @@ ROWS: dict[str, Callable[[World], list[Figure]]] = {
     "parallel": rows_data.parallel,
     "tls": rows_data.tls,
     "haproxy": rows_proxy.haproxy,
-    "options": rows_costs.options,
     "extents": rows_costs.extents,
     "zero": rows_costs.zero,
     "memory": rows_costs.memory,

@@ -80,11 +80,16 @@ class Case:
 
     def measure(self, clients: Clients, place: Place, seconds: float) -> Measure:
         """Check that it does what it should; return what measures requests per second."""
-        jobs = [self._job(place, number) for number in range(self.connections)]
-        self._check(clients, place, jobs)
+        jobs = self.checked(clients, place)
         if not self.is_stream:
             jobs = [replace(job, seconds=seconds) for job in jobs]
         return lambda _number: clients.run(jobs).requests_per_second
+
+    def checked(self, clients: Clients, place: Place) -> list[Job]:
+        """Return a job for each connection, once it is known that they do what they should."""
+        jobs = [self._job(place, number) for number in range(self.connections)]
+        self._check(clients, place, jobs)
+        return jobs
 
     def _job(self, place: Place, number: int) -> Job:
         """Return a job for a connection that makes each of its requests once."""

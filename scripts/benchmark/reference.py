@@ -2,7 +2,7 @@
 """The synchronous reference: what one writes first, done properly.
 
 A thread per connection, stdlib ``http.server``, 256 KiB ``pread``/``pwrite`` over a fresh NBD
-connection per request; files are read and written in place, unsynced. Committed and never
+connection per request; a file is replaced by a new one, synced. Committed and never
 slowed down: ``scripts/bench`` prints its own MiB/s beside every ratio.
 
     reference.py PORT PATH ...    PATH: an NBD server's Unix socket, or a file
@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,12 +46,12 @@ class NbdImage:
 
 
 class FileImage:
-    """A file."""
+    """A file; what is written is another that takes its place when all of it is on disk."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close
+        self._path, self._new = path, f"{path}.{threading.get_ident()}"
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close
         self.size = os.fstat(self._file.fileno()).st_size
-        self.close = self._file.close
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes of [start, stop)."""
@@ -59,9 +60,18 @@ class FileImage:
             yield self._file.read(min(PIECE, stop - offset))
 
     def write(self, data: bytes, offset: int) -> None:
-        """Write all of ``data``."""
-        self._file.seek(offset)
+        """Write all of ``data``, the first of which is at 0."""
+        if not offset:
+            self._file.close()
+            self._file = open(self._new, "wb", buffering=0)  # noqa: SIM115 - closed by close
         self._file.write(data)
+
+    def close(self) -> None:
+        """Close it; what has been written is the image now."""
+        if self._file.writable():
+            os.fsync(self._file.fileno())
+            os.rename(self._new, self._path)
+        self._file.close()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -105,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
             length = int(self.headers["Content-Length"])
             for offset in range(0, length, PIECE):
                 image.write(self.rfile.read(min(PIECE, length - offset)), offset)
-        answer = b'{"ok":true}'
+        answer = b'{"ok":true}'  # closed, so synced
         self._head(200, len(answer))
         self.wfile.write(answer)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows about everything but bulk data: probes, maps, zeroing, memory, spread."""
+"""Rows about everything but bulk data and requests: maps, zeroing, memory, spread."""
 
 import contextlib
 import os
@@ -12,41 +12,10 @@ from benchmark.verify import answer_digest, expect, map_digest, nbdinfo
 from benchmark.watching import MemorySampler, resident, timed
 from benchmark.world import World
 
-_CONNECTIONS = 4
 _READERS = 8
 _WORKERS = 4
 _RUN = 128 * 1024
 """Mean length of a run of data, and of a hole, in the image with many extents."""
-
-
-def options(world: World) -> list[Figure]:
-    """OPTIONS on kept-alive connections, against a responder that answers a constant."""
-    _, socks = world.writable
-    path = world.server.add_nbd(socks["ours"])
-    constant = "benchmark.constant:app"
-    gthread = ("--worker-class", "gthread", "--threads", "64", constant)
-
-    def rate(port: int) -> float:
-        job = Job(port, [head("OPTIONS", path)], seconds=world.scale.seconds)
-        return world.clients.run([job] * _CONNECTIONS).requests_per_second
-
-    with (
-        world.image_server("same", constant) as same,
-        world.image_server("gthread", *gthread) as threads,
-    ):
-        for server in (world.server, same, threads):
-            rate(server.port)  # once, so that every worker has loaded what it loads at first use
-        rounds = Rounds.take(
-            world.scale.rounds,
-            ours=lambda _: rate(world.server.port),
-            same=lambda _: rate(same.port),
-            gthread=lambda _: rate(threads.port),
-        )
-    work = f"OPTIONS, {_CONNECTIONS} connections"
-    return [
-        rounds.rate(work, "a constant, same worker class", 0.6, "same"),
-        rounds.rate(work, "a constant, gunicorn's gthread", None, "gthread"),
-    ]
 
 
 def extents(world: World) -> list[Figure]:

@@ -55,10 +55,12 @@ class Scale:
     """Bytes of the large sparse image."""
     zeroed: int
     """Bytes of the image that is zeroed."""
+    crowd: int
+    """What there is much of is divided by this."""
 
 
-FULL = Scale(5, GIB, 2.0, 2.0, 256 * GIB, 100 * GIB, 8 << 40)
-QUICK = Scale(2, 16 * MIB, 0.2, 0.5, GIB, 10 * GIB, 64 * GIB)
+FULL = Scale(5, GIB, 0.5, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1)
+QUICK = Scale(2, 16 * MIB, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20)
 
 
 class ImageServer(Server):

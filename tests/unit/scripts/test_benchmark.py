@@ -15,8 +15,10 @@ from benchmark.__main__ import ROWS, named
 from benchmark.cases import Case, Place
 from benchmark.client import Job, head
 from benchmark.clients import ClientFailed, Clients
+from benchmark.rows_cpu import calls
 from benchmark.rows_requests import CASES
 from lab.model import WrongBytes
+from lab.processes import LabFailed
 
 from tests.system.harness import ROOT
 
@@ -187,6 +189,29 @@ def test_zeros_that_are_not_there_are_no_figure(serve, clients: Clients, tmp_pat
 def test_the_table_has_each_line_of_its_own():
     assert len({str(case) for case in CASES}) == len(CASES) == 19
     assert all(case.target for case in CASES)
+
+
+# System calls
+
+SUMMARY = """\
+strace: Process 12 attached
+% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 60.00    0.000600           3       200           recvfrom
+ 40.00    0.000400           4       100        99 newfstatat
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.001000           3       300        99 total
+"""
+
+
+def test_system_calls_are_counted_with_their_errors():
+    assert calls(SUMMARY) == {"recvfrom": 200, "newfstatat": 100}
+
+
+@pytest.mark.parametrize("summary", ["", SUMMARY.splitlines()[0], SUMMARY.splitlines()[-1]])
+def test_no_system_calls_are_no_figure(summary: str):
+    with pytest.raises(LabFailed, match=r"^strace has counted nothing"):
+        calls(summary)
 
 
 # The rows

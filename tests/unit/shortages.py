@@ -2,6 +2,7 @@
 """Processes that have used up their threads or descriptors."""
 
 import contextlib
+import gc
 import os
 import resource
 import threading
@@ -24,14 +25,26 @@ def no_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_descriptors(free: int = 0) -> Iterator[None]:
-    """Let this process open only so many descriptors more."""
-    held = [os.dup(2) for _ in range(free + 1)]
+    """Let this process open only so many descriptors more; one that is closed can be had again.
+
+    So there must be no gap below the limit that something closed a moment ago: the descriptors
+    above it, once closed, would not be to be had. And nothing is collected in the block: what is
+    left of other tests may hold descriptors.
+    """
+    held = [os.dup(2)]
+    above = max(int(name) for name in os.listdir("/proc/self/fd"))
+    while held[-1] < above:  # each new one is the lowest that is free
+        held.append(os.dup(2))
+    spare = [os.dup(2) for _ in range(free + 1)]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Each new one is the lowest that is free.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (held[-1], hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare[-1], hard))
+    gc.disable()
     try:
-        for fd in held:
+        for fd in spare:
             os.close(fd)
         yield
     finally:
+        gc.enable()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)

@@ -3,7 +3,7 @@
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,8 +85,11 @@ class _Known(dict[str, Transfer]):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> _Place:
-    return _Place(tmp_path)
+def place(tmp_path: Path) -> Iterator[_Place]:
+    made = _Place(tmp_path)
+    yield made
+    for use in list(made.tracker._uses):
+        use.close()
 
 
 # The system's clock is set

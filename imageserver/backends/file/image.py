@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import SimpleQueue
 
 from imageserver.backends.file.kind import FileImage
-from imageserver.backends.file.places import Place, find
+from imageserver.backends.file.places import Place, find, refuse_made_up_links
 from imageserver.backends.file.replacement import NewFile, check_target, copy_attributes, sweep
 from imageserver.backends.ring import Ring, Side, fill
 from imageserver.core.errors import (
@@ -60,14 +60,18 @@ class ImageFiles:
 
         Raises:
             FileAccessError: it cannot be opened or sized, is something else, or lies
-                outside the configured roots.
+                outside the configured roots, or in /proc or /sys.
         """
-        path = image.at or path_bytes(image.path)
+        named = path_bytes(image.path)
+        path = image.at or named
         try:
-            place = find(path, self._roots)
-            if place.path != (image.at or place.path):
-                place.close()
-                raise FileAccessError(f"{path_text(path)} has become a link")
+            with ExitStack() as held:
+                place = held.enter_context(find(path, self._roots))
+                if place.path != named:
+                    refuse_made_up_links(named)
+                if place.path != (image.at or place.path):
+                    raise FileAccessError(f"{path_text(path)} has become a link")
+                held.pop_all()
             path = place.path
             return ImageFile(place, intent, self._chunk_size)
         except OSError as exc:

@@ -10,14 +10,30 @@ and whatever is done afterwards (open, temporary file, rename, sync) is done in 
 This needs nothing of ``openat2(2)``, for a resolved path has neither links nor ``..``.
 
 Paths are bytes: those of transfers are UTF-8 whatever the locale, and a link may lead to any.
+
+What the kernel makes up, in /proc and /sys, is no image. Its links are not what they read as
+(proc(5)): ``/proc/self/exe`` is the server's program, which a PUT would replace, and
+``/proc/PID/root/image`` reads as ``/image``, which is another file. So neither the file nor a
+link on the way to it may lie there.
 """
 
+import errno
+import functools
 import os
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from imageserver.core.errors import FileAccessError
 from imageserver.core.transfer import path_text
 
+if TYPE_CHECKING:
+    import ctypes
+
+#: The first word of struct statfs for what is no image (statfs(2)).
+_MADE_UP = {0x9FA0: "proc", 0x62656572: "sysfs"}
+#: In words; the struct has at most 15.
+_STATFS_SIZE = 32
+#: As many links as the kernel follows (path_resolution(7)).
+_MOST_LINKS = 40
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -63,19 +79,29 @@ def find(path: bytes, roots: tuple[bytes, ...]) -> Place:
     ``roots`` must be resolved.
 
     Raises:
-        FileAccessError: it lies outside of all roots, or is the root directory.
+        FileAccessError: it lies outside of all roots, in /proc or /sys, or is the root directory.
         OSError: a directory on the way cannot be opened, or has become a link.
     """
     real = os.path.realpath(path)
-    directory, name = os.path.split(real)
+    name = os.path.basename(real)
     if not name:
         raise FileAccessError(f"{path_text(path)} is a directory")
+    directory = _open_directory(real, roots)
+    try:
+        _refuse_made_up(directory, real)
+    except BaseException:
+        os.close(directory)
+        raise
+    return Place(real, directory, name)
+
+
+def _open_directory(real: bytes, roots: tuple[bytes, ...]) -> int:
     if not roots or real in roots:
-        return Place(real, _walk(directory, []), name)
+        return _walk(os.path.dirname(real), [])
     for root in roots:
         prefix = root.rstrip(b"/") + b"/"
         if real.startswith(prefix):
-            return Place(real, _walk(root, real[len(prefix) :].split(b"/")[:-1]), name)
+            return _walk(root, real[len(prefix) :].split(b"/")[:-1])
     raise FileAccessError(f"{path_text(real)} lies outside IMAGESERVER_FILE_ROOTS")
 
 
@@ -89,3 +115,60 @@ def _walk(start: bytes, parts: list[bytes]) -> int:
             os.close(fd)
         fd = below
     return fd
+
+
+def refuse_made_up_links(path: bytes) -> None:
+    """Follow a path's links, all of which must lie on a file system that stores files.
+
+    Raises:
+        FileAccessError: one lies in /proc or /sys.
+        OSError: the links have no end, or a directory cannot be opened.
+    """
+    at, rest, count = b"/", path.split(b"/")[::-1], 0
+    while rest:
+        part = rest.pop()
+        if part in {b"", b"."}:
+            continue
+        if part == b"..":
+            at = os.path.dirname(at)
+            continue
+        name = os.path.join(at, part)
+        try:
+            target = os.readlink(name)
+        except OSError:  # no link
+            at = name
+            continue
+        _refuse_made_up_in(at, name)
+        count += 1
+        if count > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        if target.startswith(b"/"):
+            at = b"/"
+        rest += target.split(b"/")[::-1]
+
+
+def _refuse_made_up_in(directory: bytes, path: bytes) -> None:
+    fd = os.open(directory, _DIRECTORY)
+    try:
+        _refuse_made_up(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _refuse_made_up(directory: int, path: bytes) -> None:
+    found = os.fstat(directory)
+    if found.st_blocks or os.major(found.st_dev):
+        return  # it is stored; to ask NFS would take a round trip
+    import ctypes  # noqa: PLC0415 - takes time, and many servers do without
+
+    words = (ctypes.c_long * _STATFS_SIZE)()
+    if _libc().fstatfs(directory, words) == 0 and words[0] in _MADE_UP:
+        kind = _MADE_UP[words[0]]
+        raise FileAccessError(f"{path_text(path)} lies in {kind}, where no image is")
+
+
+@functools.cache
+def _libc() -> "ctypes.CDLL":
+    import ctypes  # noqa: PLC0415 - as in _refuse_made_up
+
+    return ctypes.CDLL(None)

@@ -53,6 +53,35 @@ def _nothing_stays_open() -> Iterator[None]:
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.parametrize("intent", [Intent.READ, Intent.REPLACE])
+@pytest.mark.parametrize("is_pinned", [False, True], ids=["named", "pinned"])
+@pytest.mark.parametrize(
+    "target",
+    ["/proc/self/fd/{fd}", "/dev/fd/{fd}", "/proc/self/exe", "/proc/version", "/sys/kernel/notes"],
+)
+def test_what_lies_in_proc_or_sys_or_is_reached_through_them_is_no_image(
+    image: Path, tmp_path: Path, target: str, is_pinned: bool, intent: Intent
+) -> None:
+    (tmp_path / "link").symlink_to("deep")
+    with image.open("rb") as file:
+        path = target.format(fd=file.fileno())
+        (tmp_path / "deep").symlink_to(path)
+        for name in (path, str(tmp_path / "link")):
+            named = FileImage(name)
+            with pytest.raises(FileAccessError, match=r"lies in (proc|sysfs), where no image is"):
+                ImageFiles(4096).open(named.pinned() if is_pinned else named, intent)
+
+
+def test_links_without_end_are_refused(image: Path) -> None:
+    links = [image.with_name(f"link{number}") for number in range(42)]
+    for link, to in zip(links, [*links[1:], image], strict=True):
+        link.symlink_to(to)
+
+    ImageFiles(4096).open(FileImage(str(links[2])), Intent.READ).close()
+    with pytest.raises(FileAccessError, match="Too many levels"):
+        ImageFiles(4096).open(FileImage(str(links[0])), Intent.READ)
+
+
 def _put(image: Path, body: Body, length: int = len(NEW)) -> None:
     backend = ImageFiles(4096).open(FileImage(str(image)), Intent.REPLACE)
     try:

@@ -194,6 +194,7 @@ def test_a_good_bye_is_waited_for_but_not_long(handle: _Handle) -> None:
 def test_a_broken_connection_is_closed_without_a_word(handle: _Handle) -> None:
     handle.error = nbd.Error("broken", errno.EPIPE)
     _link(handle).close()
+    assert (handle.seconds, handle.has_said_goodbye) == (1000, False)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,12 @@ def qemu_img(*arguments: object) -> None:
     subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
 
 
-def look(path: Path) -> None:
+def look(path: Path) -> int:
+    """Check an image and what it is based on; return how many those are."""
     chain = Chain.open(str(path))
     try:
         require_sound(chain)
+        return len(chain.members)
     finally:
         chain.close()
 
@@ -62,14 +64,14 @@ KINDS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_qemu_makes_is_whole(tmp_path: Path, kind: str):
     KINDS[kind](tmp_path / "image")
-    look(tmp_path / "image")
+    assert look(tmp_path / "image") == 1
 
 
 def test_clusters_that_a_crash_has_lost_do_no_harm(tmp_path: Path):
     image = converted(tmp_path / "image")
     with image.open("ab") as file:  # the end of a write that was never noted
         file.write(bytes(200 * KIB))
-    look(image)
+    assert look(image) == 1
 
 
 @pytest.mark.parametrize("kind", ["full", "version 2", "subclusters", "raw data elsewhere"])
@@ -162,7 +164,7 @@ def test_what_is_no_qcow2_is_called_by_its_name(tmp_path: Path, text: bytes):
 def test_each_image_of_a_chain_is_looked_at(tmp_path: Path):
     below, top = converted(tmp_path / "below"), tmp_path / "top"
     qemu_img("create", "-f", "qcow2", "-b", below, "-F", "qcow2", top)
-    look(top)
+    assert look(top) == 2
     os.truncate(below, below.stat().st_size // 2)
     with pytest.raises(Damaged, match=f"{below} is "):
         look(top)

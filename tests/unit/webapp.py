@@ -17,6 +17,14 @@ from imageserver.web.body import ZERO_COPY
 from imageserver.web.image_resource import Limits
 from tests.unit.fakes import DISK, FILE_TRANSFER, TRANSFER, FakeBackends, World
 
+#: Headers of every answer, where the request has the id r1.
+COMMON = {
+    "accept-ranges": "bytes",
+    "access-control-allow-methods": "GET, PUT, OPTIONS",
+    "cache-control": "no-store",
+    "x-request-id": "r1",
+}
+JSON = {"content-type": "application/json"}
 LIMITS = Limits(max_readers=8, max_writers=1, unix_socket=None)
 READ_ONLY = Transfer("ro", DISK, read_only=True)
 EXPIRING = Transfer("ex", DISK, idle_seconds=60)
@@ -69,3 +77,9 @@ class Call:
         close = getattr(self.pieces, "close", None)
         if close:
             close()
+
+
+def error_of(result: testing.Result) -> tuple[int, str]:
+    """Return an error's status and message."""
+    assert result.json.keys() == {"error"}
+    return result.status_code, result.json["error"]

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inspection: one query at a time for each image, its answer shared, and soon forgotten."""
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from imageserver.backends.file.kind import FileImage
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import (
     BackendError,
@@ -17,64 +14,18 @@ from imageserver.core.errors import (
     FileAccessError,
     ImageServerError,
 )
-from imageserver.core.kinds import Image, ImageInfo
-from imageserver.core.ports import Intent
+from imageserver.core.kinds import ImageInfo
 from imageserver.images import probing
-from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector, WouldWait
-
-DISK = NbdImage("/run/disk.sock")
-OTHER = NbdImage("/run/other.sock")
-FILE = FileImage("/images/disk.raw")
-
-
-class _Image:
-    """Back ends whose images grow by one byte with every query; also a clock and a stamp."""
-
-    def __init__(self) -> None:
-        self.opened: list[Image] = []
-        self.closed = 0
-        self.seconds = 100.0
-        self.stamp: object = "first"
-        self.before: Callable[[], None] = lambda: None
-        self.inspector = Inspector(self, lambda _: self.stamp, lambda: self.seconds)
-        self.size = 0
-
-    def open(self, image: Image, intent: Intent) -> "_Image":
-        assert intent is Intent.INSPECT
-        self.opened.append(image)
-        self.size = len(self.opened)
-        self.before()
-        return self
-
-    def settle(self, _image: Image) -> None:
-        raise AssertionError
-
-    @property
-    def info(self) -> ImageInfo:
-        return ImageInfo(self.size, read_only=False, can_zero=True, can_flush=True)
-
-    def close(self) -> None:
-        self.closed += 1
-
-    def ask(
-        self, max_age: float = MEMORY_SECONDS, image: Image = DISK, asking: Asking = Asking.NOW
-    ) -> int:
-        return self.inspector.inspect(image, max_age, asking).size
+from imageserver.images.probing import MEMORY_SECONDS
+from tests.unit.probed import DISK, FILE, OTHER, Probed, failing
 
 
 @pytest.fixture
-def world() -> _Image:
-    return _Image()
+def world() -> Probed:
+    return Probed()
 
 
-def _raise(error: BaseException) -> Callable[[], None]:
-    def fail() -> None:
-        raise error
-
-    return fail
-
-
-def test_a_query_opens_and_closes_the_image(world: _Image) -> None:
+def test_a_query_opens_and_closes_the_image(world: Probed) -> None:
     assert world.inspector.inspect(DISK) == ImageInfo(1, False, True, True)
     assert (world.opened, world.closed) == ([DISK], 1)
 
@@ -89,7 +40,7 @@ def test_a_query_opens_and_closes_the_image(world: _Image) -> None:
     ],
 )
 def test_an_answer_is_remembered_for_a_second(
-    world: _Image, seconds: float, sizes: list[int]
+    world: Probed, seconds: float, sizes: list[int]
 ) -> None:
     first = world.ask()
     world.seconds += seconds
@@ -97,7 +48,7 @@ def test_an_answer_is_remembered_for_a_second(
     assert [first, world.ask()] == sizes
 
 
-def test_a_second_counts_from_the_answer_not_from_the_question(world: _Image) -> None:
+def test_a_second_counts_from_the_answer_not_from_the_question(world: Probed) -> None:
     def take_long() -> None:
         world.seconds += 5.0
 
@@ -108,18 +59,18 @@ def test_a_second_counts_from_the_answer_not_from_the_question(world: _Image) ->
     assert world.ask() == 1
 
 
-def test_who_wants_no_memory_gets_a_fresh_answer(world: _Image) -> None:
+def test_who_wants_no_memory_gets_a_fresh_answer(world: Probed) -> None:
     assert [world.ask(), world.ask(0.0), world.ask(0.0)] == [1, 2, 3]
 
 
-def test_an_answer_is_not_remembered_across_a_change_of_the_socket(world: _Image) -> None:
+def test_an_answer_is_not_remembered_across_a_change_of_the_socket(world: Probed) -> None:
     world.ask()
     world.stamp = "second"
 
     assert [world.ask(), world.ask()] == [2, 2]
 
 
-def test_a_socket_that_changes_during_the_query_makes_its_answer_stale(world: _Image) -> None:
+def test_a_socket_that_changes_during_the_query_makes_its_answer_stale(world: Probed) -> None:
     def replace() -> None:
         world.stamp = "second"
 
@@ -129,17 +80,17 @@ def test_a_socket_that_changes_during_the_query_makes_its_answer_stale(world: _I
     assert world.ask() == 2
 
 
-def test_images_have_answers_of_their_own(world: _Image) -> None:
+def test_images_have_answers_of_their_own(world: Probed) -> None:
     images = [DISK, OTHER, NbdImage(DISK.socket, "vdb"), NbdImage(DISK.socket, "", "b0")]
 
     assert [world.ask(image=image) for image in [*images, *images]] == [1, 2, 3, 4] * 2
 
 
-def test_files_are_asked_every_time(world: _Image) -> None:
+def test_files_are_asked_every_time(world: Probed) -> None:
     assert [world.ask(image=FILE), world.ask(image=FILE)] == [1, 2]
 
 
-def test_many_probes_at_once_share_one_query(world: _Image) -> None:
+def test_many_probes_at_once_share_one_query(world: Probed) -> None:
     asked, go = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -160,11 +111,11 @@ def test_many_probes_at_once_share_one_query(world: _Image) -> None:
     assert (sizes, len(world.opened)) == ([1] * 16, 1)
 
 
-def _waiters(world: _Image) -> list[object]:
+def _waiters(world: Probed) -> list[object]:
     return list(world.inspector._queries[DISK].answer._condition._waiters)
 
 
-def test_a_slow_image_does_not_delay_another(world: _Image) -> None:
+def test_a_slow_image_does_not_delay_another(world: Probed) -> None:
     asked, go = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -190,8 +141,8 @@ def test_a_slow_image_does_not_delay_another(world: _Image) -> None:
     ],
     ids=repr,
 )
-def test_a_failure_is_remembered_like_an_answer(world: _Image, error: ImageServerError) -> None:
-    world.before = _raise(error)
+def test_a_failure_is_remembered_like_an_answer(world: Probed, error: ImageServerError) -> None:
+    world.before = failing(error)
     raised = []
     for _ in range(2):
         with pytest.raises(type(error)) as caught:
@@ -202,8 +153,8 @@ def test_a_failure_is_remembered_like_an_answer(world: _Image, error: ImageServe
     assert world.opened == [DISK]
 
 
-def test_each_who_shares_a_failure_has_an_exception_of_its_own(world: _Image) -> None:
-    world.before = _raise(BackendError("refused"))
+def test_each_who_shares_a_failure_has_an_exception_of_its_own(world: Probed) -> None:
+    world.before = failing(BackendError("refused"))
     raised = []
     for _ in range(3):
         with pytest.raises(BackendError) as caught:
@@ -215,8 +166,8 @@ def test_each_who_shares_a_failure_has_an_exception_of_its_own(world: _Image) ->
     assert [error.__context__ for error in raised] == [None] * 3
 
 
-def test_a_failure_is_forgotten_after_a_second(world: _Image) -> None:
-    world.before = _raise(BackendError("refused"))
+def test_a_failure_is_forgotten_after_a_second(world: Probed) -> None:
+    world.before = failing(BackendError("refused"))
     with pytest.raises(BackendError):
         world.ask()
 
@@ -226,7 +177,7 @@ def test_a_failure_is_forgotten_after_a_second(world: _Image) -> None:
     assert world.ask() == 2
 
 
-def test_a_bug_in_the_query_leaves_nobody_waiting(world: _Image) -> None:
+def test_a_bug_in_the_query_leaves_nobody_waiting(world: Probed) -> None:
     asked, go = threading.Event(), threading.Event()
 
     def break_down() -> None:
@@ -248,14 +199,14 @@ def test_a_bug_in_the_query_leaves_nobody_waiting(world: _Image) -> None:
             second.result(5)
 
 
-def test_a_file_that_cannot_be_opened_is_the_askers_own_failure(world: _Image) -> None:
-    world.before = _raise(FileAccessError("gone"))
+def test_a_file_that_cannot_be_opened_is_the_askers_own_failure(world: Probed) -> None:
+    world.before = failing(FileAccessError("gone"))
 
     with pytest.raises(FileAccessError):
         world.ask(image=FILE)
 
 
-def test_only_so_many_answers_are_kept(world: _Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_answers_are_kept(world: Probed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probing, "_CAPACITY", 3)
     images = [NbdImage(f"/run/{number}.sock") for number in range(5)]
     for image in images:
@@ -266,7 +217,7 @@ def test_only_so_many_answers_are_kept(world: _Image, monkeypatch: pytest.Monkey
 
 
 def test_who_was_asked_last_is_forgotten_last(
-    world: _Image, monkeypatch: pytest.MonkeyPatch
+    world: Probed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probing, "_CAPACITY", 2)
     world.ask(image=DISK)
@@ -276,169 +227,3 @@ def test_who_was_asked_last_is_forgotten_last(
 
     assert DISK in world.inspector._queries
     assert OTHER not in world.inspector._queries
-
-
-# Threads that must not wait
-
-
-@pytest.mark.parametrize(
-    ("asking", "error"), [(Asking.ELSEWHERE, WouldWait), (Asking.NEVER, Exhausted)]
-)
-def test_who_must_not_wait_asks_nobody(
-    world: _Image, asking: Asking, error: type[Exception]
-) -> None:
-    with pytest.raises(error):
-        world.ask(asking=asking)
-    assert world.opened == []
-
-
-@pytest.mark.parametrize("asking", [Asking.ELSEWHERE, Asking.NEVER])
-def test_who_must_not_wait_is_told_what_is_remembered(world: _Image, asking: Asking) -> None:
-    world.ask()
-
-    assert world.ask(asking=asking) == 1
-
-
-@pytest.mark.parametrize(
-    ("asking", "error"), [(Asking.ELSEWHERE, WouldWait), (Asking.NEVER, Exhausted)]
-)
-def test_who_must_not_wait_does_not_wait_for_a_query_under_way(
-    world: _Image, asking: Asking, error: type[Exception]
-) -> None:
-    with _under_way(world), pytest.raises(error):
-        world.ask(0.0, asking=asking)
-
-
-@contextlib.contextmanager
-def _under_way(world: _Image, image: Image = DISK) -> Iterator[None]:
-    """Have a query asked that is answered when the block ends."""
-    asked, go = threading.Event(), threading.Event()
-    usual = world.before
-
-    def wait() -> None:
-        asked.set()
-        assert go.wait(5)
-        usual()
-
-    def ask() -> None:
-        with contextlib.suppress(BackendError):
-            world.ask(0.0, image)
-
-    with ThreadPoolExecutor(1) as thread:
-        world.before = wait
-        answer = thread.submit(ask)
-        assert asked.wait(5)
-        world.before = usual
-        try:
-            yield
-        finally:
-            go.set()
-            answer.result(5)
-
-
-@pytest.mark.parametrize(
-    ("asking", "error"), [(Asking.ELSEWHERE, WouldWait), (Asking.NEVER, Exhausted)]
-)
-def test_files_that_hang_take_no_more_than_a_few_threads_that_must_not_wait(
-    world: _Image, asking: Asking, error: type[Exception]
-) -> None:
-    asked, go = threading.Barrier(probing._FILES + 1), threading.Event()
-
-    def hang() -> None:
-        asked.wait(5)
-        assert go.wait(5)
-
-    world.before = hang
-    with ThreadPoolExecutor(probing._FILES) as threads:
-        hanging = [
-            threads.submit(world.ask, 0.0, FILE, Asking.ELSEWHERE) for _ in range(probing._FILES)
-        ]
-        asked.wait(5)
-        with pytest.raises(error):
-            world.ask(image=FILE, asking=asking)
-        go.set()
-        for answer in hanging:
-            answer.result(5)
-    world.before = lambda: None
-    world.ask(image=FILE, asking=asking)
-
-
-# Servers that hang
-
-
-def _silent(world: _Image, image: Image = DISK) -> None:
-    world.before = _raise(BackendTimeout("silent"))
-    with pytest.raises(BackendTimeout):
-        world.ask(0.0, image)
-
-
-@pytest.mark.parametrize("asking", list(Asking))
-def test_silence_is_remembered_for_a_second_by_all_who_ask(world: _Image, asking: Asking) -> None:
-    _silent(world)
-    world.seconds += 0.999
-
-    with pytest.raises(BackendTimeout):
-        world.ask(0.0, asking=asking)
-    assert len(world.opened) == 1
-
-
-def test_a_silent_server_is_asked_again_after_a_second(world: _Image) -> None:
-    _silent(world)
-    world.before = lambda: None
-    world.seconds += MEMORY_SECONDS
-
-    with pytest.raises(WouldWait):
-        world.ask(asking=Asking.ELSEWHERE)
-    assert world.ask(0.0) == 2
-    assert world.ask(0.0) == 3
-
-
-@pytest.mark.parametrize("asking", list(Asking))
-def test_nobody_waits_while_a_silent_server_is_asked_again(world: _Image, asking: Asking) -> None:
-    _silent(world)
-    world.seconds += MEMORY_SECONDS
-    with _under_way(world):
-        with pytest.raises(BackendTimeout):
-            world.ask(0.0, asking=asking)
-        assert len(world.opened) == 2
-
-
-def test_who_must_not_ask_is_told_of_an_old_silence(world: _Image) -> None:
-    _silent(world)
-    world.seconds += 1e6
-
-    with pytest.raises(BackendTimeout):
-        world.ask(0.0, asking=Asking.NEVER)
-
-
-def test_a_new_server_is_not_taken_for_the_silent_one(world: _Image) -> None:
-    _silent(world)
-    world.before = lambda: None
-    world.stamp = "second"
-
-    assert world.ask(0.0) == 2
-
-
-def test_only_a_few_silent_servers_are_asked_again_at_a_time(
-    world: _Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(probing, "_AGAIN", 1)
-    _silent(world)
-    _silent(world, OTHER)
-    world.seconds += MEMORY_SECONDS
-    with _under_way(world), pytest.raises(BackendTimeout):
-        world.ask(0.0, OTHER)
-    assert world.opened == [DISK, OTHER, DISK]
-
-    with pytest.raises(BackendTimeout):
-        world.ask(0.0, OTHER)
-    assert world.opened[3:] == [OTHER]
-
-
-def test_a_server_that_fails_at_once_is_asked_each_time(world: _Image) -> None:
-    world.before = _raise(BackendError("refused"))
-    for _ in range(2):
-        with pytest.raises(BackendError):
-            world.ask(0.0)
-
-    assert len(world.opened) == 2

@@ -22,7 +22,7 @@ from imageserver.observability.metrics.counted import (
     REFUSALS,
     Metrics,
 )
-from imageserver.observability.metrics.declared import METRICS, Metric, Type
+from imageserver.observability.metrics.declared import METRICS, Type
 from imageserver.observability.metrics.shown import Sources, exposition
 
 ROOT = Path(__file__).parents[3]
@@ -318,35 +318,3 @@ def test_no_metric_tells_an_id_a_client_or_a_request(metrics: Metrics, tmp_path:
 
     text = exposition(sources(tmp_path, row)).text.decode()
     assert [word for word in (ID, "192.0.2.1", "r-1", "vm.sock", "i-key") if word in text] == []
-
-
-# docs/metrics.md
-
-
-def table(type_: Type) -> str:
-    """Return one table of docs/metrics.md."""
-    lines = ["| metric | labels | meaning |", "| --- | --- | --- |"]
-    lines += [
-        f"| `{metric.name}` | {labels(metric)} | {metric.help} |"
-        for metric in METRICS
-        if metric.type is type_
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def labels(metric: Metric) -> str:
-    return "; ".join(
-        f"`{name}`" + (f": {', '.join(found)}" if found else "") for name, found in metric.labels
-    )
-
-
-@pytest.mark.parametrize("type_", Type, ids=lambda type_: type_.value)
-def test_the_documentation_has_every_metric(type_: Type) -> None:
-    """When this fails, copy what it expected into docs/metrics.md."""
-    assert table(type_) in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-
-
-def test_the_documentation_names_the_buckets() -> None:
-    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-
-    assert ", ".join(f"{end:g}" for end in declared.BUCKETS) in text

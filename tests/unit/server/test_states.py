@@ -5,7 +5,6 @@ A real loop and real pools over sockets; the test is the loop's thread, and sets
 """
 
 import contextlib
-import re
 import socket
 import ssl
 import struct
@@ -13,7 +12,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,12 +20,12 @@ from gunicorn.config import Config
 
 from imageserver.core.errors import ClientGone
 from imageserver.server import loop as module
-from imageserver.server import pools, states
+from imageserver.server import pools
 from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.connection import LINGER_SECONDS, Connection
 from imageserver.server.loop import Loop, Timeouts
 from imageserver.server.pools import Pools
-from imageserver.server.states import TRANSITIONS, Deadline, IllegalTransition, State, Thread
+from imageserver.server.states import TRANSITIONS, Deadline, State, Thread
 from imageserver.server.tls import server_context
 from imageserver.server.wire import LOOKS
 from imageserver.settings import Settings
@@ -337,40 +335,3 @@ def test_a_pool_thread_refuses_what_it_finds_no_thread_for(world: _World, edge: 
         world.send(_request(method="HEAD") + _request(), *edge)
 
     assert world.taken[-1] == (edge, Thread.POOL)
-
-
-@pytest.mark.parametrize(
-    "edge", [edge for edge in product(State, State) if edge not in EDGES], ids=_name
-)
-def test_no_other_transition_is_possible(edge: Edge) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        conn = Connection(ours, "unix", "name")
-        conn._state = edge[0]
-        with pytest.raises(IllegalTransition, match=f"^{edge[0].name} to {edge[1].name}$"):
-            conn.move(edge[1])
-        assert conn.state is edge[0]
-
-
-def test_a_connection_may_be_closed_twice() -> None:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        conn = Connection(ours, "unix", "name")
-        conn.move(State.HEAD)
-        conn.close()
-        conn.close()
-        assert (conn.state, ours.fileno()) == (State.CLOSED, -1)
-
-
-def test_the_drawing_shows_the_table() -> None:
-    drawn: set[Edge] = set()
-    for line in (states.__doc__ or "").splitlines():
-        if not re.match(r"    [A-Z]", line):
-            continue
-        stations = [
-            [State[name] for name in station.split(", ")]
-            for station in re.split(r" --[^>]+--> ", line.strip())
-        ]
-        for olds, news in pairwise(stations):
-            drawn.update(product(olds, news))
-    assert drawn == set(EDGES)

@@ -35,7 +35,7 @@ from imageserver.web.image_resource import Limits
 
 
 class Process:
-    """What the master, or one worker, has of everything: one slot table, one catalogue, ..."""
+    """The objects of the master, or of one worker: one slot table, one catalogue, ..."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -44,7 +44,7 @@ class Process:
 
     @cached_property
     def runtime(self) -> RuntimeDirectory:
-        """The runtime directory: in a worker the very one that the master has opened."""
+        """The runtime directory, which the master has opened and its workers inherit."""
         return runtime_in(self.settings.runtime_dir)
 
     @cached_property
@@ -95,7 +95,7 @@ class Process:
     @cached_property
     def catalogue(self) -> Catalogue:
         """All transfers, by id."""
-        # What was registered once stays unknown as long as nobody can unregister it.
+        # Without a control socket registrations do not count: nobody could unregister them.
         registered = self.registrations if self.settings.control_socket else None
         require = self.runtime.require_records
         return Catalogue(self.files, registered, self.usage, file_age(), require)
@@ -107,12 +107,12 @@ class Process:
         return Administration(self.registrations, self.usage, self.catalogue, idle)
 
     def recover_transfers(self) -> None:
-        """Put in order what earlier servers have left of transfers; before any process serves."""
+        """Repair the records of transfers of earlier servers; before any process serves."""
         self.registrations.recover()
         self.prune_transfers()
 
     def prune_transfers(self) -> None:
-        """Remove what is left of transfers that are known no more."""
+        """Remove the records of transfers that no longer exist."""
         if self.runtime.problem():
             return
         self.registrations.prune(self.files.has)
@@ -145,8 +145,9 @@ class Process:
 def create() -> Callable[..., Iterable[bytes]]:
     """Return the application, with settings from the environment: for any WSGI server.
 
-    It is built with the first request: a server that preloads it forks afterwards, and has not
-    checked yet whether there is a place to count in. ``ImageWorker`` does not come here.
+    It is built with the first request: with gunicorn's ``preload_app`` this function runs in the
+    master, before the fork and before the metrics directory exists. ``ImageWorker`` does not
+    call it.
     """
     process = Process(Settings.from_environ(os.environ))
 

@@ -119,9 +119,9 @@ def retried(
 
 
 def retried_while_busy(action: Callable[[], T], seconds: float) -> T:
-    """Call ``action`` for a command that only looks: a server that is gone is not waited for.
+    """Call ``action`` for a command that only looks: it does not wait for a server to start.
 
-    A transfer of hours survives a restart of its server; who looks wants to be told of it.
+    A transfer of hours should survive a restart of its server; such a command should report it.
 
     Raises:
         Unreachable: there is no server.

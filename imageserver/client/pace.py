@@ -5,7 +5,7 @@
     Pace                bounds the rate: in each period as long as that timeout, ``LEAST_RATE`` on
                         average must have come, or the answer is broken
 
-So a server that sends one byte now and then holds nobody for ever.
+So a server that sends one byte now and then cannot hold a command for ever.
 """
 
 import io

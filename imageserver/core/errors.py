@@ -12,7 +12,7 @@
     ├── NoSlot                   every slot of this kind is taken
     ├── StateUnavailable         the server's own files (locks, slots, usage) cannot be used now
     │   ├── StateFull            ... for their file system is full
-    │   └── Exhausted            ... nor images: no descriptor or thread is to be had
+    │   └── Exhausted            ... for there is no descriptor or thread left
     ├── BackendError             the NBD server failed or cannot be reached
     │   └── BackendTimeout       ... or said nothing for too long
     ├── FileAccessError          the image file cannot be opened, sized or replaced
@@ -85,7 +85,7 @@ class NoSlot(ImageServerError):
 
 
 class StateUnavailable(ImageServerError):
-    """What the server keeps in files of its own cannot be had now; ``str()`` is a sentence.
+    """The server's own files cannot be used now; ``str()`` is a sentence.
 
     The runtime directory, a descriptor or a kernel lock: the host's state, not the image's.
     """
@@ -96,7 +96,7 @@ class StateFull(StateUnavailable):
 
 
 class Exhausted(StateUnavailable):
-    """This process has no descriptor left (``NO_DESCRIPTOR``), or may have no other thread."""
+    """This process has no descriptor left (``NO_DESCRIPTOR``), or can start no other thread."""
 
 
 class BackendError(ImageServerError):

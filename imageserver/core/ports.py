@@ -87,7 +87,7 @@ class Backend(Protocol):
         """Yield exactly ``length`` bytes from ``start``, in pieces, in order.
 
         A piece is valid until the next one is asked for, the last one after ``close``, too.
-        The caller sees to ``start + length <= size``. Nothing is yielded for 0.
+        The caller guarantees ``start + length <= size``. Nothing is yielded for 0.
         """
         ...
 
@@ -125,7 +125,7 @@ class Backend(Protocol):
         ...
 
     def stop(self) -> None:
-        """Make whoever waits for the back end fail soon; for good. From any thread."""
+        """Make every wait for the back end fail soon, now and later. From any thread."""
         ...
 
     def close(self) -> None:
@@ -134,17 +134,17 @@ class Backend(Protocol):
 
 
 class Lock(Protocol):
-    """An image held."""
+    """The held lock of an image."""
 
     #: The last holder died, or gave up, with writes that its back end may still carry out.
     abandoned: bool
 
     def is_in_place(self) -> bool:
-        """Tell whether who comes next meets this lock; False: others have removed it."""
+        """Tell whether the next request meets this lock; False: its file was removed."""
         ...
 
     def release(self, *, settled: bool) -> None:
-        """Let the image go; ``settled`` False leaves it marked as abandoned. Never fails."""
+        """Release the lock; ``settled`` False leaves it marked as abandoned. Never fails."""
         ...
 
 
@@ -156,7 +156,7 @@ class Locks(Protocol):
         ...
 
     def acquire_briefly(self, image: Image, *, shared: bool) -> Lock:
-        """Take the lock, waiting for those who have it for a moment; ``shared``: as one of them."""
+        """Take the lock; wait for requests that hold it briefly. ``shared``: so does this one."""
         ...
 
 
@@ -270,7 +270,7 @@ class Activity(Protocol):
         ...
 
     def add(self, done: Account, *, wait: bool) -> bool:
-        """Add to the account; False where another process was at it and ``wait`` is not set."""
+        """Add to the account; False if another process has it locked and ``wait`` is not set."""
         ...
 
     def account(self) -> Account:
@@ -306,7 +306,7 @@ class Registrations(Protocol):
         ...
 
     def forget(self, transfer_id: str) -> None:
-        """Drop the activity of what was removed, once nobody is there."""
+        """Drop the activity of a removed transfer, once no request uses it."""
         ...
 
     def count(self) -> int:
@@ -327,7 +327,7 @@ class Meter(Protocol):
 
 
 class Living(Protocol):
-    """The slot table, for those who show it."""
+    """The slot table, as ``/status`` and metrics show it."""
 
     def living(self, *kinds: Kind) -> list[Holder]:
         """Return the rows of these kinds whose processes live."""

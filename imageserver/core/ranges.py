@@ -108,7 +108,7 @@ class ContentRange:
 
         Raises:
             RangeOutsideImage: it does not lie inside.
-            BadRequest: the client believes in another size.
+            BadRequest: the header states another size.
         """
         if self.size is not None and self.size != size:
             raise BadRequest(f"Content-Range size ({self.size}) must equal image size ({size})")

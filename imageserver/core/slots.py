@@ -178,7 +178,7 @@ class SlotTable:
         return index
 
     def release(self, index: int, owner: Owner, started_ns: int) -> bool:
-        """Free the record that this owner claimed at ``started_ns``; False where it is no longer.
+        """Free the record that this owner claimed at ``started_ns``; False where it has lost it.
 
         One store to a record of the caller's own: safe without the guard, so never delayed.
         """
@@ -234,7 +234,7 @@ class SlotTable:
         self._words[_word(index) + 1] = expected
 
     def close(self) -> None:
-        """Let go of the buffer, which a mapping demands before it can be closed."""
+        """Release the buffer: a mapping with views of it cannot be closed."""
         for view in (self._words, self._notes, self._states, self._buffer):
             view.release()
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Listening sockets that systemd has made and passed on (sd_listen_fds(3)).
 
-gunicorn takes them in place of its ``bind``, whatever they are. So they are compared first: an
-address that is missing would not be served, and one too many would be taken for HTTP.
+gunicorn listens at them in place of its ``bind`` and does not compare the two. So the server
+does: a missing address would not be served, and at one too many gunicorn would speak HTTP.
 """
 
 import fcntl
@@ -40,9 +40,9 @@ def check(addresses: Iterable[object]) -> None:
 
 
 def pass_on(listeners: Iterable[Any]) -> None:
-    """Number sockets as a successor that is executed next expects them.
+    """Give sockets the descriptors at which the next master expects them: from 3 on.
 
-    gunicorn tells it that they are there, but has itself moved them to other numbers.
+    gunicorn passes their number to that master, but has moved the sockets to other descriptors.
     """
     fds = [listener.fileno() for listener in listeners]
     copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST + len(fds)) for fd in fds]

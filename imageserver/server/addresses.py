@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The addresses that the server is to listen at: that each is one of its own, and free.
+"""Checks of the addresses to listen at: each is named once, and is free.
 
-gunicorn would try one that is taken for 5 s, in 11 lines, and take a Unix socket from a living
-server without a word.
+gunicorn would try an address in use for 5 s, with 11 log lines, and would replace the Unix socket
+of a running server silently.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ class UnusableAddress(Exception):
 
 
 def check(settings: Settings) -> None:
-    """Prove that no address is named twice, in whichever spelling, and that sockets can be made.
+    """Prove that no address is named twice, however it is spelt, and that sockets can be made.
 
     Raises:
         UnusableAddress: it is, or they cannot.
     """
     for variable, path in _sockets(settings):
-        # Of those for images systemd may have made one where we cannot.
+        # systemd may have made one for images in a directory where this user cannot.
         if variable != _IMAGES or not _is_socket(path):
             _check_socket(variable, path)
     for variable, address in _named(settings):
@@ -49,10 +49,10 @@ def check(settings: Settings) -> None:
 
 
 def check_free(settings: Settings) -> None:
-    """Prove that nobody listens at any of them; wait a moment for a dead server's workers.
+    """Prove that no process listens at any of them; wait 2 s for the workers of a dead server.
 
     Raises:
-        UnusableAddress: somebody does, or an address is none of this host.
+        UnusableAddress: a process does, or an address does not belong to this host.
     """
     for variable, path in _sockets(settings):
         _check_socket(variable, path)
@@ -60,7 +60,7 @@ def check_free(settings: Settings) -> None:
             take_over(path)
         except UnusableSocket as exc:
             raise UnusableAddress(f"{variable}: {exc}".replace("\0", "@")) from exc
-    with contextlib.ExitStack() as bound:  # all at once: [::] may take 127.0.0.1 along
+    with contextlib.ExitStack() as bound:  # all at once: [::] may include 127.0.0.1
         for variable, address in _named(settings):
             if not address.startswith("unix:"):
                 _bind(bound, variable, address)
@@ -119,15 +119,15 @@ def _names(address: str) -> set[tuple[str, str]]:
         return {("", address)}
     family, host, port = _parsed(address)
     if port == 0:
-        return set()  # another one each time
-    with contextlib.suppress(OSError):  # a name nobody knows is refused when it is bound
+        return set()  # the kernel chooses one at each bind
+    with contextlib.suppress(OSError):  # an unknown name is refused when it is bound
         found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
         return {(str(name[0]), str(port)) for *_, name in found}
     return set()
 
 
 def _overlap(some: set[tuple[str, str]], others: set[tuple[str, str]]) -> bool:
-    """Tell whether two addresses are one. Those of two families are told apart when bound."""
+    """Tell whether two addresses are one; between IPv4 and IPv6, the bind decides."""
     return any(
         port == other_port
         and (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The admin listener among a worker's sockets: which they are, who may come in, what is served.
+"""The admin listener among a worker's sockets: which they are, who may connect, what is served.
 
 The master binds its addresses with all others, so gunicorn hands them over in an upgrade and
 closes them on stop; every worker accepts from them. They speak plain HTTP, have threads of
@@ -25,8 +25,8 @@ from imageserver.web.app import App
 def admin_name(listener: Any, addresses: tuple[str, ...]) -> object:
     """Return the name (getsockname(2)) of an admin listener, None of any other.
 
-    A listener that was inherited knows its name only, and one that was bound just now what it
-    was bound to as well: a host's name may stand for another address by then.
+    An inherited listener has only its socket's name. One that this master has bound also has the
+    address of the settings, which is compared first: a host's name may have another address now.
     """
     name = listener.getsockname()
     for address in addresses:
@@ -53,10 +53,9 @@ def _names(bound: object) -> list[object]:
 
 
 def admit(peer: socket.socket) -> bool:
-    """Tell whether a client may come in.
+    """Tell whether a client may connect: to a Unix socket, root and the server's user.
 
-    A Unix socket is for root and the server's user. Its mode says the same, but only from a
-    moment after it was bound, and an abstract one has none.
+    The socket's mode says the same, but is set only after the bind; an abstract socket has none.
     """
     if peer.family != socket.AF_UNIX:
         return True
@@ -80,8 +79,8 @@ def admin_application(process: Process, *, full_ids: bool) -> App:
 # In the master
 
 
-def close_to_others(address: str) -> None:
-    """Give a Unix socket its mode."""
+def restrict(address: str) -> None:
+    """Set a Unix socket's mode: only its owner may connect."""
     path = address.removeprefix("unix:")
     if path.startswith("/"):
         os.chmod(path, 0o600)

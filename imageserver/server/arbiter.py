@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The master: gunicorn's arbiter, which goes on whatever fails to begin.
+"""The master: gunicorn's arbiter, made to survive a fork, a reload or an upgrade that fails.
 
-gunicorn's own ends, and its workers with it, at any exception: a process that cannot be forked, a
-configuration that cannot be read, a new worker that cannot boot. It also waits in ``reload`` for
-the old workers, counts those that drain, and knows nothing of abstract sockets. What it does
-otherwise here is what ``ImageArbiter`` overrides; ``configuration`` names its last methods as
+gunicorn's arbiter ends at any exception, and its workers with it: a process that cannot be forked,
+a configuration that cannot be read, a new worker that cannot boot. It also waits in ``reload`` for
+the old workers, counts the ones that drain, and does not support abstract sockets.
+``ImageArbiter`` overrides the methods that do so; ``configuration`` makes its last methods
 gunicorn's hooks. None of them raises once the server serves.
 """
 
@@ -28,7 +28,7 @@ from imageserver.process import Process
 from imageserver.server import activation, admin_listener, startup
 from imageserver.server.activation import WrongSockets
 from imageserver.server.admin_listener import admin_name, bindable
-from imageserver.server.control import open_to_group
+from imageserver.server.control import allow_group
 from imageserver.server.preconditions import CannotStart, check, check_reload, tls_context
 from imageserver.server.worker import ImageWorker
 from imageserver.settings import Settings, variable_of
@@ -36,9 +36,9 @@ from imageserver.transfers.fileage import file_age
 
 log = logging.getLogger(__name__)
 
-#: Between two new workers, so that those which die at once do not keep the machine busy.
+#: Between two forks: workers that die at once must not keep the machine busy.
 _SPAWN_SECONDS = 0.05
-#: After a worker that could not begin; the master's loop wakes up every second.
+#: After a worker that could not start; the master's loop wakes up every second.
 _PAUSE_SECONDS = 0.9
 
 
@@ -66,11 +66,11 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     def begin(self, settings: Settings) -> None:
         """Check, and clean up after predecessors; or end the process with a sentence."""
         logs.configure(settings.log_level, settings.log_format)
-        startup.close_to_others()
+        startup.set_umask()
         try:
             warnings = check(settings)
             self.tls = tls_context(settings)
-            heeded = self._heeded(settings)
+            applied = self._applied(settings)
             if activation.is_activated():
                 activation.check(self.cfg.address)
         except WrongSockets as exc:
@@ -79,15 +79,15 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             raise SystemExit(f"imageserver: {exc}") from exc
         for warning in warnings:
             log.warning("%s", warning)
-        startup.require_free_addresses(heeded)
+        startup.require_free_addresses(applied)
         self.settings, self.process = settings, Process(settings)
         startup.take_over(self.process)
-        log.info("settings in force", extra=entry.fields(**startup.in_force(heeded)))
+        log.info("settings in force", extra=entry.fields(**startup.in_force(applied)))
 
-    def _heeded(self, settings: Settings) -> Settings:
-        """Return the settings without those that another worker class does not heed.
+    def _applied(self, settings: Settings) -> Settings:
+        """Return the settings without those that the worker class does not apply.
 
-        Only ``ImageWorker`` tells listeners apart. Another one would serve images at the admin
+        Only ``ImageWorker`` distinguishes listeners. Another class would serve images at the admin
         addresses, so they are left unbound, now and after each reload (``setup``).
         """
         if issubclass(self.worker_class, ImageWorker):
@@ -114,10 +114,10 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     # Workers
 
     def spawn_worker(self) -> Any:
-        """Fork a worker; where no process, descriptor or heartbeat file is to be had, later."""
+        """Fork a worker; later, if the system has no process, descriptor or heartbeat file."""
         try:
             return super().spawn_worker()
-        except (OSError, RuntimeError) as exc:  # none of a worker's own: those end it
+        except (OSError, RuntimeError) as exc:  # not a worker's own, which end it
             log.error("no worker could be started, trying again: %s", exc)  # noqa: TRY400
             self._pause()
             return None
@@ -134,12 +134,12 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     def manage_workers(self) -> None:
         """Keep as many workers as the settings say, apart from those that were told to stop.
 
-        gunicorn counts them until they end. While old ones drain, which may take an hour, it
-        would replace none of those that die, and leave the port to nobody. They stay among
-        ``WORKERS``: gunicorn goes on watching, reaping and, on stop, awaiting them.
+        gunicorn counts those until they end. While they drain, which may take an hour, it would
+        replace no new worker that dies, and at last no worker would accept. They stay among
+        ``WORKERS``: gunicorn goes on to watch and reap them and, on stop, to wait for them.
 
-        gunicorn calls this once a second: the time to claim the runtime directory's path, where
-        the server that had it before (an upgrade, orphans) has ended, and to note whether the
+        gunicorn calls this once a second. So it also claims the runtime directory's path, once
+        the server that had it before (an upgrade, orphans) has ended, and notes whether the
         system's clock was set. New workers inherit both.
         """
         self.process.runtime.claim.take()
@@ -185,10 +185,11 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     def reload(self) -> None:
         """Replace the workers, if new ones can start, without waiting for the old ones.
 
-        gunicorn waits up to the graceful timeout, deaf to signals and to dying new workers, so
-        that old workers are not told twice to stop. Ours drain for as long as a transfer takes,
-        and do not mind. Before that it reads gunicorn.conf.py, and ends the process where that
-        fails; nobody has been stopped by then.
+        gunicorn waits up to the graceful timeout, so that old workers get one signal to stop and
+        no second one; meanwhile it handles neither signals nor the death of new workers. Our
+        workers drain for as long as a transfer takes, and a second signal changes nothing. Before
+        that gunicorn reads gunicorn.conf.py, and ends the process if that fails; no worker has
+        been stopped yet then.
         """
         before = self.cfg
         graceful_timeout = before.graceful_timeout
@@ -206,10 +207,10 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             self.cfg.set("graceful_timeout", graceful_timeout)
 
     def reexec(self) -> None:
-        """Begin no upgrade that would have locks and slots elsewhere; survive a failed one.
+        """Refuse an upgrade to another runtime directory; survive an upgrade that fails.
 
-        What fails between fork and exec would end in the main loop's last handler, in the copy
-        of the master that was to become the new one: it stops the old one's workers.
+        An exception between fork and exec would reach the last handler of the main loop in the
+        child, and that handler would stop the workers of the old master.
         """
         problem = self.process.runtime.problem()
         if problem:
@@ -237,13 +238,13 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         try:
             # systemd's sockets have the modes that imageserver.socket says.
             if self.settings.control_socket and not self.systemd:
-                open_to_group(self.settings.control_socket)
+                allow_group(self.settings.control_socket)
             for address in self.settings.admin_bind:
                 if not any(admin_name(listener, (address,)) for listener in self.LISTENERS):
                     # Sockets came from a server without it, or the worker class is another.
                     log.warning("nothing listens at IMAGESERVER_ADMIN_BIND=%s", address)
                 elif not self.systemd:
-                    admin_listener.close_to_others(address)
+                    admin_listener.restrict(address)
         except OSError as exc:
             raise SystemExit(f"imageserver: {exc.filename}: {exc.strerror}.") from exc
 
@@ -262,18 +263,18 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             log.error("%s New connections get the certificate as it was", exc)  # noqa: TRY400
 
     def free_slots(self, _worker: object) -> None:
-        """``child_exit``: free at once what a worker held. A courtesy: claims sweep too."""
+        """``child_exit``: free a worker's slots at once; a claim that finds none free does, too."""
         try:
             startup.sweep(self.process)
         except Exception:  # an exception here would stop the master
             log.exception("sweep after a worker's exit failed")
 
     def run_command_again(self) -> None:
-        """``pre_exec``: in an upgrade, before exec: run the command, not what it once led to.
+        """``pre_exec``: in an upgrade, before exec: resolve the path of the command anew.
 
-        scripts/install reaches releases through a link that may lead to a newer one by now.
+        scripts/install reaches releases through a link, which may lead to a newer one by now.
         """
-        command = self.START_CTX["args"][1:]  # less the interpreter, which the old release has
+        command = self.START_CTX["args"][1:]  # without the interpreter, which is the old release's
         home = os.path.dirname(os.path.dirname(command[0]))
         if os.path.isabs(home) and os.path.isfile(os.path.join(home, "gunicorn.conf.py")):
             self.START_CTX.update({0: command[0], "args": command, "cwd": home})

@@ -23,7 +23,7 @@ from imageserver.settings import Settings
 
 #: Longer than the drain timeout: when that is over a worker gives back what it held, and ends.
 _MARGIN_SECONDS = 5
-#: The worker's loop never blocks: one that has shown no sign of life for so long is stuck.
+#: The worker's loop never blocks: a worker without a heartbeat for so long is stuck.
 _STUCK_SECONDS = 60
 
 
@@ -81,7 +81,7 @@ def _adoption(settings: Settings) -> Callable[[Arbiter], None]:
 
 
 def _logging(style: str) -> dict[str, Any]:
-    """Return what has gunicorn's own lines written as ours are (logging.config.dictConfig)."""
+    """Return what formats gunicorn's log lines like ours (logging.config.dictConfig)."""
     return {
         "version": 1,
         "disable_existing_loggers": False,

@@ -4,7 +4,7 @@
 The master binds the socket with all others, so gunicorn hands it over in an upgrade and
 closes it on stop; every worker's loop accepts from it. Each peer has a thread of its own, which
 may wait; none of these threads serves HTTP. A peer that is slow or silent keeps its thread for
-the client timeout at most; one that waits for the end of a transfer, until it hangs up.
+the client timeout at most; one that waits for the end of a transfer, until it disconnects.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class ControlServer:
             listener.close()
 
     def close_silent(self) -> None:
-        """Hang up on the peers whose request has not arrived."""
+        """Disconnect the peers whose request has not arrived."""
         for sock in list(self._silent):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
@@ -269,6 +269,6 @@ def _is_served(path: str) -> bool:
     return found not in {errno.ENOENT, errno.ECONNREFUSED}
 
 
-def open_to_group(path: str) -> None:
-    """Give the socket its mode."""
+def allow_group(path: str) -> None:
+    """Set the socket's mode: its owner and its group may connect."""
     os.chmod(path, 0o660)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be so before a server starts: one list, for ``imageserver check``, a start, a reload.
+"""The conditions of a start: one list for ``imageserver check``, a start and a reload.
 
 A check changes nothing, on the disk or elsewhere; ``startup`` is what follows.
 """
@@ -112,7 +112,7 @@ def _check_directories(settings: Settings) -> list[str]:
         if os.path.isdir(path):
             tablefile.examine(path)
         if not (os.path.isdir(path) and tablefile.is_used(path)):
-            refuse_beside_the_lost(path)
+            refuse_claimed(path)
     except (UnusableDirectory, IncompatibleTable) as exc:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {exc}.") from exc
     except OSError as exc:
@@ -122,8 +122,10 @@ def _check_directories(settings: Settings) -> list[str]:
     return warnings
 
 
-def refuse_beside_the_lost(path: str) -> None:
-    """Refuse a path that processes have claimed, where nobody uses the directory there now.
+def refuse_claimed(path: str) -> None:
+    """Refuse the path of a runtime directory that no process uses, but that processes claim.
+
+    They run without the directory, which was removed or replaced (``runtime/pathclaim.py``).
 
     Raises:
         UnusableDirectory: there are such processes.

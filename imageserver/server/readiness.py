@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Could this server do its work now? The checks of ``/readyz``, by name.
+"""The checks of ``/readyz``, by name: could this server serve transfers now?
 
-Each is done anew when it is asked for, and touches nothing that a request could miss. A check
-that passes returns "", any other a sentence without its full stop.
+Each runs anew for each request of ``/readyz``, and holds nothing that a transfer could need. A
+check that passes returns "", any other a sentence without its full stop.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ Checks = Mapping[str, Callable[[], str]]
 def checks(
     settings: Settings, files: TransferFiles, table: SharedTable, runtime: RuntimeDirectory
 ) -> Checks:
-    """Return the checks, in the order in which they are told."""
+    """Return the checks, in the order of the answer."""
     return {
         "config_dir": lambda: _config_directory(files, settings.config_dir),
         "runtime_dir": lambda: _runtime_directory(runtime),
@@ -44,7 +44,7 @@ def _runtime_directory(runtime: RuntimeDirectory) -> str:
     try:
         with tempfile.TemporaryFile(dir=runtime.path, prefix="ready-") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(b"\n")  # a full disk makes files, but has no room in them
+            file.write(b"\n")  # on a full disk a file can be made, but not written
             file.flush()
     except OSError as exc:
         return f"no file can be made and locked in {runtime.path}: {exc.strerror}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The start of the master, before anything is bound, and what it cleans up after others.
+"""The start of the master, before it binds an address, and its cleaning up after other servers.
 
-Whoever cannot start ends the process (``SystemExit``) with one sentence.
+If the server cannot start, a function here ends the process with one sentence (``SystemExit``).
 """
 
 import logging
@@ -17,7 +17,7 @@ from imageserver.runtime import tablefile
 from imageserver.runtime.private import UnusableDirectory
 from imageserver.server import addresses
 from imageserver.server.addresses import UnusableAddress
-from imageserver.server.preconditions import refuse_beside_the_lost
+from imageserver.server.preconditions import refuse_claimed
 from imageserver.settings import InvalidSetting, Settings, variable_of
 
 log = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ def in_force(settings: Settings) -> dict[str, str]:
     return {variable_of(field.name): settings.text(field.name) for field in fields(settings)}
 
 
-def close_to_others() -> None:
-    """Have files made for this user alone: another umask may make some that nobody can open."""
+def set_umask() -> None:
+    """Make new files private; with a umask such as 0277 the server could not open its own."""
     os.umask(0o077)
 
 
@@ -85,7 +85,7 @@ def _prepare(process: Process) -> None:
     process.slots.open()
     process.slots.close()
     if not runtime.claim.take() and tablefile.is_alone(runtime):
-        refuse_beside_the_lost(runtime.path)
+        refuse_claimed(runtime.path)
 
 
 def sweep(process: Process) -> None:
@@ -98,4 +98,4 @@ def sweep(process: Process) -> None:
         process.slots.sweep()
     finally:
         process.slots.close()
-        process.metrics.flush()  # a master does so at no other time
+        process.metrics.flush()  # the master writes its counts at no other time

@@ -101,7 +101,7 @@ TRANSITIONS: MappingProxyType[State, _Followers] = MappingProxyType(
             State.LINGER: (Thread.LOOP, Deadline.LINGER),
             State.CLOSED: (Thread.LOOP, Deadline.NONE),
         },
-        # Refused by the thread that queued it where no pool thread is to be had.
+        # The thread that queued it refuses it if no pool thread can be started.
         State.QUEUED: {
             State.WORK: (Thread.POOL, Deadline.NONE),
             State.SENDING: (Thread.ANY, Deadline.PROGRESS),

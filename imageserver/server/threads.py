@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads that are made when they are first needed, and kept; each does one work at a time.
+"""Threads that are started when they are first needed, and kept; each does one task at a time.
 
 The system may refuse another thread (a cgroup's pids.max, systemd's TasksMax, RLIMIT_NPROC).
-``concurrent.futures`` raises then, but keeps the work in its queue, where a thread may find it
-later: nobody knows whether it is done. Here work that was refused is never done.
+``concurrent.futures`` raises then, but leaves the task in its queue, where a thread may take it
+later: the caller cannot know whether it will run. Here a task that was refused never runs.
 """
 
 import logging
@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 
 class NoThread(Exception):
-    """No thread is free, and another one is not to be had."""
+    """No thread is free, and no other one can be started."""
 
 
 class Threads:
-    """At most ``most`` threads; any thread may give them work, and never waits for it."""
+    """At most ``most`` threads; any thread may give them tasks, and never waits for one."""
 
     def __init__(self, name: str, most: int) -> None:
         self._name = name
@@ -33,19 +33,19 @@ class Threads:
         self._warnings = LimitedWarnings(log)
 
     def start(self) -> None:
-        """Make all threads now, as far as they are to be had."""
+        """Start all threads now, or as many as the system allows."""
         with self._lock:
             while self._count < self._most and self._make():
                 pass
 
     def submit(self, work: Callable[[], None], *, may_wait: bool) -> None:
-        """Have a thread do the work.
+        """Have a thread do a task.
 
-        Where all threads there may be have work, it waits for one of them; where another
-        thread is not to be had, only if it ``may_wait``.
+        If ``most`` threads are busy, the task waits for one of them. If the system refuses another
+        thread, the task waits only with ``may_wait``, and if there is any thread.
 
         Raises:
-            NoThread: it will not be done.
+            NoThread: the task will not run.
         """
         with self._lock:
             has_thread = self._unfinished < self._count or self._count == self._most or self._make()
@@ -70,7 +70,7 @@ class Threads:
                 self._work.get()()
                 with self._lock:
                     self._unfinished -= 1
-        finally:  # the work has failed, which is a defect: another thread comes for this one
+        finally:  # the task has raised, which is a defect: another thread will replace this one
             with self._lock:
                 self._unfinished -= 1
                 self._count -= 1

@@ -50,7 +50,7 @@ _MAX_YIELD_SECONDS = 0.05
 _STOP_IDLE_SECONDS = 1.0
 #: How long threads get to notice that their connections were cut, before the process ends.
 _ABORT_SECONDS = 3.0
-#: How often the master is shown a sign of life; its patience is a minute (gunicorn.conf.py).
+#: Between two heartbeats; the master waits a minute for one (``configuration``).
 _NOTIFY_SECONDS = 1.0
 
 #: Descriptors for all but transfers: listeners, pipes, the table, probes, control peers.
@@ -70,7 +70,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def init_process(self) -> None:
         """Set up what must belong to this process alone, then run the loop."""
-        # Without our master's hook: never other settings for want of it, and never plain HTTP.
+        # Our master's hook may be missing: the same settings then, and never plain HTTP.
         settings = self.settings or Settings.from_environ(os.environ)
         self.tls = self.tls or server_context(settings)
         logs.configure(settings.log_level, settings.log_format)
@@ -99,9 +99,10 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     # Signals: flags only; set_wakeup_fd (base.init_signals) ends the wait.
 
     def catch_early_signals(self, pending: Any) -> None:
-        """Heed what comes between fork and ``init_signals``, where the master's handlers stand.
+        """Handle the signals that come between the fork and ``init_signals``.
 
-        Those only queue: ``pending`` is this process's copy of the master's queue.
+        The master's handlers, which stand until now, only queue them: ``pending`` is this
+        process's copy of its queue.
         """
         signal.signal(signal.SIGTERM, self.handle_exit)
         signal.signal(signal.SIGQUIT, self.handle_exit)
@@ -120,7 +121,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._is_quitting = True
 
     def handle_abort(self, _sig: int, _frame: Any) -> None:
-        """SIGABRT: the master has given this process up."""
+        """SIGABRT: the master ends a worker without a heartbeat."""
         os._exit(1)
 
     # Running
@@ -135,7 +136,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._publish()
         if self.alive:
             log.info("worker %d accepts connections", self.pid)
-        if self.alive and "GUNICORN_PID" in os.environ:  # an upgrade (SIGUSR2) has come this far
+        if self.alive and "GUNICORN_PID" in os.environ:  # an upgrade (SIGUSR2) has succeeded
             systemd.sd_notify(f"MAINPID={self.ppid}", self.log)
         while self.alive:
             self._step()

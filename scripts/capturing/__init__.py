@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Terminal output for the docs: see ``scripts/capture``.
 
-    __main__   arguments
-    scenes     what is run, against which server, and when the terminal is looked at
-    terminal   a program in a pseudo-terminal, and what its screen shows
-    document   blocks between markers in a Markdown file
-
-Run as a directory (``python scripts/capturing``): modules import each other by bare name.
+__main__   arguments
+scenes     what is run, against which server, and when the terminal is looked at
+terminal   a program in a pseudo-terminal, and what its screen shows
+document   blocks between markers in a Markdown file
 """

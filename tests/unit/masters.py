@@ -39,7 +39,7 @@ def settle(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("IMAGESERVER_BIND", f"unix:{place}/socket")
     monkeypatch.setenv("IMAGESERVER_ADMIN_BIND", "none")
     monkeypatch.setattr(logs, "configure", lambda *_: None)
-    monkeypatch.setattr(startup, "close_to_others", lambda: None)
+    monkeypatch.setattr(startup, "set_umask", lambda: None)
     return place
 
 

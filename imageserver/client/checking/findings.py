@@ -124,7 +124,7 @@ class Subject:
         """Read a span.
 
         Raises:
-            Wrong: it cannot be had.
+            Wrong: it cannot be read.
         """
         reply = self.range(f"{start}-{stop - 1}")
         return partial(reply, start, stop, self.size)

@@ -11,7 +11,7 @@ from imageserver.client.failures import OutputLost, OutputUnread
 
 
 class _Output(io.FileIO):
-    """Standard output; its errors are ``OutputLost``, so nobody takes them for another file's."""
+    """Standard output; its errors are ``OutputLost``, and not mistaken for another file's."""
 
     def write(self, data: Any) -> int:  # noqa: ANN401 - any buffer
         try:

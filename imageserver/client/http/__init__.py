@@ -7,5 +7,5 @@
     connections  extent_list       urllib3 over our sockets; extents, parsed as they come
     access                         URL, certificates, Unix socket
 
-Each request is made once, and an answer is believed only where it proves itself.
+Each request is made once, and an answer is accepted only if its head proves it right.
 """

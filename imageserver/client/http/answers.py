@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server's answers say, parsed and checked: abilities, sizes, ranges. No I/O.
 
-An answer is believed only where it proves itself: a range must come as 206, say exactly the
-range that was asked for, and tell its length.
+An answer is accepted only if its head proves it right: a range must come as 206, name exactly
+the range that was asked for, and have a length.
 """
 
 import json

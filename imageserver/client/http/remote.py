@@ -32,7 +32,7 @@ READ_BYTES = 1024 * 1024
 _MAX_JSON = 64 * 1024
 _NO_CONTENT = 204
 #: What oVirt's daemon has in ``Server``; it answers writes with an empty body.
-_SAYS_NOTHING = "imageio/"
+_OVIRT = "imageio/"
 #: Connections that are used by default.
 _CONNECTIONS = 4
 
@@ -205,7 +205,7 @@ class Remote:
     def _done(self, method: str, response: Response) -> dict[str, Any]:
         """Return the fields of an answer, which must say ``ok``; oVirt's daemon sends no body."""
         body = self._body(response)
-        if not body and response.headers.get("Server", "").startswith(_SAYS_NOTHING):
+        if not body and response.headers.get("Server", "").startswith(_OVIRT):
             return {}
         fields = parse_fields(body)
         if fields.get("ok") is not True:

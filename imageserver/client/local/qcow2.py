@@ -116,7 +116,7 @@ class Qcow2:
             self._all = [self._connect(sock) for _ in range(connections)]
 
     def _linked(self, directory: str) -> dict[str, object] | None:
-        """Return the node of a temporary image that names ``Chain.beyond``, if there is that.
+        """Return the node of a temporary image whose backing file is ``Chain.beyond``, if any.
 
         QEMU parses such a name only in an image, and the chain's own may have been rewritten.
         """

@@ -132,7 +132,7 @@ class _Download:
             movers.run(self._connections, tick, self._remote.cut)
             save()
         except KeyboardInterrupt as exc:
-            _save_unless_hurried(exc, save, local)
+            _save_unless_interrupted_again(exc, save, local)
             raise Interrupted(
                 f"interrupted: the same command goes on with {target.path} where it stopped."
             ) from exc
@@ -235,7 +235,7 @@ def _require_unchanged(local: LocalImage) -> None:
         raise Different(str(exc)) from exc
 
 
-def _save_unless_hurried(
+def _save_unless_interrupted_again(
     interrupt: KeyboardInterrupt, save: Callable[[float], None], local: LocalImage
 ) -> None:
     """Save the state; at a second Ctrl-C, now or while threads were stopping, give up."""

@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         )
     commands = root.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add(commands, "serve", _serve, "serve, in the foreground, until SIGTERM")
-    _add(commands, "check", _check, "prove that the server can start with these settings")
+    _add(commands, "check", _check, "check whether the server can start with these settings")
     config = commands.add_parser("config", help="print settings", allow_abbrev=False)
     questions = config.add_subparsers(metavar="COMMAND", parser_class=_Parser, required=True)
     _add(questions, "show", _show, "print the settings in force, as variables")
@@ -99,7 +99,7 @@ def _add(
                 flag_of(field.name),
                 metavar="VALUE",
                 default=argparse.SUPPRESS,
-                help=_explained(field).replace("%", "%%"),
+                help=_with_default(field).replace("%", "%%"),
             )
 
 
@@ -146,6 +146,11 @@ def _sample(_parsed: argparse.Namespace) -> int:
 def _explained(field: Field[Any]) -> str:
     shown = field.metadata["shown"]
     return f"{field.metadata['help']}" + (f" (default: {shown})" if shown else "")
+
+
+def _with_default(field: Field[Any]) -> str:
+    default = _default(field)
+    return _explained(field) + (f" (default: {default})" if default else "")
 
 
 def _default(field: Field[Any]) -> str:

@@ -30,9 +30,9 @@ Exit status:
     2  the arguments are wrong
     3  the server refused
     4  contents differ, or a check failed
-    5  a file or a program on this side failed
+    5  a local file or program failed
   130  interrupted
-  141  nobody reads the output any more
+  141  the reader of the output has gone
 """
 
 

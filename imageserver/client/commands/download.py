@@ -26,12 +26,12 @@ from imageserver.client.showing.units import pace_text, size_text
     help="Make FILE a qcow2 overlay of this image instead.",
 )
 @click.option("--base-format", type=FORMAT, help="Format of that image; default: raw.")
-@click.option("--verify", is_flag=True, help="Read FILE back, and compare it with what came.")
+@click.option("--verify", is_flag=True, help="Read FILE back, and compare it with what arrived.")
 @click.option("--force", is_flag=True, help="Replace FILE.")
-@click.option("--restart", is_flag=True, help="Begin anew what was interrupted.")
+@click.option("--restart", is_flag=True, help="Do not resume an interrupted download.")
 @common_options()
 def download_command(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 - click's
-    """Download the image at URL into FILE, holes as holes."""
+    """Download the image at URL into FILE; holes stay holes."""
     if given["file"] == "-":
         raise click.UsageError("a pipe has no holes: name a FILE (a file called -: ./-).")
     if given["base"]:

@@ -31,7 +31,7 @@ _SVG_COLUMNS, _SVG_ROWS = 96, 32
     type=click.Choice(["zero", "dirty"]),
     default="zero",
     show_default=True,
-    help="Tell data from zeros, or also what has changed since the bitmap was made.",
+    help="zero: data and zeros; dirty: also what has changed since the bitmap was made.",
 )
 @click.option("--width", type=click.IntRange(20, 10_000), help="Columns; default: the terminal's.")
 @click.option("--rows", type=click.IntRange(1, 10_000), help="Rows of the picture.")

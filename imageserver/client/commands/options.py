@@ -86,7 +86,7 @@ class Seconds(click.FloatRange):
 _PATH = click.Path(dir_okay=False)
 _COMMON = {
     "cacert": click.option("--cacert", type=_PATH, help="Trust these CA certificates (PEM)."),
-    "cert": click.option("--cert", type=_PATH, help="Show this client certificate (PEM)."),
+    "cert": click.option("--cert", type=_PATH, help="Present this client certificate (PEM)."),
     "key": click.option("--key", type=_PATH, help="Its private key, if in a file of its own."),
     "unix_socket": click.option(
         "--unix-socket", metavar="PATH", help="Connect here (@NAME: abstract)."
@@ -107,9 +107,9 @@ _COMMON = {
         type=Seconds(min=0),
         default=60.0,
         show_default=True,
-        help="How long to try again without progress.",
+        help="How long to retry without progress.",
     ),
-    "quiet": click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors."),
+    "quiet": click.option("--quiet", "-q", is_flag=True, help="Print errors only."),
     "json": click.option("--json", is_flag=True, help="Write the result as JSON."),
     "debug": click.option("--debug", is_flag=True, help="Show tracebacks."),
 }

@@ -46,15 +46,15 @@ Polls = Iterator[tuple[Status, str]]
     metavar="SECONDS",
     default=1.0,
     show_default=True,
-    help="Time between two looks.",
+    help="Time between two requests.",
 )
-@click.option("--once", is_flag=True, help="Look once; rates are means.")
+@click.option("--once", is_flag=True, help="Ask once; rates are averages.")
 @ascii_option
 @common_options(without=["timeout_seconds", "patience_seconds", "quiet"])
 def top_command(
     *, admin_url: str, interval: float, once: bool, plain: bool, options: Options
 ) -> None:
-    """Show what runs on a server now.
+    """Show the transfers that run on a server, and its workers.
 
     ADMIN_URL is an address of its admin listener: http://HOST:PORT or unix:/PATH.
     """

@@ -35,7 +35,7 @@ _WIDTH = 10_000
 
 @click.group("transfer")
 def transfer_command() -> None:
-    """Make images known to a server, or unknown again.
+    """Add, remove and list the transfers of a server.
 
     Through its control socket, or as files in its config directory.
     """
@@ -86,9 +86,9 @@ def _absolute(_context: click.Context, _option: click.Parameter, path: str | Non
 @click.option("--bitmap", metavar="NAME", help="The export's dirty bitmap.")
 @click.option("--file", metavar="PATH", callback=_absolute, help="Instead: a file or block device.")
 @click.option("--read-only", is_flag=True, help="Forbid every change.")
-@click.option("--idle-timeout", type=int, metavar="SECONDS", help="It expires when unused so long.")
+@click.option("--idle-timeout", type=int, metavar="SECONDS", help="Expire if unused for so long.")
 @click.option("--id", "transfer_id", help="Its id; default: a random UUID.")
-@click.option("--url", metavar="BASE", help="Also tell its URL at this server (http://HOST:PORT).")
+@click.option("--url", metavar="BASE", help="Also print its URL at this server (http://HOST:PORT).")
 @_place_options
 @_JSON
 def add_command(  # noqa: PLR0913 - one parameter per option
@@ -105,7 +105,7 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     config_dir: str | None,
     as_json: bool,
 ) -> None:
-    """Make an image known, and print its id.
+    """Add a transfer of an image, and print its id.
 
     Whoever knows the id may use the image.
     """
@@ -155,7 +155,7 @@ def remove_command(
     control_socket: str | None,
     config_dir: str | None,
 ) -> None:
-    """Make an image unknown; one that is not known is fine."""
+    """Remove a transfer; an id that is not known is no error."""
     place = _place(control_socket, config_dir)
     place.remove(_id(transfer_id), timeout, force=force)
 
@@ -164,7 +164,7 @@ def remove_command(
 @_place_options
 @_JSON
 def list_command(*, control_socket: str | None, config_dir: str | None, as_json: bool) -> None:
-    """List images that are known: registered, or as files say."""
+    """List the registered transfers, or those of the files that count."""
     transfers = _place(control_socket, config_dir).list()
     if as_json:
         shown = [{"id": each.id, "config": to_fields(each)} for each in transfers]

@@ -27,7 +27,7 @@ from imageserver.client.showing.units import pace_text, size_text
 )
 @common_options()
 def upload_command(options: Options, url: str, **given: Any) -> None:  # noqa: ANN401 - click's
-    """Make the image at URL what FILE is, holes as zeros."""
+    """Upload FILE into the image at URL; holes become zeros."""
     wanted = Wanted(patience_seconds=options.patience_seconds, **given)
     remote = options.remote(url)
     with watcher(quiet=options.quiet) as watch:

@@ -57,10 +57,14 @@ class Scale:
     """Bytes of the image that is zeroed."""
     crowd: int
     """What there is much of is divided by this."""
+    far: int
+    """Bytes of the image that goes over a long way."""
+    patience: float
+    """How many seconds it may take there."""
 
 
-FULL = Scale(5, GIB, 0.5, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1)
-QUICK = Scale(2, 16 * MIB, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20)
+FULL = Scale(5, GIB, 0.5, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1, 128 * MIB, 5.0)
+QUICK = Scale(2, 16 * MIB, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20, 4 * MIB, 5.0)
 
 
 class ImageServer(Server):
@@ -179,7 +183,7 @@ class World:
     def ovirt(self) -> OvirtDaemon:
         """OVirt's daemon."""
         with contextlib.ExitStack() as stack:
-            directory = stack.enter_context(self._directory("ovirt"))
+            directory = stack.enter_context(self.room("ovirt"))
             daemon = stack.enter_context(ovirt_daemon(directory))
             self._opened.push(stack.pop_all())
         return daemon
@@ -212,7 +216,7 @@ class World:
     @contextlib.contextmanager
     def haproxy(self, routes: dict[str, str], **hosts: int) -> Iterator[Other]:
         """Run conf/haproxy.cfg; ``routes``: path to host, ``hosts``: name to port."""
-        with self._directory("haproxy") as directory:
+        with self.room("haproxy") as directory:
             table = directory / "haproxy.map"
             lines = [f"{os.path.basename(path)} {host}\n" for path, host in routes.items()]
             table.write_text("".join(lines), encoding="utf-8")
@@ -230,17 +234,22 @@ class World:
     @contextlib.contextmanager
     def image_server(self, name: str, *arguments: str, **settings: object) -> Iterator[ImageServer]:
         """Run the image server, with settings and arguments for gunicorn, in its directory."""
-        with self._directory(name) as directory:
-            tried = {k: v for k, v in settings_in(os.environ).items() if k not in _OURS}
-            tried |= {"drain_timeout": 3, "admin_bind": f"unix:{directory}/admin", **settings}
-            tried.setdefault("workers", Settings.from_environ({}).workers)
-            server = ImageServer(directory, **tried)
+        with self.room(name) as directory:
+            server = self.prepared(directory, **settings)
             server.command += arguments
             with server:
                 yield server
 
+    def prepared(self, directory: Path, **settings: object) -> ImageServer:
+        """Return an image server that is still to be started."""
+        tried = {k: v for k, v in settings_in(os.environ).items() if k not in _OURS}
+        tried |= {"drain_timeout": 3, "admin_bind": f"unix:{directory}/admin", **settings}
+        tried.setdefault("workers", Settings.from_environ({}).workers)
+        return ImageServer(directory, **tried)
+
     @contextlib.contextmanager
-    def _directory(self, name: str) -> Iterator[Path]:
+    def room(self, name: str) -> Iterator[Path]:
+        """Make a directory for a block."""
         directory = self.directory / name
         directory.mkdir()
         try:

@@ -5,6 +5,7 @@ processes  programs: found, started, waited for, ended; ports
 servers    the image server, qemu-nbd, nbdkit; qemu-img and qemu-io
 ovirt      oVirt's own daemon
 wire       an HTTP client on a bare socket
+wan        a link with a delay and a loss
 model      which bytes an image may contain, and which extents
 remains    what a server must not hold at the end, nor its log have
 

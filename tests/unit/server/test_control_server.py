@@ -178,7 +178,8 @@ def test_peers_that_say_nothing_delay_nobody(world: _World) -> None:
 
 
 def test_a_peer_that_hangs_up_is_forgotten(world: _World) -> None:
-    world.connect(b'{"action').close()
+    with world.connect(b'{"action'):
+        world.wait_until(lambda: not world.control.is_empty())
 
     world.wait_until(world.control.is_empty)
 

@@ -80,7 +80,7 @@ def _run(environment: Any) -> Run:  # noqa: ANN401 - locust's
 def _judge(**_more: object) -> None:
     """Judge the refusals that are left."""
     if LoadUser.run_of:
-        LoadUser.run_of.referee.close()
+        LoadUser.run_of.reporter.close()
 
 
 @events.quitting.add_listener
@@ -90,7 +90,7 @@ def _report(environment: Any, **_more: object) -> None:  # noqa: ANN401 - locust
     if run is None:  # nothing was done, so nothing is proved
         environment.process_exit_code = 1
         return
-    run.referee.close()
+    run.reporter.close()
     seconds = (stats.last_request_timestamp or time.time()) - stats.start_time
     rows = report.rows(stats, seconds)
     started = environment.runner.target_user_classes_count

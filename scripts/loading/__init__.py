@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load test: those who use an image server in life, as locust users.
+"""The load test: the usual clients of an image server, as locust users.
 
     locust --HTTP--> imageserver --NBD--> qemu-nbd
       |                  ^
@@ -13,7 +13,7 @@ parameters  what a run is told: which images, what may be written
 run         what its users share
 users       who probes and backs up
 writers     who restores
-control     who comes and goes with transfers, and how
+control     who makes, changes and ends transfers
 client      one connection; judges every answer, and tells locust
 images      what each image must contain
 ledger      which refusals the limits explain; no I/O

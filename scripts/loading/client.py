@@ -77,8 +77,8 @@ class Answer(WireAnswer):
         return str(found.get("error")) if isinstance(found, dict) else ""
 
 
-class Referee:
-    """The ledger of a run, and where its verdicts go."""
+class Reporter:
+    """Records requests in the ledger, and tells locust the verdicts."""
 
     def __init__(self, ledger: Ledger, fire: Callable[..., None], *, others: bool) -> None:
         """``fire``: locust's request event; ``others``: the server has other clients."""
@@ -122,7 +122,7 @@ def told(
 class Client:
     """A connection to the server, kept as long as the server keeps it."""
 
-    def __init__(self, host: str, user: str, referee: Referee) -> None:
+    def __init__(self, host: str, user: str, reporter: Reporter) -> None:
         """``user``: whose requests these are, in the statistics."""
         parts = urlsplit(host)
         context = ssl.create_default_context() if parts.scheme == "https" else None
@@ -132,7 +132,7 @@ class Client:
         )
         self._wire: Wire | None = None
         self._user = user
-        self._referee = referee
+        self._reporter = reporter
 
     def close(self) -> None:
         """Close the connection."""
@@ -152,7 +152,7 @@ class Client:
         """
         entry = None
         if call.kind and call.image:
-            entry = self._referee.ledger.begin(call.kind, call.image, time.monotonic())
+            entry = self._reporter.ledger.begin(call.kind, call.image, time.monotonic())
         began = time.perf_counter()
         try:
             answer = self._exchange(call, on_head)
@@ -161,7 +161,7 @@ class Client:
             self._end(entry, Outcome.LOST)
             if not isinstance(exc, (Cut, Hanging)):
                 raise  # the user is being ended
-            self._referee.fire(**told(self._user, call.name, began, 0, exc))
+            self._reporter.fire(**told(self._user, call.name, began, 0, exc))
             return None
         return self._judge(call, entry, began, answer, check)
 
@@ -199,15 +199,15 @@ class Client:
             # Of what it has sent nothing was taken: only the answer has moved.
             problem = Unexpected(f"{problem}: no limit explains it")
             fields = told(self._user, call.name, began, len(answer.body), problem)
-            self._referee.end(entry, outcome, fields)
+            self._reporter.end(entry, outcome, fields)
             return replace(answer, refused=True)
         self._end(entry, outcome)
-        self._referee.fire(**told(self._user, call.name, began, moved, problem))
+        self._reporter.fire(**told(self._user, call.name, began, moved, problem))
         return None if problem else answer
 
     def _end(self, entry: Entry | None, outcome: Outcome) -> None:
         if entry:
-            self._referee.end(entry, outcome)
+            self._reporter.end(entry, outcome)
 
 
 def _outcome(call: Call, answer: Answer) -> Outcome:

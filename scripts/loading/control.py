@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who makes and ends transfers, without patience: each change counts in the very next request."""
+"""Who makes, changes and ends transfers while they are used."""
 
 import contextlib
 import uuid
@@ -20,13 +20,13 @@ _UNREGISTER_SECONDS = 80.0
 
 
 class ControlProgram(LoadUser):
-    """Makes and ends transfers, and is impatient: each must count in the very next request."""
+    """Makes, changes and ends transfers; each change must count in the very next request."""
 
     kind = "control"
     wait_time = between(0.02, 0.2)
 
     @task(2)
-    def come_and_go(self) -> None:
+    def make_and_end(self) -> None:
         """Make a transfer, use it, end it."""
         registrar, name = self._begin()
         self._is_gone(name)
@@ -38,7 +38,7 @@ class ControlProgram(LoadUser):
         self._is_gone(name)
 
     @task
-    def change_its_mind(self) -> None:
+    def change_image(self) -> None:
         """Let a transfer name another image."""
         registrar, name = self._begin()
         with self._transfer(registrar, name):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the users of one run share: the server's limits, its images, and the referee."""
+"""What the users of one run share: the server's limits, its images, and the reporter."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ from imageserver.backends.table import KINDS
 from imageserver.client.local.control_socket import ControlSocket
 from imageserver.client.local.transfer_files import ConfigDirectory
 from imageserver.core.transfer import Transfer, parse_transfer
-from loading.client import Answer, Call, Client, Referee, told
+from loading.client import Answer, Call, Client, Reporter, told
 from loading.images import WINDOW, Image
 from loading.ledger import Image as Lockable
 from loading.ledger import Ledger, Limits
@@ -37,13 +37,13 @@ class Run:
         self.present: set[str] = set()
         """The kinds of users that there have been."""
         self._problems: list[str] = []
-        look = Referee(Ledger(Limits(0, 0)), self._note, others=False)
+        look = Reporter(Ledger(Limits(0, 0)), self._note, others=False)
         with contextlib.closing(Client(host, "set-up", look)) as client:
             self.server = self._ask(client, "OPTIONS", "/images/*").json
             self.readable = [self._readable(client, found) for found in parameters.read]
             self.writable = [self._writable(client, name) for name in parameters.write]
         limits = Limits(self.server["max_readers"], self.server["max_writers"])
-        self.referee = Referee(Ledger(limits), fire, others=parameters.others)
+        self.reporter = Reporter(Ledger(limits), fire, others=parameters.others)
         self.images = self.readable + self.writable
         self.unclaimed = list(self.writable)
         self.unready = list(self.writable)
@@ -68,7 +68,7 @@ class Run:
             yield
         except failures as exc:
             problem = exc
-        self.referee.fire(**told(kind, name, began, 0, problem))
+        self.reporter.fire(**told(kind, name, began, 0, problem))
 
     def _note(self, *, exception: Exception | None, **_fields: object) -> None:
         if exception:

@@ -31,7 +31,7 @@ class LoadUser(User):
 
     def new_client(self) -> Client:
         """Return another connection of this user's."""
-        return Client(self.plan.host, self.kind, self.plan.referee)
+        return Client(self.plan.host, self.kind, self.plan.reporter)
 
     def on_start(self) -> None:
         """Connect, and count as there."""

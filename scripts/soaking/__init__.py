@@ -7,7 +7,7 @@
     model (lab)        chaos            counts, delays     chaos
 
 __main__   arguments, and the verdict (``scripts/soak``)
-storm      starts everything, lets it run, looks whether all came back; reloading: without chaos
+storm      starts everything, lets it run, checks the end; reloading: without chaos
 chaos      what dies, when; and which failures of clients that excuses
 clients    who reads, writes, surveys and probes
 backends   images and the NBD servers that serve them

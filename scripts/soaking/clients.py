@@ -72,7 +72,7 @@ class Client(threading.Thread):
 
     @contextlib.contextmanager
     def exchange(self, image: Image, what: str) -> Iterator[Wire]:
-        """Lend a connection for one request; judge what breaks it."""
+        """Yield a connection for one request; an error without a cause makes the soak fail."""
         # A kept connection may have been cut since its last request was sent.
         now = time.monotonic()
         self._since = now if self._wire is None else self._began
@@ -115,7 +115,7 @@ class Client(threading.Thread):
             wire.__exit__()
 
     def vanish(self, wire: Wire) -> None:
-        """Be gone, with a reset."""
+        """Close the connection with a reset, in the middle of a request."""
         wire.vanish()
         self.drop()
 
@@ -234,7 +234,7 @@ class Surveyor(Client):
 
 
 class Prober(Client):
-    """What a load balancer does; never refused, never late."""
+    """Probes as a load balancer does; must be neither refused nor late."""
 
     def __init__(self, name: str, port: int, trace: Trace, seed: str, images: list[Image]) -> None:
         super().__init__(name, port, trace, seed, images)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts everything, lets the storm blow, and looks whether all came back."""
+"""Starts everything, runs the storm, and checks that all was given back at its end."""
 
 import contextlib
 import subprocess
@@ -35,7 +35,7 @@ SETTINGS = {
     "backend_timeout": 3,
     "chunk_size": 256 << 10,
 }
-#: What a storm that has been one has seen at least once.
+#: What every storm must have had at least once.
 MUST_HAPPEN = (
     "GET 200",
     "GET 206",
@@ -61,7 +61,7 @@ class Storm:
         self._probers: list[Prober] = []
 
     def run(self, seconds: float, pace: float) -> None:
-        """Blow for ``seconds``; failures are in ``trace``."""
+        """Run for ``seconds``; failures are in ``trace``."""
         with tempfile.TemporaryDirectory(prefix="soak-") as name, self._world(Path(name)) as world:
             server, images = world
             nbd = [image for image in images if isinstance(image, NbdImage)]

@@ -34,7 +34,7 @@ _SIGNS = {
 )
 @common_options()
 def check_command(*, url: str, write: bool, options: Options) -> None:
-    """Try every feature that a server announces, and report what works."""
+    """Try every announced feature, and report what works."""
     subject = Subject(options.access(url), options.patience_seconds)
     found = findings(subject, CHECKS + (WRITE_CHECKS if write else ()))
     shown = list(found if options.json or options.quiet else _printed(found))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The progress bar on a terminal; imported there only, since rich takes as long as all else."""
 
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -90,10 +89,5 @@ class ProgressBar:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _exc: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self._progress.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from lab.model import WrongBytes, check_extents
-from loading.client import Answer, Call, Client, Referee
+from loading.client import Answer, Call, Client, Reporter
 from loading.images import Image, needed, pieces
 from loading.ledger import Image as Lockable
 from loading.ledger import Kind, Ledger, Limits
@@ -95,7 +95,7 @@ class Scripted(Client):
     def __init__(self, status: int, body: bytes, *, retry: bool = True, others: bool = False):
         self.fired: list[tuple[str, str]] = []
         ledger = Ledger(Limits(1, 1))
-        super().__init__("http://x", "user", Referee(ledger, self._fire, others=others))
+        super().__init__("http://x", "user", Reporter(ledger, self._fire, others=others))
         self._answer = Answer(status, {"retry-after": "1"} if retry else {}, body)
 
     def _fire(self, *, name: str, exception: Exception | None, **_fields: object) -> None:
@@ -122,9 +122,9 @@ def test_a_refusal_without_a_cause_is_a_failure():
 
 def test_a_refusal_with_a_cause_has_a_line_of_its_own():
     client = Scripted(503, READS)
-    client._referee.ledger.begin(Kind.READ, DISK, 0.0)
+    client._reporter.ledger.begin(Kind.READ, DISK, 0.0)
     client.get()
-    client._referee.close()
+    client._reporter.close()
     assert client.fired == [("GET: refused", "")]
 
 

@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from imageserver.core.entry import Entry
+from imageserver.core.entry import Entry, fields
 from imageserver.core.ranges import Span
 from imageserver.observability import logs
 
@@ -229,3 +231,50 @@ def test_json_has_the_time_unless_the_journal_adds_it(
 
     time = json.loads(stream.getvalue())["time"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", time)
+
+
+def test_the_time_is_that_of_the_line_and_not_of_one_before(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    for seconds in (1_700_000_000.0, 1_700_000_000.999, 1_700_000_001.0, 1_700_000_000.5):
+        clock = SimpleNamespace(**vars(time) | {"time": lambda now=seconds: now})
+        monkeypatch.setattr(logs, "time", clock)
+        _operation("text")
+
+    stamps = [re.search(r":(\d\d) [+-]", line) for line in stream.getvalue().splitlines()]
+    assert [found and found[1] for found in stamps] == ["20", "20", "21", "20"]
+
+
+def test_the_record_of_an_operation_has_all_that_logging_gives_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger("imageserver")
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger="imageserver")
+    before = time.time()
+    logs.OperationLog().finished(Entry(**{**_ENTRY, "operation": "read"}))
+    logging.getLogger("imageserver.observability.logs").info("finished", extra=fields(a=1))
+
+    ours, usual = caplog.records
+    assert vars(ours).keys() == vars(usual).keys()
+    assert (ours.name, ours.getMessage(), ours.levelname) == (usual.name, "finished", "INFO")
+    assert (ours.process, ours.exc_info) == (os.getpid(), None)
+    assert before <= ours.created <= usual.created
+
+
+def test_a_forked_child_logs_its_own_pid(stream: io.StringIO) -> None:
+    _operation("text")
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if not child:
+        _operation("text")
+        os.write(theirs, stream.getvalue().encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(theirs)
+    with open(ours, encoding="utf-8") as told:
+        last = told.read().splitlines()[-1]
+
+    assert f"[{child}] " in last
+    assert f" worker={child} " in last

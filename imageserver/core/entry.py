@@ -2,7 +2,7 @@
 """The log entry of a finished request, which metrics count as well; fields of log lines."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageserver.core.ranges import Span
 
@@ -18,8 +18,7 @@ def fields(**values: object) -> dict[str, Mapping[str, object]]:
     return {FIELDS: values}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One finished request. Text fields are empty where nothing is known."""
 
     method: str

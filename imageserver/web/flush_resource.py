@@ -6,7 +6,7 @@ import falcon
 from imageserver.core.transfer import Transfer
 from imageserver.images import operations, sessions
 from imageserver.images.sessions import Sessions
-from imageserver.web.answers import set_json
+from imageserver.web.answers import OK, set_encoded
 from imageserver.web.headers import check_method
 from imageserver.web.requests import open_session
 
@@ -25,4 +25,4 @@ class FlushResource:
         """Flush; the body, if any, is not looked at."""
         with open_session(self._sessions, req, transfer, sessions.FLUSH) as session:
             operations.flush(session)
-        set_json(resp, {"ok": True})
+        set_encoded(resp, OK)

@@ -7,6 +7,7 @@ an image has is asked by the middleware before any responder runs.
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import falcon
 
@@ -21,7 +22,7 @@ from imageserver.images import operations, sessions
 from imageserver.images.operations import READ_ONLY_METHODS, check_writable
 from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector
 from imageserver.images.sessions import Session, Sessions
-from imageserver.web.answers import set_json
+from imageserver.web.answers import OK, set_encoded, set_json, to_json
 from imageserver.web.body import ASKING, RequestSource, StreamedBody, read_all
 from imageserver.web.headers import (
     body_length,
@@ -58,6 +59,7 @@ class ImageResource:
         self._sessions = opened
         self._inspector = inspector
         self._limits = limits
+        self._announcer = Announcer(limits)
 
     def check_method(self, method: str, transfer: Transfer) -> None:
         """Refuse a method that this image lacks, before anything is opened."""
@@ -74,7 +76,7 @@ class ImageResource:
         kind, read_only = transfer.image.kind, transfer.read_only
         info = self._info(transfer, _asking(req)) if kind.asks_server else kind.assumed
         told = kind.announcement(info, self._limits.max_writers, read_only=read_only)
-        announce(resp, told, self._limits)
+        self._announcer.announce(resp, told)
 
     def on_head(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send GET's headers for the whole image; no slot."""
@@ -141,7 +143,7 @@ class ImageResource:
         """Write a range, zero one, or flush."""
         if is_json(req):
             self._patch_json(req, transfer)
-            set_json(resp, {"ok": True})
+            set_encoded(resp, OK)
         elif req.get_header("Range") is not None:
             length = self._patch_range(req, transfer)
             set_json(resp, {"ok": True, "bytes_written": length})
@@ -197,30 +199,41 @@ def _asking(req: falcon.Request) -> Asking:
     return asking
 
 
-def announce(resp: falcon.Response, what: Announcement, limits: Limits) -> None:
-    """Answer OPTIONS."""
-    methods = ", ".join(what.methods)
-    resp.set_header("Allow", methods.replace("GET", "GET, HEAD"))
-    resp.set_header("Access-Control-Allow-Methods", methods)
-    answer = {
-        "unix_socket": limits.unix_socket,
-        "features": what.features,
-        "max_readers": limits.max_readers,
-        "max_writers": what.writers,
-    }
-    set_json(resp, answer)
+class Announcer:
+    """Answers OPTIONS. There are few different answers, so they are kept."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._made = lru_cache(maxsize=32)(self._make)
+
+    def announce(self, resp: falcon.Response, what: Announcement) -> None:
+        """Say what an image, or the server, can do."""
+        allow, methods, body = self._made(what)
+        resp.set_header("Allow", allow)
+        resp.set_header("Access-Control-Allow-Methods", methods)
+        set_encoded(resp, body)
+
+    def _make(self, what: Announcement) -> tuple[str, str, bytes]:
+        methods = ", ".join(what.methods)
+        answer = {
+            "unix_socket": self._limits.unix_socket,
+            "features": what.features,
+            "max_readers": self._limits.max_readers,
+            "max_writers": what.writers,
+        }
+        return methods.replace("GET", "GET, HEAD"), methods, to_json(answer)
 
 
 class ServerResource:
     """``OPTIONS /images/*`` and ``OPTIONS *``: what the server can do (docs/api.md)."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self._announcer = Announcer(limits)
+        self._everything = Announcement(_FEATURES, _METHODS, limits.max_writers)
 
     def on_options(self, _req: falcon.Request, resp: falcon.Response) -> None:
         """Answer from the settings alone: what a load balancer probes."""
-        everything = Announcement(_FEATURES, _METHODS, self._limits.max_writers)
-        announce(resp, everything, self._limits)
+        self._announcer.announce(resp, self._everything)
 
 
 def _written(length: int, flush: bool | None, flushed: bool) -> dict[str, object]:  # noqa: FBT001

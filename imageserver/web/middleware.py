@@ -37,9 +37,11 @@ class ImageMiddleware:
 
     def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
         """Refuse encoded separators: decoded, they would look like routes."""
-        path = req.env.get("RAW_URI", "").partition("?")[0].lower()
-        if any(code in path for code in _ENCODED_SEPARATORS):
-            raise UnknownImage(path)
+        path: str = req.env.get("RAW_URI", "")
+        if "%" in path:
+            path = path.partition("?")[0].lower()
+            if any(code in path for code in _ENCODED_SEPARATORS):
+                raise UnknownImage(path)
 
     def process_resource(
         self,

@@ -5,11 +5,12 @@ Where an answer is streamed, its body ends the account, with its last piece or w
 """
 
 import contextlib
+import itertools
 import re
 import secrets
 import socket
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import falcon
 
@@ -25,22 +26,32 @@ _REQUEST_ID = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}")
 
 
 class RequestMiddleware:
-    """Begins an account with every request, and ends it; the outermost middleware."""
+    """Begins an account with every request, and ends it; the outermost middleware.
+
+    A request has the id that its client or proxy gave it, or one of ours. That need be unique,
+    not secret: a number of this process's, after random digits of its own.
+    """
 
     def __init__(self, journals: Sequence[Journal]) -> None:
         self._journals = journals
+        self._prefix = secrets.token_hex(5)
+        self._numbers = itertools.count()
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Begin an account, and name the request to the client."""
-        request = req.context.request = Request(
+        env = req.env
+        name: str | None = env.get("HTTP_X_REQUEST_ID")
+        if not name or not _REQUEST_ID.fullmatch(name):
+            name = f"{self._prefix}{next(self._numbers):06x}"
+        req.context.request = Request(
             req.method,
             req.remote_addr,
-            _name(req.get_header("X-Request-Id")),
+            name,
             self._journals,
-            is_gone=req.env.get(IS_GONE, _never),
-            disconnect=_disconnector(req.env.get("gunicorn.socket")),
+            is_gone=env.get(IS_GONE, _never),
+            disconnect=partial(_disconnect, env.get("gunicorn.socket")),
         )
-        resp.set_header("X-Request-Id", request.name)
+        resp.set_header("X-Request-Id", name)
 
     def process_response(
         self,
@@ -73,16 +84,8 @@ def _never() -> bool:
     return False
 
 
-def _name(given: str | None) -> str:
-    if given and _REQUEST_ID.fullmatch(given):
-        return given
-    return secrets.token_hex(8)
-
-
-def _disconnector(sock: Any) -> Callable[[], None]:  # noqa: ANN401 - whatever the server has
-    def disconnect() -> None:
-        if isinstance(sock, socket.socket):
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # below TLS
-
-    return disconnect
+def _disconnect(sock: object) -> None:
+    """Shut a connection down, below TLS; ``sock`` is whatever the server has."""
+    if isinstance(sock, socket.socket):
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)

@@ -4,7 +4,6 @@
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,9 +87,9 @@ def test_a_finished_request_is_counted_by_method_and_status(
 ) -> None:
     metrics.finished(ENTRY)
     metrics.finished(ENTRY)
-    metrics.finished(replace(ENTRY, method="BREW", status=405))
-    metrics.finished(replace(ENTRY, status=0))
-    metrics.finished(replace(ENTRY, status=999))
+    metrics.finished(ENTRY._replace(method="BREW", status=405))
+    metrics.finished(ENTRY._replace(status=0))
+    metrics.finished(ENTRY._replace(status=999))
 
     assert counted(tmp_path) == {
         "imageserver_requests_total{GET,206}": 2,
@@ -103,8 +102,8 @@ def test_its_duration_falls_into_a_bucket_of_its_operation(
     metrics: Metrics, tmp_path: Path
 ) -> None:
     metrics.finished(ENTRY)
-    metrics.finished(replace(ENTRY, seconds=7200.0))
-    metrics.finished(replace(ENTRY, operation="brew", seconds=0.0005))
+    metrics.finished(ENTRY._replace(seconds=7200.0))
+    metrics.finished(ENTRY._replace(operation="brew", seconds=0.0005))
 
     name = declared.DURATION.name
     found = {
@@ -145,7 +144,7 @@ def test_to_count_makes_no_system_call_but_when_it_is_due(
     metrics.flush()
     for name in ("getpid", "fstat", "open", "pwrite"):
         monkeypatch.delattr(stored.os, name)
-    metrics.finished(replace(ENTRY, error="NoSlot"))
+    metrics.finished(ENTRY._replace(error="NoSlot"))
     metrics.meter("read", "nbd")(1)
     metrics.accepted()
     monkeypatch.undo()
@@ -169,7 +168,7 @@ def test_to_count_makes_no_system_call_but_when_it_is_due(
 def test_what_went_wrong_is_counted_by_its_cause(
     metrics: Metrics, tmp_path: Path, error: str, operation: str, counts: list[str]
 ) -> None:
-    metrics.finished(replace(ENTRY, error=error, operation=operation))
+    metrics.finished(ENTRY._replace(error=error, operation=operation))
 
     expected = {"imageserver_requests_total{GET,206}": 1.0}
     assert counted(tmp_path) == expected | {f"imageserver_{name}": 1.0 for name in counts}
@@ -313,7 +312,7 @@ def test_names_are_as_prometheus_wants_them() -> None:
 
 
 def test_no_metric_tells_an_id_a_client_or_a_request(metrics: Metrics, tmp_path: Path) -> None:
-    metrics.finished(replace(ENTRY, error="BackendError", detail="/run/vm.sock"))
+    metrics.finished(ENTRY._replace(error="BackendError", detail="/run/vm.sock"))
     row = Holder(Kind.READ, Owner(1, 1), ID, "read", "i-key", "192.0.2.1", time.time_ns())
 
     text = exposition(sources(tmp_path, row)).text.decode()

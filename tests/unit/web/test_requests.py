@@ -2,8 +2,10 @@
 """What journals are told of each request: once, at its end, whatever the end is."""
 
 import contextlib
+import itertools
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from falcon import testing
@@ -23,7 +25,7 @@ class Journal:
 
     def finished(self, entry: Entry) -> None:
         assert entry.seconds >= 0
-        self.entries.append(replace(entry, seconds=0.0))
+        self.entries.append(entry._replace(seconds=0.0))
 
 
 @pytest.fixture
@@ -228,3 +230,24 @@ def test_an_unknown_id_is_told_in_part(journal: Journal) -> None:
     _ask(journal, "GET", "/images/" + "x" * 999)
 
     assert [entry.transfer for entry in journal.entries] == ["x" * 256]
+
+
+def test_requests_that_bring_no_id_get_one_that_no_other_has() -> None:
+    workers = [testing.TestClient(app_over(World())) for _ in range(3)]
+    with ThreadPoolExecutor(4) as threads:
+        answers = threads.map(
+            lambda worker: worker.simulate_options("/images/*"),
+            itertools.islice(itertools.cycle(workers), 300),
+        )
+        names = [answer.headers["X-Request-Id"] for answer in answers]
+
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+
+
+@pytest.mark.parametrize("given", ["", "a b", "a,b", "x" * 129])
+def test_an_id_that_will_not_do_is_replaced(given: str) -> None:
+    client = testing.TestClient(app_over(World()))
+    answer = client.simulate_options("/images/*", headers={"X-Request-Id": given})
+
+    assert re.fullmatch("[0-9a-f]{16}", answer.headers["X-Request-Id"])

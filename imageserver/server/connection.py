@@ -18,7 +18,10 @@ MAX_HEAD = 64 * 1024
 #: too, so that the parser gets to refuse it at once.
 _END = b"\r\n\r\n"
 _ENDS = (_END, b"\n\n", b"\n\r\n")
-_SCRATCH = 64 * 1024
+#: Heads have a few hundred bytes. What comes along of a body is copied once more, so it is little.
+_AT_ONCE = 8 * 1024
+#: Over TLS, all that was decrypted has to be read: no poll tells of it.
+_RECORD = 64 * 1024
 
 #: How long, and how much, a refused client may go on sending, so that it gets to read the answer
 #: (docs/api.md): many HTTP clients send their whole body before they read.
@@ -105,7 +108,7 @@ class Connection:
 
     def receive(self) -> bool:
         """Read what has arrived of a head; False where the client has closed."""
-        data = self.sock.recv(_SCRATCH)
+        data = self.sock.recv(_RECORD if self.is_tls else _AT_ONCE)
         self.buffer += data
         return bool(data)
 

@@ -30,6 +30,8 @@ class Threads:
         self._lock = threading.Lock()
         self._count = 0
         self._unfinished = 0
+        #: The last thread that was wanted was not to be had.
+        self.is_short = False
         self._warnings = LimitedWarnings(log)
 
     def start(self) -> None:
@@ -60,7 +62,9 @@ class Threads:
             threading.Thread(target=self._run, name=name, daemon=True).start()
         except RuntimeError as exc:
             self._warnings.warn("there is no thread for another %s: %s", self._name, exc)
+            self.is_short = True
             return False
+        self.is_short = False
         self._count += 1
         return True
 

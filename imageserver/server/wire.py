@@ -15,6 +15,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from functools import partial
 
 from imageserver.core.entry import fields
 from imageserver.core.errors import ClientGone
@@ -74,13 +75,13 @@ class Wire:
         Raises:
             ClientGone: the connection broke, or took no byte for the timeout.
         """
-        views = [memoryview(piece) for piece in pieces if len(piece)]
+        views = [piece for piece in pieces if len(piece)]
         while views:
-            sent = self._retry(lambda: self.sock.sendmsg(views), select.POLLOUT)
+            sent = self._retry(partial(self.sock.sendmsg, views), select.POLLOUT)
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
             if sent:
-                views[0] = views[0][sent:]
+                views[0] = memoryview(views[0])[sent:]
 
     def recv_into(self, buffer: memoryview, until: HasFileno | None = None) -> int:
         """Fill ``buffer`` with what has arrived; 0 where the client has closed.

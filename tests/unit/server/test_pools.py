@@ -185,3 +185,32 @@ def test_a_client_that_asks_much_in_advance_lets_others_in(world: _World) -> Non
 
         assert _body(other) == b"ok"
     assert world.asked.index("/other") < PROBE_THREADS * count / 2
+
+
+def test_a_thread_keeps_a_connection_whose_client_thinks_for_a_moment(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONG_WAIT_MS", 10_000)
+    world.paths["/who"] = lambda _: threading.current_thread().name.encode()
+    with world.send("OPTIONS", "/who") as client:
+        first = _body(client)
+        _until(lambda: bool(world.pools._probes.between_requests))
+        assert world.seconds("OPTIONS", "/other") < 1  # which others do not wait for
+        client.sendall(b"OPTIONS /who HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert _body(client) == first
+
+    _until(world.pools.is_empty)  # at once when the client closes
+
+
+@pytest.mark.parametrize(
+    ("connections", "is_short", "milliseconds"),
+    [(1, False, 20), (4, False, 20), (5, False, 1), (1, True, 1)],
+)
+def test_threads_wait_longer_for_clients_only_where_half_of_them_are_free(
+    connections: int, is_short: bool, milliseconds: int
+) -> None:
+    pool = module._Pool("test", 8, 8)
+    pool._threads.is_short = is_short
+    pool.connections = {cast("Any", number) for number in range(connections)}
+
+    assert pool.wait_ms() == milliseconds

@@ -100,8 +100,10 @@ def test_threads_that_cannot_be_made_in_advance_are_made_later(gates):
     threads = Threads("t", 2)
     with no_threads():
         threads.start()
+    assert threads.is_short
     gates.let("a")
     threads.submit(gates.work("a"), may_wait=False)
+    assert not threads.is_short
     gates.await_done("a")
 
 

@@ -25,6 +25,7 @@ from benchmark import (
     rows_proxy,
     rows_requests,
     rows_wan,
+    shares,
 )
 from benchmark.clients import ClientFailed
 from benchmark.figures import Figure
@@ -76,12 +77,17 @@ def main() -> int:
         "rows", nargs="*", type=named, metavar="ROW", help="these only; requests: requests-*"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--draw", type=Path, metavar="SVG", help="only draw what a request costs")
     parser.add_argument("--quick", action="store_true", help="small sizes: does it work?")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     told = parser.parse_args()
     asked = {name for names in told.rows for name in names} or ROWS.keys() - _APART
     if told.list:
         sys.stdout.write("\n".join(ROWS) + "\n")
+        return 0
+    if told.draw:
+        with World(QUICK if told.quick else FULL) as world:
+            told.draw.write_text(shares.draw(shares.costs(world)), encoding="utf-8")
         return 0
     figures: list[Figure] = []
     status = 0

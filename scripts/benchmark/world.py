@@ -61,10 +61,12 @@ class Scale:
     """Bytes of the image that goes over a long way."""
     patience: float
     """How many seconds it may take there."""
+    sampled_seconds: int
+    """How long stacks are sampled."""
 
 
-FULL = Scale(5, GIB, 0.5, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1, 128 * MIB, 5.0)
-QUICK = Scale(2, 16 * MIB, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20, 4 * MIB, 5.0)
+FULL = Scale(5, GIB, 0.5, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1, 128 * MIB, 5.0, 30)
+QUICK = Scale(2, 16 * MIB, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20, 4 * MIB, 5.0, 3)
 
 
 class ImageServer(Server):

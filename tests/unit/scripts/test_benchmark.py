@@ -9,6 +9,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 from benchmark.__main__ import ROWS, named
@@ -17,6 +18,7 @@ from benchmark.client import Job, head
 from benchmark.clients import ClientFailed, Clients
 from benchmark.rows_cpu import calls
 from benchmark.rows_requests import CASES
+from benchmark.shares import NAMES, PARTS, Cost, draw, shares
 from lab.model import WrongBytes
 from lab.processes import LabFailed
 
@@ -212,6 +214,50 @@ def test_system_calls_are_counted_with_their_errors():
 def test_no_system_calls_are_no_figure(summary: str):
     with pytest.raises(LabFailed, match=r"^strace has counted nothing"):
         calls(summary)
+
+
+# Where the time goes
+
+SERVES = "run (threading.py:1);Threads._run (imageserver/server/threads.py:2)"
+SERVES += ";serve (imageserver/server/exchange.py:3)"
+STACKS = f"""\
+{SERVES};poll (falcon/app.py:4);Link.read (imageserver/backends/nbd/link.py:5);poll (nbd.py:6) 6
+{SERVES};poll (falcon/app.py:4);dumps (json/__init__.py:7) 2
+{SERVES};Wire.send (imageserver/server/wire.py:8) 2
+{SERVES};Wire.recv_into (imageserver/server/wire.py:8);wait (threading.py:9) 50
+run (threading.py:1);Threads._run (imageserver/server/threads.py:2) 70
+"""
+
+
+def test_samples_count_for_the_innermost_part_and_waiting_for_none():
+    assert {name: share for name, share in shares(STACKS).items() if share} == {
+        "NBD": 0.6,
+        "Falcon": 0.2,
+        "receiving and sending": 0.2,
+    }
+
+
+def test_no_samples_of_requests_are_no_drawing():
+    with pytest.raises(LabFailed, match=r"^py-spy has seen no request$"):
+        shares(STACKS.splitlines()[-1])
+
+
+def test_bars_are_as_long_as_requests_take_time():
+    found = [Cost("GET", 4e-4, shares(STACKS)), Cost("PUT", 8e-4, shares(STACKS))]
+    root = ET.fromstring(draw(found))  # noqa: S314 - our own
+    bars = [each for each in root.iter("{http://www.w3.org/2000/svg}rect") if len(each)]
+    widths = [float(bar.attrib["width"]) for bar in bars]
+    assert len(bars) == 2 * len(NAMES)
+    assert sum(widths[len(NAMES) :]) == pytest.approx(2 * sum(widths[: len(NAMES)]), abs=1)
+    assert "NBD: 240 µs" in [bar[0].text for bar in bars]
+
+
+def test_each_part_has_modules():
+    files = [str(path.relative_to(ROOT)) for path in (ROOT / "imageserver").rglob("*.py")]
+    files += ["nbd.py", "filelock/_api.py", "gunicorn/util.py", "falcon/app.py"]
+    unused = [start for start in PARTS if not any(file.startswith(start) for file in files)]
+    assert unused == []
+    assert set(PARTS.values()) == set(NAMES)
 
 
 # The rows

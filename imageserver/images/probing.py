@@ -25,7 +25,7 @@ from imageserver.core.errors import BackendError, BackendTimeout, Exhausted, Ima
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import Backends, Intent
 
-#: How long OPTIONS may remember an answer, in seconds (docs/api.md).
+#: How long OPTIONS and HEAD may remember an answer, in seconds (docs/api.md).
 MEMORY_SECONDS = 1.0
 #: Silent images that are asked again at the same time: what a worker spends on hung servers, in
 #: threads, however many there are. Half of those that may wait (``server/pools.py``).

@@ -80,7 +80,7 @@ class ImageResource:
 
     def on_head(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send GET's headers for the whole image; no slot."""
-        info = self._inspector.inspect(transfer.image, asking=_asking(req))
+        info = self._inspector.inspect(transfer.image, MEMORY_SECONDS, _asking(req))
         resp.content_type = "application/octet-stream"
         resp.content_length = info.size
 

@@ -5,6 +5,8 @@ import pytest
 from falcon import testing
 
 from imageserver.core.errors import ImageBusy
+from imageserver.images.probing import Asking, WouldWait
+from imageserver.web.body import ASKING
 from tests.unit.fakes import World
 from tests.unit.webapp import COMMON, JSON, Call, app_over, error_of
 
@@ -78,6 +80,19 @@ def test_head_has_the_headers_of_get_and_takes_no_slot(
     head = client.simulate_head("/images/t1", headers={"Range": "bytes=0-1"})
 
     assert (head.status_code, head.headers, head.content) == (200, get, b"")
+    assert world.journal == ["open INSPECT", "close"]
+
+
+@pytest.mark.parametrize("first", ["HEAD", "OPTIONS"])
+def test_head_of_a_known_image_needs_no_thread_that_may_wait(
+    client: testing.TestClient, world: World, first: str
+) -> None:
+    with pytest.raises(WouldWait):
+        client.simulate_head("/images/t1", extras={ASKING: Asking.ELSEWHERE})
+    client.simulate_request(first, "/images/t1")
+    head = client.simulate_head("/images/t1", extras={ASKING: Asking.ELSEWHERE})
+
+    assert (head.status_code, head.headers["content-length"]) == (200, "10")
     assert world.journal == ["open INSPECT", "close"]
 
 

@@ -8,6 +8,7 @@ No file is opened here.
 
 import difflib
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -19,6 +20,7 @@ from imageserver.core.kinds import Image, ImageKind, Kinds
 MAX_TRANSFER_SIZE = 64 * 1024
 #: Longest file name of Linux (NAME_MAX), in bytes; a longer id cannot have a file.
 MAX_ID_SIZE = 255
+_NO_ID = re.compile("[/\\\\\0\ufffd]")
 #: What an idle timeout below one second means (docs/api.md).
 DAY_SECONDS = 86400
 #: Longest idle timeout, and what a longer one means: 68 years.
@@ -61,7 +63,7 @@ def is_valid_id(text: str) -> bool:
 
     ``*`` is the server itself (docs/api.md); U+FFFD is what undecodable bytes turn into.
     """
-    if text in {"", ".", "..", "*"} or any(c in text for c in "/\\\0\ufffd"):
+    if text in {"", ".", "..", "*"} or _NO_ID.search(text):
         return False
     try:
         return len(text.encode()) <= MAX_ID_SIZE

@@ -68,6 +68,7 @@ class TransferFiles:
         """``is_first`` tells whether no other worker has logged this already."""
         self._is_first = is_first
         self._directory = directory
+        self._prefix = os.path.join(os.fsencode(directory), b"")
         self._owners = frozenset(owners)
         self._now_ns = now_ns
         self._lock = threading.Lock()
@@ -115,7 +116,7 @@ class TransferFiles:
         return os.path.lexists(self._path(transfer_id))
 
     def _path(self, transfer_id: str) -> bytes:
-        return os.path.join(os.fsencode(self._directory), path_bytes(transfer_id))
+        return self._prefix + path_bytes(transfer_id)
 
     def _open_directory(self) -> int:
         fd = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -71,21 +71,27 @@ class OpenActivity:
         self._boot = boot
         self._now_ns = now_ns
 
-    def begin(self, transfer_id: str) -> None:
-        """Make the record one of this boot and transfer, if it is not."""
-        if self._record(transfer_id).transfer_id != transfer_id:
+    def begin(self, transfer_id: str) -> Record:
+        """Make the record one of this boot and transfer, if it is not; return what it says."""
+        record = self._record(transfer_id)
+        if record.transfer_id != transfer_id:
             self._write(ID, pack_id(transfer_id))
+        return record
 
     def _record(self, transfer_id: str = "") -> Record:
         """Return what the file says; reset it where it has no record of this boot."""
         with contextlib.suppress(DamagedRecord):
             return self._parse()
         with self._alone(wait=True):
-            with contextlib.suppress(DamagedRecord):
-                return self._parse()  # another process has reset it
-            was = self._read()
-            fresh = fresh_record(self._now_ns(), transfer_id)
-            self._write(0, pack_record(fresh, self._boot))
+            return self._mended(transfer_id)
+
+    def _mended(self, transfer_id: str = "") -> Record:
+        """As ``_record``, for who has the sums locked."""
+        with contextlib.suppress(DamagedRecord):
+            return self._parse()
+        was = self._read()
+        fresh = fresh_record(self._now_ns(), transfer_id)
+        self._write(0, pack_record(fresh, self._boot))
         if was and not is_of_another_boot(was, self._boot):
             log.warning("%s was damaged: it begins anew", self._path)
         return fresh
@@ -180,11 +186,9 @@ class OpenActivity:
 
     def add(self, done: Account, *, wait: bool) -> bool:
         """Add to the account; False where another process held the sums."""
-        known = self._record().account  # resets a damaged file, which takes the same lock
         with self._alone(wait=wait) as is_alone:
             if is_alone:
-                with contextlib.suppress(DamagedRecord):
-                    known = self._parse().account
+                known = self._mended().account
                 now = Account(
                     known.bytes_read + done.bytes_read,
                     known.bytes_written + done.bytes_written,
@@ -239,8 +243,7 @@ class ActivityFiles:
         while activity := self.find_hashed(owned, id_hash(transfer_id)):
             with contextlib.ExitStack() as opened:
                 opened.callback(activity.close)
-                activity.begin(transfer_id)
-                if visit and activity.is_closed:
+                if activity.begin(transfer_id).is_closed and visit:
                     return None
                 if not visit or activity.enter():
                     opened.pop_all()

@@ -277,3 +277,23 @@ def test_a_file_that_cannot_be_opened_or_read_is_an_error_of_ours_and_no_descrip
         with pytest.raises(StateUnavailable, match="Input/output error"):
             place.files.find(Owned.FILE, "x", visit=True)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_visit_and_its_sums_take_one_look_at_the_record_each(
+    place: _Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    pread = os.pread
+
+    def look(fd: int, size: int, at: int) -> bytes:
+        looks.append(fd)
+        return pread(fd, size, at)
+
+    place.files.make(Owned.FILE, "x").close()
+    monkeypatch.setattr(os, "pread", look)
+    activity = place.files.find(Owned.FILE, "x", visit=True)
+    assert activity is not None
+    assert len(looks) == 1
+    assert activity.add(Account(1, 2, None), wait=True)
+    assert len(looks) == 2
+    activity.close()

@@ -20,7 +20,6 @@ from imageserver.observability.logs import OperationLog
 from imageserver.observability.metrics.counted import Metrics, metrics_in
 from imageserver.runtime.directory import RuntimeDirectory, runtime_in
 from imageserver.runtime.locks import ImageLocks, image_key
-from imageserver.runtime.processes import is_alive, is_exiting
 from imageserver.runtime.slottable import SharedTable
 from imageserver.settings import MAX_WORKERS, Settings
 from imageserver.transfers.actions import Administration
@@ -70,7 +69,7 @@ class Process:
     @cached_property
     def locks(self) -> ImageLocks:
         """The lock files of images."""
-        return ImageLocks(self.runtime.locks, is_exiting, self.slots.owner, is_alive)
+        return ImageLocks(self.runtime.locks, self.slots.gives_way)
 
     # Transfers
 

@@ -42,3 +42,10 @@ class Entry(NamedTuple):
     client: str
     request: str
     """The request's id (``X-Request-Id``)."""
+
+
+class Exposition(NamedTuple):
+    """All metrics as Prometheus reads them."""
+
+    text: bytes
+    content_type: str

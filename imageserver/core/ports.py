@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from imageserver.core.entry import Entry
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import Image, ImageInfo
-from imageserver.core.slots import Holder, Kind
+from imageserver.core.slots import Deaths, Holder, Kind
 from imageserver.core.transfer import Transfer
 
 
@@ -136,15 +136,16 @@ class Backend(Protocol):
 class Lock(Protocol):
     """The held lock of an image."""
 
-    #: The last holder died, or gave up, with writes that its back end may still carry out.
-    abandoned: bool
-
-    def is_in_place(self) -> bool:
-        """Tell whether the next request meets this lock; False: its file was removed."""
+    def is_settled(self, deaths: Deaths) -> bool:
+        """Tell whether no write of a former holder can land any more, as far as is known."""
         ...
 
-    def release(self, *, settled: bool) -> None:
-        """Release the lock; ``settled`` False leaves it marked as abandoned. Never fails."""
+    def settle(self, deaths: Deaths) -> None:
+        """Note that what was left before ``deaths`` has been waited for. Never fails."""
+        ...
+
+    def release(self) -> None:
+        """Release the lock. Never fails, may be called twice."""
         ...
 
 
@@ -155,32 +156,38 @@ class Locks(Protocol):
         """Take the image's lock, or raise ``ImageBusy`` or ``StateUnavailable`` at once."""
         ...
 
-    def acquire_briefly(self, image: Image, *, shared: bool) -> Lock:
-        """Take the lock; wait for requests that hold it briefly. ``shared``: so does this one."""
+    def acquire_briefly(self, image: Image) -> Lock:
+        """Take the lock; wait for requests that hold it briefly, to share the image."""
         ...
 
 
 class Slot(Protocol):
     """A place among the readers or writers, and where the operation's progress is shown."""
 
+    #: What was known of those who died when the place was taken.
+    deaths: Deaths
+
     def progress(self, done: int, expected: int) -> None:
         """Show how many bytes are done, of how many."""
         ...
 
-    def release(self) -> None:
-        """Give the place back. Never fails, may be called twice."""
+    def share(self) -> None:
+        """Let others share the image, which this one had alone."""
+        ...
+
+    def release(self, *, settled: bool = True) -> None:
+        """Give the place back; not ``settled``: a write may be under way. Never fails."""
         ...
 
 
 class Slots(Protocol):
     """How many may read and write at once, over all processes of the server."""
 
-    def claim(self, kind: Kind, ticket: Ticket) -> Slot:
-        """Take a slot, or raise ``NoSlot`` at once."""
-        ...
+    def claim(self, kind: Kind, ticket: Ticket, *, alone: bool = False) -> Slot:
+        """Take a slot, or raise ``NoSlot`` at once; or ``ImageBusy``, if the ticket names an image.
 
-    def operations_on(self, image: str) -> set[str]:
-        """Return the operations of the living that hold an image, by its key."""
+        ``alone``: nobody else may have the image; otherwise nobody may have it alone.
+        """
         ...
 
 
@@ -332,14 +339,6 @@ class Living(Protocol):
     def living(self, *kinds: Kind) -> list[Holder]:
         """Return the rows of these kinds whose processes live."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Exposition:
-    """All metrics as Prometheus reads them."""
-
-    text: bytes
-    content_type: str
 
 
 class Journal(Protocol):

@@ -1,36 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot table: who reads and writes now, over all processes, in one flat buffer.
 
-    0        64              64 + CAPACITY                             SIZE
-    | header | state bytes   | records of RECORD bytes each ... | notes |
+    0        48             64              64 + CAPACITY                             SIZE
+    | header | first, deaths | state bytes  | records of RECORD bytes each ... | notes |
 
 A state byte is 0 (free) or a ``Kind``; the counts that limits are checked against are the
 counts of state bytes, so there is no counter that could go wrong. A record says who holds
 it (process and start time: pids are reused), for what, and how far it has come:
 
-    Q done   Q expected   I crc   Q pid   Q start   Q started_ns   16s operation
+    Q done   Q expected   I crc   I alone   Q pid   Q start   Q started_ns   16s operation
     32s image key   64s client   256s transfer id
 
-Rules: a record is written before its state byte; only ``done`` and ``expected`` change
-afterwards, by their owner, as aligned 8-byte stores that any process may read at any time.
+Rules: a record is written before its state byte; only ``done``, ``expected`` and ``alone`` change
+afterwards, by their owner, as aligned stores that any process may read at any time.
 The crc covers the rest: a record that does not match, a state byte that is no kind, or an
 owner that is dead makes a record free at the next ``sweep``.
+
+``deaths`` is raised before a record is freed whose owner may have left a write under way. It begins
+with ``first``, a random number: a count of another table means nothing here. As long as it stays
+the same, nobody has left anything but perhaps those whose records are still held.
 
 This module knows the layout and the rules, over any buffer. It takes no lock, asks for no
 pid and never waits: see ``runtime/slottable.py``. Each worker has a record, too (``Kind.WORKER``,
 done = connections in work, expected = ``WorkerState``), so that one mechanism finds the dead.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-VERSION = 2
+VERSION = 3
 CAPACITY = 1024
 _HEADER = struct.Struct("=8sIIII16sQ")
 _MAGIC = b"imgslots"
+_DEATHS = 48
 _STATES = 64
 RECORD = 448
 _RECORDS = _STATES + CAPACITY
@@ -40,10 +46,13 @@ NOTES = 511
 SIZE = _NOTES + 8 * (1 + NOTES)
 _PROGRESS = struct.Struct("=QQII")
 _STATIC = struct.Struct("=QQQ16s32s64s256s")
+_IMAGE = slice(24 + 40, 24 + 40 + 32)
 _STATIC_AT = _PROGRESS.size
 _USED = _STATIC_AT + _STATIC.size
 _CRC = struct.Struct("=I")
+_TWO = struct.Struct("=QQ")
 _CRC_AT = 16
+_ALONE_AT = 20
 #: The pid in 8-byte words from a record's beginning; the start time and ``started_ns`` follow.
 _PID = _STATIC_AT // 8
 
@@ -59,6 +68,8 @@ class Kind(Enum):
 
 
 _KINDS = {kind.value: kind for kind in Kind}
+#: The kinds of those who hold an image.
+_HOLDING = re.compile(b"[%c%c]" % (Kind.WRITE.value, Kind.OTHER.value), re.DOTALL)
 
 
 class WorkerState(Enum):
@@ -99,10 +110,20 @@ class Holder:
     started_ns: int = 0
     done: int = 0
     expected: int = 0
+    alone: bool = False
+    """It has its image's lock for as long as the record; otherwise it shares the image."""
 
     def age(self, now_ns: int) -> float:
         """Return for how many seconds it has been held, by the clock of ``started_ns``."""
         return max(0, now_ns - self.started_ns) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Deaths:
+    """How many holders have left a write under way, perhaps; and the count when a table began."""
+
+    first: int
+    count: int
 
 
 class IncompatibleTable(Exception):
@@ -113,22 +134,33 @@ class ForeignTable(IncompatibleTable):
     """A table of another PID namespace: its pids name other processes here."""
 
 
-def format_table(buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
+def format_table(buffer: memoryview, boot: bytes, namespace: int = 0, first: int = 0) -> None:
     """Make ``buffer``, SIZE bytes, an empty table.
 
     ``boot`` (16 bytes) and ``namespace`` (64 bits) say where its pids and start times count.
+    ``first``: 64 bits, random.
     """
     buffer[:SIZE] = bytes(SIZE)
-    write_header(buffer, boot, namespace)
+    _TWO.pack_into(buffer, _DEATHS, first, first)
+    _write_header(buffer, boot, namespace)
 
 
-def write_header(buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
-    """Write the header of a table that was damaged; see ``format_table``."""
+def mend_header(buffer: memoryview, boot: bytes, namespace: int, first: int) -> None:
+    """Write the header of a table that was damaged, where somebody may have died unseen."""
+    _TWO.pack_into(buffer, _DEATHS, first, _next(first))
+    _write_header(buffer, boot, namespace)
+
+
+def _write_header(buffer: memoryview, boot: bytes, namespace: int) -> None:
     _HEADER.pack_into(buffer, 0, _MAGIC, VERSION, CAPACITY, RECORD, 0, boot, namespace)
 
 
+def _next(count: int) -> int:
+    return (count + 1) & 0xFFFFFFFFFFFFFFFF
+
+
 class SlotTable:
-    """The rules over one buffer. Callers serialize ``claim``, ``sweep`` and ``note``."""
+    """The rules over one buffer. Callers serialize ``claim``, ``sweep``, ``note``, ``mend``..."""
 
     def __init__(self, buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
         """Take a formatted buffer.
@@ -147,6 +179,7 @@ class SlotTable:
             raise IncompatibleTable(f"header is {found}")
         self._buffer = buffer
         self._header = bytes(buffer[: _HEADER.size])
+        self._deaths = buffer[_DEATHS:_STATES].cast("Q")
         self._states = buffer[_STATES : _STATES + CAPACITY]
         # Aligned: _RECORDS and RECORD are multiples of 8.
         self._words = buffer[_RECORDS:_NOTES].cast("Q")
@@ -156,11 +189,12 @@ class SlotTable:
         """Tell whether another program has written over the header."""
         return bool(self._buffer[: _HEADER.size] != self._header)
 
-    def mend(self) -> bool:
-        """Write the header anew where it was damaged; True where it was."""
+    def mend(self, first: int) -> bool:
+        """Write the header anew where it was damaged, see ``mend_header``; True where it was."""
         if not self.is_damaged():
             return False
-        self._buffer[: _HEADER.size] = self._header
+        *_, boot, namespace = _HEADER.unpack(self._header)
+        mend_header(self._buffer, boot, namespace, first)
         return True
 
     def count(self, kind: Kind) -> int:
@@ -176,6 +210,31 @@ class SlotTable:
         self._write(index, holder)
         self._states[index] = holder.kind.value
         return index
+
+    def on_image(self, image: str) -> list[Holder | None]:
+        """Return who holds an image, by its key, now; None: a damaged record that may be of it."""
+        wanted = _fit(image, 32).ljust(32, b"\0")
+        found: list[Holder | None] = []
+        for match in _HOLDING.finditer(bytes(self._states)):
+            index = match.start()
+            at = _RECORDS + index * RECORD
+            if self._buffer[at + _IMAGE.start : at + _IMAGE.stop] == wanted:
+                holder = self._read(index)
+                if holder is not None or self._states[index]:  # not one released meanwhile
+                    found.append(holder)
+        return found
+
+    def deaths(self) -> Deaths:
+        """Return what is known of the dead now."""
+        return Deaths(self._deaths[0], self._deaths[1])
+
+    def count_death(self) -> None:
+        """Say that somebody may have left a write under way, before his record is freed."""
+        self._deaths[1] = _next(self._deaths[1])
+
+    def share(self, index: int) -> None:
+        """Say that the record's owner, who had its image alone, shares it from now on."""
+        self._buffer[_RECORDS + index * RECORD + _ALONE_AT] = 0
 
     def release(self, index: int, owner: Owner, started_ns: int) -> bool:
         """Free the record that this owner claimed at ``started_ns``; False where it has lost it.
@@ -203,6 +262,8 @@ class SlotTable:
             if holder is None and not self._states[index]:
                 continue  # released meanwhile, which takes no guard
             if holder is None or not is_alive(holder.owner):
+                if not freed:
+                    self.count_death()
                 self._states[index] = 0
                 freed.append(holder)
         return freed
@@ -235,7 +296,7 @@ class SlotTable:
 
     def close(self) -> None:
         """Release the buffer: a mapping with views of it cannot be closed."""
-        for view in (self._words, self._notes, self._states, self._buffer):
+        for view in (self._words, self._notes, self._states, self._deaths, self._buffer):
             view.release()
 
     def _write(self, index: int, holder: Holder) -> None:
@@ -250,7 +311,7 @@ class SlotTable:
         )
         crc = zlib.crc32(static, holder.kind.value)
         at = _RECORDS + index * RECORD
-        _PROGRESS.pack_into(self._buffer, at, holder.done, holder.expected, crc, 0)
+        _PROGRESS.pack_into(self._buffer, at, holder.done, holder.expected, crc, holder.alone)
         self._buffer[at + _STATIC_AT : at + _USED] = static
 
     def _read(self, index: int) -> Holder | None:
@@ -273,6 +334,7 @@ class SlotTable:
             started_ns,
             done,
             expected,
+            record[_ALONE_AT] != 0,
         )
 
 

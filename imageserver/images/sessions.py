@@ -8,7 +8,7 @@
 
 With MAX_WRITERS above 1, range writes, zero and flush of one image may share it: each holds the
 lock only until it has claimed a slot, which names the image. An operation that wants the image
-alone takes the lock, and is refused while there is such a slot.
+alone takes the lock, and gets no slot while there is such a one.
 
 Only an image whose server has multi-conn is shared, which is known once it is open. Three cases:
 
@@ -30,7 +30,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
-from imageserver.core.errors import ImageBusy
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import (
     Backend,
@@ -39,6 +38,7 @@ from imageserver.core.ports import (
     Lock,
     Locks,
     Meter,
+    Slot,
     Slots,
     Ticket,
 )
@@ -72,8 +72,6 @@ DIRTY_EXTENTS = Need("extents", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.OTH
 _MOST_SINGLE = 1024
 
 _UNSEEN = object()
-
-_SHARING = frozenset(need.operation for need in (WRITE, ZERO, FLUSH))
 
 
 class Session:
@@ -175,15 +173,16 @@ class Sessions:
                     held.push(tried.pop_all())
                     return backend, True
             self._remember_single(image)
-        backend, lock = self._take(held, wanted, brief=is_new)
+        backend, mine = self._take(held, wanted, brief=is_new)
         shared = backend.info.multi_conn
         if shared:
             self._single.pop(image, None)
-            lock.share()
+            mine.share()
         return backend, shared
 
     def _is_single(self, image: Image) -> bool:
-        return self._single.get(image, _UNSEEN) == self._stamp(image)
+        known = self._single.get(image, _UNSEEN)
+        return known is not _UNSEEN and known == self._stamp(image)
 
     def _remember_single(self, image: Image) -> None:
         if len(self._single) >= _MOST_SINGLE:
@@ -192,47 +191,30 @@ class Sessions:
 
     def _take(
         self, held: ExitStack, wanted: "_Wanted", *, shared: bool = False, brief: bool = False
-    ) -> "tuple[Backend, _HeldLock]":
+    ) -> "tuple[Backend, _Held]":
+        """Take what ``wanted`` needs; who shares has the lock only until its slot shows it.
+
+        ``brief``: also wait for others who have the lock for as long as that.
+        """
         image, need, request = wanted.image, wanted.need, wanted.request
-        mine = _HeldLock()
+        mine = _Held()
+        held.push(mine.give_back)
         if need.locked:
-            mine.lock = self._lock(image, wanted.ticket.image, shared=shared, brief=brief)
-            held.callback(mine.release)
-        slot = self._slots.claim(need.kind, wanted.ticket)
-        held.callback(slot.release)
-        if mine.lock and not mine.lock.is_in_place():
-            # Who comes from now on sees the slot; who came before that may have a new lock.
-            raise ImageBusy
+            acquire = self._locks.acquire_briefly if shared or brief else self._locks.acquire
+            mine.lock = acquire(image)
+        mine.slot = slot = self._slots.claim(
+            need.kind, wanted.ticket, alone=need.locked and not shared
+        )
+        mine.request = request
         request.holds(slot)
-        held.push(_noting_failure(request))
-        if mine.lock and mine.lock.abandoned:
+        if mine.lock and not mine.lock.is_settled(slot.deaths):
             self._backends.settle(image, request.check)
-            mine.lock.abandoned = False
+            mine.lock.settle(slot.deaths)
         if shared:
-            mine.share()
+            mine.unlock()
         backend = mine.backend = self._backends.open(image, need.intent, request.check)
-        held.callback(backend.close)
         request.uses(backend)
         return backend, mine
-
-    def _lock(self, image: Image, key: str, *, shared: bool, brief: bool) -> Lock:
-        """Take the image's lock; those who share it have it only until their slot shows them.
-
-        ``brief``: also wait for others who have it for as long as that.
-        """
-        if shared and self._slots.operations_on(key) - _SHARING:
-            raise ImageBusy
-        if shared or brief:
-            lock = self._locks.acquire_briefly(image, shared=shared)
-        else:
-            lock = self._locks.acquire(image)
-        with ExitStack() as held:
-            held.callback(lock.release, settled=False)
-            others = self._slots.operations_on(key)
-            if others - _SHARING if shared else others:
-                raise ImageBusy
-            held.pop_all()
-        return lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,31 +227,39 @@ class _Wanted:
     request: Request
 
 
-def _noting_failure(request: Request) -> Callable[[object, BaseException | None, object], None]:
-    """Return an exit function that notes what went wrong."""
-
-    def note(_cls: object, exc: BaseException | None, _traceback: object) -> None:
-        if exc:
-            request.failed(exc)
-
-    return note
-
-
-class _HeldLock:
-    """A lock, and the back end whose writes it outlasts."""
+class _Held:
+    """What a session holds: given back in reverse, once."""
 
     def __init__(self) -> None:
         self.lock: Lock | None = None
+        self.slot: Slot | None = None
         self.backend: Backend | None = None
+        #: Who is told what goes wrong from now on.
+        self.request: Request | None = None
+
+    def unlock(self) -> None:
+        """Let others share the image: the slot shows them that this one does."""
+        lock, self.lock = self.lock, None
+        if lock:
+            lock.release()
 
     def share(self) -> None:
-        """Let others share the image. The mark stays, for the case that a sharer dies."""
-        if self.lock:
-            self.lock.release(settled=False)
-            self.lock = None
+        """Let others share the image, which this one had alone."""
+        if self.slot:
+            self.slot.share()
+        self.unlock()
 
-    def release(self) -> None:
-        """Release the lock; it stays marked while a write, ours or a dead holder's, may land."""
-        if self.lock:
-            settled = not self.lock.abandoned and (self.backend is None or self.backend.settled)
-            self.lock.release(settled=settled)
+    def give_back(self, _cls: object, exc: BaseException | None, _traceback: object) -> None:
+        """Close the back end; then free the slot, which says if a write may still be under way."""
+        if exc and self.request:
+            self.request.failed(exc)
+        backend, slot = self.backend, self.slot
+        try:
+            if backend:
+                backend.close()
+        finally:
+            try:
+                if slot:
+                    slot.release(settled=backend is None or backend.settled)
+            finally:
+                self.unlock()

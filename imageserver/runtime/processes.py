@@ -6,6 +6,7 @@ A process that is being killed is alive and exiting at once: its last thread may
 
 import contextlib
 import os
+from enum import Enum, auto
 from pathlib import Path
 
 from imageserver.core.slots import Owner
@@ -84,6 +85,25 @@ def owner_of(pid: int) -> Owner | None:
     if fields is None or (fields[0] in b"ZX" and int(fields[17]) <= 1):
         return None
     return Owner(pid, int(fields[19]))
+
+
+class Life(Enum):
+    """How a process is."""
+
+    LIVING = auto()
+    EXITING = auto()
+    """It is gone in a moment; until then its files may be open, and a write under way."""
+    DEAD = auto()
+
+
+def life_of(owner: Owner) -> Life:
+    """Tell how a process is: ``is_alive`` and ``is_exiting`` with one look."""
+    fields = _status(owner.pid)
+    if fields is None or int(fields[19]) != owner.start:
+        return Life.DEAD
+    if fields[0] in b"ZX":
+        return Life.DEAD if int(fields[17]) <= 1 else Life.EXITING
+    return Life.EXITING if int(fields[6]) & _PF_EXITING else Life.LIVING
 
 
 def is_alive(owner: Owner) -> bool:

@@ -6,30 +6,30 @@ small file (``tablefile.py``) and claims under a guard (``guard.py``). A descrip
 fork would share its parent's flock(2), so each process opens the file itself, after the fork.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from imageserver.core import slots
 from imageserver.core.entry import fields
-from imageserver.core.errors import NoSlot, StateUnavailable
+from imageserver.core.errors import ImageBusy, NoSlot, StateUnavailable
 from imageserver.core.ports import Ticket
-from imageserver.core.slots import Holder, IncompatibleTable, Kind, Owner, SlotTable
+from imageserver.core.slots import Holder, IncompatibleTable, Kind, Owner
 from imageserver.runtime import tablefile
 from imageserver.runtime.directory import RuntimeDirectory
-from imageserver.runtime.guard import Guard
-from imageserver.runtime.private import is_at, own_files
+from imageserver.runtime.mapping import WHAT, ClaimedSlot, Mapping
+from imageserver.runtime.private import own_files
 from imageserver.runtime.processes import (
     EXIT_SECONDS,
     EXIT_STEP_SECONDS,
+    Life,
     forks,
     is_alive,
     is_exiting,
-    owner_of,
+    life_of,
 )
 
 log = logging.getLogger(__name__)
@@ -38,62 +38,6 @@ log = logging.getLogger(__name__)
 _GUARD_SECONDS = 5.0
 #: ... as long as this, where all that depends on it is a line in the log.
 _NOTE_SECONDS = 0.05
-_WHAT = "the slot table"
-
-
-class ClaimedSlot:
-    """A record this process holds."""
-
-    def __init__(self, mapping: "_Mapping", index: int, started_ns: int) -> None:
-        self._mapping = mapping
-        self._index = index
-        self._started_ns = started_ns
-        self._held = True
-
-    def progress(self, done: int, expected: int) -> None:
-        """Show how far the operation has come, in bytes."""
-        if self._held:
-            self._mapping.table.set_progress(self._index, done, expected)
-
-    def release(self) -> None:
-        """Give the record back. Never fails, may be called twice."""
-        if self._held:
-            self._held = False
-            self._mapping.table.release(self._index, self._mapping.owner, self._started_ns)
-
-
-class _Mapping:
-    """The table as one process has it open."""
-
-    def __init__(self, runtime: RuntimeDirectory) -> None:
-        owner = owner_of(os.getpid())
-        assert owner is not None  # noqa: S101 - this process runs
-        self.owner = owner
-        self.forks = forks()
-        self._path = os.path.join(runtime.path, tablefile.TABLE)
-        with contextlib.ExitStack() as opened:
-            use, self.file = tablefile.reopen(runtime)
-            opened.callback(os.close, use)
-            opened.callback(os.close, self.file)
-            self.lock = Guard(self.file, _WHAT, _GUARD_SECONDS)
-            self._found = os.fstat(self.file)
-            self._map, self.table = tablefile.map_kept(self.file)
-            opened.callback(self._map.close)
-            opened.callback(self.table.close)
-            self._opened = opened.pop_all()
-
-    def is_in_place(self) -> bool:
-        """Tell whether the table's path still leads to this very file: one stat(2)."""
-        return is_at(self._path, self._found)
-
-    @contextlib.contextmanager
-    def guard(self, seconds: float | None = None) -> Iterator[SlotTable]:
-        """Hold the table against all other threads and processes: see ``Guard.hold``."""
-        with self.lock.hold(seconds):
-            yield self.table
-
-    def close(self) -> None:
-        self._opened.close()
 
 
 class SharedTable:
@@ -116,7 +60,7 @@ class SharedTable:
             directory if isinstance(directory, RuntimeDirectory) else RuntimeDirectory(directory)
         )
         self._limits = limits
-        self._mapping: _Mapping | None = None
+        self._mapping: Mapping | None = None
         self._opening = threading.Lock()
 
     def open(self) -> None:
@@ -128,21 +72,22 @@ class SharedTable:
         """
         self._open()
 
-    def _open(self) -> _Mapping:
+    def _open(self) -> Mapping:
         # A child must not share its parent's flock(2): it maps the file itself, at first use.
         mapping = self._mapping
         if mapping is not None and mapping.forks == forks():
             return mapping
         with self._opening:
             if self._mapping is None or self._mapping.forks != forks():
-                self._mapping = _Mapping(self._runtime)
+                self._mapping = Mapping(self._runtime, _GUARD_SECONDS)
             return self._mapping
 
-    @own_files(_WHAT)
-    def claim(self, kind: Kind, ticket: Ticket) -> ClaimedSlot:
+    @own_files(WHAT)
+    def claim(self, kind: Kind, ticket: Ticket, *, alone: bool = False) -> ClaimedSlot:
         """Take a slot; dead holders are swept first where the table looks full.
 
         Raises:
+            ImageBusy: the living have the ticket's image, and one of them or this one has it alone.
             NoSlot: as many as the limit allows are held by the living.
             StateUnavailable: the table is not the one that the next server would find, another
                 process keeps the guard, or the system has no descriptor.
@@ -161,24 +106,99 @@ class SharedTable:
             ticket.image,
             ticket.client,
             time.monotonic_ns(),
+            alone=alone,
         )
-        index = self._claim(mapping, holder)
-        deadline = time.monotonic() + EXIT_SECONDS if index is None else 0.0
-        while index is None:
-            # Once more at the end: another process may have swept between our claim and sweep.
-            is_last = not self.sweep() and not self._awaits_exit(kind, deadline)
-            index = self._claim(mapping, holder)
-            if index is None and is_last:
-                raise NoSlot(kind)
-        return ClaimedSlot(mapping, index, holder.started_ns)
+        slot = self._claim(mapping, holder)
+        if slot is None:
+            slot = self._claim_at_last(mapping, holder)
+        return slot
 
-    def _claim(self, mapping: _Mapping, holder: Holder) -> int | None:
-        guard = mapping.lock
+    def _claim_at_last(self, mapping: Mapping, holder: Holder) -> ClaimedSlot:
+        """Claim where there was no room: sweep, and wait for the dying."""
+        deadline = time.monotonic() + EXIT_SECONDS
+        slot = None
+        while slot is None:
+            # Once more at the end: another process may have swept between our claim and sweep.
+            is_last = not self.sweep() and not self._awaits_exit(holder.kind, deadline)
+            slot = self._claim(mapping, holder)
+            if slot is None and is_last:
+                raise NoSlot(holder.kind)
+        return slot
+
+    def _claim(self, mapping: Mapping, holder: Holder) -> ClaimedSlot | None:
+        """Claim once nobody who has the image is dead or dying; None: there is no room.
+
+        Of two that want the image, one claims first, and the other sees its record: both look and
+        claim within the guard. Who is dead or dying is asked outside; it stays so. The dead are
+        swept, so that who takes the image next knows of them as well.
+        """
+        deadline = 0.0
+        while True:
+            slot, others = self._look_and_claim(mapping, holder)
+            if not others:
+                return slot
+            lives: set[Life] = set()
+            try:
+                lives = {self._life(mapping, other) for other in others}
+            finally:
+                if slot is not None and lives != {Life.LIVING}:
+                    slot.release()
+            if lives == {Life.LIVING}:
+                if self._is_in_the_way(holder, others):
+                    raise ImageBusy
+                return slot
+            deadline = deadline or time.monotonic() + EXIT_SECONDS
+            if time.monotonic() > deadline:
+                raise ImageBusy
+            if Life.DEAD in lives:
+                self.sweep()
+            else:
+                time.sleep(EXIT_STEP_SECONDS)
+
+    def _look_and_claim(
+        self, mapping: Mapping, holder: Holder
+    ) -> tuple[ClaimedSlot | None, list[Holder | None]]:
+        """Claim, unless the image is taken or there is no room; return who else has the image."""
+        table, guard = mapping.table, mapping.lock
         guard.acquire()
         try:
-            return mapping.table.claim(holder, self._limits.get(holder.kind, slots.CAPACITY))
+            others = table.on_image(holder.image) if holder.image else []
+            index = None
+            if not self._is_in_the_way(holder, others):
+                index = table.claim(holder, self._limits.get(holder.kind, slots.CAPACITY))
+            deaths = table.deaths()
         finally:
             guard.release()
+        if index is None:
+            return None, others
+        return ClaimedSlot(mapping, index, holder.started_ns, deaths), others
+
+    @staticmethod
+    def _is_in_the_way(holder: Holder, others: list[Holder | None]) -> bool:
+        return any(holder.alone or other is None or other.alone for other in others)
+
+    @staticmethod
+    def _life(mapping: Mapping, holder: Holder | None) -> Life:
+        """Tell how a record's owner is; who has left a damaged one is dead, for all we know."""
+        if holder is None:
+            return Life.DEAD
+        return Life.LIVING if holder.owner == mapping.owner else life_of(holder.owner)
+
+    @own_files(WHAT)
+    def gives_way(self, image: str, *, to_sharers: bool) -> bool:
+        """Tell whether who has an image's lock, by its key, gives it back in a moment.
+
+        It does so if it is dying, or shares the image. ``to_sharers``: who asks waits for that.
+        """
+        mapping = self._open()
+        others = mapping.table.on_image(image)
+        lives = [self._life(mapping, other) for other in others]
+        if any(
+            other and other.alone and life is Life.LIVING
+            for other, life in zip(others, lives, strict=True)
+        ):
+            return False
+        return to_sharers or any(life is not Life.LIVING for life in lives)
 
     def _awaits_exit(self, kind: Kind, deadline: float) -> bool:
         """Wait a moment where a holder of this kind is being killed; else return False."""
@@ -193,12 +213,12 @@ class SharedTable:
         """Tell whether no process of the server has logged this lately; now it has."""
         key = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
         try:
-            with own_files(_WHAT), self._open().guard(_NOTE_SECONDS) as table:
+            with own_files(WHAT), self._open().guard(_NOTE_SECONDS) as table:
                 return table.note(key)
         except StateUnavailable:
             return True  # better logged twice than never, or late
 
-    @own_files(_WHAT)
+    @own_files(WHAT)
     def sweep(self) -> int:
         """Free what dead processes held; return how many records."""
         # Outside the guard, for it reads /proc: a process that is dead stays dead.
@@ -221,24 +241,12 @@ class SharedTable:
         """Return who this process is."""
         return self._open().owner
 
-    @own_files(_WHAT)
-    def operations_on(self, image: str) -> set[str]:
-        """Return the operations of the living that hold an image, by its key."""
-        deadline = time.monotonic() + EXIT_SECONDS
-        while True:
-            held = [h for h in self.holders(Kind.WRITE, Kind.OTHER) if h.image == image]
-            living = {owner for owner in {holder.owner for holder in held} if is_alive(owner)}
-            dying = any(is_exiting(owner) for owner in living)
-            if not dying or time.monotonic() > deadline:
-                return {holder.operation for holder in held if holder.owner in living}
-            time.sleep(EXIT_STEP_SECONDS)
-
     def mend(self) -> None:
         """Write the header anew where it was damaged: without it no new worker could start.
 
         Safe, for no process may replace a table that this one has mapped.
         """
-        if self._open().table.mend():
+        if self._open().table.mend(tablefile.random_count()):
             log.warning("slot table: a damaged header was mended")
 
     def prove(self) -> None:
@@ -260,7 +268,7 @@ class SharedTable:
             raise IncompatibleTable("its header is damaged")
         self.claim(Kind.OTHER, Ticket("", "check", "", "")).release()
 
-    @own_files(_WHAT)
+    @own_files(WHAT)
     def living(self, *kinds: Kind) -> list[Holder]:
         """Return what processes that live hold now: see ``ports.Living``."""
         held = self.holders(*kinds)

@@ -36,6 +36,11 @@ _MEND_STEP_SECONDS = 0.05
 _UNREADABLE = (IncompatibleTable, ValueError, FileNotFoundError)
 
 
+def random_count() -> int:
+    """Return 64 bits from which deaths are counted: see ``slots.Deaths``."""
+    return int.from_bytes(os.urandom(8), "big")
+
+
 def reopen(runtime: RuntimeDirectory) -> tuple[int, int]:
     """Open ``slots.use``, locked, and the table, each with a description of its own (open(2)).
 
@@ -110,7 +115,7 @@ def map_kept(file: int) -> tuple[mmap.mmap, SlotTable]:
         return _map(file)
     except IncompatibleTable:
         with mmap.mmap(file, slots.SIZE) as damaged, memoryview(damaged) as view:
-            slots.write_header(view, boot_id(), namespace())
+            slots.mend_header(view, boot_id(), namespace(), random_count())
         log.warning("slot table: a damaged header was mended")
         return _map(file)
 
@@ -181,13 +186,17 @@ def _make_table_if_alone(runtime: RuntimeDirectory, held: tuple[int, int]) -> No
 
 def _make_table(directory: str) -> None:
     fd = open_private(directory, _NEW)
+    table = os.path.join(directory, TABLE)
     try:
         os.ftruncate(fd, 0)
         # Before it is mapped: touching a page for which the disk has no room is SIGBUS.
         os.posix_fallocate(fd, 0, slots.SIZE)
         with mmap.mmap(fd, slots.SIZE) as fresh, memoryview(fresh) as view:
-            slots.format_table(view, boot_id(), namespace())
-        os.rename(os.path.join(directory, _NEW), os.path.join(directory, TABLE))
+            where, first = (boot_id(), namespace()), random_count()
+            slots.format_table(view, *where, first)
+            if os.path.lexists(table):  # with the records of some that died, perhaps
+                slots.mend_header(view, *where, first)
+        os.rename(os.path.join(directory, _NEW), table)
     except BaseException:
         os.unlink(os.path.join(directory, _NEW))
         raise

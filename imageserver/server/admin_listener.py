@@ -13,7 +13,7 @@ from typing import Any
 
 from gunicorn.util import parse_address
 
-from imageserver.core.ports import Exposition
+from imageserver.core.entry import Exposition
 from imageserver.observability.metrics.shown import Sources, exposition
 from imageserver.process import Process
 from imageserver.server.credentials import peer_of

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import falcon
 
+from imageserver.core.entry import Exposition
 from imageserver.core.errors import ImageServerError, MethodNotAllowed
-from imageserver.core.ports import Exposition, Living
+from imageserver.core.ports import Living
 from imageserver.core.slots import Holder, Kind, WorkerState
 from imageserver.core.transfer import id_hash
 from imageserver.web.answers import set_json

@@ -2,8 +2,8 @@
 """A dead worker's last writes never land on top of its successor's.
 
 A worker that is killed leaves writes in the NBD server's receive buffer. Its image's lock is
-free at once; but whoever takes it next finds it marked, and touches the image only when the
-NBD server has closed the dead one's connection.
+free at once; but whoever takes it next finds the dead one's slot, or that somebody has died, and
+touches the image only when the NBD server has closed the dead one's connection.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ def test_where_the_server_never_lets_go_the_successor_is_told_504_and_has_writte
         assert answer.refusal == (504, "backend timeout")
         assert not server.holders()
         assert b"n" not in disk.image.read_bytes()
-        # The mark has outlived that one too: the next one waits again, this time with success.
+        # That one has settled nothing: the next one waits again, this time with success.
         disk.signal(signal.SIGCONT)
         assert server.request("PUT", "/images/disk", NEW).status == 200
     finally:

@@ -10,16 +10,19 @@ from typing import Any
 
 from imageserver.backends.file.kind import FileImage
 from imageserver.backends.nbd.kind import NbdImage
+from imageserver.core.errors import ImageBusy
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import Account, Check, Intent, Owned, Source, Ticket, no_client
-from imageserver.core.slots import Kind
+from imageserver.core.slots import Deaths, Kind
 from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Sessions
 from imageserver.transfers.requests import Request
 
 DISK = NbdImage("/run/disk.sock", "vda")
 TRANSFER = Transfer("t1", DISK)
+DEATHS = Deaths(7, 9)
+_SHARING = {"write", "zero", "flush"}
 FILE_TRANSFER = Transfer("f1", FileImage("/images/disk.raw"))
 
 
@@ -37,7 +40,6 @@ class World:
     info: ImageInfo | None = None
     abandoned: bool = False
     settled: bool = True
-    lock_removed: bool = False
     fail: dict[str, BaseException] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
     batches: list[list[Extent]] = field(default_factory=list)
@@ -77,47 +79,60 @@ class FakeLocks:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.abandoned = world.abandoned
+        self._held = False
 
     def acquire(self, _image: Image) -> "FakeLocks":
-        self._world.note("lock")
+        return self._acquire("lock")
+
+    def acquire_briefly(self, _image: Image) -> "FakeLocks":
+        return self._acquire("lock briefly")
+
+    def _acquire(self, how: str) -> "FakeLocks":
+        self._world.note(how)
         self._world.on_lock()
-        return FakeLocks(self._world)
+        lock = FakeLocks(self._world)
+        lock._held = True
+        return lock
 
-    def acquire_briefly(self, _image: Image, *, shared: bool) -> "FakeLocks":
-        self._world.note("lock briefly")
-        self._world.on_lock()
-        return FakeLocks(self._world)
+    def is_settled(self, deaths: Deaths) -> bool:
+        assert deaths == DEATHS
+        assert self._held
+        return not self._world.abandoned
 
-    def is_in_place(self) -> bool:
-        return not self._world.lock_removed
+    def settle(self, deaths: Deaths) -> None:
+        assert deaths == DEATHS
+        assert self._held
+        self._world.abandoned = False
 
-    def release(self, *, settled: bool) -> None:
-        self._world.note("unlock" if settled else "unlock marked")
+    def release(self) -> None:
+        self._held = False
+        self._world.note("unlock")
 
 
 class FakeSlots:
     """``ports.Slots``, and the slot itself."""
 
+    deaths = DEATHS
+
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def claim(self, kind: Kind, ticket: Ticket) -> "FakeSlots":
-        self._world.note(f"slot {kind.name}")
+    def claim(self, kind: Kind, ticket: Ticket, *, alone: bool = False) -> "FakeSlots":
+        self._world.note(f"slot {kind.name} alone" if alone else f"slot {kind.name}")
+        others = self._world.others if ticket.image else set()
+        if others - _SHARING or (alone and others):
+            raise ImageBusy
         self._world.tickets.append(ticket)
         return self
 
-    def operations_on(self, image: str) -> set[str]:
-        assert image == "key"
-        if "holders" in self._world.fail:
-            raise self._world.fail["holders"]
-        return self._world.others
+    def share(self) -> None:
+        self._world.note("share")
 
     def progress(self, done: int, expected: int) -> None:
         self._world.progress.append((done, expected))
 
-    def release(self) -> None:
-        self._world.note("free")
+    def release(self, *, settled: bool = True) -> None:
+        self._world.note("free" if settled else "free unsettled")
 
 
 class FakeBackends:

@@ -10,26 +10,23 @@ from pathlib import Path
 
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import ImageBusy
-from imageserver.core.slots import Owner
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.locks import ImageLocks
-from imageserver.runtime.processes import is_exiting, owner_of
 from tests.unit.processes import holding
 
 DISK = NbdImage("/run/disk.sock", "vda")
 OTHER = NbdImage("/run/disk.sock", "vdb")
 
 _HOLD = """
-import os, sys
+import sys
 from imageserver.runtime.locks import ImageLocks
-from imageserver.runtime.processes import is_exiting, owner_of
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.backends.nbd.kind import NbdImage
-locks = ImageLocks(KeptDirectory(sys.argv[1]), is_exiting, lambda: owner_of(os.getpid()))
+locks = ImageLocks(KeptDirectory(sys.argv[1]), lambda *_, **__: False)
 lock = locks.acquire(NbdImage("/run/disk.sock", "vda"))
 print("held", flush=True)
 sys.stdin.readline()
-lock.release(settled=True)
+lock.release()
 """
 
 
@@ -38,19 +35,18 @@ def holder(directory: Path) -> AbstractContextManager[subprocess.Popen[str]]:
     return holding(_HOLD, directory)
 
 
-def me() -> Owner:
-    owner = owner_of(os.getpid())
-    assert owner is not None
-    return owner
+def believes(_key: str, *, to_sharers: bool) -> bool:
+    """Say of every holder of an image that it keeps it."""
+    return False
 
 
-def locks_in(directory: Path, is_exiting: Callable[[Owner], bool] = is_exiting) -> ImageLocks:
-    return ImageLocks(KeptDirectory(str(directory)), is_exiting, me)
+def locks_in(directory: Path, gives_way: Callable[..., bool] = believes) -> ImageLocks:
+    return ImageLocks(KeptDirectory(str(directory)), gives_way)
 
 
 def is_busy(images: ImageLocks) -> bool:
     try:
-        images.acquire(DISK).release(settled=True)
+        images.acquire(DISK).release()
     except ImageBusy:
         return True
     return False

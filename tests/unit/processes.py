@@ -2,6 +2,8 @@
 """Other processes: they hold something, or use a slot table with a ``TICKET`` of theirs."""
 
 import contextlib
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 
 from imageserver.core.ports import Ticket
 from imageserver.core.slots import Kind
+from imageserver.runtime.private import open_private
 
 TICKET = Ticket("t1", "read", "key", "192.0.2.1")
 LIMITS = {Kind.READ: 3, Kind.WRITE: 1}
@@ -24,7 +27,7 @@ table = slottable.SharedTable(sys.argv[1], {Kind.READ: 3, Kind.WRITE: 1})
 """
 
 _HOLD = """
-slot = table.claim(Kind[sys.argv[2]], TICKET)
+slot = table.claim(Kind[sys.argv[2]], TICKET, alone=sys.argv[3] == "True")
 print("held", flush=True)
 sys.stdin.readline()
 """
@@ -47,9 +50,22 @@ def python(script: str, *arguments: object) -> subprocess.Popen[str]:
     return _started(_PRELUDE + script, *arguments)
 
 
-def holder(directory: Path, kind: Kind) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    """Run a process that holds a slot until it gets a line."""
-    return holding(_PRELUDE + _HOLD, directory, kind.name)
+def holder(
+    directory: Path, kind: Kind, *, alone: bool = False
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    """Run a process that holds a slot, and the image ``key``, until it gets a line."""
+    return holding(_PRELUDE + _HOLD, directory, kind.name, alone)
+
+
+@contextlib.contextmanager
+def stopped_in_guard(directory: Path) -> Iterator[None]:
+    """Keep the table's guard, as a process would that is stopped within it."""
+    fd = open_private(str(directory), "slots")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _started(script: str, *arguments: object) -> subprocess.Popen[str]:

@@ -21,7 +21,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from imageserver import __version__
-from imageserver.core.ports import Exposition, Living
+from imageserver.core.entry import Exposition
+from imageserver.core.ports import Living
 from imageserver.core.slots import Holder, Kind, WorkerState
 from imageserver.observability.metrics import declared
 from imageserver.observability.metrics.declared import Metric, Type

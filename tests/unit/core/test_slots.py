@@ -7,8 +7,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imageserver.core.slots import CAPACITY, Holder, Kind, Owner, SlotTable
-from tests.unit.tables import FULL, ME, OTHER, READER, THIRD, counts, everyone, formatted, opened
+from imageserver.core.slots import (
+    CAPACITY,
+    SIZE,
+    Deaths,
+    Holder,
+    Kind,
+    Owner,
+    SlotTable,
+    format_table,
+)
+from tests.unit.tables import (
+    BOOT,
+    FULL,
+    ME,
+    OTHER,
+    READER,
+    THIRD,
+    counts,
+    everyone,
+    formatted,
+    opened,
+)
 
 
 @pytest.fixture
@@ -123,6 +143,75 @@ def test_holders_are_those_of_the_kinds_asked_for(table: SlotTable) -> None:
 
     assert [h.kind for h in table.holders(Kind.WRITE, Kind.OTHER)] == [Kind.WRITE, Kind.OTHER]
     assert list(table.holders()) == []
+
+
+def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
+    mine = replace(FULL, image="a" * 32, alone=True)
+    theirs = Holder(Kind.OTHER, OTHER, image="a" * 32)
+    for held in (
+        FULL,
+        mine,
+        Holder(Kind.READ, ME, image="a" * 32),
+        theirs,
+        replace(FULL, image=""),
+    ):
+        table.claim(held, 8)
+
+    assert table.on_image("a" * 32) == [mine, theirs]
+    assert table.on_image("a" * 31) == []
+
+
+def test_who_had_an_image_alone_may_share_it(table: SlotTable) -> None:
+    index = table.claim(replace(FULL, alone=True), 1)
+    assert index is not None
+    table.share(index)
+
+    assert table.on_image(FULL.image) == [FULL]
+    assert table.release(index, ME, FULL.started_ns)
+
+
+def test_a_damaged_record_may_be_of_any_image_that_it_names() -> None:
+    buffer = formatted()
+    table = opened(buffer)
+    table.claim(FULL, 1)
+    buffer[buffer.index(b"put")] ^= 1
+
+    assert table.on_image(FULL.image) == [None]
+
+
+def test_deaths_are_counted_before_the_dead_are_freed(table: SlotTable) -> None:
+    """Whoever does not find the record any more must find the count."""
+    first = table.deaths()
+    for owner in (OTHER, OTHER, ME):
+        table.claim(replace(FULL, owner=owner), 3)
+    seen = []
+
+    def is_alive(owner: Owner) -> bool:
+        seen.append((table.deaths() == first, table.count(Kind.WRITE)))
+        return owner == ME
+
+    table.sweep(is_alive)
+    assert table.deaths() == Deaths(first.first, first.count + 1)
+    assert seen == [(True, 3), (False, 2), (False, 1)]
+
+
+def test_what_ends_well_is_no_death(table: SlotTable) -> None:
+    first = table.deaths()
+    table.claim(FULL, 1)
+    table.sweep(lambda _: True)
+    table.release(0, ME, FULL.started_ns)
+    table.sweep(lambda _: False)
+
+    assert table.deaths() == first
+
+
+def test_a_count_of_deaths_starts_over_at_its_end() -> None:
+    buffer = bytearray(SIZE)
+    format_table(memoryview(buffer), BOOT, 0, 2**64 - 1)
+    table = opened(buffer)
+    table.count_death()
+
+    assert table.deaths() == Deaths(2**64 - 1, 0)
 
 
 def test_a_sweep_frees_the_dead_and_says_who_they_were(table: SlotTable) -> None:

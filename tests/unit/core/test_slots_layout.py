@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slot table's bytes: what is ours, what fits, version 2 to the letter, and any damage."""
+"""The slot table's bytes: what is ours, what fits, version 3 to the letter, and any damage."""
 
 import struct
 import zlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +38,7 @@ def test_formatting_wipes_what_was_there() -> None:
     "change",
     [
         pytest.param((0, b"X"), id="magic"),
-        pytest.param((8, struct.pack("=I", 1)), id="version"),
+        pytest.param((8, struct.pack("=I", 2)), id="version"),
         pytest.param((12, struct.pack("=I", CAPACITY * 2)), id="capacity"),
         pytest.param((16, struct.pack("=I", RECORD + 8)), id="record-size"),
         pytest.param((20, b"\1"), id="padding"),
@@ -79,21 +80,24 @@ def test_a_closed_table_lets_go_of_its_buffer() -> None:
     buffer.clear()  # BufferError while any view is left
 
 
-def test_the_layout_is_that_of_version_2() -> None:
+def test_the_layout_is_that_of_version_3() -> None:
     """Servers of other versions read this file: where this fails, raise VERSION."""
     buffer = bytearray(SIZE)
-    format_table(memoryview(buffer), BOOT, 0xF0000001F0000002)
-    SlotTable(memoryview(buffer), BOOT, 0xF0000001F0000002).claim(FULL, 1)
+    format_table(memoryview(buffer), BOOT, 0xF0000001F0000002, 0xFEDCBA9876543210)
+    table = SlotTable(memoryview(buffer), BOOT, 0xF0000001F0000002)
+    table.claim(replace(FULL, alone=True), 1)
+    table.count_death()
     static = struct.pack(
         "=QQQ16s32s64s256s", 100, 7, FULL.started_ns, b"put", b"0" * 32, b"[2001:db8::1]:54321",
         FULL.transfer.encode(),
     )  # fmt: skip
     crc = zlib.crc32(static, 2)
 
-    header = struct.pack("=8sIIII16sQ", b"imgslots", 2, 1024, 448, 0, BOOT, 0xF0000001F0000002)
+    header = struct.pack("=8sIIII16sQ", b"imgslots", 3, 1024, 448, 0, BOOT, 0xF0000001F0000002)
     assert buffer[:48] == header
-    assert buffer[48:RECORDS] == bytes(16) + b"\2" + bytes(CAPACITY - 1)
-    assert buffer[RECORDS : RECORDS + 24] == struct.pack("=QQII", 5, 100 << 40, crc, 0)
+    assert buffer[48:64] == struct.pack("=QQ", 0xFEDCBA9876543210, 0xFEDCBA9876543211)
+    assert buffer[64:RECORDS] == b"\2" + bytes(CAPACITY - 1)
+    assert buffer[RECORDS : RECORDS + 24] == struct.pack("=QQII", 5, 100 << 40, crc, 1)
     assert buffer[RECORDS + 24 :] == static + bytes(SIZE - RECORDS - 24 - len(static))
 
 
@@ -156,6 +160,8 @@ def _use_every_method(table: SlotTable) -> None:
     for index in range(12):
         table.release(index, OTHER, 0)
         table.set_progress(index, 1, 2)
+        table.share(index)
+    assert len(table.on_image(FULL.image)) <= CAPACITY
     table.claim(FULL, CAPACITY)
     assert len(table.sweep(lambda _: True)) <= CAPACITY
     assert sum(counts(table)) == len(everyone(table))

@@ -28,13 +28,15 @@ from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World, a_request
 CLIENT = "192.0.2.1"
 NEEDS = [
     pytest.param(sessions.READ, ["slot READ", "open READ"], id="read"),
-    pytest.param(sessions.WRITE, ["lock", "slot WRITE", "open WRITE"], id="write"),
-    pytest.param(sessions.REPLACE, ["lock", "slot WRITE", "open REPLACE"], id="replace"),
-    pytest.param(sessions.ZERO, ["lock", "slot WRITE", "open WRITE"], id="zero"),
-    pytest.param(sessions.FLUSH, ["lock", "slot OTHER", "open FLUSH"], id="flush"),
-    pytest.param(sessions.EXTENTS, ["lock", "slot OTHER", "open EXTENTS"], id="extents"),
+    pytest.param(sessions.WRITE, ["lock", "slot WRITE alone", "open WRITE"], id="write"),
+    pytest.param(sessions.REPLACE, ["lock", "slot WRITE alone", "open REPLACE"], id="replace"),
+    pytest.param(sessions.ZERO, ["lock", "slot WRITE alone", "open WRITE"], id="zero"),
+    pytest.param(sessions.FLUSH, ["lock", "slot OTHER alone", "open FLUSH"], id="flush"),
+    pytest.param(sessions.EXTENTS, ["lock", "slot OTHER alone", "open EXTENTS"], id="extents"),
     pytest.param(
-        sessions.DIRTY_EXTENTS, ["lock", "slot OTHER", "open DIRTY_EXTENTS"], id="dirty-extents"
+        sessions.DIRTY_EXTENTS,
+        ["lock", "slot OTHER alone", "open DIRTY_EXTENTS"],
+        id="dirty-extents",
     ),
 ]
 
@@ -73,8 +75,8 @@ def test_closing_twice_gives_back_once() -> None:
     ("where", "error", "given_back"),
     [
         pytest.param("lock", ImageBusy(), [], id="lock-busy"),
-        pytest.param("slot WRITE", NoSlot(Kind.WRITE), ["unlock"], id="slots-taken"),
-        pytest.param("slot WRITE", StateUnavailable(), ["unlock"], id="guard-stuck"),
+        pytest.param("slot WRITE alone", NoSlot(Kind.WRITE), ["unlock"], id="slots-taken"),
+        pytest.param("slot WRITE alone", StateUnavailable(), ["unlock"], id="guard-stuck"),
         pytest.param("open WRITE", BackendError("refused"), ["free", "unlock"], id="refused"),
         pytest.param("open WRITE", BackendTimeout("silent"), ["free", "unlock"], id="silent"),
         pytest.param("open WRITE", FileAccessError("gone"), ["free", "unlock"], id="no-file"),
@@ -97,12 +99,12 @@ def test_each_failure_gives_back_what_was_taken(
 def test_the_lock_is_given_back_where_it_cannot_be_told_who_has_the_image(
     shares_lock: bool,
 ) -> None:
-    world = World(fail={"holders": StateUnavailable()})
+    world = World(fail={"slot WRITE alone": StateUnavailable()})
 
     with pytest.raises(StateUnavailable):
         world.sessions(shares_lock=shares_lock).open(TRANSFER, sessions.REPLACE, a_request())
 
-    assert world.journal == ["lock", "unlock marked"]
+    assert world.journal == ["lock", "slot WRITE alone", "unlock"]
 
 
 @pytest.mark.parametrize("need", [sessions.READ, sessions.ZERO, sessions.EXTENTS])
@@ -133,7 +135,7 @@ def test_an_abandoned_image_is_settled_under_lock_and_slot_before_it_is_opened()
     world.sessions().open(TRANSFER, sessions.WRITE, a_request()).close()
 
     assert world.journal == [
-        *("lock", "slot WRITE", "settle", "open WRITE"),
+        *("lock", "slot WRITE alone", "settle", "open WRITE"),
         *("close", "free", "unlock"),
     ]
 
@@ -141,25 +143,27 @@ def test_an_abandoned_image_is_settled_under_lock_and_slot_before_it_is_opened()
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        pytest.param("slot WRITE", NoSlot(Kind.WRITE), id="slots-taken"),
+        pytest.param("slot WRITE alone", NoSlot(Kind.WRITE), id="slots-taken"),
         pytest.param("settle", BackendTimeout("still under way"), id="does-not-settle"),
     ],
 )
-def test_an_abandoned_image_that_was_not_settled_stays_marked(where: str, error: Exception) -> None:
+def test_an_abandoned_image_that_was_not_settled_stays_so(where: str, error: Exception) -> None:
     world = World(abandoned=True, fail={where: error})
 
     with pytest.raises(type(error)):
         world.sessions().open(TRANSFER, sessions.WRITE, a_request())
 
-    assert world.journal[-1] == "unlock marked"
+    assert world.abandoned
+    assert world.journal[-1] == "unlock"
 
 
-def test_an_abandoned_image_that_was_settled_loses_its_mark_even_if_opening_fails() -> None:
+def test_an_abandoned_image_that_was_settled_is_so_even_if_opening_fails() -> None:
     world = World(abandoned=True, fail={"open WRITE": BackendError("refused")})
 
     with pytest.raises(BackendError):
         world.sessions().open(TRANSFER, sessions.WRITE, a_request())
 
+    assert not world.abandoned
     assert world.journal[-2:] == ["free", "unlock"]
 
 
@@ -171,12 +175,28 @@ def test_reading_asks_for_no_lock_and_so_waits_for_no_one() -> None:
     assert world.journal == ["slot READ", "open READ", "close", "free"]
 
 
-def test_a_write_still_under_way_leaves_the_image_marked() -> None:
+@pytest.mark.parametrize("shares_lock", [False, True])
+def test_a_write_still_under_way_is_told_with_the_slot_before_anybody_gets_in(
+    shares_lock: bool,
+) -> None:
     world = World(settled=False)
 
-    world.sessions().open(TRANSFER, sessions.WRITE, a_request()).close()
+    world.sessions(shares_lock=shares_lock).open(TRANSFER, sessions.WRITE, a_request()).close()
 
-    assert world.journal[-3:] == ["close", "free", "unlock marked"]
+    end = ["close", "free unsettled", "unlock"]
+    assert world.journal[-3:] == (["open WRITE", *end[:2]] if shares_lock else end)
+
+
+def test_what_cannot_be_closed_does_not_keep_slot_and_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    session = world.sessions().open(TRANSFER, sessions.WRITE, a_request())
+    monkeypatch.setattr(world.opened[0], "close", lambda: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        session.close()
+    assert world.journal[-2:] == ["free", "unlock"]
 
 
 def test_whether_writes_have_settled_is_asked_after_the_back_end_was_closed() -> None:
@@ -217,7 +237,7 @@ def test_a_request_that_was_cut_before_its_back_end_opened_stops_it() -> None:
     ("where", "error", "noted"),
     [
         pytest.param("lock", ImageBusy(), None, id="before-the-slot"),
-        pytest.param("slot WRITE", NoSlot(Kind.WRITE), None, id="no-slot"),
+        pytest.param("slot WRITE alone", NoSlot(Kind.WRITE), None, id="no-slot"),
         pytest.param("open WRITE", BackendError("refused"), "BackendError: refused", id="open"),
     ],
 )
@@ -253,7 +273,7 @@ def test_who_shares_has_the_lock_only_until_its_slot_shows_it(need: Need) -> Non
     world.sessions(shares_lock=True).open(TRANSFER, need, a_request()).close()
 
     assert world.journal == [
-        *("lock briefly", f"slot {need.kind.name}", "unlock marked", f"open {need.intent.name}"),
+        *("lock briefly", f"slot {need.kind.name}", "unlock", f"open {need.intent.name}"),
         *("close", "free"),
     ]
 
@@ -265,7 +285,7 @@ def test_who_shares_is_refused_by_who_has_the_image_alone(need: Need, operation:
 
     with pytest.raises(ImageBusy):
         world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
-    assert world.journal == []
+    assert world.journal == ["lock briefly", f"slot {need.kind.name}", "unlock"]
 
 
 @pytest.mark.parametrize("need", ALONE)
@@ -277,8 +297,7 @@ def test_who_wants_the_image_alone_is_refused_while_others_share_it(
 
     with pytest.raises(ImageBusy):
         world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
-    # Those who share may die: only the mark would tell.
-    assert world.journal == ["lock", "unlock marked"]
+    assert world.journal == ["lock", f"slot {need.kind.name} alone", "unlock"]
 
 
 @pytest.mark.parametrize("need", ALONE)
@@ -295,7 +314,7 @@ ONE_WRITER = ImageInfo(10, read_only=False, can_zero=True, can_flush=True)
 
 def _alone(need: Need) -> list[str]:
     """Return what is done for an operation that has the image alone."""
-    opened = [f"slot {need.kind.name}", f"open {need.intent.name}"]
+    opened = [f"slot {need.kind.name} alone", f"open {need.intent.name}"]
     return ["lock", *opened, "close", "free", "unlock"]
 
 
@@ -308,8 +327,8 @@ def test_an_export_without_multi_conn_is_given_back_unwritten_and_taken_alone(ne
 
     assert not session.shared
     assert world.journal == [
-        *("lock briefly", f"slot {need.kind.name}", "unlock marked", opened, "close", "free"),
-        *("lock briefly", f"slot {need.kind.name}", opened),
+        *("lock briefly", f"slot {need.kind.name}", "unlock", opened, "close", "free"),
+        *("lock briefly", f"slot {need.kind.name} alone", opened),
     ]
     session.close()
     assert world.journal[-3:] == ["close", "free", "unlock"]
@@ -333,7 +352,7 @@ def test_who_found_no_multi_conn_is_refused_while_another_is_there() -> None:
 
     with pytest.raises(ImageBusy):
         world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, a_request())
-    assert world.journal[-3:] == ["free", "lock briefly", "unlock marked"]
+    assert world.journal[-4:] == ["free", "lock briefly", "slot WRITE alone", "unlock"]
 
 
 def test_another_server_at_the_socket_is_asked_anew() -> None:
@@ -353,7 +372,7 @@ def test_who_has_an_export_alone_and_finds_multi_conn_lets_others_in() -> None:
     world.journal.clear()
 
     assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
-    assert world.journal == ["lock", "slot WRITE", "open WRITE", "unlock marked"]
+    assert world.journal == ["lock", "slot WRITE alone", "open WRITE", "share", "unlock"]
     assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
 
 
@@ -382,19 +401,7 @@ def test_what_a_dead_sharer_left_is_settled_before_the_next_is_let_in() -> None:
 
     world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, a_request())
 
-    assert world.journal == [
-        *("lock briefly", "slot WRITE", "settle", "unlock marked", "open WRITE")
-    ]
-
-
-def test_a_lock_that_others_have_removed_is_no_right_to_an_image() -> None:
-    """Another may have come before our slot showed, and hold a new lock of the same name."""
-    world = World(lock_removed=True)
-
-    with pytest.raises(ImageBusy):
-        world.sessions().open(TRANSFER, sessions.REPLACE, a_request())
-
-    assert world.journal == ["lock", "slot WRITE", "free", "unlock"]
+    assert world.journal == [*("lock briefly", "slot WRITE", "settle", "unlock", "open WRITE")]
 
 
 @pytest.mark.parametrize("shares_lock", [False, True], ids=["alone", "shared"])

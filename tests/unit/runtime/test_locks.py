@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image locks on real files: exclusion between threads and processes, pruning."""
 
+import errno
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from imageserver.core.errors import ImageBusy, StateUnavailable
+from imageserver.core.errors import Exhausted, ImageBusy, StateFull, StateUnavailable
+from imageserver.core.slots import Deaths
 from imageserver.runtime import locks
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.locks import ImageLocks, image_key
@@ -38,15 +39,15 @@ def test_an_image_has_one_holder(images: ImageLocks) -> None:
 
     with pytest.raises(ImageBusy):
         images.acquire(DISK)
-    held.release(settled=True)
-    images.acquire(DISK).release(settled=True)
+    held.release()
+    images.acquire(DISK).release()
 
 
 def test_other_images_are_free(images: ImageLocks) -> None:
     held = images.acquire(DISK)
 
-    images.acquire(OTHER).release(settled=True)
-    held.release(settled=True)
+    images.acquire(OTHER).release()
+    held.release()
 
 
 def test_of_many_threads_one_gets_the_image(images: ImageLocks) -> None:
@@ -63,12 +64,12 @@ def test_of_many_threads_one_gets_the_image(images: ImageLocks) -> None:
         got = [lock for lock in threads.map(lambda _: acquire(), range(8)) if lock]
 
     assert len(got) == 1
-    got[0].release(settled=True)
+    got[0].release()
 
 
 def test_another_thread_may_release(images: ImageLocks) -> None:
     held = images.acquire(DISK)
-    thread = threading.Thread(target=lambda: held.release(settled=True))
+    thread = threading.Thread(target=held.release)
     thread.start()
     thread.join()
 
@@ -77,12 +78,12 @@ def test_another_thread_may_release(images: ImageLocks) -> None:
 
 def test_releasing_twice_does_not_take_the_next_holders_lock(images: ImageLocks) -> None:
     first = images.acquire(DISK)
-    first.release(settled=True)
+    first.release()
     second = images.acquire(DISK)
-    first.release(settled=False)
+    first.release()
 
     assert is_busy(images)
-    second.release(settled=True)
+    second.release()
 
 
 def test_another_process_holds_an_image_until_it_lets_go(
@@ -92,83 +93,94 @@ def test_another_process_holds_an_image_until_it_lets_go(
         assert is_busy(images)
         process.communicate("go\n", timeout=10)
 
-        lock = images.acquire(DISK)
-
-    assert not lock.abandoned
-    lock.release(settled=True)
+        images.acquire(DISK).release()
 
 
-def test_a_refusal_does_not_disturb_the_holder_nor_its_mark(
-    directory: Path, images: ImageLocks
-) -> None:
+def test_the_image_of_a_killed_holder_is_free(directory: Path, images: ImageLocks) -> None:
     with holder(directory) as process:
         assert is_busy(images)
         process.kill()
         process.wait(10)
-        lock = images.acquire(DISK)
 
-    assert lock.abandoned
-    lock.release(settled=True)
+        images.acquire(DISK).release()
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(errno.ENOSPC, StateFull), (errno.EMFILE, Exhausted), (errno.EIO, StateUnavailable)],
+)
+def test_a_lock_file_that_cannot_be_made_is_an_error_of_ours(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch, code: int, error: type[Exception]
+) -> None:
+    images.acquire(DISK).release()
+
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(error, match=f"the lock files cannot be used.*{os.strerror(code)}"):
+            images.acquire(DISK)
+    assert not is_busy(images)
 
 
 # For a moment
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["to-share", "alone"])
+@pytest.mark.parametrize("waits", [True, False], ids=["for-sharers", "for-the-dying"])
 def test_who_has_the_image_for_a_moment_is_waited_for(
-    images: ImageLocks, monkeypatch: pytest.MonkeyPatch, shared: bool
+    directory: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    held = images.acquire_briefly(DISK, shared=True)
-    waits: list[float] = []
+    asked, waited = [], []
+
+    def gives_way(key: str, *, to_sharers: bool) -> bool:
+        asked.append((key, to_sharers))
+        return True
 
     def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 1000:
-            held.release(settled=False)
+        waited.append(seconds)
+        if len(waited) == 1000:
+            held.release()
 
-    clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic)  # other threads sleep, too
+    images = locks_in(directory, gives_way)
+    held = images.acquire(DISK)
+    # Other threads sleep, too; and on a busy machine seconds may pass meanwhile.
+    clock = SimpleNamespace(sleep=sleep, monotonic=lambda: 1000.0)
     monkeypatch.setattr(locks, "time", clock)
 
-    images.acquire_briefly(DISK, shared=shared).release(settled=True)
-    assert len(waits) == 1000
+    (images.acquire_briefly if waits else images.acquire)(DISK).release()
+    assert len(waited) == 1000
+    assert asked == [(image_key(DISK), waits)] * 1000
 
 
-def test_who_has_the_image_alone_is_waited_for_by_nobody(
-    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("waits", [True, False])
+def test_who_keeps_the_image_is_waited_for_by_nobody(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch, waits: bool
 ) -> None:
-    monkeypatch.setattr(locks.time, "sleep", lambda _: pytest.fail("it has waited"))
+    clock = SimpleNamespace(sleep=lambda _: pytest.fail("it has waited"), monotonic=lambda: 1000.0)
+    monkeypatch.setattr(locks, "time", clock)  # other threads sleep, too
     held = images.acquire(DISK)
 
     with pytest.raises(ImageBusy):
-        images.acquire_briefly(DISK, shared=True)
-    held.release(settled=True)
-
-
-def test_who_wants_the_image_alone_waits_for_nobody(
-    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks.time, "sleep", lambda _: pytest.fail("it has waited"))
-    held = images.acquire_briefly(DISK, shared=True)
-
-    with pytest.raises(ImageBusy):
-        images.acquire(DISK)
-    held.release(settled=True)
+        (images.acquire_briefly if waits else images.acquire)(DISK)
+    held.release()
 
 
 def test_nobody_waits_for_a_moment_for_ever(
-    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_SHARE_SECONDS", 0.01)
     monkeypatch.setattr(locks, "EXIT_SECONDS", 0.01)
-    held = images.acquire_briefly(DISK, shared=True)
+    images = locks_in(directory, lambda *_, **__: True)
+    held = images.acquire_briefly(DISK)
 
     with pytest.raises(ImageBusy):
-        images.acquire_briefly(DISK, shared=True)
-    held.release(settled=True)
+        images.acquire_briefly(DISK)
+    held.release()
 
 
 def test_lock_files_are_private(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release(settled=True)
+    images.acquire(DISK).release()
 
     assert [file.stat().st_mode & 0o777 for file in directory.iterdir()] == [0o600]
 
@@ -177,70 +189,61 @@ def test_lock_files_are_private(directory: Path, images: ImageLocks) -> None:
 
 
 def test_idle_lock_files_are_pruned(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release(settled=True)
-    images.acquire(OTHER).release(settled=True)
+    images.acquire(DISK).release()
+    images.acquire(OTHER).release()
     age(directory, 3601)
 
     assert (images.prune(), list(directory.iterdir())) == (2, [])
 
 
 def test_lock_files_in_recent_use_are_kept(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release(settled=True)
+    images.acquire(DISK).release()
     age(directory, 3500)
 
     assert (images.prune(), len(list(directory.iterdir()))) == (0, 1)
 
 
-def test_marked_lock_files_are_kept_however_old(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release(settled=False)
+def test_lock_files_that_say_what_is_settled_are_pruned(
+    directory: Path, images: ImageLocks
+) -> None:
+    lock = images.acquire(DISK)
+    lock.settle(Deaths(1, 2))
+    lock.release()
+    age(directory, 3601)
+
+    assert (images.prune(), list(directory.iterdir())) == (1, [])
+
+
+def test_lock_files_with_the_mark_of_an_older_version_are_kept_however_old(
+    directory: Path, images: ImageLocks
+) -> None:
+    images.acquire(DISK).release()
+    (file,) = directory.iterdir()
+    file.write_bytes(b"123 456 shared".ljust(64))
     age(directory, 1e6)
 
-    assert images.prune() == 0
-    lock = images.acquire(DISK)
-    assert lock.abandoned
-    lock.release(settled=True)
+    assert (images.prune(), list(directory.iterdir())) == (0, [file])
 
 
 def test_held_lock_files_are_kept_however_old(directory: Path, images: ImageLocks) -> None:
     held = images.acquire(DISK)
-    os.truncate(next(directory.iterdir()), 0)
     age(directory, 1e6)
 
     assert images.prune() == 0
     assert is_busy(images)
-    held.release(settled=True)
-
-
-def test_a_lock_file_that_is_marked_while_it_is_pruned_is_kept(
-    directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images.acquire(DISK).release(settled=True)
-    age(directory, 3601)
-    real = locks.ImageLock
-
-    def after_another(directory: KeptDirectory, name: str, mark: bytes) -> locks.ImageLock:
-        real(directory, name, mark).release(settled=False)
-        return real(directory, name, mark)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(locks, "ImageLock", after_another)
-        images.prune()
-    lock = images.acquire(DISK)
-    lock.release(settled=True)
-
-    assert lock.abandoned
+    held.release()
 
 
 def test_an_image_is_exclusive_again_after_its_file_was_pruned(
     directory: Path, images: ImageLocks
 ) -> None:
-    images.acquire(DISK).release(settled=True)
+    images.acquire(DISK).release()
     age(directory, 3601)
     images.prune()
     held = images.acquire(DISK)
 
     assert is_busy(images)
-    held.release(settled=True)
+    held.release()
 
 
 # A directory that others have removed
@@ -255,13 +258,13 @@ def test_locks_of_a_removed_directory_are_refused_and_no_other_is_made(
     with pytest.raises(StateUnavailable, match=f"^{directory} was removed or replaced$"):
         images.acquire(OTHER)
     assert not directory.exists()
-    held.release(settled=True)
+    held.release()
 
 
 def test_a_directory_removed_at_the_last_moment_is_not_made_either(
     directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images.acquire(DISK).release(settled=True)
+    images.acquire(DISK).release()
     monkeypatch.setattr(KeptDirectory, "require", lambda _: shutil.rmtree(directory))
 
     with pytest.raises(StateUnavailable):
@@ -282,30 +285,6 @@ def _replace(file: Path) -> None:
     file.touch()
 
 
-def _link(file: Path) -> None:
-    _rename(file)
-    file.symlink_to("away")
-
-
-def _rename_directory(file: Path) -> None:
-    file.parent.rename(file.parent.with_name("away"))
-
-
-SPOILT = pytest.mark.parametrize("spoil", [_remove, _rename, _replace, _link, _rename_directory])
-
-
-@SPOILT
-def test_a_lock_that_the_next_request_would_not_find_knows_it(
-    directory: Path, images: ImageLocks, spoil: Callable[[Path], None]
-) -> None:
-    held = images.acquire(DISK)
-    before = held.is_in_place()
-    spoil(next(directory.iterdir()))
-
-    assert (before, held.is_in_place()) == (True, False)
-    held.release(settled=True)
-
-
 @pytest.mark.parametrize("spoil", [_remove, _rename, _replace])
 def test_a_file_that_loses_its_name_before_it_is_locked_is_no_lock(
     directory: Path,
@@ -324,6 +303,5 @@ def test_a_file_that_loses_its_name_before_it_is_locked_is_no_lock(
     monkeypatch.setattr(locks, "lock_descriptor", late)
     held = images.acquire(DISK)
 
-    assert held.is_in_place()
     assert is_busy(images)
-    held.release(settled=True)
+    held.release()

@@ -16,7 +16,8 @@ from imageserver.core.ports import Ticket
 from imageserver.core.slots import Kind, Owner
 from imageserver.runtime import slottable
 from imageserver.runtime.private import open_private
-from imageserver.runtime.slottable import SharedTable, is_alive, owner_of
+from imageserver.runtime.processes import is_alive, owner_of
+from imageserver.runtime.slottable import SharedTable
 from tests.system.skips import needs
 from tests.unit.logged import told
 from tests.unit.processes import LIMITS, TICKET, holder, python
@@ -255,7 +256,7 @@ def test_a_line_in_the_log_does_not_wait_for_a_guard_that_is_never_let_go(
     os.close(stopped)
 
 
-@pytest.mark.parametrize("what", ["claim", "operations_on", "sweep", "living"])
+@pytest.mark.parametrize("what", ["claim", "sweep", "living"])
 def test_a_table_that_cannot_be_looked_through_is_an_error_of_ours(
     table: SharedTable, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -269,7 +270,6 @@ def test_a_table_that_cannot_be_looked_through_is_an_error_of_ours(
         monkeypatch.setattr(slottable, name, no_descriptor)
     asked = {
         "claim": lambda: table.claim(Kind.WRITE, TICKET),
-        "operations_on": lambda: table.operations_on(TICKET.image),
         "sweep": table.sweep,
         "living": lambda: table.living(Kind.WRITE),
     }
@@ -304,20 +304,3 @@ def test_a_holder_that_does_not_end_its_dying_is_believed(
 
     with pytest.raises(NoSlot):
         table.claim(Kind.WRITE, TICKET)
-
-
-# Who has an image
-
-
-def test_the_operations_on_an_image_are_those_of_the_living(
-    tmp_path: Path, table: SharedTable
-) -> None:
-    table.claim(Kind.OTHER, Ticket("t1", "flush", "key", ""))
-    table.claim(Kind.OTHER, Ticket("t1", "extents", "other", ""))
-    with holder(tmp_path, Kind.WRITE) as process:
-        found = [table.operations_on("key")]
-        process.kill()
-        process.wait(10)
-        found.append(table.operations_on("key"))
-
-    assert found == [{"flush", "read"}, {"flush"}]

@@ -238,6 +238,14 @@ def test_a_table_nobody_uses_and_nobody_can_read_is_replaced(
 
     assert [table.count(kind) for kind in Kind] == [0] * len(Kind)
     assert (tmp_path / "slots").stat().st_size == slots.SIZE
+    deaths = table.claim(Kind.READ, TICKET).deaths
+    assert deaths.first != deaths.count  # those who had records in the old one may have died
+
+
+def test_in_a_new_table_nobody_has_died(table: SharedTable) -> None:
+    deaths = table.claim(Kind.READ, TICKET).deaths
+
+    assert deaths.first == deaths.count != 0
 
 
 _USED = r"(still runs|in another PID namespace .*); stop it first, or choose another"
@@ -375,7 +383,11 @@ def test_a_damaged_header_is_mended_by_who_uses_the_table(
     table.mend()
     table.mend()
 
-    assert (tmp_path / "slots").read_bytes() == whole
+    mended = (tmp_path / "slots").read_bytes()
+    assert (mended[:48], mended[64:]) == (whole[:48], whole[64:])
+    first, deaths = memoryview(mended)[48:64].cast("Q")
+    assert first != deaths  # somebody may have died unseen
+    assert deaths not in {0, *memoryview(whole)[48:64].cast("Q")}
     assert [record.getMessage() for record in caplog.records] == [
         "slot table: a damaged header was mended"
     ]

@@ -140,7 +140,7 @@ def test_flushing_flushes(client: testing.TestClient, world: World, way: str) ->
 
     assert (result.status_code, result.json) == (200, {"ok": True})
     assert world.journal == [
-        *("lock", "slot OTHER", "open FLUSH"),
+        *("lock", "slot OTHER alone", "open FLUSH"),
         *("flush", "close", "free", "unlock"),
     ]
 

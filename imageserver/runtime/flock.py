@@ -3,9 +3,19 @@
 
 import fcntl
 import time
+from collections.abc import Iterator
 
-#: How often a lock that is held is tried again.
+#: How often a lock that is held is tried again: soon at first, for most are held for microseconds.
+_FIRST_STEP_SECONDS = 0.00005
 STEP_SECONDS = 0.0005
+
+
+def steps(longest: float = STEP_SECONDS) -> Iterator[float]:
+    """Yield how long to sleep before each further try, in seconds, without end."""
+    step = _FIRST_STEP_SECONDS
+    while True:
+        yield step
+        step = min(2 * step, longest)
 
 
 def try_flock(fd: int, operation: int = fcntl.LOCK_EX) -> bool:
@@ -22,8 +32,10 @@ def wait_flock(fd: int, seconds: float, operation: int = fcntl.LOCK_EX) -> bool:
     if try_flock(fd, operation):
         return True
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        time.sleep(STEP_SECONDS)
+    for step in steps():
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(step)
         if try_flock(fd, operation):
             return True
     return False

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from imageserver.core.errors import StateUnavailable
-from imageserver.runtime.flock import STEP_SECONDS, try_flock
+from imageserver.runtime.flock import steps, try_flock
 from imageserver.runtime.private import open_private, own_files, unusable
 
 #: That moment: a guard that works again is still held now and then, its holder waiting for a core.
@@ -93,14 +93,14 @@ class Guard:
 
     def _await(self, deadline: float) -> None:
         """Wait for who was found to hold it."""
-        while True:
+        for step in steps():
             now = self._now()
             held = self._held
             is_new = held is None or now - held[1] > self._patience
             self._held = now if held is None or is_new else held[0], now
             if now >= deadline:
                 raise self._stuck()
-            self._sleep(STEP_SECONDS)
+            self._sleep(step)
             if self._is_free():
                 return
 

@@ -28,6 +28,7 @@ from imageserver.core.errors import ImageBusy
 from imageserver.core.kinds import Image
 from imageserver.core.slots import Deaths
 from imageserver.runtime.directory import KeptDirectory
+from imageserver.runtime.flock import steps
 from imageserver.runtime.private import unusable
 from imageserver.runtime.processes import EXIT_SECONDS
 
@@ -173,7 +174,7 @@ class ImageLocks:
 
     def _acquire(self, key: str, *, waits: bool) -> ImageLock:
         deadline = 0.0
-        while True:
+        for step in steps(_BRIEF_STEP_SECONDS):
             self._directory.require()
             try:
                 return ImageLock(self._directory, key + ".lock", self._noted)
@@ -183,7 +184,8 @@ class ImageLocks:
                 deadline = deadline or time.monotonic() + max(EXIT_SECONDS, _SHARE_SECONDS)
                 if time.monotonic() > deadline or not self._gives_way(key, to_sharers=waits):
                     raise
-            time.sleep(_BRIEF_STEP_SECONDS)
+            time.sleep(step)
+        raise AssertionError  # steps never end
 
     def prune(self) -> int:
         """Remove lock files that are idle and say nothing; return how many."""

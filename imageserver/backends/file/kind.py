@@ -2,7 +2,7 @@
 """Files as a kind of image: what a transfer says of one, what can be done with it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imageserver.backends.paths import resolved
@@ -37,7 +37,7 @@ class FileImage:
 
     def pinned(self) -> "FileImage":
         """Return the image at the file to which links lead now."""
-        return replace(self, at=resolved(self.path))
+        return FileImage(self.path, resolved(self.path))
 
     def stamp(self) -> None:
         """Return None: no server is between us and the file."""

@@ -6,7 +6,7 @@ Read by imagectl too: libnbd is imported only when the server opens exports.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imageserver.backends.paths import resolved
@@ -56,7 +56,8 @@ class NbdImage:
 
     def pinned(self) -> "NbdImage":
         """Return the image at the socket to which links lead now."""
-        return replace(self, at=resolved(self.socket))
+        at = resolved(self.socket)
+        return NbdImage(self.socket, self.export, self.bitmap, self.flushes_image, at)
 
     @property
     def path(self) -> bytes:

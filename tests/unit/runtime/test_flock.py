@@ -2,6 +2,7 @@
 """flock(2) with a deadline."""
 
 import fcntl
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imageserver.runtime.flock import try_flock, wait_flock
+from imageserver.runtime.flock import steps, try_flock, wait_flock
 
 
 @pytest.fixture
@@ -43,3 +44,11 @@ def test_a_lock_that_becomes_free_in_time_is_taken(pair: tuple[int, int]) -> Non
 
     assert wait_flock(two, 30)
     release.join()
+
+
+def test_a_lock_that_is_held_for_microseconds_is_tried_again_soon_and_others_at_leisure() -> None:
+    waits = list(itertools.islice(steps(0.001), 50))
+
+    assert waits[0] <= 0.0001
+    assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(waits))
+    assert waits[-1] == 0.001

@@ -126,6 +126,18 @@ def test_a_guard_stuck_long_ago_counts_for_nothing(
     del stopped
 
 
+def test_who_finds_the_guard_held_for_a_moment_waits_hardly_longer(
+    fd: int, clock: _Clock, stopped: _Stopped
+) -> None:
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        if clock.now > 100.0001:
+            stopped.go_on()
+
+    with Guard(fd, "the file", 5.0, clock, sleep).hold():
+        assert clock.now - 100 < 0.0003
+
+
 def test_who_has_less_patience_waits_less(guard: Guard, clock: _Clock, stopped: _Stopped) -> None:
     assert _waited(guard, clock, seconds=0.2) == pytest.approx(0.2, abs=0.01)
     del stopped

@@ -2,7 +2,6 @@
 """An HTTP client on a bare socket: cheap, and its user knows how far each exchange has come."""
 
 import json
-import os
 import re
 import socket
 import ssl
@@ -67,19 +66,16 @@ class Answer:
 class Wire:
     """One connection. What breaks it raises ``Cut``, what takes too long ``Hanging``."""
 
-    def __init__(  # noqa: PLR0913 - where, and who must be there
+    def __init__(
         self,
         port: int,
         seconds: float,
         context: ssl.SSLContext | None = None,
         *,
         host: str = "127.0.0.1",
-        name: str = "",
         buffer: int = _BUFFER,
     ) -> None:
         """Connect, with TLS if there is a ``context``; ``seconds``: for any one step.
-
-        ``name``: whose certificate is expected, if not ``host``'s.
 
         Raises:
             Cut: there is nobody.
@@ -88,7 +84,7 @@ class Wire:
             self._sock = socket.create_connection((host, port), seconds)
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if context:
-                self._sock = context.wrap_socket(self._sock, server_hostname=name or host)
+                self._sock = context.wrap_socket(self._sock, server_hostname=host)
         except OSError as exc:
             raise Cut(exc) from exc
         self._host = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -121,26 +117,6 @@ class Wire:
             raise Hanging("nothing is taken") from exc
         except OSError as exc:
             raise Cut(exc) from exc
-
-    def send_file(self, path: str, offset: int, length: int) -> None:
-        """Send bytes of a file, by sendfile(2) where nothing is encrypted."""
-        with open(path, "rb", buffering=0) as file:
-            if isinstance(self._sock, ssl.SSLSocket):
-                file.seek(offset)
-                while length and (count := file.readinto(self._buffer[:length])):
-                    self.send(self._buffer[:count])
-                    length -= count
-            else:
-                seconds, stop = self._sock.gettimeout(), offset + length
-                self._sock.settimeout(None)  # else each call costs another, to poll
-                while offset < stop:
-                    offset += os.sendfile(self._sock.fileno(), file.fileno(), offset, stop - offset)
-                self._sock.settimeout(seconds)
-
-    def wait(self) -> None:
-        """Wait for the first byte of an answer."""
-        if self._start == self._stop:
-            self._receive(len(self._buffer))
 
     def head(self) -> Head:
         """Receive the head of an answer."""

@@ -90,22 +90,26 @@ def main() -> int:
             told.draw.write_text(shares.draw(shares.costs(world)), encoding="utf-8")
         return 0
     figures: list[Figure] = []
-    status = 0
-    with World(QUICK if told.quick else FULL) as world:
-        for name in [name for name in ROWS if name in asked]:
-            _say(f"{name} ...")
-            began = time.monotonic()
-            try:
-                figures += ROWS[name](world)
-            except _FAILURES as exc:
-                status = 1
-                _say(f" failed: {type(exc).__name__}: {exc}\n")
-            else:
-                _say(f" {time.monotonic() - began:.0f} s\n")
-    sys.stdout.write(report.markdown(figures, quick=told.quick))
-    if told.json:
-        told.json.write_text(report.as_json(figures, quick=told.quick), encoding="utf-8")
-    return status
+    try:
+        with World(QUICK if told.quick else FULL) as world:
+            measured = [_measured(world, name, figures) for name in ROWS if name in asked]
+        return 0 if all(measured) else 1
+    finally:  # of a run that is interrupted, what there is
+        sys.stdout.write(report.markdown(figures, quick=told.quick))
+        if told.json:
+            told.json.write_text(report.as_json(figures, quick=told.quick), encoding="utf-8")
+
+
+def _measured(world: World, name: str, figures: list[Figure]) -> bool:
+    _say(f"{name} ...")
+    began = time.monotonic()
+    try:
+        figures += ROWS[name](world)
+    except _FAILURES as exc:
+        _say(f" failed: {type(exc).__name__}: {exc}\n")
+        return False
+    _say(f" {time.monotonic() - began:.0f} s\n")
+    return True
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 
 import os
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmark.client import Job, head
 from benchmark.clients import Clients
 from benchmark.figures import MIB, Measure, shown
 from benchmark.verify import digest, expect
+from benchmark.watching import cpu_seconds
 
 #: A connection goes round this many places of an image; fewer if that is much to check.
 _PLACES = 64
@@ -27,6 +29,10 @@ class Place:
     source: Path
     """Bodies are the bytes of this file from ``offset`` on: no two servers write the same."""
     offset: int = 0
+    pids: Sequence[int] = ()
+    """The server's processes, whose CPU time counts."""
+    cpu: list[float] = field(default_factory=list)
+    """CPU seconds of the server for each request, per timed run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,14 @@ class Case:
         jobs = self.checked(clients, place)
         if not self.is_stream:
             jobs = [replace(job, seconds=seconds) for job in jobs]
-        return lambda _number: clients.run(jobs).requests_per_second
+
+        def measured(_number: int) -> float:
+            before = cpu_seconds(place.pids)
+            outcome = clients.run(jobs)
+            place.cpu.append((cpu_seconds(place.pids) - before) / outcome.requests)
+            return outcome.requests_per_second
+
+        return measured
 
     def checked(self, clients: Clients, place: Place) -> list[Job]:
         """Return a job for each connection, once it is known that they do what they should."""

@@ -77,7 +77,7 @@ def cpu(world: World) -> list[Figure]:
             line.work: _cpu(world, servers[line.writers], jobs[line.work]) for line in _LINES
         }
         measures |= {"": _cpu(world, falcon, _LINES[0].case.checked(world.clients, bare))}
-        rounds = Rounds.take(world.scale.rounds, **measures)
+        rounds = Rounds.take(world.scale.turns, **measures)
         for line in _LINES:
             figure = Figure(f"worker's CPU of {line.work}", "bare Falcon", [], line.most)
             figures.append(rounds.less(figure, lambda s: f"{s * 1e6:.0f} µs", "", line.work))

@@ -72,7 +72,7 @@ def _compare(world: World, what: str, plain: Place, grown: Place, *crowd: object
     for case in _CASES:
         each = [case.measure(world.clients, place, world.scale.seconds) for place in (plain, grown)]
         measure = _crowded(each[1], crowd) if crowd else each[1]
-        rounds = Rounds.take(world.scale.rounds, without=each[0], ours=measure)
+        rounds = Rounds.take(world.scale.turns, without=each[0], ours=measure)
         figures.append(rounds.rate(f"{case}, {what}", "without", _TARGET, "without"))
     return figures
 

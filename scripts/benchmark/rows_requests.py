@@ -2,6 +2,7 @@
 """Rows of small requests and of streams against oVirt's daemon: what its clients would notice."""
 
 from collections.abc import Iterator
+from statistics import median
 from urllib.parse import urlsplit
 
 from benchmark.cases import Case, Place
@@ -44,16 +45,18 @@ def _compare(world: World, *kinds: str) -> Iterator[Figure]:
         image, socks = world.readable if case.kind == "GET" else world.writable
         size = image.stat().st_size
         theirs = urlsplit(world.ovirt.add_nbd(socks["ovirt"], size)).path
+        server, daemon = world.parallel, world.ovirt
+        path = server.add_nbd(socks["ours"])
         sides = {
-            "ours": Place(
-                world.parallel.port, world.parallel.add_nbd(socks["ours"]), image, world.source
-            ),
-            "ovirt": Place(world.ovirt.port, theirs, image, world.source, SHIFT),
+            "ours": Place(server.port, path, image, world.source, 0, server.worker_pids()),
+            "ovirt": Place(daemon.port, theirs, image, world.source, SHIFT, [daemon.pid]),
         }
         seconds = world.scale.seconds
         rounds = Rounds.take(
-            world.scale.rounds,
+            world.scale.rounds if case.is_stream else world.scale.turns,
             **{name: case.measure(world.clients, side, seconds) for name, side in sides.items()},
         )
         figure = Figure(f"{case}", "oVirt's daemon", [], case.target)
+        cpu = [f"{median(side.cpu) * 1e6:.0f} µs" for side in sides.values()]
+        figure.note = "CPU of a request: ours {}, theirs {}".format(*cpu)
         yield rounds.compare(figure, case.rate, "ours", "ovirt")

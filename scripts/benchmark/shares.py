@@ -131,7 +131,7 @@ def _cost(world: World, spy: str, server: ImageServer, case: Case, place: Place)
         requests = world.clients.run([replace(job, seconds=world.scale.seconds)]).requests
         return (cpu_seconds(pids) - before) / requests
 
-    spent = median(seconds() for _ in range(world.scale.rounds))
+    spent = median(seconds() for _ in range(world.scale.turns))
     stacks = world.directory / "stacks"
     command = [spy, "record", "--format=raw", f"--pid={pids[0]}", f"--rate={_RATE}"]
     command += [f"--duration={world.scale.sampled_seconds}", f"--output={stacks}"]

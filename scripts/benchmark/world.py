@@ -45,6 +45,8 @@ class Scale:
     rounds: int
     image: int
     """Bytes of an image with data."""
+    turns: int
+    """Rounds where a rate is measured: many and short, for others use the machine as well."""
     seconds: float
     """How long a rate is measured."""
     hold_seconds: float
@@ -65,8 +67,8 @@ class Scale:
     """How long stacks are sampled."""
 
 
-FULL = Scale(5, GIB, 0.5, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1, 128 * MIB, 5.0, 30)
-QUICK = Scale(2, 16 * MIB, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20, 4 * MIB, 5.0, 3)
+FULL = Scale(5, 512 * MIB, 11, 0.15, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1, 128 * MIB, 5.0, 30)
+QUICK = Scale(2, 16 * MIB, 2, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20, 4 * MIB, 5.0, 3)
 
 
 class ImageServer(Server):

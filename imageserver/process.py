@@ -102,8 +102,14 @@ class Process:
     @cached_property
     def administration(self) -> Administration:
         """Carries out what a control program asks for."""
-        idle = self.settings.idle_timeout
-        return Administration(self.registrations, self.usage, self.catalogue, idle)
+        settings = self.settings
+        return Administration(
+            self.registrations,
+            self.usage,
+            self.catalogue,
+            settings.idle_timeout,
+            default_wait=settings.unregister_timeout,
+        )
 
     def recover_transfers(self) -> None:
         """Repair the records of transfers of earlier servers; before any process serves."""

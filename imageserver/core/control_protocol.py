@@ -5,7 +5,7 @@
     {"action":"status","transfer_id":ID}                      Status(ID)
     {"action":"register","transfer_id":ID,"config":{...}}     Register(transfer)
     {"action":"unregister","transfer_id":ID}                  Unregister(ID)
-    {... "timeout":SECONDS, "force":true}                     ... that waits, or cuts
+    {... "timeout":SECONDS, "force":true}                     ... that waits so long, or cuts
     {"action":"list","after":ID}                              List(ID)
 
 No socket here, and no file.
@@ -55,7 +55,10 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Unregister:
-    """Make a transfer unknown, and wait for its requests; ``timeout`` None: for ever."""
+    """Make a transfer unknown, and wait for its requests; ``timeout`` None: the server's own.
+
+    ``transfer_id`` is any text: who is to forget a transfer may well never have known it.
+    """
 
     transfer_id: str
     timeout: float | None = None
@@ -103,11 +106,12 @@ def parse_command(text: bytes, kinds: Kinds) -> Command:
         return _register(fields, kinds)
     parse = _ACTIONS.get(action) if isinstance(action, str) else None
     if parse is None:
-        raise InvalidCommand(f"unknown action: {_shown(action)}")
+        raise InvalidCommand(f"unknown action: {shown(action)}")
     return parse(fields)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return the beginning of what a peer has sent, for a message."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
@@ -136,7 +140,9 @@ def _unregister(fields: Mapping[str, object]) -> Unregister:
     value = fields.get("transfer_id")
     if value is None:
         raise InvalidCommand("missing transfer_id")
-    return Unregister(_id(value), _timeout(fields.get("timeout")), _flag(fields.get("force")))
+    if not isinstance(value, str) or not value:
+        raise InvalidCommand("invalid transfer_id")
+    return Unregister(value, _timeout(fields.get("timeout")), _flag(fields.get("force")))
 
 
 def _list(fields: Mapping[str, object]) -> List:

@@ -24,6 +24,7 @@ from imageserver.core import control_protocol
 from imageserver.core.control_protocol import MAX_REQUEST, InvalidCommand
 from imageserver.core.entry import fields
 from imageserver.core.errors import NO_DESCRIPTOR, StateUnavailable
+from imageserver.core.transfer import is_valid_id
 from imageserver.server.credentials import peer_of
 from imageserver.server.loop import Loop
 from imageserver.server.threads import NoThread, Threads
@@ -199,7 +200,10 @@ def _fields(
     action = type(command).__name__.lower()
     if isinstance(command, control_protocol.Register):
         return fields(action=action, transfer=command.transfer.id)
-    return fields(action=action, transfer=command.transfer_id)
+    name = command.transfer_id
+    if name is not None and not is_valid_id(name):
+        name = control_protocol.shown(name)
+    return fields(action=action, transfer=name)
 
 
 def _has_gone(sock: socket.socket) -> bool:

@@ -6,6 +6,7 @@ the sample environment file and the table in the documentation derive from it. A
 not parse stops the server with a sentence that names the variable or the flag.
 """
 
+import math
 import os
 import pwd
 import re
@@ -25,11 +26,14 @@ from imageserver.settings.texts import (
     path,
     paths,
     seconds,
+    seconds_or_none,
     size,
     socket_path,
 )
 
 PREFIX = "IMAGESERVER_"
+#: Variables of these names are for the tests of others, whose servers share our prefix.
+_TESTS = ("IMAGESERVER_TEST_", "IMAGESERVER_STRESS_TEST_")
 
 
 class InvalidSetting(Exception):
@@ -159,6 +163,18 @@ class Settings:
     idle_timeout: int = _setting(
         600, integer(1, 31_536_000), "seconds after which an unused registered transfer expires"
     )
+    unregister_timeout: float = _setting(
+        math.inf,
+        seconds_or_none(0, 31_536_000),
+        "seconds an unregister without a timeout of its own waits for requests in flight, or none",
+        "none",
+        empty=NONE,
+    )
+    keep_registrations: str = _setting(
+        "yes",
+        choice("yes", "no"),
+        "whether registered transfers outlive a stop of the server (its death they do): yes or no",
+    )
     admin_bind: tuple[str, ...] = _setting(
         ("127.0.0.1:54324",),
         addresses_or_none,
@@ -221,7 +237,8 @@ class Settings:
         known = {variable_of(f.name): f for f in fields(cls)}
         given = {name: text for name, text in environ.items() if text.strip()}
         for variable in given:
-            if variable.startswith(PREFIX) and variable not in known:
+            is_ours = variable.startswith(PREFIX) and not variable.startswith(_TESTS)
+            if is_ours and variable not in known:
                 raise InvalidSetting(f"{variable} is not a setting; known are {', '.join(known)}.")
         values = {}
         for variable, declared in known.items():
@@ -254,6 +271,8 @@ def as_text(value: object) -> str:
     """Write a value as a variable takes it; an empty one: see ``Settings.text``."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
+    if value == math.inf:
+        return ""
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".")
     return str(value)

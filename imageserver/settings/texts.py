@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a setting's text may say: parsers, each of which says what would be right."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -43,6 +44,21 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
         ):
             raise WrongText(f"a number of seconds from {low:g} to {high:g}")
         return float(text)
+
+    return parse
+
+
+def seconds_or_none(low: float, high: float) -> Callable[[str], float]:
+    """Return the parser of durations in these bounds; ``none`` is infinite."""
+    parse_seconds = seconds(low, high)
+
+    def parse(text: str) -> float:
+        if text.lower() == NONE:
+            return math.inf
+        try:
+            return parse_seconds(text)
+        except WrongText as exc:
+            raise WrongText(f"{exc}, or none") from exc
 
     return parse
 

@@ -4,6 +4,7 @@
 Any worker can do it for all, since registrations and records of use are files.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -13,7 +14,7 @@ from imageserver.core import control_protocol
 from imageserver.core.control_protocol import Command, List, Register, Status, Unregister
 from imageserver.core.errors import UnknownImage
 from imageserver.core.ports import Activities, Activity, Owned, Registrations
-from imageserver.core.transfer import InvalidTransfer
+from imageserver.core.transfer import InvalidTransfer, is_valid_id
 from imageserver.transfers.lookup import Catalogue
 
 _POLL_SECONDS = 0.02
@@ -23,13 +24,18 @@ _FORCE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Administration:
-    """Carries commands out. Thread-safe. ``default_idle``: seconds, where a command has none."""
+    """Carries commands out. Thread-safe.
+
+    ``default_idle`` and ``default_wait`` are seconds, for a command to register that says no idle
+    timeout, and one to unregister that says no timeout.
+    """
 
     registrations: Registrations
     activities: Activities
     catalogue: Catalogue
     default_idle: int
     sleep: Callable[[float], None] = time.sleep
+    default_wait: float = math.inf
 
     def run(self, command: Command, is_wanted: Callable[[], bool]) -> bytes:
         """Carry a command out and return the answer; waits only while ``is_wanted``."""
@@ -68,6 +74,10 @@ class Administration:
         return control_protocol.succeeded(len(known), **control_protocol.page(beyond))
 
     def _unregister(self, command: Unregister, is_wanted: Callable[[], bool]) -> bytes:
+        if not is_valid_id(command.transfer_id):  # unknown, as any other that never was
+            return control_protocol.succeeded(
+                self.registrations.count(), warnings=["no transfer can have this id"]
+            )
         self.registrations.remove(command.transfer_id)
         activity = self.activities.find(Owned.REGISTERED, command.transfer_id, visit=False)
         if activity:
@@ -75,7 +85,7 @@ class Administration:
                 if command.force:
                     activity.cut()
                 if not self._has_ended(activity, command, is_wanted):
-                    return control_protocol.failed("busy")
+                    return self._still_busy(command)
             self.registrations.forget(command.transfer_id)
         return control_protocol.succeeded(self.registrations.count())
 
@@ -83,15 +93,20 @@ class Administration:
         self, activity: Activity, command: Unregister, is_wanted: Callable[[], bool]
     ) -> bool:
         """Wait until no request uses the transfer; False where that took too long."""
-        deadline = None
-        if command.timeout is not None:
-            least = _FORCE_SECONDS if command.force else 0.0
-            deadline = time.monotonic() + max(command.timeout, least)
+        seconds = self.default_wait if command.timeout is None else command.timeout
+        least = _FORCE_SECONDS if command.force else 0.0
+        deadline = time.monotonic() + max(seconds, least)
         while activity.visitors():
-            if not is_wanted() or (deadline is not None and time.monotonic() >= deadline):
+            if not is_wanted() or time.monotonic() >= deadline:
                 return False
             self.sleep(_POLL_SECONDS)
         return True
+
+    def _still_busy(self, command: Unregister) -> bytes:
+        """Tell that requests go on: an error only for who asked for a bound."""
+        if command.timeout is None:
+            return control_protocol.succeeded(self.registrations.count(), busy=True)
+        return control_protocol.failed("busy")
 
 
 def _report(activity: Activity | None) -> dict[str, object]:

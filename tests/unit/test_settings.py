@@ -2,6 +2,7 @@
 """Settings: what each variable takes, and the one sentence for what it does not."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def _read(name: str, text: str) -> object:
         pytest.param("CLIENT_TIMEOUT", "0.1", 0.1, id="shortest-timeout"),
         pytest.param("BACKEND_TIMEOUT", "86400", 86400.0, id="longest-timeout"),
         pytest.param("DRAIN_TIMEOUT", "0", 0.0, id="no-drain"),
+        pytest.param("UNREGISTER_TIMEOUT", "4", 4.0, id="unregister-timeout"),
+        pytest.param("UNREGISTER_TIMEOUT", "NONE", math.inf, id="no-unregister-timeout"),
+        pytest.param("KEEP_REGISTRATIONS", "No", "no", id="no-in-capitals"),
         pytest.param("KEEPALIVE", "1.5", 1.5, id="fraction"),
         pytest.param("CHUNK_SIZE", "4096", 4096, id="smallest-chunk"),
         pytest.param("CHUNK_SIZE", "512k", 512 << 10, id="k"),
@@ -105,6 +109,8 @@ _OWNER = "must be user names or numbers that exist"
         pytest.param("BACKEND_TIMEOUT", "86400.1", _SECONDS, id="too-long"),
         pytest.param("BACKEND_TIMEOUT", ".5", _SECONDS, id="no-leading-zero"),
         pytest.param("DRAIN_TIMEOUT", "-1", "seconds from 0 to 604800", id="negative-seconds"),
+        pytest.param("UNREGISTER_TIMEOUT", "inf", "to 3.1536e+07, or none", id="no-number"),
+        pytest.param("KEEP_REGISTRATIONS", "1", "must be yes or no", id="neither-yes-nor-no"),
         pytest.param("KEEPALIVE", "0.5", "seconds from 1 to 86400", id="keepalive-too-short"),
         pytest.param("CHUNK_SIZE", "0", _CHUNK, id="empty-chunk"),
         pytest.param("CHUNK_SIZE", "5000", _CHUNK, id="not-a-multiple"),
@@ -180,6 +186,7 @@ def test_an_unknown_variable_is_refused_with_those_there_are(variable: str) -> N
 
 def test_other_variables_are_none_of_our_business() -> None:
     environ = {"PATH": "x", "IMAGESERVERS": "1", "imageserver_workers": "0", "X_IMAGESERVER_Y": "1"}
+    environ |= {"IMAGESERVER_TEST_QCOW2": "/x", "IMAGESERVER_STRESS_TEST_QCOW_DIR": "/y"}
 
     assert Settings.from_environ(environ) == Settings()
 

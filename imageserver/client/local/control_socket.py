@@ -47,7 +47,8 @@ class ControlSocket:
         fields = {"action": "unregister", "transfer_id": transfer_id}
         # The server sends nothing while it waits.
         silence = None if timeout is None else timeout + self.timeout_seconds
-        self._ask(fields | {"timeout": timeout, "force": force}, silence)
+        if self._ask(fields | {"timeout": timeout, "force": force}, silence).get("busy"):
+            raise Busy(f"the server said: {_TRANSIENT['busy']}")
 
     def list(self) -> list[Transfer]:
         """Return the registered transfers, in the order of ids."""

@@ -60,6 +60,15 @@ def test_what_is_no_list_is_told_so(
         ControlSocket(str(tmp_path / "s")).list()
 
 
+def test_what_goes_on_after_the_servers_own_time_is_busy(tmp_path: Path) -> None:
+    answer = b'{"status":"ok","active_transfers":0,"busy":true}\n'
+    with (
+        answering(tmp_path / "s", answer),
+        pytest.raises(Busy, match="requests still use the transfer"),
+    ):
+        ControlSocket(str(tmp_path / "s")).remove("x", None, force=False)
+
+
 def test_pages_are_asked_for_until_there_are_no_more(tmp_path: Path) -> None:
     def page(*names: str, more: bool) -> bytes:
         listed = [{"transfer_id": name, "config": {"socket": "/s"}} for name in names]

@@ -135,7 +135,7 @@ WRONG: list[tuple[dict[str, object], str]] = [
         'invalid config: "idle_timeout_seconds" must be an integer',
     ),
     *((register(transfer_id=bad), "invalid transfer_id") for bad in ("", "a/b", "..", "*", 5, [])),
-    *((unregister(transfer_id=bad), "invalid transfer_id") for bad in ("", "a\0", "a\\b", True)),
+    *((unregister(transfer_id=bad), "invalid transfer_id") for bad in ("", 5, True, [])),
     ({"action": "status", "transfer_id": "a/b"}, "invalid transfer_id"),
     ({"action": "status", "transfer_id": "x" * 256}, "invalid transfer_id"),
     *(({"action": "list", "after": bad}, "invalid after") for bad in ("", "a/b", 5)),

@@ -208,6 +208,14 @@ def test_what_was_never_known_is_unregistered(world: _World) -> None:
     assert world.journal == ["remove"]
 
 
+@pytest.mark.parametrize("impossible", ["a/b", "..", "*", "a\0", "x" * 256])
+def test_what_can_be_no_id_is_unregistered_with_a_word(world: _World, impossible: str) -> None:
+    told = world.run(Unregister(impossible))
+
+    assert told == _ok(0, warnings=["no transfer can have this id"])
+    assert world.journal == []
+
+
 def test_what_nobody_uses_goes_at_once(world: _World) -> None:
     world.use()
 
@@ -242,11 +250,35 @@ def test_who_waits_only_so_long_is_told_busy_and_may_ask_again(
     assert world.used == {}
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_who_says_no_time_is_told_after_the_servers_own_that_requests_go_on(
+    world: _World, force: bool
+) -> None:
+    world.administration = replace(world.administration, default_wait=4.0)
+    world.use(lambda: 1)
+    world.stored["other"] = ONE
+
+    assert world.run(Unregister("x", force=force)) == _ok(1, busy=True)
+    assert world.seconds == pytest.approx(1004, abs=0.03)
+    assert ("x" in world.stored, world.journal[-1]) == (False, "close")
+
+
+@pytest.mark.parametrize(("timeout", "waited"), [(0.5, 0.5), (9.0, 9.0)])
+def test_a_time_that_is_said_wins_over_the_servers_own(
+    world: _World, timeout: float, waited: float
+) -> None:
+    world.administration = replace(world.administration, default_wait=4.0)
+    world.use(lambda: 1)
+
+    assert world.run(Unregister("x", timeout)) == BUSY
+    assert world.seconds == pytest.approx(1000 + waited, abs=0.03)
+
+
 def test_who_does_not_want_to_know_any_more_is_not_waited_for(world: _World) -> None:
     world.use(lambda: 1)
     world.wanted_until = 1002.0
 
-    assert world.run(Unregister("x")) == BUSY
+    assert world.run(Unregister("x")) == _ok(0, busy=True)  # for the log: nobody reads it
     assert world.seconds == pytest.approx(1002, abs=0.03)
     assert world.journal[-1] == "close"
 

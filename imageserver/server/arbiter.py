@@ -54,6 +54,7 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     tls: ssl.SSLContext | None
     #: No worker is forked before this time (monotonic clock).
     _paused_until = 0.0
+    _was_told_to_end = False
     #: Addresses of the configuration that must not be bound.
     _unbound: frozenset[str] = frozenset()
 
@@ -223,6 +224,11 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             if os.getpid() != self.pid:
                 os._exit(1)
 
+    def halt(self, reason: str | None = None, exit_status: int = 0) -> None:
+        """End the server: on a signal (``exit_status`` 0), or for want of workers that boot."""
+        self._was_told_to_end = exit_status == 0
+        super().halt(reason, exit_status)
+
     def stop(self, graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - gunicorn's signature
         """Stop; close abstract sockets (unix(7)) first: gunicorn would try to unlink them."""
         for listener in list(self.LISTENERS):
@@ -230,6 +236,9 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
                 self.LISTENERS.remove(listener)
                 listener.close()
         super().stop(graceful)
+        is_last = self.reexec_pid == self.master_pid == 0  # no upgrade is under way
+        if self._was_told_to_end and is_last and self.settings.keep_registrations == "no":
+            startup.forget_registrations(self.process)
 
     # gunicorn's hooks
 

@@ -88,6 +88,14 @@ def _prepare(process: Process) -> None:
         refuse_claimed(runtime.path)
 
 
+def forget_registrations(process: Process) -> None:
+    """Make all registered transfers unknown: the server ends, and was told to."""
+    try:
+        process.registrations.clear()
+    except StateUnavailable as exc:
+        log.warning("registered transfers stay: %s", exc)
+
+
 def sweep(process: Process) -> None:
     """Free what dead processes held.
 

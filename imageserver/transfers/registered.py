@@ -165,6 +165,16 @@ class RegistrationFiles:
             unused_ns = 0  # whether it has expired is not known
         return time.monotonic_ns() - unused_ns + (transfer.idle_seconds or 0) * 1_000_000_000
 
+    def clear(self) -> None:
+        """Make all transfers unknown."""
+        with own_files(_WHAT):
+            names = os.listdir(self._directory)
+            ids = [self._id_of(name) for name in names if not name.startswith(_NEW)]
+        for transfer_id in ids:
+            if transfer_id is not None:
+                self.remove(transfer_id)
+                self.forget(transfer_id)
+
     def prune(self, has_file: Callable[[str], bool]) -> None:
         """Remove expired registrations, but for those that hide a control program's file."""
         with own_files(_WHAT):

@@ -55,6 +55,8 @@ def new_arbiter() -> ImageArbiter:
         worker_class=ImageWorker,
         SIG_QUEUE=queue.SimpleQueue(),
         systemd=False,
+        reexec_pid=0,
+        master_pid=0,
     )
     return arbiter
 

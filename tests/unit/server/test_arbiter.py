@@ -12,8 +12,10 @@ import pytest
 from gunicorn.arbiter import Arbiter
 from gunicorn.errors import HaltServer
 
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.ports import Ticket
 from imageserver.core.slots import Kind, WorkerState
+from imageserver.core.transfer import Transfer
 from imageserver.runtime.slottable import SharedTable
 from imageserver.server import arbiter as master
 from imageserver.server.arbiter import ImageArbiter
@@ -94,6 +96,61 @@ def test_a_sweep_that_fails_is_logged_and_stops_nothing(
     assert [record.getMessage() for record in caplog.records] == [
         "sweep after a worker's exit failed"
     ]
+
+
+# The end
+
+
+@pytest.mark.parametrize(
+    ("keep", "status", "heir", "stays"),
+    [
+        ("no", 0, 0, 0),
+        ("yes", 0, 0, 1),
+        ("no", 3, 0, 1),
+        ("no", 0, 4711, 1),
+    ],
+    ids=["forgotten", "kept", "workers did not boot", "upgrade"],
+)
+def test_registered_transfers_end_with_a_server_that_was_told_to(
+    arbiter: ImageArbiter,
+    monkeypatch: pytest.MonkeyPatch,
+    keep: str,
+    status: int,
+    heir: int,
+    stays: int,
+) -> None:
+    def halt(arbiter: ImageArbiter, _reason: str | None, _status: int) -> None:
+        arbiter.stop()
+
+    monkeypatch.setattr(Arbiter, "halt", halt)
+    monkeypatch.setattr(Arbiter, "stop", lambda *_: None)
+    monkeypatch.setenv("IMAGESERVER_KEEP_REGISTRATIONS", keep)
+    begin(arbiter)
+    registrations = arbiter.process.registrations
+    registrations.store(Transfer("x", FileImage("/x"), idle_seconds=60))
+    arbiter.reexec_pid = heir
+
+    arbiter.stop()  # of SIGINT, before its end
+    assert registrations.count() == 1
+    arbiter.halt(exit_status=status)
+    assert registrations.count() == stays
+
+
+def test_transfers_that_cannot_be_forgotten_do_not_keep_the_server(
+    place: Path,
+    arbiter: ImageArbiter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Arbiter, "halt", lambda arbiter, *_: arbiter.stop())
+    monkeypatch.setattr(Arbiter, "stop", lambda *_: None)
+    monkeypatch.setenv("IMAGESERVER_KEEP_REGISTRATIONS", "no")
+    begin(arbiter)
+    shutil.rmtree(place / "run")
+
+    arbiter.halt()
+
+    assert caplog.records[-1].getMessage().startswith("registered transfers stay: ")
 
 
 # What cannot begin

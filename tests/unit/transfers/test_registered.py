@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registrations in a directory where strangers have been, that is full, or that is locked."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -12,6 +13,7 @@ import pytest
 
 from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import StateFull, StateUnavailable
+from imageserver.core.ports import Owned
 from imageserver.core.transfer import Transfer, id_hash
 from imageserver.runtime.private import open_private
 from imageserver.transfers import registered as module
@@ -37,6 +39,19 @@ class _Place:
 @pytest.fixture
 def place(tmp_path: Path) -> _Place:
     return _Place(tmp_path)
+
+
+def test_all_can_be_made_unknown_at_once(place: _Place) -> None:
+    place.store("a", "b")
+    (place.registered / "new-0123").touch()  # of another process, that registers now
+    used = ActivityFiles(str(place.activity)).find(Owned.REGISTERED, "b", visit=True)
+    assert used is not None
+    with contextlib.closing(used):
+        place.files.clear()
+        assert (place.files.count(), place.ids(), used.is_closed) == (0, [], True)
+
+    assert [path.name for path in place.registered.iterdir()] == ["new-0123"]
+    assert [path.name for path in place.activity.iterdir()] == [f"registered-{id_hash('b')}"]
 
 
 def test_the_id_is_read_that_was_written(place: _Place) -> None:

@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 from imageserver import __version__
+from imageserver.server import cloudstack
 from imageserver.server.configuration import ImageApplication
 from imageserver.server.preconditions import CannotStart, check
 from imageserver.server.startup import in_force, read_settings
@@ -37,7 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="surrogateescape")
     if parsed.question and parsed.run:
         command_line.error("a command excludes --check, --show-config and --sample-config")
+    try:
+        parsed.agent_flags = cloudstack.flags_in(parsed)
+    except ValueError as exc:
+        command_line.error(str(exc))
     run: Callable[[argparse.Namespace], int] | None = parsed.run or parsed.question
+    if parsed.agent_flags is not None:
+        if run not in {None, _show}:
+            command_line.error("--listen and the flags beside it allow --show-config only")
+        run = run or _serve_agent
     if run is None:
         command_line.print_help()
         return 0
@@ -69,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
         older.add_argument(
             flag, dest="question", action="store_const", const=run, help=f"the same as {command}"
         )
+    cloudstack.add_flags(root)
     commands = root.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add(commands, "serve", _serve, "serve, in the foreground, until SIGTERM")
     _add(commands, "check", _check, "check whether the server can start with these settings")
@@ -104,6 +114,8 @@ def _add(
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
+    if parsed.agent_flags is not None:
+        return cloudstack.settings_of(parsed.agent_flags)
     given = vars(parsed)
     return read_settings(
         {field.name: given[field.name] for field in fields(Settings) if field.name in given}
@@ -112,6 +124,13 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 
 def _serve(parsed: argparse.Namespace) -> int:
     ImageApplication(_settings(parsed)).run()
+    return 0
+
+
+def _serve_agent(parsed: argparse.Namespace) -> int:
+    settings = _settings(parsed)
+    cloudstack.prepare(settings)
+    ImageApplication(settings).run()
     return 0
 
 

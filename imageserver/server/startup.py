@@ -23,13 +23,18 @@ from imageserver.settings import InvalidSetting, Settings, variable_of
 log = logging.getLogger(__name__)
 
 
-def read_settings(flags: Mapping[str, str] | None = None) -> Settings:
+def read_settings(
+    flags: Mapping[str, str] | None = None, defaults: Mapping[str, str] | None = None
+) -> Settings:
     """Read the settings from this process's environment, and from the command line.
 
-    ``flags``: see ``Settings.from_environ``.
+    ``flags``: see ``Settings.from_environ``. ``defaults``: texts by a setting's name, for what
+    neither has, in place of those that are declared.
     """
+    environ = {variable_of(name): text for name, text in (defaults or {}).items()}
+    environ |= {name: text for name, text in os.environ.items() if text.strip()}
     try:
-        return Settings.from_environ(os.environ, flags or {})
+        return Settings.from_environ(environ, flags or {})
     except InvalidSetting as exc:
         raise SystemExit(f"imageserver: {exc}") from exc
 

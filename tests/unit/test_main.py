@@ -76,6 +76,10 @@ def test_a_wrong_flag_is_a_sentence_that_names_it(words: list[str], said: str) -
         ["config", "sample", "--workers", "3"],
         ["--check", "--show-config"],
         ["--check", "serve"],
+        ["--port", "1", "serve"],
+        ["--port", "1", "--check"],
+        ["--port", "many"],
+        ["--tls-enabled"],
     ],
     ids=" ".join,
 )
@@ -89,6 +93,30 @@ def test_a_command_line_that_makes_no_sense_is_one_sentence_and_serves_nothing(
     assert (raised.value.code, served) == (2, [])
     assert line.startswith("imageserver: ")
     assert line.endswith(" --help.")
+
+
+def test_the_words_of_cloudstacks_agent_serve_with_what_it_expects(
+    served: list[Settings], tmp_path: Path
+) -> None:
+    control = tmp_path / "run" / "control.sock"
+    words = ["--listen", "127.0.0.1", "--port", "54322", "--control-socket", str(control)]
+
+    assert main(words) == 0
+
+    (settings,) = served
+    assert (settings.bind, settings.control_socket) == (("127.0.0.1:54322",), str(control))
+    assert settings.unregister_timeout == 4
+    assert (tmp_path / "run" / "control" / "transfers").is_dir()
+
+
+def test_what_that_agent_would_get_is_shown_and_nothing_made(
+    served: list[Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    control = tmp_path / "run" / "control.sock"
+
+    assert main(["--show-config", "--control-socket", str(control)]) == 0
+    assert f"IMAGESERVER_RUNTIME_DIR={tmp_path}/run/control/state\n" in capsys.readouterr().out
+    assert (served, list(tmp_path.iterdir())) == ([], [])
 
 
 def test_no_words_at_all_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:

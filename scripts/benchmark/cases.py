@@ -88,7 +88,7 @@ class Case:
         """Check that it does what it should; return what measures requests per second."""
         jobs = self.checked(clients, place)
         if not self.is_stream:
-            jobs = [replace(job, seconds=seconds) for job in jobs]
+            jobs = [replace(job, count=1, seconds=seconds) for job in jobs]
 
         def measured(_number: int) -> float:
             before = cpu_seconds(place.pids)

@@ -40,9 +40,9 @@ class Job:
     size: int = -1
     """How many bytes each answer must bring; -1: any number."""
     count: int = 1
-    """How many requests, where ``seconds`` is 0."""
+    """How many requests, at least."""
     seconds: float = 0.0
-    """For how long there are more requests."""
+    """For how long there are more."""
     cut_off: float = 0.0
     """After how many seconds the answer is cut off; 0: not before its end."""
     file: str = ""
@@ -176,7 +176,8 @@ def do(job: Job, connection: Connection) -> Result:
     result.began = time.monotonic()
     deadline = result.began + job.seconds
     with connection.open():
-        while time.monotonic() < deadline if job.seconds else result.requests < job.count:
+        # One at least: on a busy machine the time can be over before the first.
+        while (job.seconds and time.monotonic() < deadline) or result.requests < job.count:
             request = requests[result.requests % len(requests)]
             result.received += connection.exchange(request)
             result.requests += 1

@@ -87,7 +87,7 @@ def cpu(world: World) -> list[Figure]:
 
 def _cpu(world: World, server: ImageServer, jobs: list[Job]) -> Measure:
     pids = server.worker_pids()
-    jobs = [replace(job, seconds=world.scale.seconds) for job in jobs]
+    jobs = [replace(job, count=1, seconds=world.scale.seconds) for job in jobs]
 
     def measure(_number: int) -> float:
         before = cpu_seconds(pids)

@@ -128,7 +128,7 @@ def _cost(world: World, spy: str, server: ImageServer, case: Case, place: Place)
 
     def seconds() -> float:
         before = cpu_seconds(pids)
-        requests = world.clients.run([replace(job, seconds=world.scale.seconds)]).requests
+        requests = world.clients.run([replace(job, count=1, seconds=world.scale.seconds)]).requests
         return (cpu_seconds(pids) - before) / requests
 
     spent = median(seconds() for _ in range(world.scale.turns))
@@ -136,7 +136,7 @@ def _cost(world: World, spy: str, server: ImageServer, case: Case, place: Place)
     command = [spy, "record", "--format=raw", f"--pid={pids[0]}", f"--rate={_RATE}"]
     command += [f"--duration={world.scale.sampled_seconds}", f"--output={stacks}"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        world.clients.run([replace(job, seconds=world.scale.sampled_seconds)])
+        world.clients.run([replace(job, count=1, seconds=world.scale.sampled_seconds)])
     return Cost(str(case).partition(",")[0], spent, shares(stacks.read_text(encoding="utf-8")))
 
 

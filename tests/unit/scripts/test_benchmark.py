@@ -96,6 +96,10 @@ def test_requests_of_all_connections_are_counted(serve, clients: Clients):
     assert outcome.requests_per_second == 6 / outcome.seconds
 
 
+def test_time_that_is_over_at_once_is_enough_for_one_request(serve, clients: Clients):
+    assert clients.run([job(serve(OK).port, seconds=1e-9)]).requests == 1
+
+
 def test_an_answer_without_a_length_ends_with_its_connection(serve, clients: Clients):
     port = serve(b"HTTP/1.1 200 OK\r\n\r\nall of it").port
     assert clients.run([job(port)]).received == 9

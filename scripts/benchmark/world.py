@@ -67,7 +67,7 @@ class Scale:
     """How long stacks are sampled."""
 
 
-FULL = Scale(5, 512 * MIB, 11, 0.15, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1, 128 * MIB, 5.0, 30)
+FULL = Scale(3, 512 * MIB, 11, 0.15, 2.0, 256 * GIB, 100 * GIB, 8 << 40, 1, 128 * MIB, 5.0, 30)
 QUICK = Scale(2, 16 * MIB, 2, 0.05, 0.3, GIB, 10 * GIB, 64 * GIB, 20, 4 * MIB, 5.0, 3)
 
 

@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="how long (default 10)")
     parser.add_argument("--seed", type=int, help="of every choice the storm makes")
     parser.add_argument("--pace", type=float, default=1.5, help="mean seconds between two deaths")
+    parser.add_argument("--writers", type=int, default=1, help="MAX_WRITERS (default 1)")
     parser.add_argument("--reload", action="store_true", help="only reload, once a second")
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
@@ -25,7 +26,7 @@ def main() -> int:
     if arguments.reload:
         reloading.run(arguments.minutes * 60, seed, trace)
     else:
-        storm = Storm(seed, trace)
+        storm = Storm(seed, trace, arguments.writers)
         storm.run(arguments.minutes * 60, arguments.pace)
         late, latest = storm.slowest_probes()
         sys.stdout.write(f"OPTIONS: 99 % within {late * 1000:.0f} ms, all within {latest:.2f} s\n")

@@ -26,11 +26,10 @@ from soaking.clients import (
     end,
 )
 
-READERS, WRITERS = 8, 1
+READERS = 8
 #: What the server is told; short, so that a soak sees every timeout many times.
 SETTINGS = {
     "max_readers": READERS,
-    "max_writers": WRITERS,
     "client_timeout": 3,
     "backend_timeout": 3,
     "chunk_size": 256 << 10,
@@ -54,8 +53,10 @@ STOP_SECONDS = 20
 class Storm:
     """A server, its images and their clients."""
 
-    def __init__(self, seed: int, trace: Trace) -> None:
+    def __init__(self, seed: int, trace: Trace, writers: int) -> None:
+        """``writers``: how many may write at once; above 1, those of an image may share it."""
         self.trace = trace
+        self._writers = writers
         self.seen: dict[str, Any] = {}
         self._seed = str(seed)
         self._probers: list[Prober] = []
@@ -84,9 +85,10 @@ class Storm:
         nbd.append(NbdImage("qcow2", home, fmt="qcow2"))
         images: list[Image] = [*nbd, Image("file", home)]
         with served(images), contextlib.ExitStack() as stack:
-            proxy = Proxy(nbd, READERS, WRITERS)
+            proxy = Proxy(nbd, READERS, self._writers)
             stack.callback(proxy.stop)
-            server = Server(home, admin_bind=f"unix:{home}/admin", **SETTINGS).start()
+            settings = SETTINGS | {"max_writers": self._writers, "admin_bind": f"unix:{home}/admin"}
+            server = Server(home, **settings).start()
             stack.callback(self._stop, server)
             for image in images:
                 server.add(image.name, **image.transfer())

@@ -20,11 +20,13 @@ from imageserver.observability.logs import OperationLog
 from imageserver.observability.metrics.counted import Metrics, metrics_in
 from imageserver.runtime.directory import RuntimeDirectory, runtime_in
 from imageserver.runtime.locks import ImageLocks, image_key
+from imageserver.runtime.marks import Marks
 from imageserver.runtime.slottable import SharedTable
 from imageserver.settings import MAX_WORKERS, Settings
 from imageserver.transfers.actions import Administration
 from imageserver.transfers.fileage import file_age
 from imageserver.transfers.files import TransferFiles
+from imageserver.transfers.holding import Holding
 from imageserver.transfers.lookup import Catalogue
 from imageserver.transfers.registered import RegistrationFiles
 from imageserver.transfers.tracking import Tracker
@@ -128,7 +130,12 @@ class Process:
     @cached_property
     def backends(self) -> AnyBackend:
         """What opens images of every kind; it needs libnbd, which the master does not load."""
-        return AnyBackend(self.settings)
+        return AnyBackend(self.settings, Holding(self.catalogue, Marks(self.runtime)))
+
+    def drain(self) -> None:
+        """Close what is kept for later requests: this process is about to end."""
+        if "backends" in self.__dict__:
+            self.backends.drain()
 
     @cached_property
     def application(self) -> App:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from imageserver.backends.file import kind as file
 from imageserver.backends.nbd import kind as nbd
+from imageserver.core.holds import Holds
 from imageserver.core.kinds import Image, ImageKind, Kinds
 from imageserver.core.ports import Backend, Backends, Check, Intent, no_client
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from imageserver.settings import Settings
 
 #: What makes the ``ports.Backends`` of a kind, once per process.
-TABLE: Mapping[ImageKind, "Callable[[Settings], Backends[Any]]"] = {
+TABLE: Mapping[ImageKind, "Callable[[Settings, Holds], Backends[Any]]"] = {
     nbd.NBD: nbd.opener,
     file.FILE: file.opener,
 }
@@ -28,13 +29,20 @@ KINDS: Kinds = {kind.name: kind for kind in TABLE}
 class AnyBackend:
     """Opens images of every kind: ``ports.Backends``."""
 
-    def __init__(self, settings: "Settings") -> None:
-        self._openers = {kind: opener(settings) for kind, opener in TABLE.items()}
+    def __init__(self, settings: "Settings", holds: Holds) -> None:
+        self._openers = {kind: opener(settings, holds) for kind, opener in TABLE.items()}
 
-    def open(self, image: Image, intent: Intent, check: Check = no_client) -> Backend:
+    def open(
+        self, image: Image, intent: Intent, check: Check = no_client, transfer: str = ""
+    ) -> Backend:
         """Open an image: see ``ports.Backends``."""
-        return self._openers[image.kind].open(image, intent, check)
+        return self._openers[image.kind].open(image, intent, check, transfer)
 
     def settle(self, image: Image, check: Check = no_client) -> None:
         """Wait for what a dead holder left under way: see ``ports.Backends``."""
         self._openers[image.kind].settle(image, check)
+
+    def drain(self) -> None:
+        """Keep nothing open any more: see ``ports.Backends``."""
+        for opener in self._openers.values():
+            opener.drain()

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol, TypeVar
 
-from imageserver.core.entry import Entry
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import Image, ImageInfo
-from imageserver.core.slots import Deaths, Holder, Kind
+from imageserver.core.slots import Deaths, Kind
 from imageserver.core.transfer import Transfer
 
 
@@ -213,13 +212,26 @@ class Backends(Protocol[_Image_contra]):
         """
         ...
 
-    def open(self, image: _Image_contra, intent: Intent, check: Check = no_client) -> Backend:
+    def open(
+        self,
+        image: _Image_contra,
+        intent: Intent,
+        check: Check = no_client,
+        transfer: str = "",
+    ) -> Backend:
         """Open an image; bounded by the connect timeout.
+
+        ``transfer``: the id of that on whose behalf a connection may be kept afterwards, or one
+        that was kept be used; none: a new one is made, and closed.
 
         Raises:
             BackendError, BackendTimeout: the NBD server refuses, or is silent.
             FileAccessError: the file cannot be opened or sized, or is none.
         """
+        ...
+
+    def drain(self) -> None:
+        """Close what is kept for later requests, and keep nothing any more; does not wait."""
         ...
 
 
@@ -266,6 +278,14 @@ class Activity(Protocol):
 
     def visitors(self) -> int:
         """Return how many requests, without this one, use the transfer."""
+        ...
+
+    def hold(self) -> None:
+        """Say, until ``close``, that a connection is kept on the transfer's behalf."""
+        ...
+
+    def is_held(self) -> bool:
+        """Tell whether others keep connections on its behalf."""
         ...
 
     def cut(self) -> None:
@@ -322,28 +342,4 @@ class Registrations(Protocol):
 
     def all(self) -> list[Transfer]:
         """Return them, without those that have expired, in the order of their ids."""
-        ...
-
-
-class Meter(Protocol):
-    """Counts the bytes of images, as they move."""
-
-    def meter(self, operation: str, backend: str) -> Callable[[int], None]:
-        """Return what an operation tells of each piece, in bytes. Quick, never fails."""
-        ...
-
-
-class Living(Protocol):
-    """The slot table, as ``/status`` and metrics show it."""
-
-    def living(self, *kinds: Kind) -> list[Holder]:
-        """Return the rows of these kinds whose processes live."""
-        ...
-
-
-class Journal(Protocol):
-    """Is told of each finished request: the log, the metrics."""
-
-    def finished(self, entry: Entry) -> None:
-        """Take an entry. Quick, never fails; called from any thread."""
         ...

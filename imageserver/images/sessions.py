@@ -37,11 +37,11 @@ from imageserver.core.ports import (
     Intent,
     Lock,
     Locks,
-    Meter,
     Slot,
     Slots,
     Ticket,
 )
+from imageserver.core.reports import Meter
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
 from imageserver.transfers.requests import Request
@@ -212,7 +212,9 @@ class Sessions:
             mine.lock.settle(slot.deaths)
         if shared:
             mine.unlock()
-        backend = mine.backend = self._backends.open(image, need.intent, request.check)
+        backend = mine.backend = self._backends.open(
+            image, need.intent, request.check, wanted.ticket.transfer
+        )
         request.uses(backend)
         return backend, mine
 

@@ -53,8 +53,9 @@ _ABORT_SECONDS = 3.0
 #: Between two heartbeats; the master waits a minute for one (``configuration``).
 _NOTIFY_SECONDS = 1.0
 
-#: Descriptors for all but transfers: listeners, pipes, the table, probes, control peers.
-_OWN_DESCRIPTORS = 128
+#: Descriptors for all but transfers: listeners, pipes, the table, probes, control peers, and
+#: connections to NBD servers that are kept (``backends/nbd/pool.py``).
+_OWN_DESCRIPTORS = 192
 #: ... for a transfer: its connection, directory, file, temporary file, lock, usage, event, socket.
 _TRANSFER_DESCRIPTORS = 8
 #: Connections that may wait however few descriptors there are.
@@ -205,6 +206,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._acceptors.close()
         self._control.stop()
         self._pools.last = True
+        self.process.drain()
         self._publish()
         began = succeeded = time.monotonic()
         # The pools first: what they hand back in between is then found in the loop.

@@ -134,6 +134,11 @@ class Settings:
     backend_timeout: float = _setting(
         60.0, seconds(0.1, 86400), "seconds in which a back end must complete some request"
     )
+    nbd_idle_seconds: float = _setting(
+        1.0,
+        seconds(0, 60),
+        "seconds an unused NBD connection is kept for the next request; 0: none",
+    )
     drain_timeout: float = _setting(
         600.0, seconds(0, 604800), "seconds running transfers get to finish on stop or reload"
     )

@@ -20,6 +20,8 @@ from imageserver.transfers.lookup import Catalogue
 _POLL_SECONDS = 0.02
 #: A forced end takes at most so long; a shorter timeout would answer busy for no reason.
 _FORCE_SECONDS = 1.0
+#: Kept connections are closed within a look at them (``backends/nbd/pool.py``), and a good-bye.
+_HELD_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ class Administration:
             with closing(activity):
                 if command.force:
                     activity.cut()
-                if not self._has_ended(activity, command, is_wanted):
+                ended = self._has_ended(activity, command, is_wanted)
+                if not (ended and self._is_let_go(activity)):
                     return self._still_busy(command)
             self.registrations.forget(command.transfer_id)
         return control_protocol.succeeded(self.registrations.count())
@@ -107,6 +110,18 @@ class Administration:
         if command.timeout is None:
             return control_protocol.succeeded(self.registrations.count(), busy=True)
         return control_protocol.failed("busy")
+
+    def _is_let_go(self, activity: Activity) -> bool:
+        """Wait until no worker keeps a connection to the image's server for the transfer.
+
+        Whatever timeout the command has: nobody uses such a connection, and it is gone in no time.
+        """
+        deadline = time.monotonic() + _HELD_SECONDS
+        while activity.is_held():
+            if time.monotonic() >= deadline:
+                return False
+            self.sleep(_POLL_SECONDS)
+        return True
 
 
 def _report(activity: Activity | None) -> dict[str, object]:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 
 from imageserver.core.entry import Entry
 from imageserver.core.errors import ClientGone
-from imageserver.core.ports import Backend, Journal, Slot
+from imageserver.core.ports import Backend, Slot
 from imageserver.core.ranges import Span
+from imageserver.core.reports import Journal
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
 

@@ -4,8 +4,9 @@
 ``usagerecord.py`` has the layout. Times are of the monotonic clock, which all processes share and
 nobody can set; a file of an earlier boot is reset. Each request (visit) locks a random byte of its
 own, far beyond the record (F_OFD_SETLK, fcntl(2)): so the kernel can count the requests, and drops
-the locks of processes that die. Any process stores a time at any moment, 8 bytes at once; sums are
-changed under flock(2), which the kernel drops as well.
+the locks of processes that die. So does each connection to the image's server that is kept on the
+transfer's behalf, elsewhere in the file. Any process stores a time at any moment, 8 bytes at once;
+sums are changed under flock(2), which the kernel drops as well.
 
 A damaged file is reset as soon as that is noticed, as if the transfer had just been used: nothing
 expires early for it, and nothing lives for ever.
@@ -49,7 +50,8 @@ log = logging.getLogger(__name__)
 
 #: struct flock (fcntl(2)): type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi4x")
-_FIRST, _LAST = 1 << 20, 1 << 62
+#: Bytes that visits lock, [_FIRST, _LAST), and those that kept connections lock, [_LAST, _END).
+_FIRST, _LAST, _END = 1 << 20, 1 << 61, 1 << 62
 #: Sums are changed within microseconds: only a process stopped meanwhile makes others wait.
 _ADD_SECONDS = 1.0
 #: The file of a transfer that does not exist any more is pruned after this time without use;
@@ -99,17 +101,34 @@ class OpenActivity:
     def _parse(self) -> Record:
         return parse_record(self._read(), self._boot, self._now_ns())
 
+    @_OWN_FILES
     def enter(self) -> bool:
         """Begin a visit; False where the file has been removed."""
-        with _OWN_FILES:
-            while True:
-                byte = random.randrange(_FIRST, _LAST)  # noqa: S311 - no secret
-                lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-                try:
-                    fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
-                except BlockingIOError:
-                    continue
-                return os.fstat(self._fd).st_nlink > 0
+        self._lock_byte(_FIRST, _LAST)
+        return os.fstat(self._fd).st_nlink > 0
+
+    @_OWN_FILES
+    def hold(self) -> None:
+        """Say, until ``close``, that a connection is kept: see ``ports.Activity``."""
+        self._lock_byte(_LAST, _END)
+
+    def _lock_byte(self, first: int, last: int) -> None:
+        """Lock a byte of [first, last) that nobody has locked."""
+        while True:
+            byte = random.randrange(first, last)  # noqa: S311 - no secret
+            lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            try:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
+            except BlockingIOError:
+                continue
+            return
+
+    @_OWN_FILES
+    def is_held(self) -> bool:
+        """Tell whether others keep connections on the transfer's behalf."""
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _LAST, _END - _LAST, 0)
+        found: int = _FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked))[0]
+        return found != fcntl.F_UNLCK
 
     @_OWN_FILES
     def visitors(self) -> int:

@@ -15,7 +15,7 @@ import falcon
 
 from imageserver.core.entry import Exposition
 from imageserver.core.errors import ImageServerError, MethodNotAllowed
-from imageserver.core.ports import Living
+from imageserver.core.reports import Living
 from imageserver.core.slots import Holder, Kind, WorkerState
 from imageserver.core.transfer import id_hash
 from imageserver.web.answers import set_json

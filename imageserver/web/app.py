@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import falcon
 
 from imageserver.core.errors import ClientGone, ImageServerError
-from imageserver.core.ports import Journal
+from imageserver.core.reports import Journal
 from imageserver.images.probing import Inspector, WouldWait
 from imageserver.images.sessions import Sessions
 from imageserver.transfers.tracking import Tracker

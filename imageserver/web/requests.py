@@ -14,7 +14,7 @@ from functools import partial
 
 import falcon
 
-from imageserver.core.ports import Journal
+from imageserver.core.reports import Journal
 from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Need, Session, Sessions
 from imageserver.transfers.requests import Request

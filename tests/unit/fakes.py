@@ -51,6 +51,7 @@ class World:
     journal: list[str] = field(default_factory=list)
     opened: list["FakeBackend"] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+    transfers: list[str] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
 
@@ -145,8 +146,11 @@ class FakeBackends:
         self._world.images.append(image)
         self._world.note("settle")
 
-    def open(self, image: Image, intent: Intent, check: Check = no_client) -> "FakeBackend":
+    def open(
+        self, image: Image, intent: Intent, check: Check = no_client, transfer: str = ""
+    ) -> "FakeBackend":
         self._world.images.append(image)
+        self._world.transfers.append(transfer)
         self._world.note(f"open {intent.name}")
         self._world.checks.append(check)
         self._world.on_open()

@@ -51,7 +51,7 @@ class Liar:
             if command == DISCONNECT:
                 return
             self.before(command)
-            self._answer(peer, command, handle, offset, length)
+            self.answer(peer, command, handle, offset, length)
 
     def _negotiate(self, peer: "Peer") -> None:
         while True:
@@ -75,7 +75,7 @@ class Liar:
             if option == _GO:
                 return
 
-    def _answer(self, peer: "Peer", command: int, handle: int, offset: int, length: int) -> None:
+    def answer(self, peer: "Peer", command: int, handle: int, offset: int, length: int) -> None:
         if command == READ:
             data = struct.pack(">Q", offset) + b"D" * length
             peer.send(struct.pack(">IHHQI", _CHUNK, 1, 1, handle, len(data)), data)
@@ -115,7 +115,11 @@ def lying(liar: Liar) -> Iterator[Liar]:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = listener.accept()
-                threads.append(threading.Thread(target=liar.serve, args=(client, len(threads))))
+                number = len(threads)
+                serving = threading.Thread(
+                    target=liar.serve, args=(client, number), name=f"client {number}"
+                )
+                threads.append(serving)
                 threads[-1].start()
 
     with socket.socket(socket.AF_UNIX) as listener:

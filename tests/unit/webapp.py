@@ -7,7 +7,7 @@ from typing import Any
 from falcon import testing
 
 from imageserver.core.errors import UnknownImage
-from imageserver.core.ports import Journal
+from imageserver.core.reports import Journal
 from imageserver.core.transfer import Transfer
 from imageserver.images.probing import Inspector
 from imageserver.transfers.lookup import Catalogue

@@ -55,7 +55,9 @@ class ImageFiles:
         self._chunk_size = chunk_size
         self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
 
-    def open(self, image: FileImage, intent: Intent, _check: Check = no_client) -> "ImageFile":
+    def open(
+        self, image: FileImage, intent: Intent, _check: Check = no_client, _transfer: str = ""
+    ) -> "ImageFile":
         """Open a regular file or block device.
 
         Raises:
@@ -79,6 +81,9 @@ class ImageFiles:
 
     def settle(self, image: FileImage, check: Check = no_client) -> None:
         """Return at once: the writes of a dead process end with it."""
+
+    def drain(self) -> None:
+        """Return at once: nothing is kept open."""
 
 
 def _failure(path: bytes, exc: OSError) -> ImageServerError:

@@ -11,6 +11,7 @@ from imageserver.core.transfer import parse_path
 
 if TYPE_CHECKING:
     from imageserver.backends.file.image import ImageFiles
+    from imageserver.core.holds import Holds
     from imageserver.settings import Settings
 
 
@@ -67,7 +68,7 @@ FILE = ImageKind(
 )
 
 
-def opener(settings: "Settings") -> "ImageFiles":
+def opener(settings: "Settings", _holds: "Holds") -> "ImageFiles":
     """Return what opens image files, once per process."""
     from imageserver.backends.file.image import ImageFiles  # noqa: PLC0415
 

@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening exports, and an open one as the work layer sees it.
 
-One connection serves one request of one client and is closed before the image is given
-back: a server with room for one client only must not meet an idle connection of ours.
+A connection serves one request at a time. Before the image is given back it is closed, or kept for
+the next request where the server takes several clients (``pool.py``): one with room for one client
+only must not meet an idle connection of ours.
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 from imageserver.backends.nbd import status, transfer, zeroing
+from imageserver.backends.nbd.connection import (
+    TURNED_AWAY_SECONDS,
+    Attempt,
+    Connection,
+    Tuning,
+    connect,
+)
 from imageserver.backends.nbd.kind import NbdImage
-from imageserver.backends.nbd.link import Link, Tuning, connect
+from imageserver.backends.nbd.link import Link
 from imageserver.backends.nbd.peers import has_orphans
+from imageserver.backends.nbd.pool import Kept, Pool
 from imageserver.backends.nbd.warmup import WarmUp
 from imageserver.core import extents
 from imageserver.core.errors import BackendTimeout
@@ -30,20 +39,42 @@ _SETTLE_SECONDS = 0.01
 class NbdExports:
     """Opens exports; one for all requests."""
 
-    def __init__(self, tuning: Tuning) -> None:
+    def __init__(self, tuning: Tuning, pool: Pool) -> None:
         self._tuning = tuning
+        self._pool = pool
         self._warm_up = WarmUp()
 
-    def open(self, image: NbdImage, intent: Intent, check: Check = no_client) -> "NbdExport":
-        """Connect to an export: see ``ports.Backends``."""
-        contexts = []
-        if intent in {Intent.EXTENTS, Intent.DIRTY_EXTENTS}:
-            contexts.append(extents.ALLOCATION)
-        if intent is Intent.DIRTY_EXTENTS and image.bitmap:
-            contexts.append(extents.dirty_context(image.bitmap))
-        seconds = INSPECT_SECONDS if intent is Intent.INSPECT else CONNECT_SECONDS
-        link = connect(image, contexts, seconds, self._tuning, check)
-        return NbdExport(link, image, self._warm_up)
+    def open(
+        self, image: NbdImage, intent: Intent, check: Check = no_client, transfer: str = ""
+    ) -> "NbdExport":
+        """Connect to an export, or take up a connection that was kept: see ``ports.Backends``."""
+        needed = _contexts(image, intent)
+        server = image.stamp() if transfer else None
+        keeps = server is not None and self._pool.keeps(server)
+        if server is not None and keeps and (kept := self._pool.take(server, image, needed)):
+            kept.serve(image, transfer)
+        else:
+            contexts = _contexts(image, Intent.DIRTY_EXTENTS) if keeps else needed
+            kept = Kept(self._connect(image, contexts, intent, check), image, transfer)
+        return NbdExport(Link(kept.connection, check), image, self._warm_up, self._pool, kept)
+
+    def _connect(
+        self, image: NbdImage, contexts: Sequence[str], intent: Intent, check: Check
+    ) -> Connection:
+        pool = self._pool
+        attempt = Attempt(
+            contexts,
+            INSPECT_SECONDS if intent is Intent.INSPECT else CONNECT_SECONDS,
+            check,
+            waits=pool.is_waited_for,
+            is_turned_away=pool.is_turned_away,
+            turned_away_seconds=TURNED_AWAY_SECONDS + pool.lasts_seconds,
+        )
+        return connect(image, attempt, self._tuning)
+
+    def drain(self) -> None:
+        """Keep no connection any more: see ``ports.Backends``."""
+        self._pool.drain()
 
     def settle(self, image: NbdImage, check: Check = no_client) -> None:
         """Wait until the server has done with every connection whose client is dead.
@@ -59,11 +90,26 @@ class NbdExports:
             time.sleep(_SETTLE_SECONDS)
 
 
-class NbdExport:
-    """One connection to one export: a ``ports.Backend``."""
+def _contexts(image: NbdImage, intent: Intent) -> list[str]:
+    """Return the meta contexts that an operation needs; DIRTY_EXTENTS needs all there are."""
+    contexts = []
+    if intent in {Intent.EXTENTS, Intent.DIRTY_EXTENTS}:
+        contexts.append(extents.ALLOCATION)
+    if intent is Intent.DIRTY_EXTENTS and image.bitmap:
+        contexts.append(extents.dirty_context(image.bitmap))
+    return contexts
 
-    def __init__(self, link: Link, image: NbdImage, warm_up: WarmUp) -> None:
+
+class NbdExport:
+    """One request's use of one export: a ``ports.Backend``."""
+
+    def __init__(
+        self, link: Link, image: NbdImage, warm_up: WarmUp, pool: Pool, kept: Kept
+    ) -> None:
         self._link = link
+        self._pool = pool
+        self._kept = kept
+        self._is_closed = False
         self._image = image
         self._warm_up = warm_up
         self.size = link.size
@@ -115,5 +161,13 @@ class NbdExport:
         self._link.stop()
 
     def close(self) -> None:
-        """Close the connection."""
-        self._link.close()
+        """Leave the connection to the next request, or close it."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._link.is_clean:
+            self._link.let_go()
+            self._pool.give(self._kept)
+        else:
+            self._link.close()
+            self._kept.release()

@@ -16,6 +16,7 @@ from imageserver.core.transfer import InvalidTransfer, parse_path, parse_text, p
 
 if TYPE_CHECKING:
     from imageserver.backends.nbd.exports import NbdExports
+    from imageserver.core.holds import Holds
     from imageserver.settings import Settings
 
 #: Longest path of a Unix socket: sizeof(sun_path) less its NUL (unix(7)), in bytes.
@@ -106,9 +107,11 @@ NBD = ImageKind(
 )
 
 
-def opener(settings: "Settings") -> "NbdExports":
+def opener(settings: "Settings", holds: "Holds") -> "NbdExports":
     """Return what opens exports, once per process."""
+    from imageserver.backends.nbd.connection import Tuning  # noqa: PLC0415
     from imageserver.backends.nbd.exports import NbdExports  # noqa: PLC0415
-    from imageserver.backends.nbd.link import Tuning  # noqa: PLC0415
+    from imageserver.backends.nbd.pool import Pool  # noqa: PLC0415
 
-    return NbdExports(Tuning(settings.chunk_size, settings.queue_depth, settings.backend_timeout))
+    tuning = Tuning(settings.chunk_size, settings.queue_depth, settings.backend_timeout)
+    return NbdExports(tuning, Pool(settings.nbd_idle_seconds, holds))

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that an NBD server still holds of clients that are gone.
+"""What the kernel knows of an NBD server's connections: those of dead clients, who waits for one.
 
 A worker that is killed leaves its last writes in the server's receive buffer. Until the
 server has read to the end and closed its side, they may still land, and could land on top
 of a successor's. The kernel knows: the server's end of such a connection has a peer that is
 gone (inode 0) and is shut down both ways (sock_diag(7), struct unix_diag_msg).
+
+A server with no room for another client leaves it in its listening socket's queue.
 """
 
+import contextlib
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from imageserver.core.transfer import path_bytes
 
@@ -18,14 +21,17 @@ _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _DUMP_REQUEST = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
-_ESTABLISHED = 1 << 1
+_ESTABLISHED, _LISTEN = 1 << 1, 1 << 10
 _SHOW_NAME_VFS_PEER = 0b111
-_NAME, _VFS, _PEER = 0, 1, 2
+_SHOW_VFS_QUEUE = 0b10010
+_NAME, _VFS, _PEER, _QUEUE = 0, 1, 2, 4
 
 _HEADER = struct.Struct("=IHHII")
 _REQUEST = struct.Struct("=BBHIIIII")
 _MESSAGE_SIZE = 16
 _ATTRIBUTE = struct.Struct("=HH")
+#: Two attributes of a socket that listens: its file; how many wait, and may wait, to be accepted.
+_LISTENING = struct.Struct("=HH8sHHII")
 _MINOR_BITS = 20  # the kernel's own dev_t, as unix_diag shows it
 
 
@@ -44,22 +50,43 @@ def has_orphans(path: str, at: bytes | None = None) -> bool:
         found = os.stat(at or name)
     except OSError:
         return False  # nobody listens there any more
-    device = os.major(found.st_dev) << _MINOR_BITS | os.minor(found.st_dev)
-    file = struct.pack("=II", found.st_ino & 0xFFFFFFFF, device)
+    file = _file(found.st_dev, found.st_ino)
     return any(
         attributes.get(_PEER) == bytes(4)
         and (attributes.get(_VFS) == file or attributes.get(_NAME, b"").rstrip(b"\0") == name)
-        for attributes in _established()
+        for attributes in map(_attributes, _sockets(_ESTABLISHED, _SHOW_NAME_VFS_PEER))
     )
 
 
-def _established() -> Iterator[dict[int, bytes]]:
-    """Yield the attributes of every connected Unix socket of this network namespace."""
+def crowded(servers: Collection[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """Return at which of some listening sockets clients wait to be let in.
+
+    ``servers``: device, inode and more of each (``NbdImage.stamp``). One whose queue the kernel
+    does not show, as in another network namespace, counts as not crowded.
+    """
+    files = {_file(*server[:2]): server for server in servers if server}
+    found = set()
+    with contextlib.suppress(OSError):
+        for data in _sockets(_LISTEN, _SHOW_VFS_QUEUE) if files else ():
+            # Those bound to a path begin with both attributes: see sk_diag_fill() of the kernel.
+            if len(data) >= _LISTENING.size:
+                _, _, file, _, kind, waiting, _ = _LISTENING.unpack_from(data)
+                if waiting and kind == _QUEUE and file in files:
+                    found.add(files[file])
+    return found
+
+
+def _file(device: int, inode: int) -> bytes:
+    """Return a socket's file as unix_diag shows it (struct unix_diag_vfs)."""
+    number = os.major(device) << _MINOR_BITS | os.minor(device)
+    return struct.pack("=II", inode & 0xFFFFFFFF, number)
+
+
+def _sockets(states: int, show: int) -> Iterator[bytes]:
+    """Yield the attributes of every Unix socket of this network namespace in such a state."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
         netlink.settimeout(1.0)
-        request = _REQUEST.pack(
-            socket.AF_UNIX, 0, 0, _ESTABLISHED, 0, _SHOW_NAME_VFS_PEER, 0xFFFFFFFF, 0xFFFFFFFF
-        )
+        request = _REQUEST.pack(socket.AF_UNIX, 0, 0, states, 0, show, 0xFFFFFFFF, 0xFFFFFFFF)
         size = _HEADER.size + len(request)
         netlink.send(_HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _DUMP_REQUEST, 1, 0) + request)
         while True:
@@ -73,7 +100,7 @@ def _established() -> Iterator[dict[int, bytes]]:
                     raise OSError(
                         -struct.unpack_from("=i", data, at + _HEADER.size)[0], "sock_diag"
                     )
-                yield _attributes(data[at + _HEADER.size + _MESSAGE_SIZE : at + length])
+                yield data[at + _HEADER.size + _MESSAGE_SIZE : at + length]
                 at += (length + 3) & ~3
 
 

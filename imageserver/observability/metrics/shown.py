@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from imageserver import __version__
 from imageserver.core.entry import Exposition
-from imageserver.core.ports import Living
+from imageserver.core.reports import Living
 from imageserver.core.slots import Holder, Kind, WorkerState
 from imageserver.observability.metrics import declared
 from imageserver.observability.metrics.declared import Metric, Type

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from imageserver.backends.nbd.exports import NbdExports
 from imageserver.backends.nbd.kind import NbdImage
-from imageserver.backends.nbd.link import Tuning
 from imageserver.core.errors import BackendError, ClientGone, Exhausted
 from imageserver.core.extents import Extent
 from imageserver.core.ports import Backend, Check, Intent, no_client
-from tests.unit.fakes import Bytes
-from tests.unit.nbd_liar import CAN_FLUSH, DISCONNECT, HAS_FLAGS, STATUS, Liar, lying
+from tests.unit.backends.opened import SLOW, exports_of
+from tests.unit.nbd_liar import (
+    CAN_FLUSH,
+    DISCONNECT,
+    HAS_FLAGS,
+    STATUS,
+    Liar,
+    lying,
+)
 from tests.unit.shortages import no_descriptors
-
-KIB = 1024
 
 
 @pytest.fixture
@@ -29,8 +32,7 @@ def liar(tmp_path: Path) -> Iterator[Liar]:
 
 
 def _open(liar: Liar, intent: Intent = Intent.READ, check: Check = no_client) -> Backend:
-    exports = NbdExports(Tuning(chunk_size=64 * KIB, queue_depth=3, timeout=5.0))
-    return exports.open(NbdImage(str(liar.path)), intent, check)
+    return exports_of().open(NbdImage(str(liar.path)), intent, check)
 
 
 def _extents(liar: Liar, start: int, stop: int) -> list[Extent]:
@@ -147,33 +149,23 @@ def test_a_status_beyond_the_image_is_cut_to_it_or_an_error(
 
 # Clients that go away while the server takes its time
 
-WHOLE = 1 << 20
-SLOW: dict[str, Callable[[Backend], object]] = {
-    "read": lambda backend: list(backend.read(0, 10)),
-    "long read": lambda backend: list(backend.read(0, WHOLE)),
-    "write": lambda backend: list(backend.write(0, 10, Bytes(b"x" * 10))),
-    "long write": lambda backend: list(backend.write(0, WHOLE, Bytes(bytes(WHOLE), WHOLE))),
-    "replace": lambda backend: list(backend.replace(WHOLE, Bytes(bytes(WHOLE), WHOLE))),
-    "zero": lambda backend: list(backend.zero(0, WHOLE)),
-    "flush": lambda backend: backend.flush(),
-    "extents": lambda backend: list(backend.extents(0, WHOLE, dirty=False)),
-}
-
 
 @pytest.mark.parametrize("can_zero", [True, False], ids=["write-zeroes", "no-write-zeroes"])
 @pytest.mark.parametrize("work", SLOW.values(), ids=SLOW)
 def test_a_client_that_has_gone_ends_what_waits_and_leaves_no_write_in_flight(
     liar: Liar, work: Callable[[Backend], object], can_zero: bool
 ) -> None:
-    goes_on = threading.Event()
+    is_open, goes_on = threading.Event(), threading.Event()
 
     def check() -> None:
-        goes_on.set()  # so that what is in flight can be settled
-        raise ClientGone
+        if is_open.is_set():
+            goes_on.set()  # so that what is in flight can be settled
+            raise ClientGone
 
     liar.before = lambda command: command == DISCONNECT or goes_on.wait(10)
     liar.flags = liar.flags if can_zero else HAS_FLAGS | CAN_FLUSH
     backend = _open(liar, Intent.EXTENTS, check)
+    is_open.set()
 
     with pytest.raises(ClientGone):
         work(backend)
@@ -213,8 +205,7 @@ def _link(link: Path, target: Path) -> NbdImage:
 
 
 def _served(image: NbdImage) -> bytes:
-    exports = NbdExports(Tuning(chunk_size=64 * KIB, queue_depth=3, timeout=5.0))
-    backend = exports.open(image, Intent.WRITE)
+    backend = exports_of().open(image, Intent.WRITE)
     try:
         return b"".join(map(bytes, backend.read(0, 2)))
     finally:

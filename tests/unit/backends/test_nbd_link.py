@@ -7,9 +7,10 @@ from collections.abc import Callable
 import nbd
 import pytest
 
-from imageserver.backends.nbd import link as module
+from imageserver.backends.nbd import connection, link
+from imageserver.backends.nbd.connection import DISCONNECT_SECONDS, Connection, Tuning, close_all
 from imageserver.backends.nbd.failures import NotSupported, Stopped, TryAgain, translated
-from imageserver.backends.nbd.link import DISCONNECT_SECONDS, Link, Tuning
+from imageserver.backends.nbd.link import Link
 from imageserver.core.errors import (
     BackendError,
     BackendTimeout,
@@ -47,6 +48,9 @@ class _Handle:
     def aio_pwrite(self, _buffer: object, _offset: int) -> int:
         return 1
 
+    def aio_pread(self, _buffer: object, _offset: int) -> int:
+        return 2
+
     def aio_command_completed(self, _cookie: int) -> bool:
         is_complete = self.seconds >= self.completes
         if is_complete and self.error:
@@ -74,14 +78,15 @@ class _Handle:
 @pytest.fixture
 def handle(monkeypatch: pytest.MonkeyPatch) -> _Handle:
     made = _Handle()
-    monkeypatch.setattr(module, "time", made)
+    monkeypatch.setattr(link, "time", made)
+    monkeypatch.setattr(connection, "time", made)
     return made
 
 
 def _link(
     handle: _Handle, check: Callable[[], None] = lambda: None, chunk_size: int = 64 * KIB
 ) -> Link:
-    return Link(handle, "export", (1,), Tuning(chunk_size, 3, TIMEOUT), check)
+    return Link(Connection(handle, "export", (1,), Tuning(chunk_size, 3, TIMEOUT)), check)
 
 
 def _writing(handle: _Handle, check: Callable[[], None] = lambda: None) -> Link:
@@ -189,6 +194,58 @@ def test_a_good_bye_is_waited_for_but_not_long(handle: _Handle) -> None:
     began = handle.seconds
     _link(handle).close()
     assert handle.seconds == pytest.approx(began + DISCONNECT_SECONDS, abs=0.01)
+
+
+def test_several_good_byes_are_waited_for_together(handle: _Handle) -> None:
+    close_all(_link(handle).let_go() for _ in range(3))
+    assert handle.seconds == pytest.approx(1000 + DISCONNECT_SECONDS, abs=0.01)
+
+
+def test_a_request_may_follow_one_that_left_nothing_under_way(handle: _Handle) -> None:
+    handle.completes = handle.seconds
+    link = _link(handle)
+    link.wait(link.pread(memoryview(bytearray(1)), 0))
+    assert link.is_clean
+    link.wait(link.pwrite(memoryview(bytearray(1)), 0))
+    assert not link.is_clean  # of a write, its transfer says when it is done
+    link.settled = True
+    assert link.is_clean
+
+
+@pytest.mark.parametrize("spoil", ["in flight", "failed", "stopped"])
+def test_no_request_follows_one_that_was_given_up_or_has_failed(
+    handle: _Handle, spoil: str
+) -> None:
+    link = _link(handle)
+    cookie = link.pread(memoryview(bytearray(1)), 0)
+    if spoil == "failed":
+        handle.completes, handle.error = 0, nbd.Error("bad", errno.EIO)
+        with pytest.raises(BackendError):
+            link.wait(cookie)
+    elif spoil == "stopped":
+        handle.completes = 0
+        link.wait(cookie)
+        link.stop()
+    assert not link.is_clean
+
+
+def test_an_answer_that_declines_is_no_failure(handle: _Handle) -> None:
+    handle.completes, handle.error = 0, nbd.Error("no", errno.EOPNOTSUPP)
+    link = _link(handle)
+    with pytest.raises(NotSupported):
+        link.wait(link.pread(memoryview(bytearray(1)), 0))
+    assert link.is_clean
+
+
+def test_who_stops_a_request_that_is_over_does_not_meet_the_next_one(handle: _Handle) -> None:
+    first = _link(handle)
+    connection = first.let_go()
+    second = Link(connection)
+    first.stop()
+
+    handle.completes = handle.seconds + 1
+    second.wait(second.pread(memoryview(bytearray(1)), 0))
+    assert second.is_clean
 
 
 def test_a_broken_connection_is_closed_without_a_word(handle: _Handle) -> None:

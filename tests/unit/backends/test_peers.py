@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from imageserver.backends.nbd import peers
-from imageserver.backends.nbd.peers import has_orphans
+from imageserver.backends.nbd.peers import crowded, has_orphans
 
 
 @pytest.fixture
@@ -152,3 +152,37 @@ def test_a_kernel_that_refuses_is_an_error_not_an_answer(
 
     with _connected(place / "s"), pytest.raises(OSError, match="sock_diag"):
         has_orphans(str(place / "s"))
+
+
+# Who waits to be let in
+
+
+def test_a_client_that_is_not_let_in_crowds_a_server(place: Path) -> None:
+    stamps = {}
+    with contextlib.ExitStack() as opened:
+        listeners = {}
+        for name in "ab":
+            listeners[name] = opened.enter_context(socket.socket(socket.AF_UNIX))
+            listeners[name].bind(str(place / name))
+            listeners[name].listen()
+            found = os.stat(place / name)
+            stamps[name] = found.st_dev, found.st_ino, found.st_ctime_ns
+        servers = list(stamps.values())
+        seen = [crowded(servers)]
+        client = opened.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(str(place / "b"))
+        seen += [crowded(servers), crowded([stamps["a"]]), crowded([])]
+        opened.enter_context(listeners["b"].accept()[0])
+        seen.append(crowded(servers))
+
+    assert seen == [set(), {stamps["b"]}, set(), set(), set()]
+
+
+def test_where_the_kernel_does_not_answer_no_server_is_crowded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> socket.socket:
+        raise PermissionError
+
+    monkeypatch.setattr(socket, "socket", refused)
+    assert crowded([(1, 2, 3)]) == set()

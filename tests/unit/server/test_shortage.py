@@ -194,7 +194,7 @@ def test_a_real_shortage_of_descriptors_closes_an_idle_connection(world):
 def test_connections_that_wait_leave_descriptors_to_transfers():
     assert most_waiting(1 << 20, 32) == MOST_WAITING
     assert most_waiting(resource.RLIM_INFINITY, 32) == MOST_WAITING
-    assert most_waiting(1024, 32) == 640
+    assert most_waiting(1024, 32) == 576
     assert most_waiting(64, 32) == 16
 
 

@@ -32,6 +32,8 @@ class _Activity:
     visitors_left: Callable[[], int] = lambda: 0
     idle: int = 1_234_567_890
     sums: Account = field(default_factory=lambda: Account(10, 20, "last"))
+    #: Until when, by the world's clock, connections are kept on its behalf.
+    is_held: Callable[[], bool] = lambda: False
 
     def visitors(self) -> int:
         return self.visitors_left()
@@ -221,6 +223,25 @@ def test_what_nobody_uses_goes_at_once(world: _World) -> None:
 
     assert world.run(Unregister("x", timeout=0.0)) == _ok(0)
     assert world.journal == ["remove", "close", "forget"]
+
+
+@pytest.mark.parametrize("timeout", [None, 0.0, 0.5])
+def test_connections_that_are_kept_for_it_are_closed_first(
+    world: _World, timeout: float | None
+) -> None:
+    world.use().is_held = lambda: world.seconds < 1001
+
+    assert world.run(Unregister("x", timeout)) == _ok(0)
+    assert world.seconds == pytest.approx(1001, abs=0.03)
+    assert world.journal[-2:] == ["close", "forget"]
+
+
+def test_a_worker_that_does_not_close_them_makes_it_busy(world: _World) -> None:
+    world.use().is_held = lambda: True
+
+    assert world.run(Unregister("x", 0.5)) == BUSY
+    assert world.seconds == pytest.approx(1002, abs=0.03)
+    assert world.journal[-1] == "close"
 
 
 def test_a_transfer_is_unknown_first_and_forgotten_when_the_last_request_has_ended(

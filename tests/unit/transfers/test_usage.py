@@ -48,6 +48,24 @@ def test_visitors_are_counted_whoever_they_are(place: _Place, count: int) -> Non
     assert watched.visitors() == 0
 
 
+def test_holds_are_seen_by_others_until_they_are_closed_and_are_no_visits(place: _Place) -> None:
+    watched = place.files.make(Owned.FILE, "x")
+    holds = [place.another().find(Owned.FILE, "x", visit=False) for _ in range(2)]
+    seen = [watched.is_held()]
+    for hold in holds:
+        assert hold is not None
+        hold.hold()
+    for hold in holds:
+        assert hold is not None
+        seen.append(watched.is_held())
+        hold.close()
+    seen.append(watched.is_held())
+
+    assert seen == [False, True, True, False]
+    assert watched.visitors() == 0
+    watched.close()
+
+
 def test_who_only_looks_is_no_visitor(place: _Place) -> None:
     visit = place.files.make(Owned.FILE, "x")
     assert place.files.find(Owned.FILE, "x", visit=False)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that are kept between requests to a server, and those that must not be."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from imageserver.backends.nbd.exports import NbdExports
+from imageserver.backends.nbd.kind import NbdImage
+from imageserver.backends.nbd.peers import has_orphans
+from imageserver.core.errors import BackendError
+from imageserver.core.ports import Backend, Intent, no_client
+from tests.unit.backends.opened import SLOW, WHOLE, exports_of
+from tests.unit.nbd_liar import DISCONNECT, MULTI_CONN, Liar, Peer, lying
+
+
+@pytest.fixture
+def liar(tmp_path: Path) -> Iterator[Liar]:
+    with lying(Liar(tmp_path / "nbd")) as liar:
+        yield liar
+
+
+@pytest.fixture
+def keeping(liar: Liar) -> Iterator[NbdExports]:
+    """What keeps connections, with a server that lets it."""
+    liar.flags |= MULTI_CONN
+    exports = exports_of(idle_seconds=60.0)
+    yield exports
+    exports.drain()
+
+
+OPERATIONS: dict[str, tuple[Intent, Callable[[Backend], object]]] = {
+    "read": (Intent.READ, SLOW["read"]),
+    "write": (Intent.WRITE, SLOW["write"]),
+    "zero": (Intent.WRITE, SLOW["zero"]),
+    "flush": (Intent.FLUSH, SLOW["flush"]),
+    "extents": (Intent.EXTENTS, SLOW["extents"]),
+    "dirty extents": (
+        Intent.DIRTY_EXTENTS,
+        lambda backend: list(backend.extents(0, WHOLE, dirty=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("bitmap", [None, "b"], ids=["no-bitmap", "bitmap"])
+def test_one_connection_serves_every_operation(
+    liar: Liar, keeping: NbdExports, bitmap: str | None
+) -> None:
+    image = NbdImage(str(liar.path), bitmap=bitmap)
+    for intent, work in OPERATIONS.values():
+        backend = keeping.open(image, intent, no_client, "x")
+        work(backend)
+        backend.close()
+        backend.close()
+
+    assert {number for number, *_ in liar.got} == {0}
+    wanted = [b"base:allocation"] + [b"qemu:dirty-bitmap:b"] * (bitmap is not None)
+    assert liar.contexts == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "transfer", "idle_seconds"),
+    [
+        pytest.param(0, "x", 60.0, id="room-for-one"),
+        pytest.param(MULTI_CONN, "", 60.0, id="probe"),
+        pytest.param(MULTI_CONN, "x", 0.0, id="turned-off"),
+    ],
+)
+def test_where_none_is_kept_each_request_has_a_connection_and_asks_for_what_it_needs(
+    liar: Liar, flags: int, transfer: str, idle_seconds: float
+) -> None:
+    liar.flags |= flags
+    exports = exports_of(idle_seconds)
+    for _ in range(3):
+        backend = exports.open(NbdImage(str(liar.path)), Intent.READ, no_client, transfer)
+        work = liar.contexts.copy()
+        list(backend.read(0, 10))
+        backend.close()
+        liar.contexts.clear()
+
+    assert [(number, command) for number, command, *_ in liar.got if command == DISCONNECT] == [
+        (number, DISCONNECT) for number in range(3)
+    ]
+    assert work == []
+
+
+def test_a_request_that_fails_leaves_its_connection_to_nobody(
+    liar: Liar, keeping: NbdExports
+) -> None:
+    liar.status = lambda _offset, _length: [(0, 0)]
+    image = NbdImage(str(liar.path))
+    backend = keeping.open(image, Intent.EXTENTS, no_client, "x")
+    with pytest.raises(BackendError):
+        SLOW["extents"](backend)
+    backend.close()
+    again = keeping.open(image, Intent.READ, no_client, "x")
+    SLOW["read"](again)
+    again.close()
+
+    assert liar.got[-1][:2] in {(0, 0), (1, 0)}
+
+
+def test_a_reader_that_gives_up_leaves_its_connection_to_nobody(
+    liar: Liar, keeping: NbdExports
+) -> None:
+    goes_on = threading.Event()
+    liar.before = lambda _: len(liar.got) <= 2 or goes_on.wait(10)  # a warm-up, a piece
+    image = NbdImage(str(liar.path))
+    backend = keeping.open(image, Intent.READ, no_client, "x")
+    reading = backend.read(0, WHOLE)
+    next(reading)
+    reading.close()  # the second piece is on its way
+    closing = threading.Thread(target=backend.close)
+    closing.start()
+    goes_on.set()
+    closing.join()
+    again = keeping.open(image, Intent.READ, no_client, "x")
+    list(again.read(0, 10))
+    again.close()
+
+    assert liar.got[-1][:2] == (1, 0)
+
+
+def test_a_request_that_is_cut_late_does_not_cut_the_next_one(
+    liar: Liar, keeping: NbdExports
+) -> None:
+    image = NbdImage(str(liar.path))
+    first = keeping.open(image, Intent.READ, no_client, "x")
+    first.close()
+    second = keeping.open(image, Intent.READ, no_client, "x")
+    first.stop()
+
+    assert b"".join(map(bytes, second.read(0, 2))) == b"DD"
+    second.close()
+
+
+def test_a_kept_connection_is_no_orphan(liar: Liar, keeping: NbdExports) -> None:
+    keeping.open(NbdImage(str(liar.path)), Intent.READ, no_client, "x").close()
+    assert not has_orphans(str(liar.path))
+
+
+def test_a_connection_that_the_server_has_closed_is_replaced_unseen(
+    liar: Liar, keeping: NbdExports
+) -> None:
+    image = NbdImage(str(liar.path))
+    serve = liar.answer
+
+    def answer(peer: Peer, *request: int) -> None:
+        serve(peer, *request)
+        if len(liar.got) == 1:
+            raise OSError  # closes the connection
+
+    liar.answer = answer  # type: ignore[method-assign]
+    for _ in range(2):
+        backend = keeping.open(image, Intent.READ, no_client, "x")
+        assert b"".join(map(bytes, backend.read(0, 2))) == b"DD"
+        backend.close()
+        for thread in threading.enumerate():
+            if thread.name == "client 0":
+                thread.join(5)
+
+    assert [number for number, *_ in liar.got] == [0, 1]

@@ -24,6 +24,7 @@ class Image:
         self.bytes = bytearray(data[:SIZE])
         self.bytes[slice(*ZEROS)] = bytes(ZEROS[1] - ZEROS[0])
         self.reads = 0
+        self.was_busy = False
 
     def extents(self, start: int, stop: int, *, dirty: bool) -> list[dict[str, Any]]:
         bounds = [0, *ZEROS, SIZE]
@@ -132,6 +133,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.image.lie == "extents end early":
             del found[-1]
         self.answer(200, found)
+
+    def handle_expect_100(self) -> bool:
+        if self.image.lie == "busy for a moment" and not self.image.was_busy:
+            self.image.was_busy = True
+            self.refuse(409, Connection="close")
+            return False
+        return super().handle_expect_100()
 
     def do_PUT(self) -> None:
         if self.unknown():

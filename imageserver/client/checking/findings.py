@@ -83,10 +83,17 @@ class Subject:
 
     def ask(self, request: Request) -> Reply:
         """Make one request on a connection of its own."""
+        return self.ask_by(lambda connection: connection.ask(request))
+
+    def ask_by(self, ask: Callable[[Connection], Reply]) -> Reply:
+        """Ask on a connection of its own; again while the server is busy.
+
+        It may be so with what was left half-read, until it notices that.
+        """
 
         def once() -> Reply:
             with self.connection() as connection:
-                reply = connection.ask(request)
+                reply = ask(connection)
             if reply.status in _BUSY:
                 raise Busy(f"the server is busy: {reply.error}", 0.2)
             return reply

@@ -150,8 +150,8 @@ def _expected(subject: Subject) -> str:
     span = _inside(subject)
 
     def put(data: bytes) -> Reply:
-        with subject.connection() as connection:
-            return connection.ask_expecting("PUT", _content_range(*span), data)
+        headers = _content_range(*span)
+        return subject.ask_by(lambda connection: connection.ask_expecting("PUT", headers, data))
 
     reply = _rewritten(subject, span, put)
     if not reply.continued:

@@ -10,9 +10,10 @@ from imageserver.client.http.access import Access
 from tests.unit.liars import liar
 
 
-def found(lie: str) -> list[Finding]:
+def found(lie: str, seconds: float = 0) -> list[Finding]:
     with liar(lie) as url:
-        return list(findings(Subject(Access(url, timeout_seconds=10), 0), CHECKS + WRITE_CHECKS))
+        subject = Subject(Access(url, timeout_seconds=10), seconds)
+        return list(findings(subject, CHECKS + WRITE_CHECKS))
 
 
 def failed(lie: str) -> set[str]:
@@ -66,6 +67,12 @@ def test_an_honest_server_is_believed() -> None:
     others = [one for one in found("") if one.verdict is not Verdict.OK]
     # http.server asks for every body that it is offered.
     assert [(one.check, one.verdict) for one in others] == [("Expect, refused", Verdict.DIFFERS)]
+
+
+def test_a_server_that_is_busy_for_a_moment_is_asked_again() -> None:
+    verdicts = {one.check: one.verdict for one in found("busy for a moment", 10)}
+    assert Verdict.FAILED not in verdicts.values()
+    assert verdicts["Expect: 100-continue"] is Verdict.OK
 
 
 def test_every_check_has_a_lie_or_a_manner() -> None:

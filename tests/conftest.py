@@ -4,7 +4,13 @@
 import os
 import signal
 
+from hypothesis import settings
+
 from tests.system.harness import with_sbin
+
+# A busy machine takes as long as it likes over one example; a test that hangs has a timeout.
+settings.register_profile("any_machine", deadline=None)
+settings.load_profile("any_machine")
 
 
 def pytest_configure() -> None:

@@ -18,7 +18,13 @@ from queue import SimpleQueue
 
 from imageserver.backends.file.kind import FileImage
 from imageserver.backends.file.places import Place, find, refuse_made_up_links
-from imageserver.backends.file.replacement import NewFile, check_target, copy_attributes, sweep
+from imageserver.backends.file.replacement import (
+    NewFile,
+    check_target,
+    copy_attributes,
+    old_kept,
+    sweep,
+)
 from imageserver.backends.ring import Ring, Side, fill
 from imageserver.core.errors import (
     NO_DESCRIPTOR,
@@ -191,8 +197,9 @@ class ImageFile:
             if self._fd >= 0:
                 copy_attributes(self._fd, new.fd)  # again, for writing clears set-id bits
             os.fsync(new.fd)
-            new.rename(self._place.name)
-            os.fsync(directory)
+            with old_kept(directory, self._place.name, self._fd, new.fd):
+                new.rename(self._place.name)
+                os.fsync(directory)
         self._is_replaced = True
         yield length
 

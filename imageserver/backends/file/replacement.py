@@ -4,13 +4,14 @@
     O_TMPFILE --write--> fsync --linkat--> .imageserver-XXXX.part --rename--> image --fsync--> dir
 
 Readers and disk see the old image or the new one, and whoever dies on the way leaves nothing
-behind, but for the moment between linkat and rename; the next replacement in that directory
+behind, but for the moment between linkat and the end; the next replacement in that directory
 sweeps such a file, which is told from a live one by its lock. Where the file system has no
 O_TMPFILE, the file has its name from the beginning.
 
 Everything happens in a directory that is open already: ``directory`` is a descriptor that can
 be read (``places``). What can fail is tried before the body is asked for: ``check_target``,
-``NewFile`` and ``copy_attributes``. Behind the rename there is the directory's fsync alone.
+``NewFile`` and ``copy_attributes``. Behind the rename there is the directory's fsync alone; while
+it runs the old file has a second name, from which it gets its own back (``old_kept``).
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import re
 import secrets
 import stat
 import time
+from collections.abc import Iterator
 from typing import Self
 
 _PREFIX = b".imageserver-"
@@ -110,7 +112,7 @@ class NewFile:
         return True
 
     def _new_name(self) -> bytes:
-        return _PREFIX + secrets.token_hex(8).encode() + self._suffix
+        return _name(self._suffix)
 
     def rename(self, target: bytes) -> None:
         """Put the file in the target's place; a name in the same directory."""
@@ -145,6 +147,49 @@ class NewFile:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def old_kept(directory: int, name: bytes, old: int, new: int) -> Iterator[None]:
+    """Where the block fails after it has renamed ``new``, give ``name`` back to ``old``.
+
+    Both are open files. ``old`` is -1 where there is none: then nothing has the name again.
+    Where the file system has no hard links or locks, ``new`` stays.
+    """
+    kept = _second_name(directory, old)
+    try:
+        yield
+    except OSError:
+        # A disk that fails may fail here as well; the first error is the one to tell.
+        with contextlib.suppress(OSError):
+            if _is(new, name, directory):
+                if kept:
+                    os.rename(kept, name, src_dir_fd=directory, dst_dir_fd=directory)
+                elif old < 0:
+                    os.unlink(name, dir_fd=directory)
+        raise
+    finally:
+        if kept:
+            with contextlib.suppress(OSError):
+                os.unlink(kept, dir_fd=directory)
+            fcntl.flock(old, fcntl.LOCK_UN)
+
+
+def _second_name(directory: int, old: int) -> bytes | None:
+    """Give a file another name, which no sweep removes while it is open; None if that fails."""
+    if old < 0:
+        return None
+    name = _name(_SUFFIX)
+    try:
+        fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.link(b"/proc/self/fd/%d" % old, name, dst_dir_fd=directory, follow_symlinks=True)
+    except OSError:
+        return None
+    return name
+
+
+def _name(suffix: bytes) -> bytes:
+    return _PREFIX + secrets.token_hex(8).encode() + suffix
 
 
 def check_target(directory: int, name: bytes, old: int) -> None:

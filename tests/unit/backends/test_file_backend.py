@@ -2,11 +2,13 @@
 """The file backend where the system fails: before the body, in it, behind the exchange."""
 
 import errno
+import fcntl
 import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -184,18 +186,95 @@ def test_where_modes_are_the_mounts_a_file_is_replaced_all_the_same(
     assert image.read_bytes() == NEW
 
 
-def test_a_sync_that_fails_behind_the_exchange_is_an_error_with_the_new_file(
-    monkeypatch: pytest.MonkeyPatch, image: Path
-) -> None:
+@pytest.fixture
+def unsyncable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Let directories fail to sync, after what is given has been done."""
     really = os.fsync
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda fd: _raise(errno.EIO)() if stat.S_ISDIR(os.fstat(fd).st_mode) else really(fd),
-    )
+
+    def prepare(first: Callable[[], None]) -> None:
+        def syncing(fd: int) -> None:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                first()
+                _raise(errno.EIO)()
+            really(fd)
+
+        monkeypatch.setattr(os, "fsync", syncing)
+
+    return prepare
+
+
+def test_where_the_sync_behind_the_exchange_fails_the_old_file_is_put_back(
+    image: Path, unsyncable: Callable[[Callable[[], None]], None]
+) -> None:
+    seen: list[bytes] = []
+
+    def another_replacement_sweeps() -> None:
+        seen.append(image.read_bytes())
+        directory = os.open(image.parent, os.O_RDONLY)
+        replacement.sweep(directory)
+        os.close(directory)
+
+    unsyncable(another_replacement_sweeps)
+    before = image.stat()
+    with pytest.raises(FileAccessError, match="Input/output error"):
+        _put(image, Body())
+    assert seen == [NEW], "or this test proves nothing"
+    after = image.stat()
+    assert (after.st_ino, after.st_mode, after.st_nlink) == (before.st_ino, before.st_mode, 1)
+    assert image.read_bytes() == OLD
+    assert [p.name for p in image.parent.iterdir()] == ["image"]
+
+
+def test_where_the_sync_behind_the_exchange_fails_a_file_that_was_not_there_is_gone(
+    image: Path, unsyncable: Callable[[Callable[[], None]], None]
+) -> None:
+    image.unlink()
+    unsyncable(lambda: None)
+    with pytest.raises(FileAccessError, match="Input/output error"):
+        _put(image, Body())
+    assert list(image.parent.iterdir()) == []
+
+
+def test_what_somebody_else_has_put_in_the_place_meanwhile_stays(
+    image: Path, unsyncable: Callable[[Callable[[], None]], None]
+) -> None:
+    def others_replace() -> None:
+        other = image.with_name("other")
+        other.write_bytes(b"theirs")
+        other.rename(image)
+
+    unsyncable(others_replace)
+    with pytest.raises(FileAccessError, match="Input/output error"):
+        _put(image, Body())
+    assert image.read_bytes() == b"theirs"
+    assert [p.name for p in image.parent.iterdir()] == ["image"]
+
+
+def test_without_hard_links_the_new_file_stays_where_the_last_sync_fails(
+    monkeypatch: pytest.MonkeyPatch,
+    image: Path,
+    unsyncable: Callable[[Callable[[], None]], None],
+) -> None:
+    really = os.link
+
+    def linking(source: bytes, *args: Any, **kwargs: Any) -> None:
+        if source.startswith(b"/proc/"):
+            _raise(errno.EPERM)()
+        really(source, *args, **kwargs)
+
+    monkeypatch.setattr(os, "link", linking)
+    unsyncable(lambda: None)
     with pytest.raises(FileAccessError, match="Input/output error"):
         _put(image, Body())
     assert image.read_bytes() == NEW
+
+
+def test_a_replaced_file_is_left_without_a_name_or_a_lock(image: Path) -> None:
+    with image.open("rb") as old:
+        _put(image, Body())
+        assert os.fstat(old.fileno()).st_nlink == 0
+        fcntl.flock(old, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert [p.name for p in image.parent.iterdir()] == ["image"]
 
 
 def test_what_is_exchanged_between_look_and_opening_is_not_read(

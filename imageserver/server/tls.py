@@ -32,6 +32,8 @@ from imageserver.settings import Settings
 #: Neighbouring pieces up to this many bytes together are copied into one: each write costs a
 #: record of its own. A head and a small range are; a piece of a large body is not.
 _JOINED_BYTES = 128 * 1024
+#: SSL_OP_ENABLE_KTLS of OpenSSL 3, which has a name since Python 3.12.
+_ENABLE_KTLS = ssl.Options(0x8)
 #: What poll(2) says of a connection that is broken in both directions.
 _BROKEN = select.POLLERR | select.POLLHUP | select.POLLNVAL
 #: A context that no connection uses: see ``forget_errors``.
@@ -64,6 +66,8 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
     context.options |= ssl.OP_NO_RENEGOTIATION  # a client could make us work at will
     # HTTP knows how long a body is: one that ends early gets its answer, not OpenSSL's alert.
     context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
+    if settings.ktls == "on":
+        context.options |= _ENABLE_KTLS  # without effect where OpenSSL or the kernel lacks it
     context.set_alpn_protocols(["http/1.1"])
     _load_pair(context, settings.tls_cert, settings.tls_key)
     if settings.tls_client_ca:

@@ -159,6 +159,9 @@ class Settings:
     tls_client_ca: str = _setting(
         "", path, "PEM certificates of which one must have signed a client's", "any client"
     )
+    ktls: str = _setting(
+        "off", choice("off", "on"), "let the kernel encrypt where it can (kTLS): off or on"
+    )
     control_socket: str = _setting(
         "",
         socket_path,

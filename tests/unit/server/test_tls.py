@@ -44,8 +44,12 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def context(pki: Path) -> ssl.SSLContext:
-    settings = Settings(tls_cert=str(pki / "server.crt"), tls_key=str(pki / "server.key"))
-    made = server_context(settings)
+    return context_of(pki)
+
+
+def context_of(pki: Path, **more: str) -> ssl.SSLContext:
+    crt, key = (str(pki / name) for name in ("server.crt", "server.key"))
+    made = server_context(Settings(tls_cert=crt, tls_key=key, **more))
     assert made is not None
     return made
 
@@ -102,6 +106,17 @@ def test_a_context_speaks_what_the_contract_promises(context):
     assert context.options & ssl.OP_NO_RENEGOTIATION
     assert context.options & ssl.OP_IGNORE_UNEXPECTED_EOF
     assert context.verify_mode is ssl.CERT_NONE
+
+
+def test_where_the_kernel_may_encrypt_but_cannot_openssl_does(pki, context):
+    kernels = context_of(pki, ktls="on")
+    assert [made.options & 0x8 for made in (context, kernels)] == [0, 8]  # SSL_OP_ENABLE_KTLS
+    # A pair of Unix sockets: no kernel has TLS there.
+    with greeted(pki, kernels, *socket.socketpair()) as (client, ours):
+        TlsWire(ours, 10).send(b"head", b"body")
+        assert client.recv(100) == b"headbody"
+        client.sendall(b"request")
+        assert TlsWire(ours, 10).recv_into(memoryview(bytearray(100))) == 7
 
 
 def test_each_socket_gets_the_wire_that_fits(ends):

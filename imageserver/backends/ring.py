@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Self
 
 from imageserver.core.errors import Exhausted
-from imageserver.core.ports import Source
+from imageserver.core.sources import Source
 
 #: Most bytes that a worker keeps for its next transfers.
 _SPARE_BYTES = 8 << 20

@@ -18,6 +18,7 @@
     ├── FileAccessError          the image file cannot be opened, sized or replaced
     ├── NoSpace                  the disk is full
     ├── ShortBody                the client ended its body early
+    ├── DigestMismatch           the body is complete, and not what its digest says
     └── ClientGone               the client vanished or fell silent: nobody is left to answer
 
 ``web/error_answers.py`` holds the one table from these to answers. ``str(error)`` of the four
@@ -121,6 +122,15 @@ class ShortBody(ImageServerError):
     def __init__(self, received: int) -> None:
         super().__init__(f"body ended after {received} bytes")
         self.received = received
+
+
+class DigestMismatch(ImageServerError):
+    """The body is not what its ``header`` says; ``written`` bytes of it are in the image."""
+
+    def __init__(self, header: str, written: int) -> None:
+        super().__init__(f"body does not match its {header}")
+        self.header = header
+        self.written = written
 
 
 class ClientGone(ImageServerError):

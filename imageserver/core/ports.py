@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.slots import Deaths, Kind
+from imageserver.core.sources import Body, Source
 from imageserver.core.transfer import Transfer
 
 
@@ -36,29 +37,6 @@ class Ticket:
     operation: str
     image: str
     client: str
-
-
-class HasFileno(Protocol):
-    """Something poll(2) can wait for."""
-
-    def fileno(self) -> int:
-        """Return its file descriptor."""
-        ...
-
-
-class Source(Protocol):
-    """Where the bytes of a write come from: the client's body."""
-
-    def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
-        """Fill as much of ``buffer`` as has arrived, waiting for at least one byte.
-
-        Returns 0 only where the body has ended (or ``buffer`` is empty), or once ``until`` is
-        readable, which the image's side makes it when it fails.
-
-        Raises:
-            ClientGone: the connection broke or fell silent.
-        """
-        ...
 
 
 class Backend(Protocol):
@@ -101,7 +79,7 @@ class Backend(Protocol):
         """
         ...
 
-    def replace(self, length: int, source: Source) -> Iterator[int]:
+    def replace(self, length: int, source: Body) -> Iterator[int]:
         """Make ``length`` bytes from ``source`` the whole image; yield running totals.
 
         A file is replaced when the last byte is there; an export: as ``write`` from 0.

@@ -11,8 +11,8 @@ from contextlib import closing
 from imageserver.core.errors import BadRequest, MethodNotAllowed
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
-from imageserver.core.ports import Source
 from imageserver.core.ranges import Span, whole
+from imageserver.core.sources import Body
 from imageserver.images.sessions import Session
 
 #: What a read-only image allows (docs/api.md).
@@ -51,21 +51,28 @@ def _check_edges(session: Session, span: Span) -> None:
         )
 
 
-def write(session: Session, span: Span, source: Source, *, flush: bool = False) -> bool:
+def write(session: Session, span: Span, source: Body, *, flush: bool = False) -> bool:
     """Write ``span`` from ``source``; tell whether ``flush`` was asked for and done."""
     _check_edges(session, span)
     session.request.begin(span)
     for done in session.backend.write(span.start, span.length, source):
         session.request.progress(done)
-    return _flush_own(session, asked=flush)
+    return _finish(session, source, span.length, flush=flush)
 
 
-def replace(session: Session, length: int, source: Source, *, flush: bool = False) -> bool:
+def replace(session: Session, length: int, source: Body, *, flush: bool = False) -> bool:
     """Make ``length`` bytes from ``source`` the whole image; returns what ``write`` does."""
     session.request.begin(whole(length))
     for done in session.backend.replace(length, source):
         session.request.progress(done)
-    return _flush_own(session, asked=flush)
+    return _finish(session, source, length, flush=flush)
+
+
+def _finish(session: Session, source: Body, length: int, *, flush: bool) -> bool:
+    """Flush, and only then verify: what does not match is in the image, and treated as such."""
+    flushed = _flush_own(session, asked=flush)
+    source.verify(length)
+    return flushed
 
 
 def zero(session: Session, span: Span, *, flush: bool) -> None:

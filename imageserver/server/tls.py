@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from imageserver.core.errors import ClientGone
-from imageserver.core.ports import HasFileno
+from imageserver.core.sources import HasFileno
 from imageserver.server.wire import BLOCKED, Wire
 from imageserver.settings import Settings
 

@@ -19,7 +19,7 @@ from functools import partial
 
 from imageserver.core.entry import fields
 from imageserver.core.errors import ClientGone
-from imageserver.core.ports import HasFileno
+from imageserver.core.sources import HasFileno
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class RequestInput:
         self.left = length
 
     def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
-        """Fill ``buffer`` with what has arrived: see ``ports.Source``.
+        """Fill ``buffer`` with what has arrived: see ``sources.Source``.
 
         Raises:
             ClientGone: the connection broke or fell silent.

@@ -6,13 +6,15 @@ the environ with ``ZERO_COPY``, accepts memoryviews as pieces of a body, and its
 ``wsgi.input`` has ``readinto``. Under any other WSGI server pieces are copied into bytes.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import falcon
 
+from imageserver.core.digests import Expected
 from imageserver.core.errors import BadRequest, ClientGone
-from imageserver.core.ports import HasFileno
+from imageserver.core.sources import HasFileno
+from imageserver.images.hashing import Hashed
 from imageserver.images.sessions import Session
 
 #: A true value under this key: the server takes memoryviews, and gives ``readinto``.
@@ -22,7 +24,7 @@ ASKING = "imageserver.asking"
 
 
 class RequestSource:
-    """The request's body, ``length`` bytes of it: a ``ports.Source``."""
+    """The request's body, ``length`` bytes of it: a ``sources.Body``."""
 
     def __init__(self, req: falcon.Request, length: int) -> None:
         self._input: Any = req.env["wsgi.input"]
@@ -30,7 +32,7 @@ class RequestSource:
         self._zero_copy = bool(req.env.get(ZERO_COPY))
 
     def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
-        """Fill ``buffer`` with what has arrived: see ``ports.Source``."""
+        """Fill ``buffer`` with what has arrived: see ``sources.Source``."""
         wanted = min(len(buffer), self._left)
         if wanted == 0:
             return 0
@@ -41,6 +43,12 @@ class RequestSource:
         self._left -= count
         return count
 
+    def verify(self, written: int = 0) -> None:
+        """Return: this client has not said what it sends."""
+
+    def close(self) -> None:
+        """Return: nothing is held."""
+
     def _copy(self, buffer: memoryview, wanted: int) -> int:
         try:
             data = self._input.read(wanted)
@@ -48,6 +56,14 @@ class RequestSource:
             raise ClientGone from exc
         buffer[: len(data)] = data
         return len(data)
+
+
+def source_of(
+    req: falcon.Request, length: int, expected: Sequence[Expected]
+) -> RequestSource | Hashed:
+    """Return the request's body, hashed if the client has said what to expect. Close it."""
+    source = RequestSource(req, length)
+    return Hashed(source, length, expected) if expected else source
 
 
 def read_all(req: falcon.Request, length: int) -> bytes:

@@ -26,11 +26,12 @@ _RETRY_AFTER = {"Retry-After": "1"}
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A status, the message for the client, and further headers."""
+    """A status, the message for the client, further headers and fields beside the message."""
 
     status: int
     message: str
     headers: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, int] = field(default_factory=dict)
 
 
 _NO_SLOT = {
@@ -58,6 +59,7 @@ TABLE: dict[type[errors.ImageServerError], Callable[[Any], Answer]] = {
     errors.Exhausted: lambda _: Answer(503, "server busy", _RETRY_AFTER),
     errors.StateFull: lambda _: Answer(507, "no space left", _RETRY_AFTER),
     errors.ShortBody: lambda e: Answer(400, f"request body ended early at {e.received} bytes"),
+    errors.DigestMismatch: lambda e: Answer(400, str(e), fields={"bytes_written": e.written}),
     errors.NoSpace: lambda _: Answer(507, "no space left"),
     errors.FileAccessError: lambda _: Answer(500, "failed to access file"),
     errors.BackendError: lambda _: Answer(500, "backend error"),
@@ -129,4 +131,4 @@ def _send(resp: falcon.Response, answer: Answer) -> None:
     resp.status = answer.status
     for name, value in answer.headers.items():
         resp.set_header(name, value)
-    set_json(resp, {"error": answer.message})
+    set_json(resp, {"error": answer.message, **answer.fields})

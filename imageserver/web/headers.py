@@ -3,6 +3,7 @@
 
 import falcon
 
+from imageserver.core.digests import Expected, parse_digest
 from imageserver.core.errors import BadRequest, MethodNotAllowed
 from imageserver.core.patches import MAX_PATCH_SIZE
 from imageserver.core.ranges import ByteRange, parse_length, parse_position, parse_range
@@ -74,6 +75,17 @@ def json_length(req: falcon.Request) -> int:
     if not 1 <= length <= MAX_PATCH_SIZE:
         raise BadRequest("Invalid Content-Length")
     return length
+
+
+def read_digests(req: falcon.Request, *, is_whole: bool) -> list[Expected]:
+    """Return what the body is expected to be (RFC 9530): nothing, where no field says it.
+
+    ``Repr-Digest`` is about the whole image, so that it says nothing of a part.
+    """
+    names = ("Content-Digest", "Repr-Digest") if is_whole else ("Content-Digest",)
+    found = ((name, req.get_header(name)) for name in names)
+    digests = (parse_digest(name, value) for name, value in found if value is not None)
+    return [each for each in digests if each]
 
 
 def is_json(req: falcon.Request) -> bool:

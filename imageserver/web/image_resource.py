@@ -6,6 +6,7 @@ an image has is asked by the middleware before any responder runs.
 """
 
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,13 +24,14 @@ from imageserver.images.operations import READ_ONLY_METHODS, check_writable
 from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector
 from imageserver.images.sessions import Session, Sessions
 from imageserver.web.answers import OK, set_encoded, set_json, to_json
-from imageserver.web.body import ASKING, RequestSource, StreamedBody, read_all
+from imageserver.web.body import ASKING, StreamedBody, read_all, source_of
 from imageserver.web.headers import (
     body_length,
     check_method,
     full_body_length,
     is_json,
     json_length,
+    read_digests,
     read_flush,
     read_range,
 )
@@ -48,7 +50,7 @@ class Limits:
 
 
 #: What OPTIONS of the server itself says but for the limits: all that any image may have.
-_FEATURES = ("extents", "zero", "flush")
+_FEATURES = ("extents", "zero", "flush", "digest")
 _METHODS = ("GET", "PUT", "PATCH", "POST", "OPTIONS")
 
 
@@ -114,14 +116,15 @@ class ImageResource:
         self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
     ) -> dict[str, object]:
         length = full_body_length(req)
+        expected = read_digests(req, is_whole=True)
         with self._open(req, transfer, sessions.REPLACE) as session:
             check_writable(session.info)
             if transfer.image.kind.has_fixed_size:
                 _check_size(length, session.size)
             else:
                 _check_bound(length)
-            source = RequestSource(req, length)
-            done = operations.replace(session, length, source, flush=bool(flush))
+            with closing(source_of(req, length, expected)) as source:
+                done = operations.replace(session, length, source, flush=bool(flush))
         return _written(length, flush, done)
 
     def _put_range(
@@ -132,11 +135,12 @@ class ImageResource:
         wanted = parse_content_range(
             req.get_header("Content-Range", required=True), body_length(req)
         )
+        expected = read_digests(req, is_whole=False)
         with self._open(req, transfer, sessions.WRITE) as session:
             check_writable(session.info)
             span = wanted.resolve(session.size)
-            source = RequestSource(req, span.length)
-            done = operations.write(session, span, source, flush=bool(flush))
+            with closing(source_of(req, span.length, expected)) as source:
+                done = operations.write(session, span, source, flush=bool(flush))
         return _written(span.length, flush, done)
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
@@ -171,6 +175,7 @@ class ImageResource:
         length = body_length(req)
         if length == 0:
             raise BadRequest("Content-Length must be positive")
+        expected = read_digests(req, is_whole=False)
         with self._open(req, transfer, sessions.WRITE) as session:
             check_writable(session.info)
             span = wanted.resolve(session.size)
@@ -178,7 +183,8 @@ class ImageResource:
                 raise BadRequest(
                     f"Content-Length ({length}) must equal range length ({span.length})"
                 )
-            operations.write(session, span, RequestSource(req, length))
+            with closing(source_of(req, length, expected)) as source:
+                operations.write(session, span, source)
         return length
 
     def _open(self, req: falcon.Request, transfer: Transfer, need: sessions.Need) -> Session:

@@ -5,7 +5,7 @@ import falcon
 
 _ANSWER = {
     "unix_socket": None,
-    "features": ["extents", "zero", "flush"],
+    "features": ["extents", "zero", "flush", "digest"],
     "max_readers": 8,
     "max_writers": 1,
 }

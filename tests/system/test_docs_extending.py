@@ -56,7 +56,7 @@ def _options(server: Server) -> tuple[object, ...]:
 
 
 def test_a_back_end_added_by_the_steps_is_served(server: Server) -> None:
-    assert _options(server) == ("GET, HEAD, PUT, PATCH, OPTIONS", ["extents", "zero"], 1)
+    assert _options(server) == ("GET, HEAD, PUT, PATCH, OPTIONS", ["extents", "zero", "digest"], 1)
 
     data = bytes(range(256)) * (SIZE // 256)
     assert server.request("PUT", "/images/m", data).json["bytes_written"] == SIZE

@@ -149,7 +149,7 @@ def test_info_shows_size_and_abilities(image):
     )
     assert shown == {
         "size": "8 MiB (8388608 bytes)",
-        "features": "extents, flush, zero",
+        "features": "digest, extents, flush, zero",
         "methods": "GET, HEAD, OPTIONS, PATCH, PUT",
         "readers": "up to 8",
         "writers": "up to 2",

@@ -18,7 +18,7 @@ from tests.system.harness import Answer, Server, nbdkit, process, program, qemu_
 
 WRITABLE = "GET, PUT, PATCH, OPTIONS"
 READ_ONLY = "GET, OPTIONS"
-BOTH = ["extents", "zero", "flush"]
+BOTH = ["extents", "zero", "flush", "digest"]
 #: What the contract gives a server to finish its handshake, and a busy machine to notice.
 SECOND = 1.0
 SLACK = 1.5
@@ -58,9 +58,9 @@ def no_method(missing: str) -> tuple[str, ...]:
         (("-r", "memory", "1M"), None, ["extents"], READ_ONLY),
         (("-r", "memory", "1M"), False, ["extents"], READ_ONLY),
         (("--filter=noextents", "memory", "1M"), None, BOTH, WRITABLE),
-        (("--filter=nozero", "memory", "1M"), None, ["extents", "flush"], WRITABLE),
-        (no_method("can_flush"), None, ["extents", "zero"], WRITABLE),
-        (("--filter=nozero", *no_method("can_flush")), None, ["extents"], WRITABLE),
+        (("--filter=nozero", "memory", "1M"), None, ["extents", "flush", "digest"], WRITABLE),
+        (no_method("can_flush"), None, ["extents", "zero", "digest"], WRITABLE),
+        (("--filter=nozero", *no_method("can_flush")), None, ["extents", "digest"], WRITABLE),
     ],
     ids=[
         "writable",
@@ -241,9 +241,9 @@ def test_options_forget_what_another_server_at_the_same_socket_said(
     path = workplace / "changing.sock"
     image = server.add("changing", socket=str(path))
     for arguments, features in (
-        (("--filter=nozero", "memory", "1M"), ["extents", "flush"]),
+        (("--filter=nozero", "memory", "1M"), ["extents", "flush", "digest"]),
         (("memory", "1M"), BOTH),
-        (no_method("can_flush"), ["extents", "zero"]),
+        (no_method("can_flush"), ["extents", "zero", "digest"]),
     ):
         with nbdkit(path, *arguments):
             for _ in range(5):
@@ -251,6 +251,7 @@ def test_options_forget_what_another_server_at_the_same_socket_said(
 
 
 def test_options_follow_a_change_of_the_transfer_at_once(server: Server, workplace: Path):
+    without_zero = ["extents", "flush", "digest"]
     with (
         nbdkit(workplace / "one.sock", "memory", "1M") as one,
         nbdkit(workplace / "two.sock", "--filter=nozero", "memory", "1M") as two,
@@ -259,7 +260,7 @@ def test_options_follow_a_change_of_the_transfer_at_once(server: Server, workpla
             path = server.add("swap", socket=str(one))
             assert_announces(server.request("OPTIONS", path), BOTH, WRITABLE)
             server.add("swap", socket=str(two))
-            assert_announces(server.request("OPTIONS", path), ["extents", "flush"], WRITABLE)
+            assert_announces(server.request("OPTIONS", path), without_zero, WRITABLE)
             server.add("swap", socket=str(two), read_only=True)
             assert_announces(server.request("OPTIONS", path), ["extents"], READ_ONLY)
 

@@ -13,8 +13,9 @@ from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import ImageBusy
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import Image, ImageInfo
-from imageserver.core.ports import Account, Check, Intent, Owned, Source, Ticket, no_client
+from imageserver.core.ports import Account, Check, Intent, Owned, Ticket, no_client
 from imageserver.core.slots import Deaths, Kind
+from imageserver.core.sources import Source
 from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Sessions
 from imageserver.transfers.requests import Request
@@ -248,7 +249,7 @@ class FakeActivities:
 
 
 class Bytes:
-    """``ports.Source`` over bytes that arrive ``piece`` at a time."""
+    """``sources.Source`` over bytes that arrive ``piece`` at a time."""
 
     def __init__(self, data: bytes, piece: int = 3) -> None:
         self._data = data
@@ -259,3 +260,5 @@ class Bytes:
         buffer[:count] = self._data[:count]
         self._data = self._data[count:]
         return count
+
+    def verify(self, written: int = 0) -> None: ...

@@ -37,7 +37,8 @@ from imageserver.core.errors import (
 )
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
-from imageserver.core.ports import Check, Intent, Source, no_client
+from imageserver.core.ports import Check, Intent, no_client
+from imageserver.core.sources import Body, Source
 from imageserver.core.transfer import path_bytes, path_text
 
 #: Holes are looked for in steps of this size, the default cluster of qcow2 and the usual
@@ -169,7 +170,7 @@ class ImageFile:
             at += count
             yield buffer[:count]
 
-    def replace(self, length: int, source: Source) -> Iterator[int]:
+    def replace(self, length: int, source: Body) -> Iterator[int]:
         """Make the body the whole image: see ``ports.Backend``."""
         try:
             if stat.S_ISBLK(self._mode):
@@ -184,7 +185,7 @@ class ImageFile:
             raise BadRequest(f"Content-Length ({length}) must not exceed device size ({self.size})")
         yield from self._copy(length, source, lambda data, at: _write_all(self._fd, data, at))
 
-    def _replace(self, length: int, source: Source) -> Iterator[int]:
+    def _replace(self, length: int, source: Body) -> Iterator[int]:
         with ExitStack() as held:
             directory = self._place.open_directory()
             held.callback(os.close, directory)
@@ -193,6 +194,7 @@ class ImageFile:
             yield from self._copy(
                 length, source, lambda data, at: _write_sparsely(new.fd, data, at)
             )
+            source.verify()
             os.ftruncate(new.fd, length)
             if self._fd >= 0:
                 copy_attributes(self._fd, new.fd)  # again, for writing clears set-id bits

@@ -27,7 +27,8 @@ from imageserver.core import extents
 from imageserver.core.errors import BackendTimeout
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
-from imageserver.core.ports import Check, Intent, Source, no_client
+from imageserver.core.ports import Check, Intent, no_client
+from imageserver.core.sources import Source
 
 CONNECT_SECONDS = 10.0
 #: How long an OPTIONS or HEAD may wait for a server (docs/api.md).

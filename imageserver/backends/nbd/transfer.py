@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from imageserver.backends.nbd.link import Link
 from imageserver.backends.ring import Ring, Side, fill
 from imageserver.core.errors import ShortBody
-from imageserver.core.ports import Source
+from imageserver.core.sources import Source
 
 
 @dataclass(slots=True)
@@ -42,6 +42,14 @@ class _Piece:
     def wanted(self) -> memoryview:
         """Return the part that the client reads or writes."""
         return memoryview(self.buffer)[self.low - self.start : self.high - self.start]
+
+    def surround(self, offset: int, block: bytes) -> None:
+        """Put around the wanted part what ``block``, at ``offset`` of the image, has there."""
+        for start, stop in ((self.start, self.low), (self.high, self.stop)):
+            first, last = max(start, offset), min(stop, offset + len(block))
+            if first < last:
+                part = block[first - offset : last - offset]
+                self.buffer[first - self.start : last - self.start] = part
 
 
 def _cut(link: Link, start: int, stop: int) -> Iterator[_Piece]:
@@ -140,16 +148,15 @@ def _fill_pieces(
         if buffer is None:
             return  # the NBD side has failed
         piece.buffer = buffer
-        for offset, block in edges.items():
-            if piece.start <= offset < piece.stop:
-                at = offset - piece.start
-                buffer[at : at + len(block)] = block
         wanted = piece.wanted()
         filled = fill(source, wanted, ring)
         if filled < len(wanted):
             if ring.is_closed:
                 return  # the NBD side has failed
             raise ShortBody(piece.low - start + filled)
+        # Around what has come, and only then: the source says when a buffer may be written to.
+        for offset, block in edges.items():
+            piece.surround(offset, block)
         yield piece
 
 

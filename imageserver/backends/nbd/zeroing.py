@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from imageserver.backends.nbd.failures import NotSupported
 from imageserver.backends.nbd.link import Link
 from imageserver.backends.nbd.transfer import write
-from imageserver.core.ports import HasFileno
+from imageserver.core.sources import HasFileno
 
 #: Lengths are 32 bits on the wire; a large power of two keeps requests aligned for any format.
 _MAX_STEP = 1 << 31

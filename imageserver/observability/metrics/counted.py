@@ -26,6 +26,7 @@ REFUSALS: dict[type[errors.ImageServerError], str] = {
     errors.UnknownImage: "unknown_image",
     errors.MethodNotAllowed: "method_not_allowed",
     errors.RangeOutsideImage: "range_not_satisfiable",
+    errors.DigestMismatch: "digest_mismatch",
     errors.ImageBusy: "image_busy",
     errors.StateUnavailable: "state_unavailable",
     errors.StateFull: "state_unavailable",

@@ -59,6 +59,7 @@ REFUSALS = (
     "unknown_image",
     "method_not_allowed",
     "range_not_satisfiable",
+    "digest_mismatch",
 )
 CONNECTION_REFUSALS = ("too_many", "no_descriptor", "not_admitted")
 SLOTS = tuple(kind.name.lower() for kind in (Kind.READ, Kind.WRITE, Kind.OTHER))

@@ -16,7 +16,8 @@ from imageserver.backends.file import replacement
 from imageserver.backends.file.image import ImageFiles
 from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import FileAccessError, NoSpace
-from imageserver.core.ports import HasFileno, Intent
+from imageserver.core.ports import Intent
+from imageserver.core.sources import HasFileno
 
 OLD, NEW = b"old", b"new!"
 
@@ -35,6 +36,8 @@ class Body:
         buffer[:count] = NEW[self.asked : self.asked + count]
         self.asked += count
         return count
+
+    def verify(self, written: int = 0) -> None: ...
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from imageserver.backends.nbd import transfer
 from imageserver.core.errors import BackendError, ClientGone, NoSpace, ShortBody
-from imageserver.core.ports import HasFileno
+from imageserver.core.sources import HasFileno
 from tests.unit.backends.links import KIB, FakeLink, at
 
 SIZE = 64 * KIB - 100  # no multiple of any block
@@ -152,6 +152,22 @@ def test_only_blocks_that_are_covered_in_part_are_read() -> None:
     fake = _fake(align=512)
     list(transfer.write(fake.link, 1000, 5000, _Source(bytes(5000))))
     assert fake.sent("read") == [(512, 512), (5632, 512)]
+
+
+def test_edges_are_put_around_what_has_come_and_not_before() -> None:
+    seen = []
+
+    class Source(_Source):
+        def readinto(self, buffer: memoryview, until: HasFileno | None = None) -> int:
+            assert isinstance(buffer.obj, bytearray)
+            seen.append(bytes(buffer.obj[:488]))  # what lies before byte 1000 of the image
+            return super().readinto(buffer, until)
+
+    # A source may still be looking at what a buffer held before.
+    fake = _fake(align=512)
+    list(transfer.write(fake.link, 1000, 1000, Source(bytes(1000))))
+    assert seen[0] == bytes(488)
+    assert fake.content[512:1000] == CONTENT[512:1000]
 
 
 def test_both_edges_in_one_block_are_read_once() -> None:

@@ -20,6 +20,12 @@ def test_what_a_kind_announces_is_not_refused(kind: ImageKind) -> None:
 
 
 @kinds
+def test_an_image_that_can_be_written_announces_digests(kind: ImageKind) -> None:
+    assert "digest" in kind.features
+    assert "digest" not in kind.read_only_features
+
+
+@kinds
 def test_a_read_only_image_has_a_part_of_what_a_writable_one_has(kind: ImageKind) -> None:
     assert set(kind.read_only_methods) < set(kind.methods)
     assert set(kind.read_only_features) <= set(kind.features)

@@ -28,6 +28,8 @@ class _Gone:
     def readinto(self, buffer: memoryview, _until: object = None) -> int:
         raise ClientGone
 
+    def verify(self, written: int = 0) -> None: ...
+
 
 def test_reading_yields_the_span_and_shows_progress() -> None:
     world = World()

@@ -43,6 +43,7 @@ ANSWERS = [
     (errors.StateUnavailable(INTERNAL), 503, "server state unavailable", RETRY),
     (errors.Exhausted(INTERNAL), 503, "server busy", RETRY),
     (errors.StateFull(INTERNAL), 507, "no space left", RETRY),
+    (errors.DigestMismatch("Repr-Digest", 7), 400, "body does not match its Repr-Digest", {}),
     (errors.ShortBody(5), 400, "request body ended early at 5 bytes", {}),
 ]
 
@@ -75,7 +76,8 @@ def test_an_error_is_answered_as_the_table_says(
     client = testing.TestClient(app_over(world), headers={"X-Request-Id": "r1"})
     result = client.simulate_post("/images/t1/flush")
 
-    assert (result.status_code, result.json) == (status, {"error": message})
+    told = {"error": message, **answer_for(error).fields}
+    assert (result.status_code, result.json) == (status, told)
     expected = {
         "accept-ranges": "bytes",
         "access-control-allow-methods": "GET, PUT, OPTIONS",
@@ -130,7 +132,10 @@ def test_options_of_an_image_that_finds_no_descriptor_are_those_of_its_configura
 
     result = testing.TestClient(app_over(world)).simulate_options("/images/t1")
 
-    assert (result.status_code, result.json["features"]) == (200, ["extents", "zero", "flush"])
+    assert (result.status_code, result.json["features"]) == (
+        200,
+        ["extents", "zero", "flush", "digest"],
+    )
 
 
 def test_without_a_thread_to_keep_it_alive_a_transfer_is_not_begun() -> None:

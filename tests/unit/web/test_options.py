@@ -19,10 +19,12 @@ from tests.unit.webapp import COMMON, JSON, Call, app_over
 @pytest.mark.parametrize(
     ("path", "info", "features", "writers", "methods"),
     [
-        pytest.param("t1", None, ["extents", "zero", "flush"], 1, "PUT, PATCH", id="nbd"),
-        pytest.param("t1", (False, False), ["extents"], 1, "PUT, PATCH", id="nbd-without-either"),
+        pytest.param("t1", None, ["extents", "zero", "flush", "digest"], 1, "PUT, PATCH", id="nbd"),
+        pytest.param(
+            "t1", (False, False), ["extents", "digest"], 1, "PUT, PATCH", id="nbd-without-either"
+        ),
         pytest.param("ro", None, ["extents"], 0, "", id="read-only-transfer"),
-        pytest.param("f1", None, ["flush"], 1, "PUT, POST", id="file"),
+        pytest.param("f1", None, ["flush", "digest"], 1, "PUT, POST", id="file"),
     ],
 )
 def test_options_say_what_an_image_can_do(
@@ -100,7 +102,7 @@ def test_options_that_nobody_can_ask_for_come_from_the_configuration(world: Worl
     call = Call(app_over(world), "OPTIONS", "/images/t1", **{ASKING: Asking.NEVER})
 
     assert call.status == 200
-    assert json.loads(call.read())["features"] == ["extents", "zero", "flush"]
+    assert json.loads(call.read())["features"] == ["extents", "zero", "flush", "digest"]
     assert world.opened == []
 
 
@@ -117,4 +119,7 @@ def test_options_of_a_server_that_is_away_come_from_the_configuration(
 
     result = client.simulate_options("/images/t1")
 
-    assert (result.status_code, result.json["features"]) == (200, ["extents", "zero", "flush"])
+    assert (result.status_code, result.json["features"]) == (
+        200,
+        ["extents", "zero", "flush", "digest"],
+    )

@@ -6,6 +6,7 @@
     │   └── UnsupportedMediaType a PATCH that is neither JSON nor a range write
     ├── NotFound                 no such route
     ├── UnknownImage             no transfer has this id
+    ├── Unauthorized             the request does not show the transfer's token
     ├── MethodNotAllowed         the image lacks the method; carries those it has
     ├── RangeOutsideImage        the range holds no byte of the image; carries its size
     ├── ImageBusy                another operation holds the image's lock
@@ -55,6 +56,10 @@ class NotFound(ImageServerError):
 
 class UnknownImage(ImageServerError):
     """No transfer has this id, or its file is unusable."""
+
+
+class Unauthorized(ImageServerError):
+    """The transfer has a token, and the request does not show it (RFC 9110 section 15.5.2)."""
 
 
 class MethodNotAllowed(ImageServerError):

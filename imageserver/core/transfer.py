@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 
 from imageserver.core.jsontext import InvalidJson, parse_json
 from imageserver.core.kinds import Image, ImageKind, Kinds
+from imageserver.core.token import VALID, Token, is_token
 
 #: Largest transfer file, in bytes.
 MAX_TRANSFER_SIZE = 64 * 1024
@@ -52,6 +53,8 @@ class Transfer:
     read_only: bool = False
     idle_seconds: int | None = None
     """Expires when unused for so long; None: never."""
+    token: Token | None = None
+    """What every request must show; None: nothing but the id."""
     changed_ns: int = field(default=0, compare=False)
     """When the file that says so was changed, since the Unix epoch."""
     ignored: tuple[str, ...] = field(default=(), compare=False)
@@ -100,15 +103,29 @@ def transfer_from_fields(transfer_id: str, fields: Mapping[str, object], kinds: 
     read_only = fields.get("read_only")
     if read_only is not None and not isinstance(read_only, bool):
         raise InvalidTransfer('"read_only" must be true or false')
-    idle = _idle_seconds(fields)
-    return Transfer(transfer_id, kind.parse(fields), bool(read_only), idle, ignored=ignored)
+    idle, token = _idle_seconds(fields), _token(fields)
+    image = kind.parse(fields)
+    return Transfer(transfer_id, image, bool(read_only), idle, token, ignored=ignored)
 
 
 def to_fields(transfer: Transfer) -> dict[str, object]:
-    """Return the object that ``transfer_from_fields`` turns into this transfer."""
+    """Return a transfer's object, as it may be shown: of a token it says only that there is one.
+
+    Without a token it is what ``transfer_from_fields`` turns into this transfer.
+    """
     image = transfer.image
     common = {"read_only": transfer.read_only, "idle_timeout_seconds": transfer.idle_seconds}
-    return {"backend": image.kind.name} | image.fields() | common
+    token = {"token": True} if transfer.token else {}
+    return {"backend": image.kind.name} | image.fields() | common | token
+
+
+def to_secret_fields(transfer: Transfer) -> dict[str, object]:
+    """Return the object that ``transfer_from_fields`` turns into this transfer, token and all.
+
+    For whom it is kept, or made known to, only: never for a log or a status.
+    """
+    token = {"token": transfer.token.secret} if transfer.token else {}
+    return to_fields(transfer) | token
 
 
 def has_expired(transfer: Transfer, unused_ns: int) -> bool:
@@ -141,13 +158,24 @@ def _idle_seconds(fields: Mapping[str, object]) -> int | None:
     return min(value, MAX_IDLE_SECONDS) if value >= 1 else DAY_SECONDS
 
 
+def _token(fields: Mapping[str, object]) -> Token | None:
+    value = fields.get("token")
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise InvalidTransfer('"token" must be a string')
+    if not is_token(value):  # the message goes to logs: nothing of the value is in it
+        raise InvalidTransfer(f'"token" must be {VALID}')
+    return Token(value)
+
+
 def _quoted(text: str) -> str:
     """Return text for a log line: printable, on one line, not endless."""
     return "".join(c if c.isprintable() else "?" for c in text[:_MAX_QUOTED])
 
 
 #: The fields of every transfer; the server's own files have their id as well.
-_COMMON_FIELDS = ("backend", "read_only", "idle_timeout_seconds", "transfer_id")
+_COMMON_FIELDS = ("backend", "read_only", "idle_timeout_seconds", "token", "transfer_id")
 
 
 def _ignored(fields: Mapping[str, object], kind: ImageKind, kinds: Kinds) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from imageserver.core.transfer import (
     Transfer,
     id_hash,
     is_valid_id,
-    to_fields,
+    to_secret_fields,
 )
 from imageserver.runtime.guard import guarded
 from imageserver.runtime.private import open_private, own_files, read_regular
@@ -74,7 +74,7 @@ class RegistrationFiles:
             StateUnavailable: the directory was removed or replaced, or it cannot be written.
         """
         self._require()
-        fields = {"transfer_id": transfer.id} | to_fields(transfer)
+        fields = {"transfer_id": transfer.id} | to_secret_fields(transfer)
         text = json.dumps(fields, ensure_ascii=False).encode()
         if len(text) > MAX_TRANSFER_SIZE:
             raise InvalidTransfer(f"larger than {MAX_TRANSFER_SIZE} bytes")

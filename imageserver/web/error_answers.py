@@ -45,6 +45,9 @@ _NO_SLOT = {
 TABLE: dict[type[errors.ImageServerError], Callable[[Any], Answer]] = {
     errors.NotFound: lambda _: Answer(404, "not found"),
     errors.UnknownImage: lambda _: Answer(404, "unknown image_id"),
+    errors.Unauthorized: lambda _: Answer(
+        401, "missing or wrong token", {"WWW-Authenticate": "Bearer"}
+    ),
     errors.BadRequest: lambda e: Answer(400, e.message),
     errors.UnsupportedMediaType: lambda e: Answer(415, e.message),
     errors.MethodNotAllowed: lambda e: Answer(

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every request goes through: id and method before any responder, headers after.
+"""What every request goes through: id, token, method before any responder, headers after.
 
-The order of checks is part of the API (docs/api.md): route, id, method; responders do the rest.
+The order of checks is part of the API (docs/api.md): route, id, token, method; responders do the
+rest.
 """
 
 from typing import Any, Protocol
 
 import falcon
 
-from imageserver.core.errors import NotFound, UnknownImage
+from imageserver.core.errors import NotFound, Unauthorized, UnknownImage
 from imageserver.core.transfer import Transfer
 from imageserver.transfers.tracking import Tracker
 from imageserver.web.body import StreamedBody
@@ -50,7 +51,7 @@ class ImageMiddleware:
         resource: Resource,
         params: dict[str, Any],
     ) -> None:
-        """Look the id up, then see whether the image has the method."""
+        """Look the id up, see whether its token is shown, and whether the image has the method."""
         if "image_id" not in params:
             if req.path == "/*":  # the request target "*" has no slash
                 raise NotFound(req.path)
@@ -61,6 +62,8 @@ class ImageMiddleware:
             raise NotFound(req.path)
         probes = req.method == "OPTIONS"
         transfer = self._tracker.enter(request_of(req), params.pop("image_id"), probes=probes)
+        if transfer.token and not transfer.token.is_shown(req.env.get("HTTP_AUTHORIZATION")):
+            raise Unauthorized
         resource.check_method(req.method, transfer)
         params["transfer"] = transfer
 

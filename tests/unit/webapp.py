@@ -8,6 +8,7 @@ from falcon import testing
 
 from imageserver.core.errors import UnknownImage
 from imageserver.core.reports import Journal
+from imageserver.core.token import Token
 from imageserver.core.transfer import Transfer
 from imageserver.images.probing import Inspector
 from imageserver.transfers.lookup import Catalogue
@@ -28,13 +29,14 @@ JSON = {"content-type": "application/json"}
 LIMITS = Limits(max_readers=8, max_writers=1, unix_socket=None)
 READ_ONLY = Transfer("ro", DISK, read_only=True)
 EXPIRING = Transfer("ex", DISK, idle_seconds=60)
+WITH_TOKEN = Transfer("tok", DISK, idle_seconds=60, token=Token("s3cr3t"))
 
 
 class Known:
     """``ports.Transfers``: those that the tests name."""
 
     def get(self, transfer_id: str) -> Transfer:
-        for transfer in (TRANSFER, FILE_TRANSFER, READ_ONLY, EXPIRING):
+        for transfer in (TRANSFER, FILE_TRANSFER, READ_ONLY, EXPIRING, WITH_TOKEN):
             if transfer.id == transfer_id:
                 return transfer
         raise UnknownImage(transfer_id)

@@ -105,7 +105,7 @@ class Connection:
 
     def send(self, request: Request) -> None:
         """Send a request; its answer may wait."""
-        target, headers = self.target + request.target, dict(request.headers)
+        target, headers = self.target + request.target, {**self._access.fields, **request.headers}
         with _translated():
             self._connection.request(request.method, target, request.body, headers)
 
@@ -126,7 +126,8 @@ class Connection:
         connection = self._connection
         with _translated():
             connection.putrequest(method, self.target)
-            for name, value in ({"Expect": "100-continue"} | dict(headers)).items():
+            sent = {"Expect": "100-continue"} | self._access.fields | dict(headers)
+            for name, value in sent.items():
                 connection.putheader(name, value)
             connection.putheader("Content-Length", str(len(body)))
             connection.endheaders()

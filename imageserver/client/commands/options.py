@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imageserver.client.http.access import Access
+from imageserver.client.local.token_file import read_token, token_of_environment
 
 if TYPE_CHECKING:
     from imageserver.client.http.remote import Remote
@@ -31,12 +32,15 @@ class Options:
     timeout_seconds: float = 60.0
     patience_seconds: float = 60.0
     quiet: bool = False
+    token_file: str | None = None
 
     def access(self, url: str) -> Access:
         """Return how to reach a URL with these options."""
         if self.key and not self.cert:
             raise click.UsageError("--key goes with --cert.")
-        return Access(url, self.cacert, self.cert, self.key, self.unix_socket, self.timeout_seconds)
+        tls = self.cacert, self.cert, self.key
+        token = read_token(self.token_file) if self.token_file else token_of_environment()
+        return Access(url, *tls, self.unix_socket, self.timeout_seconds, token)
 
     def remote(self, url: str) -> "Remote":
         """Return the image behind a URL."""
@@ -90,6 +94,11 @@ _COMMON = {
     "key": click.option("--key", type=_PATH, help="Its private key, if in a file of its own."),
     "unix_socket": click.option(
         "--unix-socket", metavar="PATH", help="Connect here (@NAME: abstract)."
+    ),
+    "token_file": click.option(
+        "--token-file",
+        type=_PATH,
+        help="Show the token in this file.  [env var, with the token itself: IMAGECTL_TOKEN]",
     ),
     "timeout_seconds": click.option(
         "--timeout",

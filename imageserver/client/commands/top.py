@@ -50,7 +50,7 @@ Polls = Iterator[tuple[Status, str]]
 )
 @click.option("--once", is_flag=True, help="Ask once; rates are averages.")
 @ascii_option
-@common_options(without=["timeout_seconds", "patience_seconds", "quiet"])
+@common_options(without=["token_file", "timeout_seconds", "patience_seconds", "quiet"])
 def top_command(
     *, admin_url: str, interval: float, once: bool, plain: bool, options: Options
 ) -> None:

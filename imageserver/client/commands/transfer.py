@@ -17,6 +17,7 @@ from imageserver.backends.table import KINDS
 from imageserver.client.commands.options import MAX_WAIT, Seconds
 from imageserver.client.http.access import Access
 from imageserver.client.local.control_socket import ControlSocket
+from imageserver.client.local.token_file import read_token
 from imageserver.client.local.transfer_files import ConfigDirectory
 from imageserver.client.showing.terminal import write
 from imageserver.client.showing.units import plain_text
@@ -87,6 +88,11 @@ def _absolute(_context: click.Context, _option: click.Parameter, path: str | Non
 @click.option("--file", metavar="PATH", callback=_absolute, help="Instead: a file or block device.")
 @click.option("--read-only", is_flag=True, help="Forbid every change.")
 @click.option("--idle-timeout", type=int, metavar="SECONDS", help="Expire if unused for so long.")
+@click.option(
+    "--token-file",
+    type=click.Path(dir_okay=False),
+    help="Demand the token in this file of every request.",
+)
 @click.option("--id", "transfer_id", help="Its id; default: a random UUID.")
 @click.option("--url", metavar="BASE", help="Also print its URL at this server (http://HOST:PORT).")
 @_place_options
@@ -99,6 +105,7 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     file: str | None,
     read_only: bool,
     idle_timeout: int | None,
+    token_file: str | None,
     transfer_id: str | None,
     url: str | None,
     control_socket: str | None,
@@ -107,7 +114,7 @@ def add_command(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Add a transfer of an image, and print its id.
 
-    Whoever knows the id may use the image.
+    Whoever knows the id, and the token if there is one, may use the image.
     """
     if bool(nbd) == bool(file):
         raise click.UsageError("name the image: either --nbd SOCKET or --file PATH.")
@@ -117,6 +124,7 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     if nbd:
         fields = {"backend": "nbd", "socket": nbd, "export": export, "export_bitmap": bitmap}
     fields |= {"read_only": read_only, "idle_timeout_seconds": idle_timeout}
+    fields["token"] = read_token(token_file) if token_file else None
     where = Access(f"{url.rstrip('/')}/images/") if url else None  # fails before anything is added
     try:
         transfer = transfer_from_fields(
@@ -182,4 +190,5 @@ def _row(transfer: Transfer) -> tuple[str, str, str, str, str]:
     place, bitmap = str(transfer.image), str(to_fields(transfer).get("export_bitmap") or "")
     expires = "never" if transfer.idle_seconds is None else f"{transfer.idle_seconds} s unused"
     access = "read" if transfer.read_only else "read, write"
+    access += ", token" if transfer.token else ""
     return plain_text(transfer.id), plain_text(place), plain_text(bitmap), access, expires

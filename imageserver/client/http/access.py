@@ -4,7 +4,7 @@
 import ipaddress
 import re
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from imageserver.client.failures import BadUrl, LocalFailure
@@ -25,6 +25,13 @@ class Access:
     key: str | None = None
     unix_socket: str | None = None
     timeout_seconds: float = 60.0
+    token: str | None = field(default=None, repr=False)
+    """What every request shows; redirections, to which it would go along, are not followed."""
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The header fields that every request has."""
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
 
     @property
     def host(self) -> str:

@@ -43,7 +43,7 @@ class Transport:
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         #: The server's name in messages.
         self.name = access.unix_socket or parts.netloc
-        self._host_field = access.host_field
+        self._fields = {"Host": access.host_field, "User-Agent": "imagectl"} | access.fields
         self._sockets = Sockets()
         self._pool = make_pool(access, connections, self._sockets)
 
@@ -68,8 +68,7 @@ class Transport:
                 target,
                 body=body,  # type: ignore[arg-type] # pieces for `send`, which takes any buffer
                 headers={
-                    "Host": self._host_field,
-                    "User-Agent": "imagectl",
+                    **self._fields,
                     "Accept-Encoding": "identity",
                     **(headers or {}),
                 },

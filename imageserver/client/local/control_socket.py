@@ -4,15 +4,16 @@
 import json
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from imageserver.backends.table import KINDS
 from imageserver.client.failures import Busy, Failed, Refused, Unreachable
+from imageserver.core.token import UNTOLD
 from imageserver.core.transfer import (
     InvalidTransfer,
     Transfer,
-    to_fields,
+    to_secret_fields,
     transfer_from_fields,
 )
 
@@ -36,7 +37,8 @@ class ControlSocket:
 
     def add(self, transfer: Transfer) -> None:
         """Register a transfer."""
-        config = {name: value for name, value in to_fields(transfer).items() if value is not None}
+        given = to_secret_fields(transfer)
+        config = {name: value for name, value in given.items() if value is not None}
         self._ask(
             {"action": "register", "transfer_id": transfer.id, "config": config},
             self.timeout_seconds,
@@ -57,10 +59,7 @@ class ControlSocket:
             more = {"after": found[-1].id} if found else {}
             answer = self._ask({"action": "list"} | more, self.timeout_seconds)
             try:
-                page = [
-                    transfer_from_fields(each["transfer_id"], each["config"], KINDS)
-                    for each in answer["transfers"]
-                ]
+                page = [_listed(each) for each in answer["transfers"]]
             except (KeyError, TypeError, InvalidTransfer) as exc:
                 raise Failed(f"{self.path} answered with a list that is none") from exc
             found += page
@@ -92,3 +91,11 @@ class ControlSocket:
         if message in _TRANSIENT:
             raise Busy(f"the server said: {_TRANSIENT[message]}")
         raise Refused(f"the server refused: {message}")
+
+
+def _listed(each: Mapping[str, Any]) -> Transfer:
+    """Return a transfer of a list, which tells no token, but that there is one."""
+    fields = dict(each["config"])
+    has_token = fields.pop("token", None) is not None
+    transfer = transfer_from_fields(each["transfer_id"], fields, KINDS)
+    return replace(transfer, token=UNTOLD) if has_token else transfer

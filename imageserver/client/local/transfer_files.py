@@ -20,7 +20,7 @@ from imageserver.core.transfer import (
     is_valid_id,
     parse_transfer,
     path_bytes,
-    to_fields,
+    to_secret_fields,
 )
 
 #: Prefix of new files before their rename; the rest is random: a server may see it as an id.
@@ -39,7 +39,8 @@ class ConfigDirectory:
         Its mode is 0600; or 0640 where the directory has the set-group-ID bit, so that the
         server can read it, whose group the directory has.
         """
-        fields = {name: value for name, value in to_fields(transfer).items() if value is not None}
+        given = to_secret_fields(transfer)
+        fields = {name: value for name, value in given.items() if value is not None}
         text = json.dumps(fields, ensure_ascii=False).encode() + b"\n"
         if len(text) > MAX_TRANSFER_SIZE:
             raise LocalFailure(f"the transfer takes more than {MAX_TRANSFER_SIZE} bytes")

@@ -24,6 +24,7 @@ REFUSALS: dict[type[errors.ImageServerError], str] = {
     errors.UnsupportedMediaType: "bad_request",
     errors.NotFound: "not_found",
     errors.UnknownImage: "unknown_image",
+    errors.Unauthorized: "unauthorized",
     errors.MethodNotAllowed: "method_not_allowed",
     errors.RangeOutsideImage: "range_not_satisfiable",
     errors.DigestMismatch: "digest_mismatch",

@@ -57,6 +57,7 @@ REFUSALS = (
     "bad_request",
     "not_found",
     "unknown_image",
+    "unauthorized",
     "method_not_allowed",
     "range_not_satisfiable",
     "digest_mismatch",

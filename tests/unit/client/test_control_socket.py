@@ -6,22 +6,25 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.client.failures import Busy, Failed, Refused, Unreachable
 from imageserver.client.local.control_socket import ControlSocket
-from imageserver.core.transfer import Transfer
+from imageserver.core.token import UNTOLD, Token
+from imageserver.core.transfer import Transfer, to_fields
 
 ONE = Transfer("one", NbdImage("/s", "e", "b"), read_only=True, idle_seconds=60)
 
 
 @contextmanager
-def answering(path: Path, *answers: bytes) -> Iterator[list[dict[str, object]]]:
+def answering(path: Path, *answers: bytes) -> Iterator[list[dict[str, Any]]]:
     """Answer one peer after the other; yields what they ask."""
-    asked: list[dict[str, object]] = []
+    asked: list[dict[str, Any]] = []
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -84,3 +87,19 @@ def test_pages_are_asked_for_until_there_are_no_more(tmp_path: Path) -> None:
 def test_nobody_there_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(Unreachable, match=r"no answer from the control socket .*: No such file"):
         ControlSocket(str(tmp_path / "s")).add(ONE)
+
+
+def test_of_a_listed_transfer_it_is_only_known_that_it_has_a_token(tmp_path: Path) -> None:
+    listed = to_fields(replace(ONE, token=Token("s3cr3t")))
+    answer = {"status": "ok", "transfers": [{"transfer_id": "one", "config": listed}]}
+    with answering(tmp_path / "s", json.dumps(answer).encode() + b"\n"):
+        (found,) = ControlSocket(str(tmp_path / "s")).list()
+
+    assert found == replace(ONE, token=UNTOLD)
+
+
+def test_a_transfer_is_registered_with_its_token(tmp_path: Path) -> None:
+    with answering(tmp_path / "s", b'{"status":"ok"}\n') as asked:
+        ControlSocket(str(tmp_path / "s")).add(replace(ONE, token=Token("s3cr3t")))
+
+    assert [request["config"]["token"] for request in asked] == ["s3cr3t"]

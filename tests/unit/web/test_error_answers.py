@@ -24,6 +24,12 @@ ANSWERS = [
     (errors.UnsupportedMediaType("what type"), 415, "what type", {}),
     (errors.NotFound(INTERNAL), 404, "not found", {}),
     (errors.UnknownImage(INTERNAL), 404, "unknown image_id", {}),
+    (
+        errors.Unauthorized(INTERNAL),
+        401,
+        "missing or wrong token",
+        {"WWW-Authenticate": "Bearer"},
+    ),
     (errors.MethodNotAllowed(("GET", "PUT")), 405, "method not allowed", {"Allow": "GET, PUT"}),
     (
         errors.RangeOutsideImage(7),

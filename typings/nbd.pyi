@@ -9,6 +9,7 @@ from typing import Final
 # Callable[...] of a block status: (context, offset, [length, flags, ...], error) -> 0.
 
 CMD_FLAG_FAST_ZERO: Final[int]
+CMD_FLAG_NO_HOLE: Final[int]
 SIZE_MAXIMUM: Final[int]
 SIZE_MINIMUM: Final[int]
 

@@ -100,12 +100,10 @@ def transfer_from_fields(transfer_id: str, fields: Mapping[str, object], kinds: 
     if kind is None:
         raise UnsupportedBackend(backend, kinds)
     ignored = _ignored(fields, kind, kinds)
-    read_only = fields.get("read_only")
-    if read_only is not None and not isinstance(read_only, bool):
-        raise InvalidTransfer('"read_only" must be true or false')
+    read_only = parse_flag(fields, "read_only", default=False)
     idle, token = _idle_seconds(fields), _token(fields)
     image = kind.parse(fields)
-    return Transfer(transfer_id, image, bool(read_only), idle, token, ignored=ignored)
+    return Transfer(transfer_id, image, read_only, idle, token, ignored=ignored)
 
 
 def to_fields(transfer: Transfer) -> dict[str, object]:
@@ -216,6 +214,20 @@ def parse_text(fields: Mapping[str, object], name: str, default: str | None = No
         value.encode()
     except UnicodeEncodeError as exc:
         raise InvalidTransfer(f'"{name}" must be valid Unicode') from exc
+    return value
+
+
+def parse_flag(fields: Mapping[str, object], name: str, *, default: bool) -> bool:
+    """Return a field that is true or false.
+
+    Raises:
+        InvalidTransfer: it is neither.
+    """
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InvalidTransfer(f'"{name}" must be true or false')
     return value
 
 

@@ -147,7 +147,7 @@ class NbdExport:
 
     def zero(self, start: int, length: int) -> Iterator[int]:
         """Zero a range of any length."""
-        return zeroing.zero(self._link, start, length)
+        return zeroing.zero(self._link, start, length, hole=self._image.sparse)
 
     def flush(self) -> None:
         """Bring all earlier writes to stable storage."""

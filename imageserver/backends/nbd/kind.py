@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 from imageserver.backends.paths import resolved
 from imageserver.core.extents import dirty_context
 from imageserver.core.kinds import ImageInfo, ImageKind
-from imageserver.core.transfer import InvalidTransfer, parse_path, parse_text, path_bytes
+from imageserver.core.transfer import (
+    InvalidTransfer,
+    parse_flag,
+    parse_path,
+    parse_text,
+    path_bytes,
+)
 
 if TYPE_CHECKING:
     from imageserver.backends.nbd.exports import NbdExports
@@ -34,6 +40,8 @@ class NbdImage:
     bitmap: str | None = None
     flushes_image: bool = False
     """A flush covers what other connections have written, though the server does not say so."""
+    sparse: bool = True
+    """Zeroing may punch holes; False: what is zeroed stays allocated."""
     at: bytes | None = field(default=None, compare=False)
     """The socket's path without links, of an image that is pinned."""
 
@@ -49,6 +57,7 @@ class NbdImage:
             "export": self.export,
             "export_bitmap": self.bitmap,
             "flush": "image" if self.flushes_image else "connection",
+            "sparse": self.sparse,
         }
 
     def identity(self) -> Sequence[bytes]:
@@ -58,7 +67,8 @@ class NbdImage:
     def pinned(self) -> "NbdImage":
         """Return the image at the socket to which links lead now."""
         at = resolved(self.socket)
-        return NbdImage(self.socket, self.export, self.bitmap, self.flushes_image, at)
+        flushes, sparse = self.flushes_image, self.sparse
+        return NbdImage(self.socket, self.export, self.bitmap, flushes, sparse, at)
 
     @property
     def path(self) -> bytes:
@@ -89,12 +99,13 @@ def _parse(fields: Mapping[str, object]) -> NbdImage:
     flush = parse_text(fields, "flush", default="connection")
     if flush not in {"connection", "image"}:
         raise InvalidTransfer('"flush" must be "connection" or "image"')
-    return NbdImage(socket, export, bitmap or None, flush == "image")
+    sparse = parse_flag(fields, "sparse", default=True)
+    return NbdImage(socket, export, bitmap or None, flush == "image", sparse)
 
 
 NBD = ImageKind(
     name="nbd",
-    own_fields=("socket", "export", "export_bitmap", "flush"),
+    own_fields=("socket", "export", "export_bitmap", "flush", "sparse"),
     parse=_parse,
     methods=("GET", "PUT", "PATCH", "OPTIONS"),
     read_only_methods=("GET", "OPTIONS"),

@@ -78,10 +78,13 @@ class Link:
         self.settled = False
         return self._submit(self._handle.aio_pwrite, view, offset)
 
-    def zero(self, offset: int, length: int, *, fast: bool) -> int:
-        """Zero a range; ``fast``: or fail with ``NotSupported`` where that means writing."""
+    def zero(self, offset: int, length: int, *, fast: bool, hole: bool = True) -> int:
+        """Zero a range; ``fast``: or fail with ``NotSupported`` where that means writing.
+
+        ``hole``: it need not stay allocated.
+        """
         self.settled = False
-        flags = nbd.CMD_FLAG_FAST_ZERO if fast else 0
+        flags = (nbd.CMD_FLAG_FAST_ZERO if fast else 0) | (0 if hole else nbd.CMD_FLAG_NO_HOLE)
         return self._submit(self._handle.aio_zero, length, offset, flags=flags)
 
     def flush(self) -> int:

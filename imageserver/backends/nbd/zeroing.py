@@ -5,6 +5,8 @@ A server that can punch holes zeroes 2 GiB in no time; one that has to write the
 takes seconds for them, and must not run into the back-end timeout. NBD_CMD_FLAG_FAST_ZERO
 asks which it is: such a request is quick, or refused at once. Where that is not offered,
 steps start small, grow while they are quick and shrink while they are not.
+
+What a preallocated image zeroes is to stay allocated: NBD_CMD_FLAG_NO_HOLE says so.
 """
 
 import time
@@ -26,8 +28,8 @@ _LONG_SECONDS = 1.0
 _LEAST_STEP = 1 << 20
 
 
-def zero(link: Link, start: int, length: int) -> Iterator[int]:
-    """Zero a range of any length: see ``ports.Backend``."""
+def zero(link: Link, start: int, length: int, *, hole: bool = True) -> Iterator[int]:
+    """Zero a range of any length: see ``ports.Backend``. ``hole``: it need not stay allocated."""
     stop = start + length
     first, last = -(-start // link.align) * link.align, stop // link.align * link.align
     if not link.info.can_zero or first >= last:
@@ -35,35 +37,38 @@ def zero(link: Link, start: int, length: int) -> Iterator[int]:
         return
     for _ in write(link, start, first - start, _Zeros()):
         pass
-    for at in _zero_blocks(link, first, last):
+    for at in _zero_blocks(link, first, last, hole=hole):
         yield at - start
     for _ in write(link, last, stop - last, _Zeros()):
         pass
     yield length
 
 
-def _zero_blocks(link: Link, start: int, stop: int) -> Iterator[int]:
+def _zero_blocks(link: Link, start: int, stop: int, *, hole: bool) -> Iterator[int]:
     """Zero whole blocks; yield up to where."""
     at = start
     if link.can_fast_zero():
         try:
-            for at in _steps(link, start, stop, _MAX_STEP, fast=True):
+            for at in _steps(link, start, stop, _MAX_STEP, fast=True, hole=hole):
                 yield at
         except NotSupported:
             pass  # the server would have to write: in slower steps, from where it stopped
         else:
             return
-    yield from _steps(link, at, stop, _SLOW_STEP, fast=False)
+    yield from _steps(link, at, stop, _SLOW_STEP, fast=False, hole=hole)
 
 
-def _steps(link: Link, start: int, stop: int, step: int, *, fast: bool) -> Iterator[int]:
+def _steps(  # noqa: PLR0913 - a span, a step, and how
+    link: Link, start: int, stop: int, step: int, *, fast: bool, hole: bool
+) -> Iterator[int]:
     pending: deque[tuple[int, int, float]] = deque()
     at = start
     try:
         while at < stop or pending:
             while at < stop and len(pending) < link.depth:
                 end = min(stop, (at // step + 1) * step)
-                pending.append((link.zero(at, end - at, fast=fast), end, time.monotonic()))
+                cookie = link.zero(at, end - at, fast=fast, hole=hole)
+                pending.append((cookie, end, time.monotonic()))
                 at = end
             cookie, end, began = pending.popleft()
             link.wait(cookie)

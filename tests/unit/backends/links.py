@@ -96,13 +96,13 @@ class FakeLink:
         self.settled = False
         return self._submit(Request("write", offset, len(view), carry_out))
 
-    def zero(self, offset: int, length: int, *, fast: bool) -> int:
+    def zero(self, offset: int, length: int, *, fast: bool, hole: bool = True) -> int:
         def carry_out() -> None:
             if self.content:
                 self.content[offset : offset + length] = bytes(length)
 
         self.settled = False
-        command = "fast zero" if fast else "zero"
+        command = ("fast " if fast else "") + "zero" + ("" if hole else " without holes")
         return self._submit(Request(command, offset, length, carry_out))
 
     def block_status(self, offset: int, length: int, replies: dict[str, Reply]) -> int:

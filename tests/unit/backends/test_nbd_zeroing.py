@@ -144,3 +144,19 @@ def test_whoever_drops_a_zero_waits_for_what_is_in_flight_only() -> None:
     zeroes.close()  # type: ignore[attr-defined]
 
     assert (fake.settles, len(fake.requests)) == (1, fake.depth + 1)
+
+
+@pytest.mark.parametrize("fast_zero", [True, False])
+def test_what_is_to_stay_allocated_is_zeroed_without_holes_in_fast_and_slow_steps(
+    fast_zero: bool,
+) -> None:
+    def refuse(request: Request) -> BaseException | None:
+        is_refused = request.command.startswith("fast") and request.start >= 2 * GIB
+        return NotSupported("no") if is_refused else None
+
+    fake = _large(4 * GIB, fast_zero=fast_zero, fail=refuse)
+    list(zeroing.zero(fake.link, 0, fake.size, hole=False))
+
+    assert {request.command for request in fake.requests} == (
+        {"fast zero without holes", "zero without holes"} if fast_zero else {"zero without holes"}
+    )

@@ -134,6 +134,7 @@ def test_a_usable_object_is_a_transfer(fields: object, transfer: Transfer) -> No
         pytest.param(
             FILE | {"read_only": []}, '"read_only" must be true or false', id="read-only-list"
         ),
+        pytest.param(NBD | {"sparse": 0}, '"sparse" must be true or false', id="sparse-0"),
         pytest.param({"socket": "/x\0y"}, '"socket" must not contain NUL', id="nul-in-socket"),
         pytest.param(FILE | {"file": "/x\0"}, '"file" must not contain NUL', id="nul-in-file"),
         pytest.param(NBD | {"export": "\0"}, '"export" must not contain NUL', id="nul-in-export"),
@@ -276,6 +277,17 @@ def test_a_transfer_may_say_that_any_flush_covers_the_image(flush: object, trust
     transfer = transfer_from_fields("t", {"socket": "/a.sock", "flush": flush}, KINDS)
 
     assert transfer.image == NbdImage("/a.sock", flushes_image=trusted)
+    assert transfer_from_fields("t", to_fields(transfer), KINDS) == transfer
+
+
+@pytest.mark.parametrize(("sparse", "punches"), [(True, True), (None, True), (False, False)])
+def test_a_transfer_may_say_that_what_is_zeroed_stays_allocated(
+    sparse: object, punches: bool
+) -> None:
+    transfer = transfer_from_fields("t", {"socket": "/a.sock", "sparse": sparse}, KINDS)
+
+    assert transfer.image == NbdImage("/a.sock", sparse=punches)
+    assert transfer.image.pinned() == transfer.image
     assert transfer_from_fields("t", to_fields(transfer), KINDS) == transfer
 
 

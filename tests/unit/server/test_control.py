@@ -203,6 +203,7 @@ def test_a_page_tells_each_transfer_as_it_may_be_registered_again() -> None:
         "export": "e",
         "export_bitmap": "b",
         "flush": "connection",
+        "sparse": True,
         "read_only": True,
         "idle_timeout_seconds": 5,
     }

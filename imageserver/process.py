@@ -151,6 +151,8 @@ class Process:
             Inspector(self.backends),
             Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
             journals=(OperationLog(), self.metrics),
+            origins=settings.cors_origins,
+            put_flushes=settings.put_flush == "y",
         )
 
 

@@ -31,7 +31,7 @@ from imageserver.server.request import BadHost, ImageRequest
 from imageserver.server.response import ImageResponse
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ASKING, ZERO_COPY
-from imageserver.web.requests import IS_GONE
+from imageserver.web.requests import FORCE_CLOSE, IS_GONE
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ def serve(  # noqa: PLR0913 - what a request needs
     environ["wsgi.input"] = body
     environ[ZERO_COPY] = True
     environ[IS_GONE] = presence.is_gone
+    environ[FORCE_CLOSE] = resp.force_close
     environ[ASKING] = asking
     try:
         _answer(conn, resp, environ, app)

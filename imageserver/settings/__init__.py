@@ -23,6 +23,7 @@ from imageserver.settings.texts import (
     choice,
     directory,
     integer,
+    origins,
     path,
     paths,
     seconds,
@@ -149,6 +150,15 @@ class Settings:
     queue_depth: int = _setting(3, integer(1, 64), "back-end requests in flight per transfer")
     file_roots: tuple[str, ...] = _setting(
         (), paths, "directories the file backend may touch, comma-separated", "any"
+    )
+    put_flush: str = _setting(
+        "n", choice("y", "n"), "whether a PUT without flush in its URL is flushed: y or n"
+    )
+    cors_origins: tuple[str, ...] = _setting(
+        (),
+        origins,
+        "web sites whose scripts may ask: https://HOST[:PORT], comma-separated, or * for any",
+        "none",
     )
     tls_cert: str = _setting(
         "", path, "PEM certificate chain; TCP addresses speak TLS 1.2 or newer with it", "none"

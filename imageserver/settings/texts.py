@@ -13,6 +13,10 @@ NONE = "none"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _ADDRESS = r"unix:(/[^,\0]+|@[^,\0]+)|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})"
 
+_ORIGIN = r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?"
+#: A port that no browser writes.
+_DEFAULT_PORT = r"(http://[^/]+):80|(https://[^/]+):443"
+
 
 class WrongText(Exception):
     """A text is no value of its setting; ``str()`` says what is."""
@@ -101,6 +105,21 @@ def paths(text: str) -> tuple[str, ...]:
     if not found:
         raise WrongText("absolute paths separated by commas")
     return found
+
+
+def origins(text: str) -> tuple[str, ...]:
+    """Return origins as browsers write them (RFC 6454 section 6.2); ``*`` alone is any."""
+    if text == "*":
+        return ("*",)
+    found = tuple(part.strip().lower() for part in text.split(",") if part.strip())
+    if not found or not all(re.fullmatch(_ORIGIN, origin) for origin in found):
+        raise WrongText("* alone, or origins such as https://engine.example:8443, without a path")
+    return tuple(_without_default_port(origin) for origin in found)
+
+
+def _without_default_port(origin: str) -> str:
+    match = re.fullmatch(_DEFAULT_PORT, origin)
+    return (match[1] or match[2]) if match else origin
 
 
 def addresses(text: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from imageserver.images.probing import Inspector, WouldWait
 from imageserver.images.sessions import Sessions
 from imageserver.transfers.tracking import Tracker
 from imageserver.web import error_answers
+from imageserver.web.cors import Cors
 from imageserver.web.extents_resource import ExtentsResource
 from imageserver.web.flush_resource import FlushResource
 from imageserver.web.image_resource import ImageResource, Limits, ServerResource
@@ -21,22 +22,29 @@ from imageserver.web.requests import RequestMiddleware
 App: TypeAlias = "falcon.App[Any, Any]"
 
 
-def create_app(
+def create_app(  # noqa: PLR0913 - put together in one place
     tracker: Tracker,
     sessions: Sessions,
     inspector: Inspector,
     limits: Limits,
     journals: Sequence[Journal] = (),
+    *,
+    origins: Sequence[str] = (),
+    put_flushes: bool = False,
 ) -> App:
-    """Put the application together."""
+    """Put the application together.
+
+    ``origins``: see ``Cors``. ``put_flushes``: a PUT that does not say whether to flush does.
+    """
     app = falcon.App(middleware=RequestMiddleware(journals))
-    app.add_middleware(ImageMiddleware(tracker))
+    app.add_middleware(ImageMiddleware(tracker, Cors(origins)))
     app.req_options.strip_url_path_trailing_slash = True
 
     server = ServerResource(limits)
     app.add_route("/*", server)  # the request target "*"
     app.add_route("/images/*", server)
-    app.add_route("/images/{image_id}", ImageResource(sessions, inspector, limits))
+    image = ImageResource(sessions, inspector, limits, put_flushes=put_flushes)
+    app.add_route("/images/{image_id}", image)
     app.add_route("/images/{image_id}/extents", ExtentsResource(sessions))
     app.add_route("/images/{image_id}/flush", FlushResource(sessions))
 

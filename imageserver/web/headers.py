@@ -44,11 +44,20 @@ def _parameter(req: falcon.Request, name: str) -> int | None:
 
 def read_flush(req: falcon.Request) -> bool | None:
     """Return what ``?flush=y|n`` asks for; None where it is absent (docs/api.md)."""
-    values = req.get_param_as_list("flush")
+    return _read_y_or_n(req, "flush")
+
+
+def read_close(req: falcon.Request) -> bool:
+    """Tell whether ``?close=y`` asks for the connection's end (docs/api.md)."""
+    return bool(_read_y_or_n(req, "close"))
+
+
+def _read_y_or_n(req: falcon.Request, name: str) -> bool | None:
+    values = req.get_param_as_list(name)
     if values is None:
         return None
     if values not in (["y"], ["n"]):
-        raise BadRequest('invalid "flush": it must be y or n')
+        raise BadRequest(f'invalid "{name}": it must be y or n')
     return values == ["y"]
 
 

@@ -35,7 +35,7 @@ from imageserver.web.headers import (
     read_flush,
     read_range,
 )
-from imageserver.web.requests import open_session
+from imageserver.web.requests import close_if_asked, open_session
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,11 @@ _METHODS = ("GET", "PUT", "PATCH", "POST", "OPTIONS")
 class ImageResource:
     """One image as a whole, or ranges of it."""
 
-    def __init__(self, opened: Sessions, inspector: Inspector, limits: Limits) -> None:
+    def __init__(
+        self, opened: Sessions, inspector: Inspector, limits: Limits, *, put_flushes: bool = False
+    ) -> None:
         self._sessions = opened
+        self._put_flushes = put_flushes
         self._inspector = inspector
         self._limits = limits
         self._announcer = Announcer(limits)
@@ -88,6 +91,7 @@ class ImageResource:
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send the image, or one range of it."""
+        close_if_asked(req)
         wanted = read_range(req)
         session = self._open(req, transfer, sessions.READ)
         try:
@@ -105,6 +109,7 @@ class ImageResource:
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Replace the whole image by the body, or with ``Content-Range`` a part of it."""
+        close_if_asked(req)
         flush = read_flush(req)
         if req.get_header("Content-Range") and transfer.image.kind.writes_ranges:
             answer = self._put_range(req, transfer, flush=flush)
@@ -124,7 +129,7 @@ class ImageResource:
             else:
                 _check_bound(length)
             with closing(source_of(req, length, expected)) as source:
-                done = operations.replace(session, length, source, flush=bool(flush))
+                done = operations.replace(session, length, source, flush=self._flushes(flush))
         return _written(length, flush, done)
 
     def _put_range(
@@ -140,8 +145,11 @@ class ImageResource:
             check_writable(session.info)
             span = wanted.resolve(session.size)
             with closing(source_of(req, span.length, expected)) as source:
-                done = operations.write(session, span, source, flush=bool(flush))
+                done = operations.write(session, span, source, flush=self._flushes(flush))
         return _written(span.length, flush, done)
+
+    def _flushes(self, asked: bool | None) -> bool:  # noqa: FBT001
+        return self._put_flushes if asked is None else asked
 
     def on_patch(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Write a range, zero one, or flush."""

@@ -13,6 +13,7 @@ from imageserver.core.errors import NotFound, Unauthorized, UnknownImage
 from imageserver.core.transfer import Transfer
 from imageserver.transfers.tracking import Tracker
 from imageserver.web.body import StreamedBody
+from imageserver.web.cors import Cors
 from imageserver.web.requests import request_of
 
 #: Sent with every answer that has no image of its own to speak for.
@@ -33,8 +34,9 @@ class Resource(Protocol):
 class ImageMiddleware:
     """Turns ids into transfers, and gives every answer the headers clients rely on."""
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, tracker: Tracker, cors: Cors) -> None:
         self._tracker = tracker
+        self._cors = cors
 
     def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
         """Refuse encoded separators: decoded, they would look like routes."""
@@ -47,7 +49,7 @@ class ImageMiddleware:
     def process_resource(
         self,
         req: falcon.Request,
-        _resp: falcon.Response,
+        resp: falcon.Response,
         resource: Resource,
         params: dict[str, Any],
     ) -> None:
@@ -63,7 +65,10 @@ class ImageMiddleware:
         probes = req.method == "OPTIONS"
         transfer = self._tracker.enter(request_of(req), params.pop("image_id"), probes=probes)
         if transfer.token and not transfer.token.is_shown(req.env.get("HTTP_AUTHORIZATION")):
-            raise Unauthorized
+            if not self._cors.is_preflight(req):
+                raise Unauthorized
+            self._cors.answer_preflight(resp)
+            return
         resource.check_method(req.method, transfer)
         params["transfer"] = transfer
 
@@ -80,6 +85,8 @@ class ImageMiddleware:
         resp.set_header("Cache-Control", "no-store")
         if resp.get_header("Access-Control-Allow-Methods") is None:
             resp.set_header("Access-Control-Allow-Methods", DEFAULT_METHODS)
+        if self._cors:
+            self._cors.add_headers(req, resp)
         stream = resp.stream
         is_dropped = not req_succeeded or req.method == "HEAD" or resp.status_code in _BODILESS
         if isinstance(stream, StreamedBody) and is_dropped:

@@ -18,9 +18,12 @@ from imageserver.core.reports import Journal
 from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Need, Session, Sessions
 from imageserver.transfers.requests import Request
+from imageserver.web.headers import read_close
 
 #: Under this key of the environ the server tells whether the client has gone; from any thread.
 IS_GONE = "imageserver.is_gone"
+#: ... and here is what ends the connection with this answer.
+FORCE_CLOSE = "imageserver.force_close"
 #: An id that a client or proxy has chosen: what is safe in a header and in a log line.
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}")
 
@@ -78,6 +81,12 @@ def open_session(
 ) -> Session:
     """Open the session that a request needs: see ``Sessions.open``."""
     return sessions.open(transfer, need, request_of(req))
+
+
+def close_if_asked(req: falcon.Request) -> None:
+    """End the connection with this answer where ``?close=y`` asks for that."""
+    if read_close(req) and (force_close := req.env.get(FORCE_CLOSE)):
+        force_close()
 
 
 def _never() -> bool:

@@ -11,7 +11,7 @@ import pytest
 
 from imageserver.core.errors import ClientGone
 from imageserver.server.exchange import cut
-from imageserver.web.requests import IS_GONE
+from imageserver.web.requests import FORCE_CLOSE, IS_GONE
 from tests.unit.exchanges import App, Line, put
 
 # Clients that take nothing
@@ -224,3 +224,10 @@ def test_the_application_hears_that_the_client_has_gone(line: Line) -> None:
     with contextlib.suppress(ClientGone):
         line.ask(app)
     assert app.seen is True
+
+
+def test_an_application_may_end_the_connection(line: Line) -> None:
+    assert not line.ask(App(look=lambda environ: environ[FORCE_CLOSE]()))
+
+    _, headers, body = line.answer()
+    assert (headers["Connection"], body) == ("close", b"abc")

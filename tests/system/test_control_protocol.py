@@ -68,7 +68,7 @@ def test_a_list_has_what_is_registered_in_order_until_it_ends(server, control):
     one, two = file_of(server, "one"), file_of(server, "two")
     common = {"read_only": False, "idle_timeout_seconds": 600}
     nbd = {"backend": "nbd", "socket": "/s", "export": "e", "export_bitmap": "b"}
-    nbd["flush"] = "connection"
+    nbd |= {"flush": "connection", "sparse": True}
     a = {"transfer_id": "a", "config": two | common | {"idle_timeout_seconds": 1}}
     b = {"transfer_id": "b", "config": one | common | {"idle_timeout_seconds": 5}}
     odd = {"transfer_id": "\u00fc\nx", "config": nbd | common | {"read_only": True}}

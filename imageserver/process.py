@@ -61,9 +61,17 @@ class Process:
         return {Kind.READ: readers, Kind.WRITE: writers, Kind.OTHER: others}
 
     @cached_property
+    def image_limits(self) -> dict[Kind, int]:
+        """How many slots of a kind one image may have, where that is less than there are."""
+        settings = self.settings
+        most = {Kind.READ: settings.readers_of_image, Kind.WRITE: settings.writers_of_image}
+        return {kind: number for kind, number in most.items() if number < self.slot_limits[kind]}
+
+    @cached_property
     def slots(self) -> SharedTable:
         """The slot table, mapped at first use."""
-        return SharedTable(self.runtime, self.slot_limits, self._count_freed)
+        limits, per_image = self.slot_limits, self.image_limits
+        return SharedTable(self.runtime, limits, self._count_freed, per_image=per_image)
 
     def _count_freed(self, holder: Holder | None) -> None:
         self.metrics.freed(holder)
@@ -145,11 +153,12 @@ class Process:
             Tracker(self.catalogue, self.prune_transfers),
             Sessions(
                 *(self.locks, self.slots, self.backends, image_key),
-                shares_lock=settings.max_writers > 1,
+                shares_lock=settings.writers_of_image > 1,
+                counts_readers=Kind.READ in self.image_limits,
                 meter=self.metrics,
             ),
             Inspector(self.backends),
-            Limits(settings.max_readers, settings.max_writers, settings.unix_socket),
+            Limits(settings.readers_of_image, settings.writers_of_image, settings.unix_socket),
             journals=(OperationLog(), self.metrics),
             origins=settings.cors_origins,
             put_flushes=settings.put_flush == "y",

@@ -11,6 +11,7 @@
     ├── RangeOutsideImage        the range holds no byte of the image; carries its size
     ├── ImageBusy                another operation holds the image's lock
     ├── NoSlot                   every slot of this kind is taken
+    │   └── NoImageSlot          ... that one image may have; other images may find one
     ├── StateUnavailable         the server's own files (locks, slots, usage) cannot be used now
     │   ├── StateFull            ... for their file system is full
     │   └── Exhausted            ... for there is no descriptor or thread left
@@ -85,9 +86,17 @@ class ImageBusy(ImageServerError):
 class NoSlot(ImageServerError):
     """All slots of ``kind`` are taken."""
 
+    _whose = ""
+
     def __init__(self, kind: Kind) -> None:
-        super().__init__(f"no free {kind.name.lower()} slot")
+        super().__init__(f"no free {kind.name.lower()} slot{self._whose}")
         self.kind = kind
+
+
+class NoImageSlot(NoSlot):
+    """The image has as many slots of ``kind`` as one image may have."""
+
+    _whose = " of this image"
 
 
 class StateUnavailable(ImageServerError):

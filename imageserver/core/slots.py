@@ -70,6 +70,7 @@ class Kind(Enum):
 _KINDS = {kind.value: kind for kind in Kind}
 #: The kinds of those who hold an image.
 _HOLDING = re.compile(b"[%c%c]" % (Kind.WRITE.value, Kind.OTHER.value), re.DOTALL)
+_EACH = {kind: re.compile(b"%c" % kind.value, re.DOTALL) for kind in Kind}
 
 
 class WorkerState(Enum):
@@ -213,16 +214,23 @@ class SlotTable:
 
     def on_image(self, image: str) -> list[Holder | None]:
         """Return who holds an image, by its key, now; None: a damaged record that may be of it."""
-        wanted = _fit(image, 32).ljust(32, b"\0")
         found: list[Holder | None] = []
-        for match in _HOLDING.finditer(bytes(self._states)):
-            index = match.start()
-            at = _RECORDS + index * RECORD
-            if self._buffer[at + _IMAGE.start : at + _IMAGE.stop] == wanted:
-                holder = self._read(index)
-                if holder is not None or self._states[index]:  # not one released meanwhile
-                    found.append(holder)
+        for index in self._having(image, _HOLDING):
+            holder = self._read(index)
+            if holder is not None or self._states[index]:  # not one released meanwhile
+                found.append(holder)
         return found
+
+    def count_on(self, image: str, kind: Kind) -> int:
+        """Return how many records of ``kind`` are held that name an image, by its key."""
+        return sum(1 for _ in self._having(image, _EACH[kind]))
+
+    def _having(self, image: str, kinds: re.Pattern[bytes]) -> Iterator[int]:
+        wanted = _fit(image, 32).ljust(32, b"\0")
+        for match in kinds.finditer(bytes(self._states)):
+            at = _RECORDS + match.start() * RECORD
+            if self._buffer[at + _IMAGE.start : at + _IMAGE.stop] == wanted:
+                yield match.start()
 
     def deaths(self) -> Deaths:
         """Return what is known of the dead now."""
@@ -324,18 +332,9 @@ class SlotTable:
             return None
         pid, start, started_ns, operation, image, client, transfer = _STATIC.unpack(static)
         done, expected = self._words[_word(index)], self._words[_word(index) + 1]
-        return Holder(
-            kind,
-            Owner(pid, start),
-            _text(transfer),
-            _text(operation),
-            _text(image),
-            _text(client),
-            started_ns,
-            done,
-            expected,
-            record[_ALONE_AT] != 0,
-        )
+        told = _text(transfer), _text(operation), _text(image), _text(client)
+        alone = record[_ALONE_AT] != 0
+        return Holder(kind, Owner(pid, start), *told, started_ns, done, expected, alone)
 
 
 def _word(index: int) -> int:

@@ -6,9 +6,9 @@
     write, zero, PUT    exclusive   WRITE
     flush, extents      exclusive   OTHER (shown, not limited)
 
-With MAX_WRITERS above 1, range writes, zero and flush of one image may share it: each holds the
-lock only until it has claimed a slot, which names the image. An operation that wants the image
-alone takes the lock, and gets no slot while there is such a one.
+With more than one writer of an image allowed, range writes, zero and flush of one image may share
+it: each holds the lock only until it has claimed a slot, which names the image. An operation that
+wants the image alone takes the lock, and gets no slot while there is such a one.
 
 Only an image whose server has multi-conn is shared, which is known once it is open. Three cases:
 
@@ -115,14 +115,17 @@ class Sessions:
         key: Callable[[Image], str],
         *,
         shares_lock: bool = False,
+        counts_readers: bool = False,
         stamp: Callable[[Image], object] = lambda image: image.stamp(),
         meter: Meter | None = None,
     ) -> None:
         """``shares_lock``: range writes, zero and flush of one export may run side by side.
 
+        ``counts_readers``: one image may have a number of readers, whose slots name it therefore.
         ``stamp`` changes when the server that an image names is another one.
         """
         self._shares_lock = shares_lock
+        self._counts_readers = counts_readers
         self._meter = meter
         self._locks = locks
         self._slots = slots
@@ -139,14 +142,16 @@ class Sessions:
 
         Raises:
             ImageBusy: the image's lock is held.
-            NoSlot: all slots of the kind are taken.
+            NoSlot: all slots of the kind are taken, or all that the image may have.
             StateUnavailable: locks or slots cannot be used now.
             BackendError, BackendTimeout, FileAccessError: the image cannot be opened.
             ClientGone: nobody waits for it any more.
         """
         request.needs(need.operation, need.kind)
-        image = transfer.image.pinned() if need.locked else transfer.image
-        key = self._key(image) if need.locked else ""
+        # What is counted is what is opened: it stays where links lead now, as under a lock.
+        is_named = need.locked or (self._counts_readers and need.kind is Kind.READ)
+        image = transfer.image.pinned() if is_named else transfer.image
+        key = self._key(image) if is_named else ""
         ticket = Ticket(transfer.id, need.operation, key, request.client)
         wanted = _Wanted(image, need, ticket, request)
         with ExitStack() as held:

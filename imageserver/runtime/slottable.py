@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from imageserver.core import slots
 from imageserver.core.entry import fields
-from imageserver.core.errors import ImageBusy, NoSlot, StateUnavailable
+from imageserver.core.errors import ImageBusy, NoImageSlot, NoSlot, StateUnavailable
 from imageserver.core.ports import Ticket
 from imageserver.core.slots import Holder, IncompatibleTable, Kind, Owner
 from imageserver.runtime import tablefile
@@ -48,11 +48,14 @@ class SharedTable:
         directory: RuntimeDirectory | str,
         limits: dict[Kind, int],
         freed: Callable[[Holder | None], None] = lambda _: None,
+        *,
+        per_image: dict[Kind, int] | None = None,
     ) -> None:
         """Name the table; it is mapped at first use, in whichever process that is.
 
         A child maps the table that its parent has found; a process that has no parent with one
         gives a path. ``freed`` is told what this process sweeps; None: a damaged record.
+        ``per_image``: how many one image may have of all that ``limits`` allows.
         """
         self._freed = freed
         self._is_lent = isinstance(directory, RuntimeDirectory)
@@ -60,6 +63,7 @@ class SharedTable:
             directory if isinstance(directory, RuntimeDirectory) else RuntimeDirectory(directory)
         )
         self._limits = limits
+        self._per_image = per_image or {}
         self._mapping: Mapping | None = None
         self._opening = threading.Lock()
 
@@ -89,6 +93,7 @@ class SharedTable:
         Raises:
             ImageBusy: the living have the ticket's image, and one of them or this one has it alone.
             NoSlot: as many as the limit allows are held by the living.
+            NoImageSlot: the living hold as many as the ticket's image may have.
             StateUnavailable: the table is not the one that the next server would find, another
                 process keeps the guard, or the system has no descriptor.
         """
@@ -108,25 +113,26 @@ class SharedTable:
             time.monotonic_ns(),
             alone=alone,
         )
-        slot = self._claim(mapping, holder)
-        if slot is None:
-            slot = self._claim_at_last(mapping, holder)
-        return slot
+        got = self._claim(mapping, holder)
+        if isinstance(got, NoSlot):
+            got = self._claim_at_last(mapping, holder, got)
+        return got
 
-    def _claim_at_last(self, mapping: Mapping, holder: Holder) -> ClaimedSlot:
+    def _claim_at_last(self, mapping: Mapping, holder: Holder, lack: NoSlot) -> ClaimedSlot:
         """Claim where there was no room: sweep, and wait for the dying."""
         deadline = time.monotonic() + EXIT_SECONDS
-        slot = None
-        while slot is None:
+        while True:
             # Once more at the end: another process may have swept between our claim and sweep.
-            is_last = not self.sweep() and not self._awaits_exit(holder.kind, deadline)
-            slot = self._claim(mapping, holder)
-            if slot is None and is_last:
-                raise NoSlot(holder.kind)
-        return slot
+            is_last = not self.sweep() and not self._awaits_exit(holder, lack, deadline)
+            got = self._claim(mapping, holder)
+            if not isinstance(got, NoSlot):
+                return got
+            if is_last:
+                raise got
+            lack = got
 
-    def _claim(self, mapping: Mapping, holder: Holder) -> ClaimedSlot | None:
-        """Claim once nobody who has the image is dead or dying; None: there is no room.
+    def _claim(self, mapping: Mapping, holder: Holder) -> ClaimedSlot | NoSlot:
+        """Claim once nobody who has the image is dead or dying; ``NoSlot``: there is no room.
 
         Of two that want the image, one claims first, and the other sees its record: both look and
         claim within the guard. Who is dead or dying is asked outside; it stays so. The dead are
@@ -134,19 +140,17 @@ class SharedTable:
         """
         deadline = 0.0
         while True:
-            slot, others = self._look_and_claim(mapping, holder)
-            if not others:
-                return slot
+            got, others = self._look_and_claim(mapping, holder)
             lives: set[Life] = set()
             try:
-                lives = {self._life(mapping, other) for other in others}
+                lives = {self._life(mapping, other) for other in others} or {Life.LIVING}
             finally:
-                if slot is not None and lives != {Life.LIVING}:
-                    slot.release()
+                if isinstance(got, ClaimedSlot) and lives != {Life.LIVING}:
+                    got.release()
             if lives == {Life.LIVING}:
-                if self._is_in_the_way(holder, others):
-                    raise ImageBusy
-                return slot
+                if isinstance(got, ImageBusy):
+                    raise got
+                return got
             deadline = deadline or time.monotonic() + EXIT_SECONDS
             if time.monotonic() > deadline:
                 raise ImageBusy
@@ -157,21 +161,28 @@ class SharedTable:
 
     def _look_and_claim(
         self, mapping: Mapping, holder: Holder
-    ) -> tuple[ClaimedSlot | None, list[Holder | None]]:
-        """Claim, unless the image is taken or there is no room; return who else has the image."""
-        table, guard = mapping.table, mapping.lock
+    ) -> tuple[ClaimedSlot | ImageBusy | NoSlot, list[Holder | None]]:
+        """Claim, or say why not; return who else has the image.
+
+        A reader that does not want the image alone has none: its record names the image, so that
+        the image's readers can be counted.
+        """
+        table, guard, kind = mapping.table, mapping.lock, holder.kind
+        has_image = holder.image and (kind is not Kind.READ or holder.alone)
+        most = self._per_image.get(kind)
         guard.acquire()
         try:
-            others = table.on_image(holder.image) if holder.image else []
-            index = None
-            if not self._is_in_the_way(holder, others):
-                index = table.claim(holder, self._limits.get(holder.kind, slots.CAPACITY))
-            deaths = table.deaths()
+            others = table.on_image(holder.image) if has_image else []
+            if self._is_in_the_way(holder, others):
+                return ImageBusy(), others
+            if most is not None and table.count_on(holder.image, kind) >= most:
+                return NoImageSlot(kind), others
+            index = table.claim(holder, self._limits.get(kind, slots.CAPACITY))
+            if index is None:
+                return NoSlot(kind), others
+            return ClaimedSlot(mapping, index, holder.started_ns, table.deaths()), others
         finally:
             guard.release()
-        if index is None:
-            return None, others
-        return ClaimedSlot(mapping, index, holder.started_ns, deaths), others
 
     @staticmethod
     def _is_in_the_way(holder: Holder, others: list[Holder | None]) -> bool:
@@ -200,11 +211,12 @@ class SharedTable:
             return False
         return to_sharers or any(life is not Life.LIVING for life in lives)
 
-    def _awaits_exit(self, kind: Kind, deadline: float) -> bool:
-        """Wait a moment where a holder of this kind is being killed; else return False."""
-        if time.monotonic() >= deadline or not any(
-            is_exiting(holder.owner) for holder in self.holders(kind)
-        ):
+    def _awaits_exit(self, holder: Holder, lack: NoSlot, deadline: float) -> bool:
+        """Wait a moment where one whose end would make room is being killed; else return False."""
+        in_the_way = self.holders(holder.kind)
+        if isinstance(lack, NoImageSlot):
+            in_the_way = [other for other in in_the_way if other.image == holder.image]
+        if time.monotonic() >= deadline or not any(is_exiting(it.owner) for it in in_the_way):
             return False
         time.sleep(EXIT_STEP_SECONDS)
         return True

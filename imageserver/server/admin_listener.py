@@ -21,6 +21,9 @@ from imageserver.server.readiness import checks
 from imageserver.web.admin_app import AdminSources, create_admin_app
 from imageserver.web.app import App
 
+#: The settings that ``/status`` tells.
+_LIMITS = ("max_readers", "max_writers", "max_readers_per_image", "max_writers_per_image")
+
 
 def admin_name(listener: Any, addresses: tuple[str, ...]) -> object:
     """Return the name (getsockname(2)) of an admin listener, None of any other.
@@ -66,14 +69,15 @@ def admin_application(process: Process, *, full_ids: bool) -> App:
     """Build the application of an admin listener."""
     settings, slots = process.settings, process.slots
     proofs = checks(settings, process.files, slots, process.runtime)
-    limits, threads = process.slot_limits, settings.threads
-    sources = Sources(settings.metrics_dir, slots, limits, threads, proofs)
+    limits, image_limits = process.slot_limits, process.image_limits
+    sources = Sources(settings.metrics_dir, slots, limits, image_limits, settings.threads, proofs)
 
     def metrics() -> Exposition:
         process.metrics.flush()
         return exposition(sources)
 
-    return create_admin_app(AdminSources(slots, proofs, metrics), full_ids=full_ids)
+    told = {name: getattr(settings, name) for name in _LIMITS}
+    return create_admin_app(AdminSources(slots, told, proofs, metrics), full_ids=full_ids)
 
 
 # In the master

@@ -17,7 +17,7 @@ from imageserver.runtime.processes import is_proc_ours
 from imageserver.server import addresses
 from imageserver.server.addresses import UnusableAddress
 from imageserver.server.tls import UnusableFiles, server_context
-from imageserver.settings import Settings
+from imageserver.settings import Settings, variable_of
 from imageserver.transfers.files import TransferFiles, UntrustedDirectory
 
 #: In memory: a heartbeat, which is a file's time, must not wait for a disk.
@@ -37,7 +37,7 @@ def check(settings: Settings) -> list[str]:
     _check_libnbd()
     tls_context(settings)
     _check_heartbeats()
-    warnings = _check_directories(settings)
+    warnings = _check_directories(settings) + _limits_without_effect(settings)
     try:
         addresses.check(settings)
     except UnusableAddress as exc:
@@ -59,6 +59,19 @@ def check_reload(process: Process) -> None:
     if problem:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {problem}; restart the server.")
     _check_config_directory(process.settings)
+
+
+def _limits_without_effect(settings: Settings) -> list[str]:
+    """Return a warning for each limit per image that the total is below."""
+    given = {
+        "max_readers": (settings.max_readers, settings.max_readers_per_image),
+        "max_writers": (settings.max_writers, settings.max_writers_per_image),
+    }
+    return [
+        "{0}_PER_IMAGE={2} has no effect: {0}={1} is less".format(variable_of(name), *limits)
+        for name, limits in given.items()
+        if limits[1] is not None and limits[1] > limits[0]
+    ]
 
 
 def heartbeat_directory() -> str | None:

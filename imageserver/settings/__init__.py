@@ -23,6 +23,7 @@ from imageserver.settings.texts import (
     choice,
     directory,
     integer,
+    integer_or_none,
     origins,
     path,
     paths,
@@ -129,6 +130,20 @@ class Settings:
     )
     max_readers: int = _setting(8, integer(1, 512), "image reads at once, over all workers")
     max_writers: int = _setting(1, integer(1, 256), "image writes at once, over all workers")
+    max_readers_per_image: int | None = _setting(
+        None,
+        integer_or_none(1, 512),
+        "reads of one image at once, of those that MAX_READERS allows, or none",
+        "none",
+        empty=NONE,
+    )
+    max_writers_per_image: int | None = _setting(
+        None,
+        integer_or_none(1, 256),
+        "writes of one image at once, of those that MAX_WRITERS allows, or none",
+        "none",
+        empty=NONE,
+    )
     client_timeout: float = _setting(
         60.0, seconds(0.1, 86400), "seconds a client may be silent, or take to send a head"
     )
@@ -205,6 +220,16 @@ class Settings:
     log_level: str = _setting(
         "info", choice("debug", "info", "warning", "error"), "least severe messages to log"
     )
+
+    @property
+    def readers_of_image(self) -> int:
+        """How many may read one image at once."""
+        return min(self.max_readers, self.max_readers_per_image or self.max_readers)
+
+    @property
+    def writers_of_image(self) -> int:
+        """How many may write to one image at once, if it takes more than one."""
+        return min(self.max_writers, self.max_writers_per_image or self.max_writers)
 
     @property
     def registered_dir(self) -> str:
@@ -289,7 +314,7 @@ def as_text(value: object) -> str:
     """Write a value as a variable takes it; an empty one: see ``Settings.text``."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    if value == math.inf:
+    if value is None or value == math.inf:
         return ""
     if isinstance(value, float):
         return f"{value:.6f}".rstrip("0").rstrip(".")

@@ -38,6 +38,21 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def integer_or_none(low: int, high: int) -> Callable[[str], int | None]:
+    """Return the parser of whole numbers in these bounds; ``none`` is None."""
+    parse_integer = integer(low, high)
+
+    def parse(text: str) -> int | None:
+        if text.lower() == NONE:
+            return None
+        try:
+            return parse_integer(text)
+        except WrongText as exc:
+            raise WrongText(f"{exc}, or none") from exc
+
+    return parse
+
+
 def seconds(low: float, high: float) -> Callable[[str], float]:
     """Return the parser of durations in these bounds."""
 

@@ -35,6 +35,8 @@ class AdminSources:
     """Where the answers of the admin listener come from."""
 
     table: Living
+    limits: Mapping[str, int | None]
+    """On how much may run at once, by the settings' names; None: there is none."""
     checks: Mapping[str, Callable[[], str]]
     """By name, each a problem or ""."""
     metrics: Callable[[], Exposition]
@@ -45,7 +47,7 @@ def create_admin_app(sources: AdminSources, *, full_ids: bool) -> App:
     app = falcon.App(middleware=_ReadOnly())
     app.add_route("/healthz", _Health())
     app.add_route("/readyz", _Readiness(sources.checks))
-    app.add_route("/status", _Status(sources.table, full_ids=full_ids))
+    app.add_route("/status", _Status(sources.table, sources.limits, full_ids=full_ids))
     app.add_route("/metrics", _Metrics(sources.metrics))
     app.add_error_handler(Exception, _refuse_unexpected)
     app.add_error_handler(falcon.HTTPError, _refuse_http)
@@ -104,10 +106,11 @@ class _Readiness(_Resource):
 
 
 class _Status(_Resource):
-    """Every transfer that runs, of every worker, the oldest first."""
+    """Every transfer that runs, of every worker, the oldest first; and the limits on them."""
 
-    def __init__(self, table: Living, *, full_ids: bool) -> None:
+    def __init__(self, table: Living, limits: Mapping[str, int | None], *, full_ids: bool) -> None:
         self._table = table
+        self._limits = dict(limits)
         self._full_ids = full_ids
 
     def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
@@ -116,7 +119,8 @@ class _Status(_Resource):
         running.sort(key=lambda row: row.started_ns)
         workers = sorted(self._table.living(Kind.WORKER), key=lambda row: row.owner.pid)
         transfers = [self._transfer(row, now_ns) for row in running]
-        set_json(resp, {"transfers": transfers, "workers": [_worker(row) for row in workers]})
+        told = {"transfers": transfers, "workers": [_worker(row) for row in workers]}
+        set_json(resp, told | {"limits": self._limits})
 
     def _transfer(self, row: Holder, now_ns: int) -> dict[str, object]:
         age = row.age(now_ns)

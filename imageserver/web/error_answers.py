@@ -58,6 +58,7 @@ TABLE: dict[type[errors.ImageServerError], Callable[[Any], Answer]] = {
     ),
     errors.ImageBusy: lambda _: Answer(409, "image busy", _RETRY_AFTER),
     errors.NoSlot: lambda e: Answer(503, _NO_SLOT[e.kind], _RETRY_AFTER),
+    errors.NoImageSlot: lambda e: Answer(503, _NO_SLOT[e.kind], _RETRY_AFTER),
     errors.StateUnavailable: lambda _: Answer(503, "server state unavailable", _RETRY_AFTER),
     errors.Exhausted: lambda _: Answer(503, "server busy", _RETRY_AFTER),
     errors.StateFull: lambda _: Answer(507, "no space left", _RETRY_AFTER),

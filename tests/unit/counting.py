@@ -78,7 +78,7 @@ class Nothing:
 def single(directory: Path, name: str) -> float:
     """Return a metric that has one value; -1: it is not shown."""
     limits = dict.fromkeys(Kind, 1)
-    sources = Sources(str(directory), Nothing(), limits, 1, {})
+    sources = Sources(str(directory), Nothing(), limits, {}, 1, {})
     lines = exposition(sources).text.decode().splitlines()
     found = [line.split()[1] for line in lines if line.startswith(f"{name} ")]
     return float(found[0]) if found else -1

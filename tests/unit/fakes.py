@@ -65,13 +65,14 @@ class World:
         if what in self.fail:
             raise self.fail[what]
 
-    def sessions(self, *, shares_lock: bool = False) -> Sessions:
+    def sessions(self, *, shares_lock: bool = False, counts_readers: bool = False) -> Sessions:
         return Sessions(
             FakeLocks(self),
             FakeSlots(self),
             FakeBackends(self),
             lambda _: "key",
             shares_lock=shares_lock,
+            counts_readers=counts_readers,
             stamp=lambda _: self.stamp,
         )
 

@@ -40,6 +40,7 @@ NO_SLOT = {
     "replace": "no_write_slot",
     "zero": "no_write_slot",
 }
+NO_IMAGE_SLOT = {operation: f"{reason}_of_image" for operation, reason in NO_SLOT.items()}
 BACKEND_ERRORS: dict[type[errors.ImageServerError], str] = {
     errors.BackendError: "error",
     errors.BackendTimeout: "timeout",
@@ -93,6 +94,8 @@ class Metrics:
         error = entry.error
         if error == errors.NoSlot.__name__:
             self.refused(NO_SLOT.get(operation, "table_full"))
+        elif error == errors.NoImageSlot.__name__:
+            self.refused(NO_IMAGE_SLOT.get(operation, "table_full"))
         elif error in _REFUSALS:
             self.refused(_REFUSALS[error])
             if error == errors.ImageBusy.__name__ and operation in declared.RUNNING:

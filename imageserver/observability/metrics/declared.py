@@ -49,6 +49,8 @@ REFUSALS = (
     "image_busy",
     "no_read_slot",
     "no_write_slot",
+    "no_read_slot_of_image",
+    "no_write_slot_of_image",
     "table_full",
     "server_busy",
     "state_unavailable",
@@ -64,6 +66,7 @@ REFUSALS = (
 )
 CONNECTION_REFUSALS = ("too_many", "no_descriptor", "not_admitted")
 SLOTS = tuple(kind.name.lower() for kind in (Kind.READ, Kind.WRITE, Kind.OTHER))
+LIMITED_PER_IMAGE = tuple(kind.name.lower() for kind in (Kind.READ, Kind.WRITE))
 STATES = tuple(state.name.lower() for state in WorkerState if state is not WorkerState.UNKNOWN)
 CHECKS = ("config_dir", "runtime_dir", "slot_table")
 
@@ -157,6 +160,12 @@ SLOTS_LIMIT = Metric(
     Type.GAUGE,
     "Slots that there are, over all workers.",
     (("kind", SLOTS),),
+)
+SLOTS_LIMIT_PER_IMAGE = Metric(
+    "imageserver_slots_limit_per_image",
+    Type.GAUGE,
+    "Slots that one image can have, over all workers: all, where there is no limit per image.",
+    (("kind", LIMITED_PER_IMAGE),),
 )
 TRANSFERS = Metric(
     "imageserver_transfers",

@@ -49,6 +49,8 @@ class Sources:
     """Of the files of counts."""
     table: Living
     limits: Mapping[Kind, int]
+    image_limits: Mapping[Kind, int]
+    """How many of these one image may have, where that is less."""
     threads: int
     """Of each worker."""
     checks: Mapping[str, Callable[[], str]]
@@ -110,6 +112,11 @@ def _running(sources: Sources, now_ns: int) -> Iterator[Family]:
     yield _gauge(declared.SLOTS_IN_USE, held)
     limits = {name: sources.limits[kind] for name, kind in kinds.items()}
     yield _gauge(declared.SLOTS_LIMIT, limits)
+    most = {
+        name: sources.image_limits.get(kinds[name], limits[name])
+        for name in declared.LIMITED_PER_IMAGE
+    }
+    yield _gauge(declared.SLOTS_LIMIT_PER_IMAGE, most)
 
     def by_operation(metric: Metric, of: Callable[[list[Holder]], float]) -> Family:
         each = {name: [row for row in rows if row.operation == name] for name in declared.RUNNING}

@@ -10,6 +10,7 @@ from imageserver.core.errors import (
     BadRequest,
     ImageServerError,
     MethodNotAllowed,
+    NoImageSlot,
     NoSlot,
     RangeOutsideImage,
     ShortBody,
@@ -70,6 +71,13 @@ def _descendants(root: type) -> list[type]:
         pytest.param(NoSlot(Kind.READ), "kind", Kind.READ, "no free read slot", id="no-read-slot"),
         pytest.param(
             NoSlot(Kind.WRITE), "kind", Kind.WRITE, "no free write slot", id="no-write-slot"
+        ),
+        pytest.param(
+            NoImageSlot(Kind.READ),
+            "kind",
+            Kind.READ,
+            "no free read slot of this image",
+            id="no-read-slot-of-this-image",
         ),
         pytest.param(ShortBody(3), "received", 3, "body ended after 3 bytes", id="short-body"),
     ],

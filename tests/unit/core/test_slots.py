@@ -161,6 +161,29 @@ def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
     assert table.on_image("a" * 31) == []
 
 
+def test_records_of_a_kind_are_counted_by_the_image_that_they_name(table: SlotTable) -> None:
+    one, other = "a" * 32, "a" * 31 + "b"
+    held = [table.claim(replace(READER, image=one), 99) for _ in range(4)]
+    for holder in (replace(READER, image=other), READER, replace(FULL, image=one)):
+        table.claim(holder, 99)
+    assert held[2] is not None
+    table.release(held[2], ME, 0)
+
+    assert [table.count_on(image, Kind.READ) for image in (one, other, "")] == [3, 1, 1]
+    assert table.count_on(one, Kind.WRITE) == 1
+
+
+def test_a_damaged_record_counts_for_the_image_that_it_names_until_it_is_swept() -> None:
+    buffer = formatted()
+    table = opened(buffer)
+    table.claim(FULL, 1)
+    buffer[buffer.index(b"put")] ^= 1
+
+    assert table.count_on(FULL.image, Kind.WRITE) == 1
+    table.sweep(lambda _: True)
+    assert table.count_on(FULL.image, Kind.WRITE) == 0
+
+
 def test_who_had_an_image_alone_may_share_it(table: SlotTable) -> None:
     index = table.claim(replace(FULL, alone=True), 1)
     assert index is not None

@@ -117,6 +117,20 @@ def test_the_ticket_says_who_does_what(need: Need) -> None:
     assert world.tickets == [Ticket("t1", need.operation, key, CLIENT)]
 
 
+def test_a_reader_names_its_image_where_the_readers_of_each_are_counted(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to("image")
+    world = World()
+
+    opened = world.sessions(counts_readers=True)
+    opened.open(Transfer("t1", FileImage(str(link))), sessions.READ, a_request(CLIENT))
+
+    assert world.tickets == [Ticket("t1", "read", "key", CLIENT)]
+    assert world.journal == ["slot READ", "open READ"]
+    link.unlink()  # what is opened is what was counted, wherever the link leads by then
+    assert [found.identity()[0] for found in world.images] == [f"{tmp_path}/image".encode()]
+
+
 def test_progress_goes_to_the_slot() -> None:
     world = World()
 

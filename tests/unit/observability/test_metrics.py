@@ -17,6 +17,7 @@ from imageserver.observability.metrics import declared, stored
 from imageserver.observability.metrics.counted import (
     BACKEND_ERRORS,
     CLIENT_ERRORS,
+    NO_IMAGE_SLOT,
     NO_SLOT,
     REFUSALS,
     Metrics,
@@ -50,7 +51,7 @@ class Rows:
 
 
 def sources(directory: Path, *rows: Holder) -> Sources:
-    return Sources(str(directory), Rows(*rows), LIMITS, 64, {"config_dir": str})
+    return Sources(str(directory), Rows(*rows), LIMITS, {Kind.READ: 4}, 64, {"config_dir": str})
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,8 @@ def test_to_count_makes_no_system_call_but_when_it_is_due(
         ("NoSlot", "read", ["refusals_total{no_read_slot}"]),
         ("NoSlot", "replace", ["refusals_total{no_write_slot}"]),
         ("NoSlot", "flush", ["refusals_total{table_full}"]),
+        ("NoImageSlot", "read", ["refusals_total{no_read_slot_of_image}"]),
+        ("NoImageSlot", "zero", ["refusals_total{no_write_slot_of_image}"]),
         ("UnknownImage", "get", ["refusals_total{unknown_image}"]),
         ("RangeOutsideImage", "read", ["refusals_total{range_not_satisfiable}"]),
         ("BackendTimeout", "read", ["backend_errors_total{nbd,timeout}"]),
@@ -177,10 +180,11 @@ def test_what_went_wrong_is_counted_by_its_cause(
 def test_every_error_is_of_one_cause() -> None:
     tree = {cls for cls in vars(errors).values() if isinstance(cls, type)}
     leaves = {cls for cls in tree if issubclass(cls, ImageServerError)} - {ImageServerError}
-    causes = [*REFUSALS, errors.NoSlot, *BACKEND_ERRORS, *CLIENT_ERRORS]
+    causes = [*REFUSALS, errors.NoSlot, errors.NoImageSlot, *BACKEND_ERRORS, *CLIENT_ERRORS]
 
     assert sorted(map(str, causes)) == sorted(map(str, leaves))
-    assert {*REFUSALS.values(), *NO_SLOT.values()} <= {*declared.REFUSALS}
+    reasons = {*REFUSALS.values(), *NO_SLOT.values(), *NO_IMAGE_SLOT.values()}
+    assert reasons <= {*declared.REFUSALS}
     assert {*BACKEND_ERRORS.values()} <= {*declared.BACKEND_ERRORS}
 
 
@@ -266,6 +270,8 @@ def test_gauges_tell_what_the_living_hold(metrics: Metrics, tmp_path: Path) -> N
         "imageserver_slots_limit{read}": 8,
         "imageserver_slots_limit{write}": 1,
         "imageserver_slots_limit{other}": 100,
+        "imageserver_slots_limit_per_image{read}": 4,
+        "imageserver_slots_limit_per_image{write}": 1,
         "imageserver_transfers{read}": 2,
         "imageserver_transfers{flush}": 1,
         "imageserver_transfer_done_bytes{read}": 30,

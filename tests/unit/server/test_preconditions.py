@@ -58,6 +58,18 @@ def test_without_a_place_for_heartbeats_there_is_no_start(
         check_reload(Process(read_settings()))
 
 
+def test_a_limit_per_image_that_the_total_is_below_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("IMAGESERVER_MAX_READERS_PER_IMAGE", "8")
+    assert check(read_settings()) == []
+    monkeypatch.setenv("IMAGESERVER_MAX_WRITERS_PER_IMAGE", "4")
+
+    assert check(read_settings()) == [
+        "IMAGESERVER_MAX_WRITERS_PER_IMAGE=4 has no effect: IMAGESERVER_MAX_WRITERS=1 is less"
+    ]
+
+
 def test_a_proc_that_is_not_ours_is_no_place_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preconditions, "is_proc_ours", lambda: False)
 

@@ -42,6 +42,8 @@ ANSWERS = [
     (errors.NoSlot(Kind.WRITE), 503, "too many parallel writes", RETRY),
     (errors.NoSlot(Kind.OTHER), 503, "server busy", RETRY),
     (errors.NoSlot(Kind.WORKER), 503, "server busy", RETRY),
+    (errors.NoImageSlot(Kind.READ), 503, "too many parallel reads", RETRY),
+    (errors.NoImageSlot(Kind.WRITE), 503, "too many parallel writes", RETRY),
     (errors.BackendError(INTERNAL), 500, "backend error", {}),
     (errors.BackendTimeout(INTERNAL), 504, "backend timeout", {}),
     (errors.FileAccessError(INTERNAL), 500, "failed to access file", {}),

@@ -32,6 +32,8 @@ DEFAULTS = {
     # Its server bounds nothing. Twelve images at once, each over four connections.
     "max_readers": "48",
     "max_writers": "48",
+    "max_readers_per_image": "4",
+    "max_writers_per_image": "4",
     # `systemctl stop` leaves the unit's name to a start that may follow at once.
     "drain_timeout": "5",
     # It takes a server that has not answered after 5 s for dead, and stops it.

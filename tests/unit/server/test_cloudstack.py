@@ -88,6 +88,8 @@ def test_the_agent_gets_what_it_expects() -> None:
         admin_bind=(f"unix:{home}/admin.sock",),
         max_readers=48,
         max_writers=48,
+        max_readers_per_image=4,
+        max_writers_per_image=4,
         drain_timeout=5.0,
         unregister_timeout=4.0,
         keep_registrations="no",

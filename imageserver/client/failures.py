@@ -9,6 +9,7 @@
     │       └── Unreachable       no connection could be made
     ├── BadUrl                2   an argument is no URL (click reports all other wrong arguments)
     ├── Refused               3   the server will not do this, however often it is asked
+    │   └── Mismatch              ... for the body has not the digest that was sent with it
     ├── Different             4   the bytes are not what they should be
     ├── LocalFailure          5   a local file or program failed
     │   ├── Damaged               ... a qcow2 image is incomplete or inconsistent
@@ -66,6 +67,10 @@ class Refused(ClientError):
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
         self.code = code
+
+
+class Mismatch(Refused):
+    """The server has received other bytes than those of the digest."""
 
 
 class Different(ClientError):

@@ -5,7 +5,9 @@ import base64
 import contextlib
 import hashlib
 import os
+import select
 import signal
+import socketserver
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 from tests.system.answers import assert_ok, assert_refused
 from tests.system.clients import read_answer
 from tests.system.harness import Answer, Server, exchange, program, qemu_nbd, repeatable, wait_until
+from tests.system.moving import imagectl
+from tests.system.threads import serving
 
 SETTINGS = {"workers": 2}
 SMALL, LONG = 70_001, 9 << 20  # hashed at once, and beside the I/O
@@ -169,3 +173,72 @@ def test_a_mismatch_is_counted_and_logged(server, image):
     url, _ = image
     server.request("PUT", url, b"body", digest(b"other"))
     wait_until(lambda: "error=DigestMismatch" in server.log)
+
+
+# imagectl
+
+
+@contextlib.contextmanager
+def damaging(server: Server, marker: bytes, times: int) -> Iterator[int]:
+    """Yield a port that leads to the server, and damages a marker in what is sent so many times.
+
+    The marker is looked for in what one read returns: there must be many, to meet one whole.
+    """
+    left = times
+
+    class Relay(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            nonlocal left
+            with server.raw() as upstream:
+                sockets = {self.request: upstream, upstream: self.request}
+                while True:
+                    for sock in select.select(list(sockets), [], [])[0]:
+                        data = sock.recv(1 << 16)
+                        if not data:
+                            return
+                        if left and sock is self.request and marker in data:
+                            left -= 1
+                            data = data.replace(marker, marker.swapcase(), 1)
+                        sockets[sock].sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Relay) as relay, serving(relay):
+        yield relay.server_address[1]
+
+
+MARKED = b"marker.." * (SIZE // 8)
+
+
+@pytest.fixture
+def through(server: Server, disk: Path, image: tuple[str, Path], home: Path, kind: str):
+    """What uploads through a port, and what the image is."""
+    (home / "local").write_bytes(MARKED)
+    path, there = (DISK, disk) if kind == "nbd" else image
+
+    def upload(port: int, status: int = 0):
+        url = f"http://127.0.0.1:{port}{path}"
+        return imagectl(
+            "upload", home / "local", url, "--verify", "--connections", 1, status=status
+        )
+
+    return upload, there
+
+
+@pytest.mark.parametrize("kind", ["nbd", "file"])
+def test_imagectl_sends_again_what_has_arrived_damaged(server, through):
+    upload, there = through
+    with damaging(server, b"marker..", 1) as port:
+        upload(port)
+    assert there.read_bytes() == MARKED
+    wait_until(lambda: server.log.count("error=DigestMismatch"))
+
+
+@pytest.mark.parametrize("kind", ["nbd", "file"])
+def test_imagectl_names_what_arrives_damaged_again(server, through, kind):
+    upload, there = through
+    with damaging(server, b"marker..", 1 << 30) as port:
+        said = upload(port, status=4).stderr
+    assert "arrived damaged, twice: " in said
+    assert ("part old, part new" in said) is (kind == "nbd")
+    if kind == "file":
+        assert f"bytes 0 to {SIZE} arrived" in said
+        assert there.read_bytes() == OLD

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small image server over HTTP that is honest, but for one lie."""
 
+import base64
 import contextlib
+import hashlib
 import json
 import re
 import threading
@@ -68,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def do_OPTIONS(self) -> None:
-        features = ["extents", "zero", "flush"]
+        features = ["extents", "zero", "flush", "digest"]
         limits = {"max_readers": 4, "max_writers": 2, "unix_socket": None}
         self.answer(200, {"features": features, **limits}, Allow="GET, HEAD, PUT, PATCH, OPTIONS")
 
@@ -148,7 +150,13 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(r"bytes ([0-9]+)-([0-9]+)/\*", self.headers["Content-Range"])
         assert match is not None
         flush = "flush=y" in self.path
-        self.write(int(match[1]), body, flush)
+        told = self.headers.get("Content-Digest")
+        made = base64.b64encode(hashlib.sha256(body).digest()).decode()
+        if told in {None, f"sha-256=:{made}:"} or self.image.lie == "digests mean nothing":
+            self.write(int(match[1]), body, flush)
+            return
+        self.image.bytes[int(match[1]) : int(match[1]) + len(body)] = body
+        self.refuse(400)
 
     def write(self, start: int, body: bytes, flush: bool) -> None:
         lie = self.image.lie

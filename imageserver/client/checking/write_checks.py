@@ -4,6 +4,7 @@
 So nothing changes, unless somebody else writes to the same place at the same moment.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import closing
@@ -19,6 +20,7 @@ from imageserver.client.checking.findings import (
 )
 from imageserver.client.checking.probe import Reply, Request
 from imageserver.client.http.answers import parse_fields
+from imageserver.client.http.remote import digest_field
 
 _BAD = 400
 #: Refusals of a way of writing that a server need not have.
@@ -128,6 +130,24 @@ def _flushed(subject: Subject) -> str:
     return f"the answer says {json.dumps(flushed)}"
 
 
+def _digested(subject: Subject) -> str:
+    subject.needs("digest")
+    span = _inside(subject)
+
+    def put(data: bytes, told: bytes) -> Reply:
+        headers = _content_range(*span) | digest_field(hashlib.sha256(told).digest())
+        return subject.ask(Request("PUT", "?flush=n", headers, data))
+
+    _rewritten(subject, span, lambda data: put(data, data))
+    before, data = _around(subject, *span)
+    reply = put(data, data + b"more")
+    if reply.status != _BAD:
+        raise Wrong(f"status {reply.status} for bytes that are not those of their digest")
+    if _around(subject, *span)[0] != before:
+        raise Wrong(f"other bytes are read at {span[0]} than were written")
+    return "a right one is taken, a wrong one refused"
+
+
 def _zeroed(subject: Subject) -> str:
     subject.needs("zero")
     subject.needs_bytes()
@@ -175,6 +195,7 @@ WRITE_CHECKS = (
     Check("write inside", _written_inside),
     Check("write with PATCH", _patched),
     Check("write and flush", _flushed),
+    Check("write with a digest", _digested),
     Check("zero what is zero", _zeroed),
     Check("Expect: 100-continue", _expected),
     Check("Expect, refused", _expected_refused),

@@ -31,7 +31,7 @@ class Abilities:
     methods: frozenset[str]
 
     def has(self, feature: str) -> bool:
-        """Tell whether ``extents``, ``zero`` or ``flush`` is announced."""
+        """Tell whether ``extents``, ``zero``, ``flush`` or ``digest`` is announced."""
         return feature in self.features
 
     @property

@@ -8,10 +8,11 @@ import contextlib
 import json
 import os
 import re
+from base64 import b64encode
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
-from imageserver.client.failures import Broken, Failed, Refused
+from imageserver.client.failures import Broken, Failed, Mismatch, Refused
 from imageserver.client.http.access import Access
 from imageserver.client.http.answers import (
     Abilities,
@@ -33,6 +34,9 @@ _MAX_JSON = 64 * 1024
 _NO_CONTENT = 204
 #: What oVirt's daemon has in ``Server``; it answers writes with an empty body.
 _OVIRT = "imageio/"
+_DIGEST = "Content-Digest"
+#: What imageserver says of a body that has another one (docs/api.md).
+_MISMATCH = f"does not match its {_DIGEST}"
 #: Connections that are used by default.
 _CONNECTIONS = 4
 
@@ -148,18 +152,30 @@ class Remote:
             yield buffer if filled == len(buffer) else bytes(view[:filled])
             start += filled
 
-    def write(self, start: int, stop: int, pieces: Iterable[object]) -> None:
-        """Write a span (PUT with Content-Range); the pieces must add up to its length."""
-        place = {"Content-Range": f"bytes {start}-{stop - 1}/*"}
+    def write(
+        self, start: int, stop: int, pieces: Iterable[object], sha256: bytes | None = None
+    ) -> None:
+        """Write a span (PUT with Content-Range); the pieces must add up to its length.
+
+        ``sha256``: their digest, which the server verifies.
+
+        Raises:
+            Mismatch: it is not that of the bytes that came; they are in the image.
+        """
+        place = {"Content-Range": f"bytes {start}-{stop - 1}/*", **digest_field(sha256)}
         # oVirt's daemon flushes after each PUT unless told not to.
         self._put(stop - start, pieces, "flush=n", place)
 
-    def put(self, length: int, pieces: Iterable[object], *, flush: bool) -> bool:
+    def put(
+        self, length: int, pieces: Iterable[object], *, flush: bool, sha256: bytes | None = None
+    ) -> bool:
         """Replace the image by ``length`` bytes; return whether the server flushed it.
 
-        A server that does not say is taken to have done what it was asked.
+        A server that does not say is taken to have done what it was asked. ``sha256``: as for
+        ``write``; a file that does not match is not replaced.
         """
-        flushed = self._put(length, pieces, f"flush={'ny'[flush]}", {}).get("flushed")
+        fields = self._put(length, pieces, f"flush={'ny'[flush]}", digest_field(sha256))
+        flushed = fields.get("flushed")
         return flushed if isinstance(flushed, bool) else flush
 
     def _put(
@@ -172,9 +188,14 @@ class Remote:
         """
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
         body = _Body(pieces)
-        response = self._transport.request(
-            "PUT", self._at("", flush), headers=headers | place, body=body
-        )
+        try:
+            response = self._transport.request(
+                "PUT", self._at("", flush), headers=headers | place, body=body
+            )
+        except Refused as exc:
+            if _DIGEST in place and _MISMATCH in str(exc):
+                raise Mismatch(str(exc), exc.code) from exc
+            raise
         if not body.is_sent:
             response.close()
             raise Broken(f"{self._transport.name} answered PUT before it had taken all bytes")
@@ -221,6 +242,11 @@ class Remote:
             body = response.read(_MAX_JSON)
             finish(response)
             return body
+
+
+def digest_field(sha256: bytes | None) -> dict[str, str]:
+    """Return the field that tells a body's digest (RFC 9530)."""
+    return {_DIGEST: f"sha-256=:{b64encode(sha256).decode()}:"} if sha256 else {}
 
 
 @contextlib.contextmanager

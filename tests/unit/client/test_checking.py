@@ -41,9 +41,10 @@ LIES: dict[str, set[str]] = {
     "every method is known": {"unknown method"},
     "flush fails": {"flush"},
     "writes go elsewhere": {"write at the end", "write inside", "write with PATCH"}
-    | {"write and flush", "Expect: 100-continue"},
+    | {"write and flush", "write with a digest", "Expect: 100-continue"},
     "PATCH does nothing right": {"write with PATCH"},
     "nothing is flushed": {"write and flush"},
+    "digests mean nothing": {"write with a digest"},
     "too much is zeroed": {"zero what is zero"},
 }
 

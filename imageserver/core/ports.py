@@ -56,6 +56,19 @@ class Backend(Protocol):
         ...
 
     @property
+    def dirty_bitmap(self) -> str | None:
+        """The bitmap that dirty extents are of; None: without one all is dirty.
+
+        Asked before ``close``.
+        """
+        ...
+
+    @property
+    def tells_holes(self) -> bool:
+        """Whether extents tell of holes. Asked before ``close``."""
+        ...
+
+    @property
     def settled(self) -> bool:
         """False while a write may still be under way; asked after ``close``, too."""
         ...
@@ -97,7 +110,9 @@ class Backend(Protocol):
     def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
         """Yield the extents of [start, stop), in order, merged, without gaps, in lists.
 
-        ``dirty``: with the dirty flags of the image's bitmap, or all dirty without one.
+        ``dirty``: with the dirty flags of the image's bitmap, or all dirty without one. Otherwise
+        that flag says *hole*, where ``tells_holes``: nothing is allocated here or in what this
+        image is based on.
         """
         ...
 

@@ -234,6 +234,27 @@ def test_without_its_bitmap_everything_is_dirty(server: Server, tracked: Path, b
     assert extents == allocation(tracked, dirty=True)
 
 
+@pytest.mark.parametrize("idle", [True, False], ids=["another-connection", "a-kept-one"])
+def test_dirty_extents_say_which_bitmap_they_rest_on(server: Server, tracked: Path, idle: bool):
+    def said(bitmap: str | None, query: str = "?context=dirty") -> str | None:
+        path = server.add("image", socket=str(tracked), export_bitmap=bitmap)
+        if not idle:
+            assert server.request("GET", path, headers={"Range": "bytes=0-0"}).status == 206
+        return server.request("GET", path + "/extents" + query).fields.get("image-dirty-bitmap")
+
+    before = server.log.count("no dirty bitmap: all counts as dirty transfer=image")
+    assert [said(name) for name in ("b0", "clean", "missing", None)] == [
+        "b0",
+        "clean",
+        "none",
+        "none",
+    ]
+    assert said("b0", "?context=dirty&start=4096") == "b0"
+    assert said("b0", "") is None
+    warned = server.log.count("no dirty bitmap: all counts as dirty transfer=image")
+    assert warned == before + 2
+
+
 def test_the_zero_context_does_not_look_at_the_bitmap(server: Server, tracked: Path):
     assert get(server, tracked, "?context=zero", export_bitmap="b0") == allocation(tracked)
 

@@ -44,6 +44,8 @@ class World:
     fail: dict[str, BaseException] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
     batches: list[list[Extent]] = field(default_factory=list)
+    dirty_bitmap: str | None = None
+    tells_holes: bool = False
     on_piece: Callable[[int], None] = lambda _: None
     on_lock: Callable[[], None] = lambda: None
     on_open: Callable[[], None] = lambda: None
@@ -176,6 +178,16 @@ class FakeBackend:
         return self._world.info or ImageInfo(
             *(self.size, False, True, True), multi_conn=True, flushes_image=True
         )
+
+    @property
+    def dirty_bitmap(self) -> str | None:
+        assert not self.closed
+        return self._world.dirty_bitmap
+
+    @property
+    def tells_holes(self) -> bool:
+        assert not self.closed
+        return self._world.tells_holes
 
     @property
     def settled(self) -> bool:

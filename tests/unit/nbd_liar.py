@@ -33,7 +33,9 @@ class Liar:
     #: Called before each command is answered, with its type.
     before: Callable[[int], object] = lambda _command: None
     got: list[tuple[int, int, int, int]] = field(default_factory=list)
+    #: The meta contexts that the last client has asked for; it gets all but ``lacking``.
     contexts: list[bytes] = field(default_factory=list)
+    lacking: tuple[bytes, ...] = (b"qemu:allocation-depth",)
 
     def serve(self, client: socket.socket, number: int) -> None:
         with contextlib.suppress(OSError, struct.error), client, client.makefile("rwb") as stream:
@@ -64,7 +66,7 @@ class Liar:
                     (size,) = struct.unpack_from(">I", data, at)
                     self.contexts.append(data[at + 4 : at + 4 + size])
                     at += 4 + size
-                for index, name in enumerate(self.contexts):
+                for index, name in enumerate(self.granted):
                     peer.reply(option, _CONTEXT, struct.pack(">I", index) + name)
             elif option == _GO:
                 peer.reply(option, _INFO, struct.pack(">HQH", 0, self.size, self.flags))
@@ -75,15 +77,19 @@ class Liar:
             if option == _GO:
                 return
 
+    @property
+    def granted(self) -> list[bytes]:
+        return [name for name in self.contexts if name not in self.lacking]
+
     def answer(self, peer: "Peer", command: int, handle: int, offset: int, length: int) -> None:
         if command == READ:
             data = struct.pack(">Q", offset) + b"D" * length
             peer.send(struct.pack(">IHHQI", _CHUNK, 1, 1, handle, len(data)), data)
         elif command == STATUS:
-            for index in range(len(self.contexts)):
+            for index in range(len(self.granted)):
                 pairs = self.status(offset, length)
                 data = struct.pack(">I", index) + b"".join(struct.pack(">II", *p) for p in pairs)
-                last = index == len(self.contexts) - 1
+                last = index == len(self.granted) - 1
                 peer.send(struct.pack(">IHHQI", _CHUNK, last, 5, handle, len(data)), data)
         else:
             peer.send(struct.pack(">IIQ", _SIMPLE_REPLY, 0, handle))

@@ -277,6 +277,15 @@ class ImageFile:
         except OSError as exc:
             raise _failure(self._place.path, exc) from exc
 
+    @property
+    def dirty_bitmap(self) -> None:
+        """Files have no bitmaps."""
+
+    @property
+    def tells_holes(self) -> bool:
+        """Extents are not offered at all."""
+        return False
+
     def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
         """Extents are not offered for files; the web layer refuses them first."""
         raise FileAccessError("extents are not supported for files")

@@ -55,7 +55,7 @@ class NbdExports:
         if server is not None and keeps and (kept := self._pool.take(server, image, needed)):
             kept.serve(image, transfer)
         else:
-            contexts = _contexts(image, Intent.DIRTY_EXTENTS) if keeps else needed
+            contexts = _all_contexts(image) if keeps else needed
             kept = Kept(self._connect(image, contexts, intent, check), image, transfer)
         return NbdExport(Link(kept.connection, check), image, self._warm_up, self._pool, kept)
 
@@ -92,13 +92,21 @@ class NbdExports:
 
 
 def _contexts(image: NbdImage, intent: Intent) -> list[str]:
-    """Return the meta contexts that an operation needs; DIRTY_EXTENTS needs all there are."""
-    contexts = []
-    if intent in {Intent.EXTENTS, Intent.DIRTY_EXTENTS}:
-        contexts.append(extents.ALLOCATION)
-    if intent is Intent.DIRTY_EXTENTS and image.bitmap:
-        contexts.append(extents.dirty_context(image.bitmap))
-    return contexts
+    """Return the meta contexts that an operation needs."""
+    if intent is Intent.EXTENTS:
+        return [extents.ALLOCATION, extents.DEPTH]
+    if intent is Intent.DIRTY_EXTENTS:
+        return [extents.ALLOCATION, *_bitmaps(image)]
+    return []
+
+
+def _all_contexts(image: NbdImage) -> list[str]:
+    """Return what a connection is asked for that may serve any operation."""
+    return [extents.ALLOCATION, extents.DEPTH, *_bitmaps(image)]
+
+
+def _bitmaps(image: NbdImage) -> list[str]:
+    return [extents.dirty_context(image.bitmap)] if image.bitmap else []
 
 
 class NbdExport:
@@ -121,6 +129,17 @@ class NbdExport:
         """What the export can do, by its server or by its transfer."""
         info = self._link.info
         return replace(info, flushes_image=True) if self._image.flushes_image else info
+
+    @property
+    def dirty_bitmap(self) -> str | None:
+        """The bitmap that dirty extents are of."""
+        bitmap = self._image.bitmap
+        return bitmap if status.other_context(self._link, bitmap, dirty=True) else None
+
+    @property
+    def tells_holes(self) -> bool:
+        """Whether extents tell of holes."""
+        return bool(status.other_context(self._link, None, dirty=False))
 
     @property
     def settled(self) -> bool:

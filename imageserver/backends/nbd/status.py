@@ -17,8 +17,7 @@ def list_extents(
 ) -> Generator[list[Extent]]:
     """Yield the extents of [start, stop): see ``ports.Backend``."""
     allocation = link.has_context(extents.ALLOCATION)
-    context = extents.dirty_context(bitmap) if dirty and bitmap else ""
-    context = context if link.has_context(context) else ""
+    context = other_context(link, bitmap, dirty=dirty)
     everywhere = int(dirty and not context)
     merger = Merger(start)
     while (at := merger.position) < stop:
@@ -27,7 +26,8 @@ def list_extents(
         try:
             state = replies[extents.ALLOCATION] if allocation else Reply((limit,), (0,))
             if context:
-                pieces = extents.union_pieces(state, replies[context], limit)
+                other = replies[context] if dirty else replies[context].holes()
+                pieces = extents.union_pieces(state, other, limit)
             else:
                 pieces = extents.allocation_pieces(state, limit, everywhere)
         except KeyError as exc:
@@ -36,6 +36,14 @@ def list_extents(
         if merger.position == at:
             raise BackendError("the server's block status makes no progress")
     yield list(merger.finish())
+
+
+def other_context(link: Link, bitmap: str | None, *, dirty: bool) -> str:
+    """Return what besides zeros the server tells of: what is dirty, or a hole; "": nothing."""
+    context = extents.DEPTH
+    if dirty:
+        context = extents.dirty_context(bitmap) if bitmap else ""
+    return context if link.has_context(context) else ""
 
 
 def _ask(link: Link, start: int, stop: int) -> dict[str, Reply]:

@@ -56,8 +56,8 @@ def test_one_connection_serves_every_operation(
         backend.close()
 
     assert {number for number, *_ in liar.got} == {0}
-    wanted = [b"base:allocation"] + [b"qemu:dirty-bitmap:b"] * (bitmap is not None)
-    assert liar.contexts == wanted
+    bitmaps = [b"qemu:dirty-bitmap:b"] * (bitmap is not None)
+    assert liar.contexts == [b"base:allocation", b"qemu:allocation-depth", *bitmaps]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from imageserver.backends.nbd import status
 from imageserver.core.errors import BackendError
-from imageserver.core.extents import ALLOCATION, Extent, Reply, dirty_context
+from imageserver.core.extents import ALLOCATION, DEPTH, Extent, Reply, dirty_context
 from tests.unit.backends.links import FakeLink
 
 SIZE = 64 * 1024
@@ -115,6 +115,38 @@ def test_dirt_comes_from_the_bitmap_where_the_server_has_it() -> None:
     }
 
     assert _list(fake, dirty=True) == [(0, 4096, False, True), (4096, SIZE - 4096, False, False)]
+
+
+def test_holes_are_where_nothing_is_allocated_in_the_chain() -> None:
+    fake = _fake(lambda _at, _length: [], contexts=(ALLOCATION, DEPTH, DIRTY))
+    fake.status = lambda at, _length: {
+        ALLOCATION: Reply([8192, SIZE - 8192], [HOLE | ZERO, 0]),
+        DEPTH: Reply([4096, 8192, SIZE], [0, 1, 2]) if at == 0 else Reply([SIZE], [1]),
+        DIRTY: Reply([100], [1]),
+    }
+
+    assert _list(fake) == [
+        (0, 4096, True, True),
+        (4096, 4096, True, False),
+        (8192, SIZE - 8192, False, False),
+    ]
+    assert len(fake.sent("status")) == 1  # the bitmap's answer, which ends early, is not used
+
+
+def test_holes_of_a_span_are_cut_where_its_zeros_are() -> None:
+    fake = _fake(lambda _at, _length: [], contexts=(ALLOCATION, DEPTH), align=4096)
+    fake.status = lambda at, length: {
+        ALLOCATION: Reply([length], [ZERO]),
+        DEPTH: Reply([5000 - at, length], [0, 3]) if at < 5000 else Reply([length], [3]),
+    }
+
+    assert _list(fake, 4500, 6000) == [(4500, 500, True, True), (5000, 1000, True, False)]
+
+
+def test_dirty_extents_do_not_look_at_the_depth() -> None:
+    fake = _fake(lambda _at, length: [(length, 0)], contexts=(ALLOCATION, DEPTH))
+
+    assert _list(fake, dirty=True) == [(0, SIZE, False, True)]
 
 
 @pytest.mark.parametrize(

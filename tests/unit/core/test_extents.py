@@ -315,6 +315,29 @@ def test_the_union_of_any_two_contexts_is_true_for_every_byte(
     ]
 
 
+@settings(max_examples=200, deadline=None)
+@given(_images(), _STEPS, _WORDINGS, _WORDINGS, st.booleans())
+def test_holes_of_any_image_are_true_for_every_byte(
+    image: tuple[list[int], list[int]],
+    step: int,
+    wordings: list[Wording],
+    depth_wordings: list[Wording],
+    wide: bool,
+) -> None:
+    flags, depths = image
+
+    def answer(number: int, offset: int, length: int, limit: int) -> Iterator[Piece]:
+        allocation = _answer(flags, offset, length, wordings[number % len(wordings)])
+        depth = _answer(depths, offset, length, depth_wordings[number % len(depth_wordings)])
+        return union_pieces(allocation, depth.holes(), limit)
+
+    extents = _list_extents(len(flags), step, answer, wide=wide)
+
+    assert _per_byte(extents) == [
+        (f & 3 != 0, depth == 0) for f, depth in zip(flags, depths, strict=True)
+    ]
+
+
 def test_an_empty_image_has_no_extent_and_is_never_asked_about() -> None:
     def answer(number: int, offset: int, length: int, limit: int) -> Iterator[Piece]:
         raise AssertionError((number, offset, length, limit))

@@ -77,7 +77,7 @@ def test_the_tour_works_as_printed(environ: dict[str, str], temporary: Path) -> 
     assert "hello" in answers
     lists = [json.loads(line) for line in answers if line.startswith("[")]
     assert lists == [
-        [{"start": s, "length": n, "zero": z} for s, n, z, _ in EXTENTS],
+        [{"start": s, "length": n, "zero": z, "hole": z} for s, n, z, _ in EXTENTS],
         [{"start": s, "length": n, "dirty": d, "zero": z} for s, n, z, d in EXTENTS],
     ]
     assert_nothing_is_left(done.stdout, temporary)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The application under a plain WSGI server: reading and writing; no zero-copy, no socket."""
 
+from urllib.parse import unquote
+
 import pytest
 from falcon import testing
 
-from imageserver.core.errors import ImageBusy
+from imageserver.core.errors import BackendError, ImageBusy
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.web.body import ASKING
 from tests.unit.fakes import World
@@ -181,8 +183,74 @@ def test_extents_are_a_compact_list(
     result = client.simulate_get("/images/t1/extents", params=params)
 
     assert (result.status_code, result.content) == (200, text)
-    assert result.headers == COMMON | JSON
+    told = {"image-dirty-bitmap": "none"} if query == "dirty" else {}
+    assert result.headers == COMMON | JSON | told
     assert world.journal[-3:] == ["close", "free", "unlock"]
+
+
+def test_extents_say_what_is_a_hole_where_the_back_end_does(
+    client: testing.TestClient, world: World
+) -> None:
+    world.batches, world.tells_holes = [[(0, 4, True, True), (4, 6, True, False)]], True
+
+    result = client.simulate_get("/images/t1/extents")
+
+    assert result.content == (
+        b'[{"start":0,"length":4,"zero":true,"hole":true},'
+        b'{"start":4,"length":6,"zero":true,"hole":false}]'
+    )
+
+
+@pytest.mark.parametrize(
+    ("bitmap", "value"),
+    [
+        ("backup0", "backup0"),
+        ("none", "%6Eone"),
+        ("None", "None"),
+        ("8b0e-11_a.b~c!#$&+^`|", "8b0e-11_a.b~c!#$&+^`|"),
+        ('a b%,;="/:', "a%20b%25%2C%3B%3D%22%2F%3A"),
+        ("Größe", "Gr%C3%B6%C3%9Fe"),
+        ("x\r\nSet-Cookie: y\0", "x%0D%0ASet-Cookie%3A%20y%00"),
+    ],
+)
+def test_dirty_extents_name_their_bitmap_in_one_word(
+    client: testing.TestClient,
+    world: World,
+    caplog: pytest.LogCaptureFixture,
+    bitmap: str,
+    value: str,
+) -> None:
+    world.dirty_bitmap = bitmap
+
+    result = client.simulate_get("/images/t1/extents?context=dirty")
+
+    assert result.headers["image-dirty-bitmap"] == value
+    assert unquote(value) == bitmap
+    assert caplog.records == []
+
+
+def test_dirty_extents_without_a_bitmap_are_a_warning(
+    client: testing.TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = client.simulate_get("/images/t1/extents?context=dirty")
+
+    assert result.headers["image-dirty-bitmap"] == "none"
+    (record,) = caplog.records
+    assert (record.levelname, record.getMessage()) == (
+        "WARNING",
+        "no dirty bitmap: all counts as dirty",
+    )
+
+
+def test_extents_that_fail_name_no_bitmap(
+    client: testing.TestClient, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.fail["extents 0-10 dirty=True"] = BackendError("x")
+
+    result = client.simulate_get("/images/t1/extents?context=dirty")
+
+    assert (result.status_code, "image-dirty-bitmap" in result.headers) == (500, False)
+    assert "no dirty bitmap: all counts as dirty" not in caplog.messages
 
 
 def test_an_empty_image_has_an_empty_list(client: testing.TestClient) -> None:

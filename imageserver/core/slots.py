@@ -212,14 +212,15 @@ class SlotTable:
         self._states[index] = holder.kind.value
         return index
 
-    def on_image(self, image: str) -> list[Holder | None]:
-        """Return who holds an image, by its key, now; None: a damaged record that may be of it."""
-        found: list[Holder | None] = []
-        for index in self._having(image, _HOLDING):
-            holder = self._read(index)
-            if holder is not None or self._states[index]:  # not one released meanwhile
-                found.append(holder)
-        return found
+    def on_image(self, image: str, kind: Kind | None = None) -> list[Holder | None]:
+        """Return who holds an image, by its key, now; None: a damaged record that may be of it.
+
+        With a kind, return whose records of that kind name the image.
+        """
+        indices = self._having(image, _EACH[kind] if kind else _HOLDING)
+        found = ((self._read(index), index) for index in indices)
+        # Not one released meanwhile.
+        return [holder for holder, index in found if holder is not None or self._states[index]]
 
     def count_on(self, image: str, kind: Kind) -> int:
         """Return how many records of ``kind`` are held that name an image, by its key."""

@@ -121,7 +121,7 @@ class SharedTable:
     def _claim_at_last(self, mapping: Mapping, holder: Holder, lack: NoSlot) -> ClaimedSlot:
         """Claim where there was no room: sweep, and wait for the dying."""
         deadline = time.monotonic() + EXIT_SECONDS
-        while True:
+        while not self._is_full_of_living(mapping, holder, lack):
             # Once more at the end: another process may have swept between our claim and sweep.
             is_last = not self.sweep() and not self._awaits_exit(holder, lack, deadline)
             got = self._claim(mapping, holder)
@@ -130,6 +130,18 @@ class SharedTable:
             if is_last:
                 raise got
             lack = got
+        raise lack
+
+    def _is_full_of_living(self, mapping: Mapping, holder: Holder, lack: NoSlot) -> bool:
+        """Tell whether the living have all that the image may have: then a sweep is of no use.
+
+        A client that opens more than it was offered keeps the guard no longer than others do.
+        """
+        if not isinstance(lack, NoImageSlot):
+            return False
+        others = mapping.table.on_image(holder.image, holder.kind)
+        lives = {self._life(mapping, other) for other in others}
+        return len(others) >= self._per_image[holder.kind] and lives == {Life.LIVING}
 
     def _claim(self, mapping: Mapping, holder: Holder) -> ClaimedSlot | NoSlot:
         """Claim once nobody who has the image is dead or dying; ``NoSlot``: there is no room.

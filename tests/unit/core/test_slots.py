@@ -171,6 +171,7 @@ def test_records_of_a_kind_are_counted_by_the_image_that_they_name(table: SlotTa
 
     assert [table.count_on(image, Kind.READ) for image in (one, other, "")] == [3, 1, 1]
     assert table.count_on(one, Kind.WRITE) == 1
+    assert table.on_image(one, Kind.READ) == [replace(READER, image=one)] * 3
 
 
 def test_a_damaged_record_counts_for_the_image_that_it_names_until_it_is_swept() -> None:

@@ -11,6 +11,7 @@ from imageserver.core.errors import NoImageSlot, NoSlot
 from imageserver.core.ports import Ticket
 from imageserver.core.slots import Kind
 from imageserver.runtime import slottable
+from imageserver.runtime.processes import Life
 from imageserver.runtime.slottable import SharedTable
 from tests.system.harness import wait_until
 from tests.unit.processes import python
@@ -124,6 +125,7 @@ def test_who_dies_is_waited_for_where_that_makes_room_for_the_image(
         return True
 
     monkeypatch.setattr(slottable, "is_exiting", exiting)
+    monkeypatch.setattr(SharedTable, "_life", lambda *_: Life.EXITING)
     reading = table.claim(Kind.READ, ticket())
     table.claim(Kind.READ, ticket())
 
@@ -135,12 +137,25 @@ def test_who_dies_with_another_image_is_not_waited_for(
 ) -> None:
     asked: list[object] = []
     monkeypatch.setattr(slottable, "is_exiting", asked.append)
+    monkeypatch.setattr(SharedTable, "_life", lambda *_: Life.EXITING)
     for image in ("other", KEY, KEY):
         table.claim(Kind.READ, ticket(image))
 
     with pytest.raises(NoImageSlot):
         table.claim(Kind.READ, ticket())
     assert len(asked) == 2  # who has the image
+
+
+@KINDS
+def test_nobody_looks_for_the_dead_where_the_living_have_all_that_the_image_may_have(
+    table: SharedTable, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.delattr(SharedTable, "sweep")
+    for image in (KEY, "other", KEY):
+        table.claim(kind, ticket(image))
+
+    with pytest.raises(NoImageSlot):
+        table.claim(kind, ticket())
 
 
 def test_processes_that_contend_for_an_image_never_exceed_its_limit(tmp_path: Path) -> None:

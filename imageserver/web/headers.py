@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What headers and query parameters say, parsed once: lengths, ranges, media types."""
 
+from collections.abc import Sequence
+
 import falcon
 
 from imageserver.core.digests import Expected, parse_digest
@@ -86,11 +88,13 @@ def json_length(req: falcon.Request) -> int:
     return length
 
 
-def read_digests(req: falcon.Request, *, is_whole: bool) -> list[Expected]:
+def read_digests(req: falcon.Request, *, is_whole: bool) -> Sequence[Expected]:
     """Return what the body is expected to be (RFC 9530): nothing, where no field says it.
 
     ``Repr-Digest`` is about the whole image, so that it says nothing of a part.
     """
+    if "HTTP_CONTENT_DIGEST" not in req.env and "HTTP_REPR_DIGEST" not in req.env:
+        return ()  # most requests, at once
     names = ("Content-Digest", "Repr-Digest") if is_whole else ("Content-Digest",)
     found = ((name, req.get_header(name)) for name in names)
     digests = (parse_digest(name, value) for name, value in found if value is not None)

@@ -68,7 +68,7 @@ def test_map_tells_what_has_changed(image):
 def test_map_says_so_where_there_is_no_bitmap(server, big, name):
     server.add(name, **big)
     drawn = imagectl("map", "--context", "dirty", url_of(server, name)).stdout
-    assert "All of it counts as dirty" in drawn
+    assert "All of it counts as dirty: the server uses no bitmap." in drawn
     assert "█" not in imagectl("map", "--ascii", url_of(server, name)).stdout
 
 
@@ -89,6 +89,7 @@ def test_map_as_json_is_what_the_server_says_and_its_totals(server, image, conte
     assert found == {"size": 8 * MIB, "context": context, "extents": extents} | {
         "count": len(extents),
         "totals": totals,
+        **({"bitmap": "b0"} if context == "dirty" else {}),
     }
 
 

@@ -15,6 +15,7 @@ import click
 from imageserver.client.backoff import retried_start, retried_while_busy
 from imageserver.client.commands.options import Options, ascii_option, common_options
 from imageserver.client.failures import LocalFailure, Refused
+from imageserver.client.http.remote import Remote
 from imageserver.client.showing.map_cells import KIND_NAMES, Canvas, check_end, totals_by_name
 from imageserver.client.showing.map_svg import drawing
 from imageserver.client.showing.map_text import Sheet, write_map
@@ -64,10 +65,11 @@ def map_command(  # noqa: PLR0913 - one parameter per option
             canvas = Canvas(size, _SVG_COLUMNS * (rows or _SVG_ROWS)).filled(extents)
             _save(svg, drawing(title, canvas, _SVG_COLUMNS, names))
         elif options.json:
-            _write_json(size, context, extents)
+            _write_json(size, context, extents, remote)
         else:
             sheet = Sheet(width, rows, plain=plain)
-            write_map(sheet.canvas(size).filled(extents), names, sheet)
+            canvas = sheet.canvas(size).filled(extents)
+            write_map(canvas, names, sheet, remote.bitmap)
 
 
 def _save(path: str, text: str) -> None:
@@ -78,8 +80,8 @@ def _save(path: str, text: str) -> None:
         raise LocalFailure(f"cannot write {path}: {exc.strerror}") from exc
 
 
-def _write_json(size: int, context: str, extents: Iterable[Extent]) -> None:
-    """Write one extent a line as they come; the totals stand behind them."""
+def _write_json(size: int, context: str, extents: Iterable[Extent], remote: Remote) -> None:
+    """Write one extent a line as they come; behind them the totals, and the bitmap if told."""
     totals, count, end = [0, 0, 0, 0], 0, 0
     out = sys.stdout
     out.write(f'{{"size":{size},"context":"{context}","extents":[')
@@ -91,7 +93,8 @@ def _write_json(size: int, context: str, extents: Iterable[Extent]) -> None:
         count, end = count + 1, start + length
     check_end(end, size)
     summary = json.dumps(totals_by_name(totals, context), separators=(",", ":"))
-    out.write(f'],\n"count":{count},"totals":{summary}}}\n')
+    bitmap = "" if remote.bitmap is None else f',"bitmap":{json.dumps(remote.bitmap or None)}'
+    out.write(f'],\n"count":{count},"totals":{summary}{bitmap}}}\n')
 
 
 def _word(value: object) -> str:

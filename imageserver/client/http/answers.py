@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from imageserver.client.failures import Failed
 from imageserver.client.http.extent_list import MAX_SIZE
@@ -38,6 +39,12 @@ class Abilities:
     def writes_ranges(self) -> bool:
         """Whether parts of the image can be written; imageserver replaces a file as a whole."""
         return "PATCH" in self.methods
+
+
+def parse_bitmap(headers: Mapping[str, str]) -> str | None:
+    """Return the bitmap that dirty extents rest on; "": there is none. None: it is not said."""
+    said = headers.get("Image-Dirty-Bitmap")
+    return "" if said == "none" else said and unquote(said)
 
 
 def parse_abilities(body: bytes, allow: str) -> Abilities:

@@ -17,9 +17,11 @@ _LONGEST = 64 * 1024
 def parse_extents(pieces: Iterable[bytes], context: str = "zero") -> Iterator[Extent]:
     """Parse a JSON list of flat objects as it comes, and check that it has no gaps.
 
-    No object contains another one, so the text can be split behind any ``}``.
+    No object contains another one, so the text can be split behind any ``}``. Neighbours that
+    differ only in what is ignored here (``hole``) are one extent.
     """
     rest, position, opened = b"", 0, False
+    open_extent: Extent | None = None
     for piece in pieces:
         rest += piece
         end = rest.rfind(b"}") + 1
@@ -32,7 +34,15 @@ def parse_extents(pieces: Iterable[bytes], context: str = "zero") -> Iterator[Ex
         for fields in batch:
             extent = _extent(fields, position, is_dirty=context == "dirty")
             position = extent[0] + extent[1]
-            yield extent
+            if open_extent is None:
+                open_extent = extent
+            elif open_extent[2:] == extent[2:]:
+                open_extent = (open_extent[0], open_extent[1] + extent[1], *extent[2:])
+            else:
+                yield open_extent
+                open_extent = extent
+    if open_extent:
+        yield open_extent
     if b"".join(rest.split()) != (b"]" if opened else b"[]"):
         raise Broken("the list of extents was cut")
 

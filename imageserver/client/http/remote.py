@@ -18,6 +18,7 @@ from imageserver.client.http.answers import (
     Abilities,
     check_range,
     parse_abilities,
+    parse_bitmap,
     parse_fields,
     parse_size,
     range_size,
@@ -51,6 +52,8 @@ class Remote:
         path, _, self._query = self._transport.target.partition("?")
         self._path = path.rstrip("/")
         self._target = self._at()
+        #: What the last dirty extents rest on; "": no bitmap, so all is dirty. None: not known.
+        self.bitmap: str | None = None
 
     def close(self) -> None:
         """Close the connections that are idle."""
@@ -115,6 +118,7 @@ class Remote:
             Failed: it has gaps, or does not say what was asked for.
         """
         response = self._transport.request("GET", self._at("/extents", f"context={context}"))
+        self.bitmap = parse_bitmap(response.headers) if context == "dirty" else None
         self._transport.allow_blanks(response)
         with _read_to_the_end(response):
             yield from parse_extents(self._pieces(response), context)

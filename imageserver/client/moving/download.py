@@ -74,8 +74,8 @@ class _Download:
             self._wanted.connections, abilities.max_readers
         )
         layout = self._ask_layout(abilities)
-        if self._wanted.incremental and layout.size and layout.changed.total == layout.size:
-            self._watch.note("All of the image counts as changed (there may be no bitmap).")
+        if self._wanted.incremental:
+            self._note_full(layout)
         target = Target(self._wanted, layout, self._remote.url)
         with target.claimed():
             done, local = target.open(self._connections, self._compare_samples, self._watch.note)
@@ -93,6 +93,13 @@ class _Download:
         return Result(
             layout.size, total, left.total, total - left.total, seconds, self._wanted.verify
         )
+
+    def _note_full(self, layout: Layout) -> None:
+        if not layout.size or layout.changed.total < layout.size:
+            return
+        bitmap = self._remote.bitmap
+        why = {None: " (there may be no bitmap)", "": ": the server uses no bitmap"}.get(bitmap, "")
+        self._watch.note(f"All of the image counts as changed{why}.")
 
     def _ask_layout(self, abilities: Abilities) -> Layout:
         return ask_layout(self._remote, abilities, self._budget, dirty=self._wanted.incremental)

@@ -59,7 +59,13 @@ class Sheet:
         return Canvas(size, self.columns * rows)
 
 
-def write_map(canvas: Canvas, names: dict[Kind, str], sheet: Sheet) -> None:
+#: Why all counts as dirty, by the bitmap that the server uses: see ``Remote.bitmap``.
+_WHY = {None: "there is no bitmap, or everything has changed", "": "the server uses no bitmap"}
+
+
+def write_map(
+    canvas: Canvas, names: dict[Kind, str], sheet: Sheet, bitmap: str | None = None
+) -> None:
     """Write a map to stdout; ``names`` has the kinds that the legend shows."""
     out = sheet.console
     count = f"{canvas.extents} extent{'s' * (canvas.extents != 1)}"
@@ -76,7 +82,8 @@ def write_map(canvas: Canvas, names: dict[Kind, str], sheet: Sheet) -> None:
         table = _legend(canvas, names, sheet.glyphs, parts=False)
     write(legend, table)
     if Kind.DIRTY in names and not any(canvas.totals()[:2]) and canvas.size:
-        out.print("\nAll of it counts as dirty: there is no bitmap, or everything has changed.")
+        why = _WHY.get(bitmap, "everything has changed")
+        out.print(f"\nAll of it counts as dirty: {why}.")
 
 
 def _drawn(row: Iterable[Cell], glyphs: Glyphs) -> Text:

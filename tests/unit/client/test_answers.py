@@ -4,7 +4,7 @@
 import pytest
 
 from imageserver.client.failures import Failed
-from imageserver.client.http.answers import Abilities, parse_abilities
+from imageserver.client.http.answers import Abilities, parse_abilities, parse_bitmap
 
 
 def test_our_answer_to_options_is_understood():
@@ -27,3 +27,16 @@ def test_another_kind_of_server_is_found_out(body):
 def test_deep_json_is_no_answer_to_options():
     with pytest.raises(Failed, match="this is no image server"):
         parse_abilities(b"[" * 100_000, "")
+
+
+@pytest.mark.parametrize(
+    ("headers", "bitmap"),
+    [
+        ({}, None),
+        ({"Image-Dirty-Bitmap": "none"}, ""),
+        ({"Image-Dirty-Bitmap": "%6Eone"}, "none"),
+        ({"Image-Dirty-Bitmap": "Gr%C3%B6%C3%9Fe"}, "Größe"),
+    ],
+)
+def test_whether_a_bitmap_was_used_is_understood(headers, bitmap):
+    assert parse_bitmap(headers) == bitmap

@@ -53,6 +53,26 @@ def test_changes_that_are_zeros_are_verified(remote: Remote, file: Path):
     assert list(file.parent.iterdir()) == [file]
 
 
+@pytest.mark.parametrize(
+    ("bitmap", "why"),
+    [(None, " (there may be no bitmap)"), ("", ": the server uses no bitmap"), ("b0", "")],
+)
+def test_that_all_has_changed_is_told_and_why(file: Path, bitmap: str | None, why: str):
+    class _Changed(Remote):
+        def extents(self, context: str = "zero") -> Generator[Extent]:
+            self.bitmap = bitmap
+            yield 0, SIZE, True, context == "dirty"
+
+    class _Noted(Silent):
+        def note(self, sentence: str) -> None:
+            notes.append(sentence)
+
+    notes: list[str] = []
+    with liar("") as url, contextlib.closing(_Changed(Access(url))) as remote:
+        download(remote, Wanted(str(file), incremental=True), _Noted())
+    assert notes == [f"All of the image counts as changed{why}."]
+
+
 @pytest.mark.parametrize("left", [0, 1])
 def test_zeros_that_did_not_become_zeros_are_found_by_verify(
     remote: Remote, file: Path, monkeypatch: pytest.MonkeyPatch, left: int

@@ -34,6 +34,15 @@ def test_what_is_dirty_is_told_if_it_was_asked_for(dirty):
     assert list(parse_extents([text], "zero")) == [(0, 1, False, False)]
 
 
+def test_neighbours_that_differ_in_what_is_ignored_are_one_extent():
+    text = (
+        b'[{"start":0,"length":4,"zero":true,"hole":true},'
+        b'{"start":4,"length":4,"zero":true,"hole":false},'
+        b'{"start":8,"length":4,"zero":false,"hole":false}]'
+    )
+    assert list(parse_extents([text])) == [(0, 8, True, False), (8, 4, False, False)]
+
+
 @pytest.mark.parametrize("text", [b"[]", b" [ ]\n"])
 def test_an_empty_image_has_no_extents(text):
     assert list(parse_extents([text])) == []

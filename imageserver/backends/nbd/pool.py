@@ -236,7 +236,8 @@ class Pool:
         lost = [kept for kept in rest if now >= kept.since + LOOK_SECONDS and not _is_wanted(kept)]
         with self._changed:
             due += [kept for kept in lost if self._remove(kept)]
-            self._crowded = crowds
+            # Of no other server would anybody notice that nobody waits there any more.
+            self._crowded = crowds & self._used.keys()
         close_all(kept.connection for kept in due)
         for kept in due:
             kept.release()

@@ -213,6 +213,19 @@ def test_nothing_is_kept_where_somebody_waits(world: World) -> None:
     assert is_closed(again)
 
 
+def test_a_server_is_used_as_before_after_somebody_has_waited_there_for_long(
+    world: World,
+) -> None:
+    world.crowded = {world.given().connection.server}
+    world.pass_by(1.0)
+    world.pass_by(0.01)  # the last look: nothing is kept, and the last use is over a second ago
+    world.crowded = set()
+
+    again = world.given()
+    assert world.take() is again
+    again.close()
+
+
 def test_a_server_that_turns_us_away_has_no_room_to_spare(world: World) -> None:
     kept = world.given()
     world.pool.is_turned_away(kept.connection.server)

@@ -60,15 +60,20 @@ class ImageMiddleware:
             if req.method != "OPTIONS":
                 raise UnknownImage("*")
             return
-        if req.method == "OPTIONS" and not hasattr(resource, "on_options"):
-            raise NotFound(req.path)
         probes = req.method == "OPTIONS"
+        is_preflight = probes and self._cors.is_preflight(req)
+        is_answered = not probes or hasattr(resource, "on_options")
+        if not (is_answered or is_preflight):
+            raise NotFound(req.path)
         transfer = self._tracker.enter(request_of(req), params.pop("image_id"), probes=probes)
-        if transfer.token and not transfer.token.is_shown(req.env.get("HTTP_AUTHORIZATION")):
-            if not self._cors.is_preflight(req):
-                raise Unauthorized
+        is_refused = bool(
+            transfer.token and not transfer.token.is_shown(req.env.get("HTTP_AUTHORIZATION"))
+        )
+        if is_preflight and (is_refused or not is_answered):
             self._cors.answer_preflight(resp)
             return
+        if is_refused:
+            raise Unauthorized
         resource.check_method(req.method, transfer)
         params["transfer"] = transfer
 

@@ -92,6 +92,22 @@ def test_a_preflight_of_a_transfer_with_a_token_learns_nothing_of_the_image() ->
     assert world.journal == ["visit", "leave"]
 
 
+@pytest.mark.parametrize("name", ["t1", "tok"])
+@pytest.mark.parametrize("route", ["extents", "flush"])
+def test_a_script_may_send_a_token_to_the_routes_of_an_image(name: str, route: str) -> None:
+    world = World()
+    client = testing.TestClient(app_over(world, origins=(ENGINE,)))
+    path = f"/images/{name}/{route}"
+    result = client.simulate_options(path, headers=FROM_ENGINE | ASKS)
+
+    assert (result.status_code, result.headers[ALLOWED]) == (204, ENGINE)
+    assert result.headers["access-control-allow-methods"] == "GET, PUT, PATCH, POST, OPTIONS"
+    assert set(world.journal) <= {"visit", "leave"}
+    for headers in (FROM_ENGINE, ASKS, ASKS | {"Origin": "https://evil.example"}):
+        refused = client.simulate_options(path, headers=headers)
+        assert error_of(refused) == (404, "not found")
+
+
 @pytest.mark.parametrize(
     ("method", "headers"),
     [

@@ -26,6 +26,8 @@ from imageserver.settings import Settings, variable_of
 CONTROL_SOCKET = "/var/run/cloudstack/image-server.sock"
 _HOST, _PORT = "127.0.0.1", 54322
 _MAX_PORT = 65535
+#: Of the directory of the control socket, where it is made.
+_PUBLIC = 0o755
 
 #: Texts of settings, by name; those of paths are beside the control socket.
 DEFAULTS = {
@@ -126,7 +128,8 @@ def prepare(settings: Settings) -> None:
     """
     control = settings.control_socket
     try:
-        os.makedirs(os.path.dirname(control), exist_ok=True)
+        # Whatever the umask is: who may write there could take the control socket's place.
+        os.makedirs(os.path.dirname(control), mode=_PUBLIC, exist_ok=True)
         for path in (_home(control), os.path.join(_home(control), "transfers")):
             prepare_directory(path)
         # A living server's socket is another check's; what is none of that is in nobody's use.

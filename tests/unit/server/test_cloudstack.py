@@ -127,9 +127,14 @@ def test_the_sample_names_each_of_these_defaults() -> None:
 
 def test_missing_directories_are_made_for_nobody_else(control: Path) -> None:
     found = settings("--control-socket", str(control), "--port", "0")
-    for _ in range(2):
-        cloudstack.prepare(found)
+    old = os.umask(0)
+    try:
+        for _ in range(2):
+            cloudstack.prepare(found)
+    finally:
+        os.umask(old)
 
+    assert control.parent.stat().st_mode & 0o777 == 0o755
     home = control.with_suffix("")
     assert [path.stat().st_mode & 0o777 for path in (home, home / "transfers")] == [0o700, 0o700]
     assert check(found) == []

@@ -19,7 +19,7 @@ from functools import cached_property
 import nbd
 
 from imageserver.backends.nbd.failures import TryAgain, TurnedAway, translated
-from imageserver.backends.nbd.kind import MAX_SOCKET_PATH, NbdImage
+from imageserver.backends.nbd.kind import NbdImage, stamp_of
 from imageserver.core.errors import (
     NO_DESCRIPTOR,
     BackendError,
@@ -69,7 +69,7 @@ class Connection:
     ) -> None:
         self.handle = handle
         self.name = name
-        #: Which server it is: the same socket, as it was bound; () where that is not known.
+        #: Which server it is: the same socket, as it was bound.
         self.server = server
         #: The meta contexts that were asked for, whether or not the server has them.
         self.contexts = frozenset(contexts)
@@ -178,16 +178,14 @@ def connect(image: NbdImage, attempt: Attempt, tuning: Tuning) -> Connection:
             handle = _handshake(image, name, server, attempt, deadline)
         except TryAgain as exc:
             if time.monotonic() > deadline:
-                raise BackendTimeout(f"{name}: the backlog of its socket is full") from exc
+                raise BackendTimeout(f"{name}: {exc}") from exc
             attempt.waits(server)
         except TurnedAway:
             if time.monotonic() > min(deadline, began + attempt.turned_away_seconds):
                 raise
             attempt.is_turned_away(server)
         else:
-            # Another server may have taken the path meanwhile: then it is not known which it is.
-            known = server if server == image.stamp() else ()
-            return Connection(handle, name, known, tuning, attempt.contexts)
+            return Connection(handle, name, server, tuning, attempt.contexts)
         time.sleep(_RETRY_SECONDS)
         attempt.check()
 
@@ -203,7 +201,7 @@ def _handshake(
         handle.set_pread_initialize(False)
         for context in attempt.contexts:
             handle.add_meta_context(context)
-        _connect_unix(handle, image.path)
+        _connect_unix(handle, image, server)
         _negotiate(handle, name, server, attempt, deadline)
         if not handle.aio_is_ready():
             raise BackendError(f"{name}: closed the connection during the handshake")
@@ -236,17 +234,19 @@ def _negotiate(
             patience = _STOP_SECONDS
 
 
-def _connect_unix(handle: nbd.NBD, path: bytes) -> None:
-    """Begin to connect, also where links have led to a path that no address takes (unix(7)).
+def _connect_unix(handle: nbd.NBD, image: NbdImage, server: tuple[int, ...]) -> None:
+    """Begin to connect to the very socket that ``server`` names, wherever its path leads by now.
+
+    Also where links have led to a path that no address takes (unix(7)).
 
     Raises:
         OSError: there is no socket at such a path.
+        TryAgain: there is another one.
     """
-    if len(path) <= MAX_SOCKET_PATH:
-        handle.aio_connect_unix(path)
-        return
-    socket = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    socket = os.open(image.path, os.O_PATH | os.O_CLOEXEC)
     try:
+        if stamp_of(os.fstat(socket)) != server:
+            raise TryAgain(f"{image.socket} has been moved")
         handle.aio_connect_unix(b"/proc/self/fd/%d" % socket)  # calls connect(2) at once
     finally:
         os.close(socket)
@@ -256,7 +256,7 @@ def _refused(exc: nbd.Error, handle: nbd.NBD, name: str) -> ImageServerError:
     """Return what a failed handshake is for us."""
     # EINVAL: libnbd was left waiting by EAGAIN, and cannot poll a socket that is nowhere.
     if exc.errnum == errno.EINVAL and handle.aio_is_connecting():
-        return TryAgain(f"{name}: {exc}")
+        return TryAgain("the backlog of its socket is full")
     if exc.errnum in _HUNG_UP:
         return TurnedAway(f"{name}: {exc}")
     return translated(exc, name)

@@ -22,7 +22,10 @@ class Stopped(BackendError):
 
 
 class TryAgain(BackendError):
-    """The server's backlog is full (EAGAIN); connect(2) on a Unix socket does not wait."""
+    """The server's backlog is full (EAGAIN), or its socket is another one by now.
+
+    connect(2) on a Unix socket does not wait.
+    """
 
 
 class TurnedAway(BackendError):

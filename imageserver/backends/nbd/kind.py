@@ -81,10 +81,15 @@ class NbdImage:
             found = os.stat(self.path)
         except OSError:
             return None
-        return found.st_dev, found.st_ino, found.st_ctime_ns
+        return stamp_of(found)
 
     def __str__(self) -> str:
         return f"nbd:{self.socket}" + (f" {self.export}" if self.export else "")
+
+
+def stamp_of(found: os.stat_result) -> tuple[int, int, int]:
+    """Return which socket one is, as ``NbdImage.stamp``."""
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _parse(fields: Mapping[str, object]) -> NbdImage:

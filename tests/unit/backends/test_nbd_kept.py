@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from imageserver.backends.nbd import connection
 from imageserver.backends.nbd.exports import NbdExports
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.peers import has_orphans
@@ -162,3 +163,34 @@ def test_a_connection_that_the_server_has_closed_is_replaced_unseen(
                 thread.join(5)
 
     assert [number for number, *_ in liar.got] == [0, 1]
+
+
+def test_what_is_kept_is_of_the_socket_it_is_kept_for_though_a_link_is_moved_to_and_fro(
+    liar: Liar, keeping: NbdExports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, connect = tmp_path / "link", connection._connect_unix
+    places = [tmp_path / "other"]
+
+    def lead_to(place: Path) -> None:
+        link.unlink(missing_ok=True)
+        link.symlink_to(place)
+
+    def connect_while_moved(*args: object) -> None:
+        lead_to(places.pop() if places else liar.path)
+        try:
+            connect(*args)  # type: ignore[arg-type]
+        finally:
+            lead_to(liar.path)
+
+    monkeypatch.setattr(connection, "_connect_unix", connect_while_moved)
+    with lying(Liar(tmp_path / "other")) as other:
+        other.flags |= MULTI_CONN
+        lead_to(liar.path)
+        keeping.open(NbdImage(str(link)), Intent.READ, no_client, "x").close()
+        backend = keeping.open(NbdImage(str(liar.path)), Intent.WRITE, no_client, "x")
+        SLOW["write"](backend)
+        backend.close()
+        keeping.drain()
+    assert not places
+    assert [number for number, *_ in liar.got][:1] == [0]
+    assert not other.got

@@ -68,8 +68,8 @@ class Kind(Enum):
 
 
 _KINDS = {kind.value: kind for kind in Kind}
-#: The kinds of those who hold an image.
-_HOLDING = re.compile(b"[%c%c]" % (Kind.WRITE.value, Kind.OTHER.value), re.DOTALL)
+#: The kinds of those who may hold an image.
+_HOLDING = re.compile(b"[\1-\3]")
 _EACH = {kind: re.compile(b"%c" % kind.value, re.DOTALL) for kind in Kind}
 
 
@@ -215,12 +215,16 @@ class SlotTable:
     def on_image(self, image: str, kind: Kind | None = None) -> list[Holder | None]:
         """Return who holds an image, by its key, now; None: a damaged record that may be of it.
 
-        With a kind, return whose records of that kind name the image.
+        Readers do only if alone. With a kind, return whose records of that kind name the image.
         """
         indices = self._having(image, _EACH[kind] if kind else _HOLDING)
-        found = ((self._read(index), index) for index in indices)
+        found = ((self._read(at), at) for at in indices if kind or self._has_image(at))
         # Not one released meanwhile.
         return [holder for holder, index in found if holder is not None or self._states[index]]
+
+    def _has_image(self, index: int) -> bool:
+        alone = self._buffer[_RECORDS + index * RECORD + _ALONE_AT]
+        return self._states[index] != Kind.READ.value or alone != 0
 
     def count_on(self, image: str, kind: Kind) -> int:
         """Return how many records of ``kind`` are held that name an image, by its key."""
@@ -310,13 +314,9 @@ class SlotTable:
 
     def _write(self, index: int, holder: Holder) -> None:
         static = _STATIC.pack(
-            holder.owner.pid,
-            holder.owner.start,
-            holder.started_ns,
-            _fit(holder.operation, 16),
-            _fit(holder.image, 32),
-            _fit(holder.client, 64),
-            _fit(holder.transfer, 256),
+            *(holder.owner.pid, holder.owner.start, holder.started_ns),
+            *(_fit(holder.operation, 16), _fit(holder.image, 32)),
+            *(_fit(holder.client, 64), _fit(holder.transfer, 256)),
         )
         crc = zlib.crc32(static, holder.kind.value)
         at = _RECORDS + index * RECORD

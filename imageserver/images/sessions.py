@@ -4,6 +4,7 @@
     operation           lock        slot
     read                -           READ
     write, zero, PUT    exclusive   WRITE
+    checksum            exclusive   READ
     flush, extents      exclusive   OTHER (shown, not limited)
 
 With more than one writer of an image allowed, range writes, zero and flush of one image may share
@@ -28,12 +29,14 @@ opens a ``Session`` closes it; ``close()`` is idempotent and gives all three bac
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import (
     Backend,
     Backends,
+    Check,
     Intent,
     Lock,
     Locks,
@@ -65,6 +68,7 @@ REPLACE = Need("replace", Intent.REPLACE, locked=True, kind=Kind.WRITE)
 ZERO = Need("zero", Intent.WRITE, locked=True, kind=Kind.WRITE, shares=True)
 FLUSH = Need("flush", Intent.FLUSH, locked=True, kind=Kind.OTHER, shares=True)
 EXTENTS = Need("extents", Intent.EXTENTS, locked=True, kind=Kind.OTHER)
+CHECKSUM = Need("checksum", Intent.EXTENTS, locked=True, kind=Kind.READ)
 DIRTY_EXTENTS = Need("extents", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.OTHER)
 
 
@@ -77,19 +81,38 @@ _UNSEEN = object()
 class Session:
     """An open image and the right to use it. Close it; closing twice is harmless."""
 
-    def __init__(self, backend: Backend, held: ExitStack, request: Request) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        held: ExitStack,
+        request: Request,
+        opener: Callable[[Check], Backend],
+    ) -> None:
         self.backend = backend
         self.size = backend.size
         #: Others may write to the image at the same time, elsewhere in it.
         self.shared = False
+        #: The kind of image can say what of it is data.
+        self.has_extents = True
         #: The account, to which operations tell their progress.
         self.request = request
         self._held = held
+        self._opener = opener
 
     @property
     def info(self) -> ImageInfo:
         """What the image can do."""
         return self.backend.info
+
+    def open_link(self, check: Check) -> Backend:
+        """Open the image once more, to read it; closed with the session. From any thread.
+
+        Only while the session is open, which its thread sees to. Raises what ``Backends.open`` does
+        within a second or so.
+        """
+        link = self._opener(check)
+        self._held.callback(link.close)
+        return link
 
     def close(self) -> None:
         """Give everything back: the back end first, the lock last."""
@@ -157,7 +180,10 @@ class Sessions:
         with ExitStack() as held:
             held.callback(request.leave)
             backend, shared = self._take_or_share(held, wanted)
-            session = Session(backend, held.pop_all(), request)
+            # INSPECT: a server without room for one more link must not be waited for.
+            opener = partial(self._backends.open, image, Intent.INSPECT)
+            session = Session(backend, held.pop_all(), request, opener)
+            session.has_extents = not image.kind.extents_refusal
             session.shared = shared
             if self._meter:
                 request.counts(self._meter.meter(need.operation, transfer.image.kind.name))

@@ -12,6 +12,7 @@ from imageserver.images.probing import Inspector, WouldWait
 from imageserver.images.sessions import Sessions
 from imageserver.transfers.tracking import Tracker
 from imageserver.web import error_answers
+from imageserver.web.checksum_resource import AlgorithmsResource, ChecksumResource
 from imageserver.web.cors import Cors
 from imageserver.web.extents_resource import ExtentsResource
 from imageserver.web.flush_resource import FlushResource
@@ -46,6 +47,8 @@ def create_app(  # noqa: PLR0913 - put together in one place
     image = ImageResource(sessions, inspector, limits, put_flushes=put_flushes)
     app.add_route("/images/{image_id}", image)
     app.add_route("/images/{image_id}/extents", ExtentsResource(sessions))
+    app.add_route("/images/{image_id}/checksum", ChecksumResource(sessions))
+    app.add_route("/images/{image_id}/checksum/algorithms", AlgorithmsResource())
     app.add_route("/images/{image_id}/flush", FlushResource(sessions))
 
     # The last one added that fits is asked first.

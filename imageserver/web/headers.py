@@ -24,7 +24,7 @@ def read_range(req: falcon.Request) -> ByteRange | None:
 
 def read_span(req: falcon.Request) -> ByteRange | None:
     """Return the span that ``?start=S&length=L`` asks for; None for the whole image."""
-    first, size = _parameter(req, "start"), _parameter(req, "length")
+    first, size = read_parameter(req, "start"), read_parameter(req, "length")
     if first is None and size is None:
         return None
     if size is None:
@@ -34,7 +34,8 @@ def read_span(req: falcon.Request) -> ByteRange | None:
     return ByteRange(first or 0, (first or 0) + size - 1)
 
 
-def _parameter(req: falcon.Request, name: str) -> int | None:
+def read_parameter(req: falcon.Request, name: str) -> int | None:
+    """Return the number of bytes that a query parameter states; None where it is absent."""
     values = req.get_param_as_list(name)
     if values is None:
         return None

@@ -50,7 +50,7 @@ class Limits:
 
 
 #: What OPTIONS of the server itself says but for the limits: all that any image may have.
-_FEATURES = ("extents", "zero", "flush", "digest")
+_FEATURES = ("extents", "zero", "flush", "digest", "checksum")
 _METHODS = ("GET", "PUT", "PATCH", "POST", "OPTIONS")
 
 

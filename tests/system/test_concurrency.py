@@ -121,7 +121,9 @@ def test_pipelined_uploads_and_probes_are_answered_in_order(server, workplace):
     with server.raw(requests) as sock, sock.makefile("rb") as stream:
         answers = [read_answer(stream) for _ in range(60)]
     assert [answer.body for answer in answers[::3]] == [b'{"ok":true,"bytes_written":4}'] * 20
-    assert [answer.json["features"] for answer in answers[1::3]] == [["flush", "digest"]] * 20
+    assert [answer.json["features"] for answer in answers[1::3]] == [
+        ["flush", "digest", "checksum"]
+    ] * 20
     assert [answer.body for answer in answers[2::3]] == [b"%04d" % n for n in range(20)]
 
 

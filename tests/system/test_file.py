@@ -94,7 +94,7 @@ def test_options_announces_flush_and_one_writer(server, url):
     answer = server.request("OPTIONS", url)
     assert answer.status == 200
     assert answer.body == (
-        b'{"unix_socket":null,"features":["flush","digest"],"max_readers":8,"max_writers":1}'
+        b'{"unix_socket":null,"features":["flush","digest","checksum"],"max_readers":8,"max_writers":1}'
     )
     assert answer.headers["Access-Control-Allow-Methods"] == "GET, PUT, POST, OPTIONS"
     allowed = set(answer.headers["Allow"].split(", "))
@@ -103,7 +103,7 @@ def test_options_announces_flush_and_one_writer(server, url):
 
 def test_options_answers_for_a_file_that_lacks(server, directory):
     url = server.add("lacking", backend="file", file=str(directory / "none"))
-    assert server.request("OPTIONS", url).json["features"] == ["flush", "digest"]
+    assert server.request("OPTIONS", url).json["features"] == ["flush", "digest", "checksum"]
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_info_shows_size_and_abilities(image):
     )
     assert shown == {
         "size": "8 MiB (8388608 bytes)",
-        "features": "digest, extents, flush, zero",
+        "features": "checksum, digest, extents, flush, zero",
         "methods": "GET, HEAD, OPTIONS, PATCH, PUT",
         "readers": "up to 8",
         "writers": "up to 2",
@@ -166,7 +166,7 @@ def test_info_as_json(server, name, home):
     server.add(name, backend="file", file=str(home / "one"), read_only=True)
     assert json.loads(imagectl("info", "--json", url_of(server, name)).stdout) == {
         "size": 3,
-        "features": ["flush"],
+        "features": ["checksum", "flush"],
         "max_readers": 8,
         "max_writers": 0,
         "methods": ["GET", "HEAD", "OPTIONS", "POST"],

@@ -75,8 +75,8 @@ def on_terminal(columns: int, *arguments: object, term: str = "xterm") -> str:
             ["info"],
             [
                 "size         8 MiB (8388608 bytes)",
-                "features     digest, extents, flush,",
-                "             zero",
+                "features     checksum, digest,",
+                "             extents, flush, zero",
                 "methods      GET, HEAD, OPTIONS,",
                 "             PATCH, PUT",
                 "readers      up to 8",

@@ -155,7 +155,7 @@ def test_a_small_body_of_a_refused_upload_is_not_taken_for_a_request(server, cas
         assert read_answer(stream).refusal == (status, message)
         # Either the connection ends here, or its next request is the one that was sent.
         if stream.peek(1):
-            assert read_answer(stream).json["features"] == ["flush", "digest"]
+            assert read_answer(stream).json["features"] == ["flush", "digest", "checksum"]
 
 
 def test_a_refused_upload_that_is_still_being_sent_holds_nothing(server):

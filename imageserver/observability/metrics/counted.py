@@ -36,6 +36,7 @@ REFUSALS: dict[type[errors.ImageServerError], str] = {
 #: ... and, for ``NoSlot``, by what was asked for.
 NO_SLOT = {
     "read": "no_read_slot",
+    "checksum": "no_read_slot",
     "write": "no_write_slot",
     "replace": "no_write_slot",
     "zero": "no_write_slot",

@@ -40,7 +40,7 @@ METHODS = ("GET", "HEAD", "PUT", "PATCH", "POST", "OPTIONS", OTHER)
 #: HTTP's, and 0: the client had gone before there was one.
 STATUSES = ("0", *map(str, range(100, 600)))
 #: What sessions are asked for; probes; and requests that ended before it was clear.
-RUNNING = ("read", "write", "replace", "zero", "flush", "extents")
+RUNNING = ("read", "write", "replace", "zero", "flush", "extents", "checksum")
 OPERATIONS = (*RUNNING, "options", "head", OTHER)
 BACKENDS = tuple(KINDS)
 DIRECTIONS = ("read", "write", "zero")

@@ -148,16 +148,20 @@ def test_holders_are_those_of_the_kinds_asked_for(table: SlotTable) -> None:
 def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
     mine = replace(FULL, image="a" * 32, alone=True)
     theirs = Holder(Kind.OTHER, OTHER, image="a" * 32)
+    whole = Holder(Kind.READ, OTHER, image="a" * 32, alone=True)
     for held in (
         FULL,
         mine,
+        Holder(Kind.READ, ME, image=""),
         Holder(Kind.READ, ME, image="a" * 32),
+        replace(whole, image="b" * 32),
+        whole,
         theirs,
         replace(FULL, image=""),
     ):
         table.claim(held, 8)
 
-    assert table.on_image("a" * 32) == [mine, theirs]
+    assert table.on_image("a" * 32) == [mine, whole, theirs]
     assert table.on_image("a" * 31) == []
 
 

@@ -142,7 +142,7 @@ def test_options_of_an_image_that_finds_no_descriptor_are_those_of_its_configura
 
     assert (result.status_code, result.json["features"]) == (
         200,
-        ["extents", "zero", "flush", "digest"],
+        ["extents", "zero", "flush", "digest", "checksum"],
     )
 
 

@@ -19,12 +19,24 @@ from tests.unit.webapp import COMMON, JSON, Call, app_over
 @pytest.mark.parametrize(
     ("path", "info", "features", "writers", "methods"),
     [
-        pytest.param("t1", None, ["extents", "zero", "flush", "digest"], 1, "PUT, PATCH", id="nbd"),
         pytest.param(
-            "t1", (False, False), ["extents", "digest"], 1, "PUT, PATCH", id="nbd-without-either"
+            "t1",
+            None,
+            ["extents", "zero", "flush", "digest", "checksum"],
+            1,
+            "PUT, PATCH",
+            id="nbd",
         ),
-        pytest.param("ro", None, ["extents"], 0, "", id="read-only-transfer"),
-        pytest.param("f1", None, ["flush", "digest"], 1, "PUT, POST", id="file"),
+        pytest.param(
+            "t1",
+            (False, False),
+            ["extents", "digest", "checksum"],
+            1,
+            "PUT, PATCH",
+            id="nbd-without-either",
+        ),
+        pytest.param("ro", None, ["extents", "checksum"], 0, "", id="read-only-transfer"),
+        pytest.param("f1", None, ["flush", "digest", "checksum"], 1, "PUT, POST", id="file"),
     ],
 )
 def test_options_say_what_an_image_can_do(
@@ -102,7 +114,7 @@ def test_options_that_nobody_can_ask_for_come_from_the_configuration(world: Worl
     call = Call(app_over(world), "OPTIONS", "/images/t1", **{ASKING: Asking.NEVER})
 
     assert call.status == 200
-    assert json.loads(call.read())["features"] == ["extents", "zero", "flush", "digest"]
+    assert json.loads(call.read())["features"] == ["extents", "zero", "flush", "digest", "checksum"]
     assert world.opened == []
 
 
@@ -121,5 +133,5 @@ def test_options_of_a_server_that_is_away_come_from_the_configuration(
 
     assert (result.status_code, result.json["features"]) == (
         200,
-        ["extents", "zero", "flush", "digest"],
+        ["extents", "zero", "flush", "digest", "checksum"],
     )

@@ -306,7 +306,7 @@ ANSWERS = {
     "'finished": "",
     "-p warning": "transfer=gone op=read range=- bytes=0 status=500",
     "'Worker": "was sent SIGKILL!",
-    "'error=(BackendError": "detail=\"/run/vm/none export '': nbd_aio_connect_unix: connect: ",
+    "'error=(BackendError": "detail=\"/run/vm/none export '': connect: No such file",
 }
 
 

@@ -209,7 +209,11 @@ def _handshake(
         raise _refused(exc, handle, name) from exc.with_traceback(None)
     except OSError as exc:
         cls = Exhausted if exc.errno in NO_DESCRIPTOR else BackendError
-        raise cls(f"{name}: {exc.strerror}") from exc.with_traceback(None)
+        # In the words in which libnbd says it.
+        code = errno.errorcode.get(exc.errno or 0, "?")
+        raise cls(f"{name}: connect: {exc.strerror} ({code})") from exc.with_traceback(None)
+    except ImageServerError as exc:
+        raise exc.with_traceback(None)  # noqa: B904 - its frames refer to the connection
     else:
         return handle
     finally:

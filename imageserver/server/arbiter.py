@@ -30,7 +30,7 @@ from imageserver.server.activation import WrongSockets
 from imageserver.server.admin_listener import admin_name, bindable
 from imageserver.server.control import allow_group
 from imageserver.server.preconditions import CannotStart, check, check_reload, tls_context
-from imageserver.server.worker import ImageWorker
+from imageserver.server.worker import STOPPING, ImageWorker
 from imageserver.settings import Settings, variable_of
 from imageserver.transfers.fileage import file_age
 
@@ -115,13 +115,20 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     # Workers
 
     def spawn_worker(self) -> Any:
-        """Fork a worker; later, if the system has no process, descriptor or heartbeat file."""
+        """Fork a worker; later, if the system has no process, descriptor or heartbeat file.
+
+        Python forgets a signal that a child gets before its first instruction, and until
+        ``equip`` it has the master's handlers. So what tells it to stop is blocked until then.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             return super().spawn_worker()
         except (OSError, RuntimeError) as exc:  # not a worker's own, which end it
             log.error("no worker could be started, trying again: %s", exc)  # noqa: TRY400
             self._pause()
             return None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def _pause(self) -> None:
         self._paused_until = time.monotonic() + _PAUSE_SECONDS
@@ -260,8 +267,9 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     def equip(self, worker: Any) -> None:
         """``post_fork``: in a new worker, before anything else."""
         if isinstance(worker, ImageWorker):  # else gunicorn was told to use another class
-            worker.catch_early_signals(self.SIG_QUEUE)
+            worker.catch_early_signals()
             worker.settings, worker.tls = self.settings, self.tls
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def renew(self) -> None:
         """``on_reload``: the configuration was read again, no worker is forked yet."""

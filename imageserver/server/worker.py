@@ -60,6 +60,8 @@ _OWN_DESCRIPTORS = 192
 _TRANSFER_DESCRIPTORS = 8
 #: Connections that may wait however few descriptors there are.
 _LEAST_WAITING = 16
+#: What tells a worker to stop.
+STOPPING = frozenset({signal.SIGTERM, signal.SIGQUIT, signal.SIGINT})
 
 
 class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
@@ -99,18 +101,10 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     # Signals: flags only; set_wakeup_fd (base.init_signals) ends the wait.
 
-    def catch_early_signals(self, pending: Any) -> None:
-        """Handle the signals that come between the fork and ``init_signals``.
-
-        The master's handlers, which stand until now, only queue them: ``pending`` is this
-        process's copy of its queue.
-        """
-        signal.signal(signal.SIGTERM, self.handle_exit)
-        signal.signal(signal.SIGQUIT, self.handle_exit)
-        signal.signal(signal.SIGINT, self.handle_exit)
-        while not pending.empty():
-            if pending.get_nowait() in {signal.SIGTERM, signal.SIGQUIT, signal.SIGINT}:
-                self.alive = False
+    def catch_early_signals(self) -> None:
+        """Handle the signals that come between the fork and ``init_signals``."""
+        for number in STOPPING:
+            signal.signal(number, self.handle_exit)
 
     def handle_exit(self, _sig: int, _frame: Any) -> None:
         """SIGTERM: drain."""

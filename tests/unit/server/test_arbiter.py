@@ -4,6 +4,7 @@
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from imageserver.core.transfer import Transfer
 from imageserver.runtime.slottable import SharedTable
 from imageserver.server import arbiter as master
 from imageserver.server.arbiter import ImageArbiter
-from imageserver.server.worker import ImageWorker
+from imageserver.server.worker import STOPPING, ImageWorker
 from tests.unit.masters import begin, die_holding_a_slot, new_arbiter, settle, writers
 
 
@@ -287,27 +288,43 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(
-    ("pending", "alive"),
-    [
-        pytest.param([], True, id="none"),
-        pytest.param([signal.SIGTERM], False, id="term"),
-        pytest.param([signal.SIGCHLD, signal.SIGINT], False, id="int-among-others"),
-        pytest.param([signal.SIGCHLD, signal.SIGHUP], True, id="others"),
-    ],
-)
-def test_a_worker_heeds_signals_that_came_before_it_could(
-    arbiter: ImageArbiter, handlers: None, pending: list[signal.Signals], alive: bool
+@pytest.mark.parametrize("number", sorted(STOPPING), ids=lambda number: number.name)
+def test_a_worker_heeds_a_signal_that_comes_as_it_is_forked(
+    arbiter: ImageArbiter, handlers: None, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     worker = ImageWorker.__new__(ImageWorker)
     worker.alive = True
     begin(arbiter)
-    for number in pending:
-        arbiter.SIG_QUEUE.put_nowait(number)
+
+    def spawn(_: Arbiter) -> int:
+        """Fork; the child is told to stop before it has executed anything."""
+        pid = os.fork()
+        if pid:
+            os.kill(pid, number)
+            return pid
+        try:
+            arbiter.equip(worker)
+            deadline = time.monotonic() + 5
+            while worker.alive and time.monotonic() < deadline:
+                time.sleep(0.001)
+        finally:
+            os._exit(worker.alive)
+
+    monkeypatch.setattr(Arbiter, "spawn_worker", spawn)
+    ends = [os.waitpid(arbiter.spawn_worker(), 0)[1] for _ in range(20)]
+
+    assert [os.waitstatus_to_exitcode(end) for end in ends] == [0] * 20
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & STOPPING
+
+
+def test_a_worker_is_equipped_with_what_the_master_has_read(
+    arbiter: ImageArbiter, handlers: None
+) -> None:
+    worker = ImageWorker.__new__(ImageWorker)
+    begin(arbiter)
 
     arbiter.equip(worker)
 
-    assert (worker.alive, arbiter.SIG_QUEUE.empty()) == (alive, True)
     assert worker.settings is arbiter.settings
     assert signal.getsignal(signal.SIGTERM) == worker.handle_exit
 
@@ -318,3 +335,4 @@ def test_a_worker_of_another_class_is_left_alone(arbiter: ImageArbiter) -> None:
     arbiter.equip(SimpleNamespace())
 
     assert signal.getsignal(signal.SIGTERM) == before
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & STOPPING

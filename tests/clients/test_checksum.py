@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checksums (docs/api.md), against oVirt's client and the programs that people have."""
 
-import gc
 import random
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from ovirt_imageio import client
 from ovirt_imageio._internal import blkhash
 
+from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
 from tests.system.harness import (
     Server,
     nbdkit,
@@ -22,13 +21,7 @@ from tests.system.harness import (
     wait_until,
 )
 
-pytestmark = [
-    # oVirt's client leaves one of its own NBD connections to the collector.
-    pytest.mark.filterwarnings(
-        "ignore:.*socket.*/imageio-:pytest.PytestUnraisableExceptionWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:.*socket.*/imageio-:ResourceWarning"),
-]
+pytestmark = LEAVES_A_CONNECTION
 
 MIB = 1 << 20
 SIZE = 21 * MIB + 512
@@ -46,12 +39,6 @@ def _of(server: Server, image: str, query: str = "") -> str:
 def _told_by(name: str, path: Path) -> str:
     command = [program(name), str(path)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")

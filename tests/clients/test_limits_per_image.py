@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ovirt_imageio import client
 
+from tests.clients.ovirt import LEAVES_A_CONNECTION
 from tests.system.clients import one_connection_each, reading
 from tests.system.disks import sparse
 from tests.system.harness import (
@@ -29,13 +30,7 @@ PER_IMAGE = {"max_readers_per_image": 4, "max_writers_per_image": 4}
 LIMITS = {"max_readers": 4, "max_writers": 4}
 TOO_MANY_READS = (503, "too many parallel reads")
 
-pytestmark = [
-    # oVirt's client leaves one of its own NBD connections to the collector.
-    pytest.mark.filterwarnings(
-        "ignore:.*socket.*/imageio-:pytest.PytestUnraisableExceptionWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:.*socket.*/imageio-:ResourceWarning"),
-]
+pytestmark = LEAVES_A_CONNECTION
 
 
 @pytest.fixture(scope="module")

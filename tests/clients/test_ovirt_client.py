@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """oVirt's own client, unmodified: over TCP, the Unix socket and TLS, with one writer and four."""
 
-import gc
 import io
 import itertools
 from collections.abc import Iterator
@@ -13,25 +12,14 @@ from ovirt_imageio import client
 from ovirt_imageio._internal.http import Error
 from ovirt_imageio.client import ImageioClient
 
+from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
 from tests.system.harness import Server, qemu_img, qemu_io, qemu_nbd, repeatable, wait_until
 from tests.system.pki import TlsServer, make_pki
 
 K, M = 1 << 10, 1 << 20
 SIZE = 32 * M
 
-pytestmark = [
-    # Its upload and download leave one of their own NBD connections to the collector.
-    pytest.mark.filterwarnings(
-        "ignore:.*socket.*/imageio-:pytest.PytestUnraisableExceptionWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:.*socket.*/imageio-:ResourceWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    yield
-    gc.collect()
+pytestmark = LEAVES_A_CONNECTION
 
 
 @dataclass(frozen=True)

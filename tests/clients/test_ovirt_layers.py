@@ -2,7 +2,6 @@
 """One layer of two: oVirt's client downloads it from an export as oVirt makes it."""
 
 import contextlib
-import gc
 import json
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,24 +12,13 @@ import pytest
 from ovirt_imageio import client
 from ovirt_imageio._internal import nbd, qemu_nbd
 
+from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
 from tests.system.harness import Server, qemu_img, qemu_io
 
 K, M = 1 << 10, 1 << 20
 SIZE = 8 * M
 
-pytestmark = [
-    # Its download leaves one of its own NBD connections to the collector.
-    pytest.mark.filterwarnings(
-        "ignore:.*socket.*/imageio-:pytest.PytestUnraisableExceptionWarning"
-    ),
-    pytest.mark.filterwarnings("ignore:.*socket.*/imageio-:ResourceWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    yield
-    gc.collect()
+pytestmark = LEAVES_A_CONNECTION
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ the same, nobody has left anything but perhaps those whose records are still hel
 
 This module knows the layout and the rules, over any buffer. It takes no lock, asks for no
 pid and never waits: see ``runtime/slottable.py``. Each worker has a record, too (``Kind.WORKER``,
-done = connections in work, expected = ``WorkerState``), so that one mechanism finds the dead.
+see ``workers.py``), so that one mechanism finds the dead.
 """
 
 import re
@@ -31,6 +31,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 VERSION = 3
 CAPACITY = 1024
@@ -49,9 +50,7 @@ _STATIC = struct.Struct("=QQQ16s32s64s256s")
 _IMAGE = slice(24 + 40, 24 + 40 + 32)
 _STATIC_AT = _PROGRESS.size
 _USED = _STATIC_AT + _STATIC.size
-_CRC = struct.Struct("=I")
 _TWO = struct.Struct("=QQ")
-_CRC_AT = 16
 _ALONE_AT = 20
 #: The pid in 8-byte words from a record's beginning; the start time and ``started_ns`` follow.
 _PID = _STATIC_AT // 8
@@ -71,23 +70,6 @@ _KINDS = {kind.value: kind for kind in Kind}
 #: The kinds of those who may hold an image.
 _HOLDING = re.compile(b"[\1-\3]")
 _EACH = {kind: re.compile(b"%c" % kind.value, re.DOTALL) for kind in Kind}
-
-
-class WorkerState(Enum):
-    """What a worker's record says in ``expected``; it begins as BOOTING."""
-
-    BOOTING = 0
-    ACCEPTING = 1
-    DRAINING = 2
-    UNKNOWN = -1
-
-    @classmethod
-    def of(cls, row: "Holder") -> "WorkerState":
-        """Return the state of the worker that holds a record."""
-        return _WORKER_STATES.get(row.expected, cls.UNKNOWN)
-
-
-_WORKER_STATES = {state.value: state for state in WorkerState}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +99,13 @@ class Holder:
     def age(self, now_ns: int) -> float:
         """Return for how many seconds it has been held, by the clock of ``started_ns``."""
         return max(0, now_ns - self.started_ns) / 1e9
+
+
+class Occupant(NamedTuple):
+    """Who has an image: the process, and whether it has the image alone."""
+
+    owner: Owner
+    alone: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +201,15 @@ class SlotTable:
         self._states[index] = holder.kind.value
         return index
 
-    def on_image(self, image: str, kind: Kind | None = None) -> list[Holder | None]:
+    def on_image(self, image: str, kind: Kind | None = None) -> list[Occupant | None]:
         """Return who holds an image, by its key, now; None: a damaged record that may be of it.
 
         Readers do only if alone. With a kind, return whose records of that kind name the image.
         """
         indices = self._having(image, _EACH[kind] if kind else _HOLDING)
-        found = ((self._read(at), at) for at in indices if kind or self._has_image(at))
+        found = ((self._occupant(at), at) for at in indices if kind or self._has_image(at))
         # Not one released meanwhile.
-        return [holder for holder, index in found if holder is not None or self._states[index]]
+        return [occupant for occupant, at in found if occupant is not None or self._states[at]]
 
     def _has_image(self, index: int) -> bool:
         alone = self._buffer[_RECORDS + index * RECORD + _ALONE_AT]
@@ -324,18 +313,29 @@ class SlotTable:
         self._buffer[at + _STATIC_AT : at + _USED] = static
 
     def _read(self, index: int) -> Holder | None:
+        kind, record = self._whole(index)
+        if kind is None:
+            return None
+        static = _STATIC.unpack_from(record, _STATIC_AT)
+        pid, start, started_ns, operation, image, client, transfer = static
+        done, expected = self._words[_word(index)], self._words[_word(index) + 1]
+        told = _text(transfer), _text(operation), _text(image), _text(client), started_ns
+        return Holder(kind, Owner(pid, start), *told, done, expected, record[_ALONE_AT] != 0)
+
+    def _occupant(self, index: int) -> Occupant | None:
+        kind, record = self._whole(index)
+        owner = Owner(*_TWO.unpack_from(record, _STATIC_AT))
+        return Occupant(owner, record[_ALONE_AT] != 0) if kind else None
+
+    def _whole(self, index: int) -> tuple[Kind | None, bytes]:
+        """Return a record and its kind; None: it is free, or damaged."""
         kind = _KINDS.get(self._states[index])
         at = _RECORDS + index * RECORD
         record = bytes(self._buffer[at : at + _USED])
-        static = record[_STATIC_AT:]
-        (crc,) = _CRC.unpack_from(record, _CRC_AT)
-        if kind is None or crc != zlib.crc32(static, kind.value):
-            return None
-        pid, start, started_ns, operation, image, client, transfer = _STATIC.unpack(static)
-        done, expected = self._words[_word(index)], self._words[_word(index) + 1]
-        told = _text(transfer), _text(operation), _text(image), _text(client)
-        alone = record[_ALONE_AT] != 0
-        return Holder(kind, Owner(pid, start), *told, started_ns, done, expected, alone)
+        _, _, crc, _ = _PROGRESS.unpack_from(record)
+        if kind and crc != zlib.crc32(record[_STATIC_AT:], kind.value):
+            kind = None
+        return kind, record
 
 
 def _word(index: int) -> int:

@@ -17,7 +17,7 @@ from imageserver.core import slots
 from imageserver.core.entry import fields
 from imageserver.core.errors import ImageBusy, NoImageSlot, NoSlot, StateUnavailable
 from imageserver.core.ports import Ticket
-from imageserver.core.slots import Holder, IncompatibleTable, Kind, Owner
+from imageserver.core.slots import Holder, IncompatibleTable, Kind, Occupant, Owner
 from imageserver.runtime import tablefile
 from imageserver.runtime.directory import RuntimeDirectory
 from imageserver.runtime.mapping import WHAT, ClaimedSlot, Mapping
@@ -173,7 +173,7 @@ class SharedTable:
 
     def _look_and_claim(
         self, mapping: Mapping, holder: Holder
-    ) -> tuple[ClaimedSlot | ImageBusy | NoSlot, list[Holder | None]]:
+    ) -> tuple[ClaimedSlot | ImageBusy | NoSlot, list[Occupant | None]]:
         """Claim, or say why not; return who else has the image.
 
         A reader that does not want the image alone has none: its record names the image, so that
@@ -197,11 +197,11 @@ class SharedTable:
             guard.release()
 
     @staticmethod
-    def _is_in_the_way(holder: Holder, others: list[Holder | None]) -> bool:
+    def _is_in_the_way(holder: Holder, others: list[Occupant | None]) -> bool:
         return any(holder.alone or other is None or other.alone for other in others)
 
     @staticmethod
-    def _life(mapping: Mapping, holder: Holder | None) -> Life:
+    def _life(mapping: Mapping, holder: Occupant | None) -> Life:
         """Tell how a record's owner is; who has left a damaged one is dead, for all we know."""
         if holder is None:
             return Life.DEAD

@@ -22,7 +22,8 @@ from gunicorn.errors import HaltServer
 
 from imageserver.core import entry
 from imageserver.core.errors import StateUnavailable
-from imageserver.core.slots import IncompatibleTable, Kind, WorkerState
+from imageserver.core.slots import IncompatibleTable, Kind
+from imageserver.core.workers import WorkerState
 from imageserver.observability import logs
 from imageserver.process import Process
 from imageserver.server import activation, admin_listener, startup

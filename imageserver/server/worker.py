@@ -28,7 +28,8 @@ from gunicorn import systemd
 from gunicorn.workers.base import Worker
 
 from imageserver.core.ports import Ticket
-from imageserver.core.slots import Holder, Kind, WorkerState
+from imageserver.core.slots import Holder, Kind
+from imageserver.core.workers import WorkerState
 from imageserver.observability import logs
 from imageserver.process import Process
 from imageserver.server.accepting import Acceptors, AcceptPolicy

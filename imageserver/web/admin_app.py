@@ -16,8 +16,9 @@ import falcon
 from imageserver.core.entry import Exposition
 from imageserver.core.errors import ImageServerError, MethodNotAllowed
 from imageserver.core.reports import Living
-from imageserver.core.slots import Holder, Kind, WorkerState
+from imageserver.core.slots import Holder, Kind
 from imageserver.core.transfer import id_hash
+from imageserver.core.workers import WorkerState
 from imageserver.web.answers import set_json
 from imageserver.web.app import App
 from imageserver.web.error_answers import answer_for

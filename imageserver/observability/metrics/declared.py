@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from imageserver.backends.table import KINDS
-from imageserver.core.slots import Kind, WorkerState
+from imageserver.core.slots import Kind
+from imageserver.core.workers import WorkerState
 
 
 class Type(Enum):

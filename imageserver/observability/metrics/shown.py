@@ -23,7 +23,8 @@ from prometheus_client.registry import Collector
 from imageserver import __version__
 from imageserver.core.entry import Exposition
 from imageserver.core.reports import Living
-from imageserver.core.slots import Holder, Kind, WorkerState
+from imageserver.core.slots import Holder, Kind
+from imageserver.core.workers import WorkerState
 from imageserver.observability.metrics import declared
 from imageserver.observability.metrics.declared import Metric, Type
 from imageserver.observability.metrics.layout import (

@@ -13,6 +13,7 @@ from imageserver.core.slots import (
     Deaths,
     Holder,
     Kind,
+    Occupant,
     Owner,
     SlotTable,
     format_table,
@@ -161,7 +162,8 @@ def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
     ):
         table.claim(held, 8)
 
-    assert table.on_image("a" * 32) == [mine, whole, theirs]
+    found = [Occupant(holder.owner, holder.alone) for holder in (mine, whole, theirs)]
+    assert table.on_image("a" * 32) == found
     assert table.on_image("a" * 31) == []
 
 
@@ -175,7 +177,7 @@ def test_records_of_a_kind_are_counted_by_the_image_that_they_name(table: SlotTa
 
     assert [table.count_on(image, Kind.READ) for image in (one, other, "")] == [3, 1, 1]
     assert table.count_on(one, Kind.WRITE) == 1
-    assert table.on_image(one, Kind.READ) == [replace(READER, image=one)] * 3
+    assert table.on_image(one, Kind.READ) == [Occupant(READER.owner, alone=False)] * 3
 
 
 def test_a_damaged_record_counts_for_the_image_that_it_names_until_it_is_swept() -> None:
@@ -194,7 +196,7 @@ def test_who_had_an_image_alone_may_share_it(table: SlotTable) -> None:
     assert index is not None
     table.share(index)
 
-    assert table.on_image(FULL.image) == [FULL]
+    assert table.on_image(FULL.image) == [Occupant(FULL.owner, alone=False)]
     assert table.release(index, ME, FULL.started_ns)
 
 

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from imageserver.core import errors
 from imageserver.core.entry import Entry
 from imageserver.core.errors import ImageServerError
-from imageserver.core.slots import Holder, Kind, Owner, WorkerState
+from imageserver.core.slots import Holder, Kind, Owner
+from imageserver.core.workers import WorkerState
 from imageserver.observability.metrics import declared, stored
 from imageserver.observability.metrics.counted import (
     BACKEND_ERRORS,

@@ -15,8 +15,9 @@ from gunicorn.errors import HaltServer
 
 from imageserver.backends.file.kind import FileImage
 from imageserver.core.ports import Ticket
-from imageserver.core.slots import Kind, WorkerState
+from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
+from imageserver.core.workers import WorkerState
 from imageserver.runtime.slottable import SharedTable
 from imageserver.server import arbiter as master
 from imageserver.server.arbiter import ImageArbiter

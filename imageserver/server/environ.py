@@ -7,7 +7,6 @@ up once. ``SCRIPT_NAME`` is the process's variable, as with gunicorn, and no hea
 
 import os
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 from gunicorn.config import Config
@@ -15,12 +14,11 @@ from gunicorn.http.errors import ConfigurationProblem
 from gunicorn.http.wsgi import base_environ, proxy_environ
 from gunicorn.util import unquote_to_wsgi_str
 
+from imageserver.server.commonhead import CommonHead, key
 from imageserver.server.connection import Connection
 from imageserver.server.request import HeadRules, ImageRequest
 
 _PORTS = {"http": "80", "https": "443"}
-#: Fields that have no ``HTTP_`` before their names.
-_BARE = {"CONTENT-TYPE", "CONTENT-LENGTH"}
 
 
 class Gateway:
@@ -31,7 +29,7 @@ class Gateway:
         self._common = {**base_environ(cfg), "wsgi.multithread": True}
         self._script_name = os.environ.get("SCRIPT_NAME", "")
 
-    def environ(self, req: ImageRequest, conn: Connection) -> dict[str, Any]:
+    def environ(self, req: CommonHead | ImageRequest, conn: Connection) -> dict[str, Any]:
         """Return a request's environment, which has no ``wsgi.input`` yet.
 
         Raises:
@@ -51,7 +49,10 @@ class Gateway:
         environ["PATH_INFO"] = unquote_to_wsgi_str(path) if "%" in path else path
         # gunicorn knows of no TLS here.
         environ["wsgi.url_scheme"] = scheme = "https" if conn.is_tls else req.scheme
-        _add_fields(environ, req.headers)
+        if req.fields is None:
+            _add_fields(environ, req.headers)
+        else:
+            environ.update(req.fields)
         _add_addresses(environ, conn, scheme)
         if req.proxy_protocol_info:
             environ.update(proxy_environ(req))
@@ -62,18 +63,13 @@ def _add_fields(environ: dict[str, Any], fields: Iterable[tuple[str, str]]) -> N
     # Joined at the end: one by one, the growing value would be copied each time.
     repeated: dict[str, list[str]] = {}
     for name, value in fields:
-        key = _key(name)
-        if key in environ:
-            repeated.setdefault(key, [environ[key]]).append(value)
+        at = key(name)
+        if at in environ:
+            repeated.setdefault(at, [environ[at]]).append(value)
         else:
-            environ[key] = value
-    for key, values in repeated.items():
-        environ[key] = ",".join(values)
-
-
-@lru_cache(maxsize=256)
-def _key(name: str) -> str:
-    return name.replace("-", "_") if name in _BARE else "HTTP_" + name.replace("-", "_")
+            environ[at] = value
+    for at, values in repeated.items():
+        environ[at] = ",".join(values)
 
 
 def _add_addresses(environ: dict[str, Any], conn: Connection, scheme: str) -> None:

@@ -19,15 +19,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from gunicorn.http import errors as http
-from gunicorn.http.body import ChunkedReader
-from gunicorn.http.unreader import Unreader
 
 from imageserver.core.errors import ClientGone, ImageServerError
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.server.connection import Connection
 from imageserver.server.environ import Gateway
 from imageserver.server.presence import Presence
-from imageserver.server.request import BadHost, ImageRequest
+from imageserver.server.request import BadHost, parse_head
 from imageserver.server.response import ImageResponse
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ASKING, ZERO_COPY
@@ -50,20 +48,6 @@ _HEAD_ERRORS: tuple[tuple[type[Exception], int, str], ...] = (
 )
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes | memoryview]]
-
-
-class _HeadReader(Unreader):  # type: ignore[misc]  # gunicorn has no types
-    """A head that is in memory; nothing follows it."""
-
-    def __init__(self, head: bytes) -> None:
-        self._head = head
-
-    def read(self, _size: int | None = None, _read_ahead: int | None = None) -> bytes:
-        head, self._head = self._head, b""
-        return head
-
-    def unread(self, data: bytes) -> None:
-        self._head = data
 
 
 def serve(  # noqa: PLR0913 - what a request needs
@@ -89,14 +73,11 @@ def serve(  # noqa: PLR0913 - what a request needs
     conn.requests += 1
     head = conn.take_head()
     try:
-        req = ImageRequest(gateway.rules, _HeadReader(head), conn.address, conn.requests)
+        req = parse_head(gateway.rules, head, conn.address, conn.requests)
     except Exception as exc:  # noqa: BLE001 - gunicorn's parse errors have no common root
         _send(conn, _refused_head(conn, exc))
         return False
-    chunked = isinstance(req.body.reader, ChunkedReader)
-    # A chunked body is never read (docs/api.md): its end is unknown, so the connection ends.
-    length = 1 << 62 if chunked else req.body.reader.length
-    body = RequestInput(wire, conn.buffer, length, expects_continue=req.expects_continue)
+    body = RequestInput(wire, conn.buffer, req.length, expects_continue=req.expects_continue)
     presence = Presence(conn.sock, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
     resp = ImageResponse(req, body, wire.send, is_last=is_last, begins=presence.answering)
     environ = gateway.environ(req, conn)

@@ -5,17 +5,17 @@
 a client of a later HTTP/1 is answered as one of HTTP/1.1.
 """
 
-import re
-
 from gunicorn.config import Config
+from gunicorn.http.body import ChunkedReader
 from gunicorn.http.errors import ParseException
 from gunicorn.http.message import Request
 from gunicorn.http.unreader import Unreader
 
-#: RFC 9112 section 3.2, RFC 3986 section 3.2.2: an address in brackets, or a name, perhaps empty;
-#: then perhaps a port. Zones of addresses (RFC 6874) come with and without their percent encoding.
-_HOST = re.compile(r"(\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(:[0-9]*)?")
+from imageserver.server.commonhead import HOST, CommonHead, CommonHeads
+
 _HTTP_1_1 = (1, 1)
+#: A chunked body is never read (docs/api.md): its end is unknown, so the connection ends.
+_ENDLESS = 1 << 62
 
 
 class HeadRules:
@@ -31,10 +31,36 @@ class HeadRules:
         self.is_ssl = cfg.is_ssl
         self.forwarded_allow_networks = cfg.forwarded_allow_networks
         self.proxy_allow_networks = cfg.proxy_allow_networks
+        self.common = CommonHeads(cfg)
 
 
 class BadHost(ParseException):  # type: ignore[misc]  # gunicorn has no types
     """``Host`` is missing or malformed; ``str()`` is what the client is told."""
+
+
+class _HeadReader(Unreader):  # type: ignore[misc]  # gunicorn has no types
+    """A head that is in memory; nothing follows it."""
+
+    def __init__(self, head: bytes) -> None:
+        self._head = head
+
+    def read(self, _size: int | None = None, _read_ahead: int | None = None) -> bytes:
+        head, self._head = self._head, b""
+        return head
+
+    def unread(self, data: bytes) -> None:
+        self._head = data
+
+
+def parse_head(
+    rules: HeadRules, head: bytes, address: object, number: int
+) -> "CommonHead | ImageRequest":
+    """Parse a head; ``number``: it is the connection's so many-th.
+
+    Raises:
+        BadHost, and gunicorn's ``ParseException``s.
+    """
+    return rules.common.read(head) or ImageRequest(rules, _HeadReader(head), address, number)
 
 
 class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
@@ -46,6 +72,8 @@ class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
 
     version: tuple[int, int]
     cfg: HeadRules
+    #: By WSGI key: not known.
+    fields = None
 
     def __init__(self, rules: HeadRules, unreader: Unreader, address: object, number: int) -> None:
         super().__init__(rules, unreader, address, number)
@@ -69,6 +97,12 @@ class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
         return bool(super()._peer_is_trusted_proxy())
 
     @property
+    def length(self) -> int:
+        """The length of its body, in bytes. A chunked one is never read to its end."""
+        reader = self.body.reader
+        return _ENDLESS if isinstance(reader, ChunkedReader) else int(reader.length)
+
+    @property
     def expects_continue(self) -> bool:
         """Whether the client waits for ``100 Continue`` before it sends its body."""
         return bool(self._expected_100_continue)
@@ -86,5 +120,5 @@ def _ends(options: list[str], *, is_old: bool) -> bool:
 def _check_host(host: str | None, *, required: bool) -> None:
     if host is None and required:
         raise BadHost("Host header required")
-    if host is not None and not _HOST.fullmatch(host):
+    if host is not None and not HOST.fullmatch(host):
         raise BadHost("invalid Host header")

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from gunicorn.util import hop_headers, http_date
 
+from imageserver.server.commonhead import CommonHead
 from imageserver.server.request import ImageRequest
 from imageserver.server.wire import RequestInput
 
@@ -33,7 +34,7 @@ class ImageResponse:
 
     def __init__(
         self,
-        req: ImageRequest,
+        req: CommonHead | ImageRequest,
         body: RequestInput,
         send: Send,
         *,

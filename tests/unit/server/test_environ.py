@@ -12,8 +12,7 @@ from gunicorn.http.wsgi import create
 
 from imageserver.server.connection import Connection
 from imageserver.server.environ import Gateway
-from imageserver.server.exchange import _HeadReader
-from imageserver.server.request import ImageRequest
+from imageserver.server.request import ImageRequest, _HeadReader
 
 #: What ours has not, what the exchange sets, and what is made anew for each request.
 NOT_COMPARED = {"wsgi.early_hints", "wsgi.input", "wsgi.multithread", "wsgi.errors"}

@@ -22,8 +22,8 @@ from gunicorn.http.unreader import Unreader
 
 from imageserver.server.connection import Connection
 from imageserver.server.environ import Gateway
-from imageserver.server.exchange import _HEAD_ERRORS, _HeadReader, serve
-from imageserver.server.request import HeadRules, ImageRequest
+from imageserver.server.exchange import _HEAD_ERRORS, serve
+from imageserver.server.request import HeadRules, ImageRequest, _HeadReader
 from imageserver.server.wire import REASONS, Wire
 
 PEER = ("192.0.2.1", 4321)

@@ -5,8 +5,7 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.http.errors import InvalidHeader
 
-from imageserver.server.exchange import _HeadReader
-from imageserver.server.request import BadHost, HeadRules, ImageRequest
+from imageserver.server.request import BadHost, HeadRules, ImageRequest, _HeadReader
 
 
 def _parse(*lines: str, version: str = "1.1") -> ImageRequest:

@@ -9,8 +9,7 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.http.wsgi import Response
 
-from imageserver.server.exchange import _HeadReader
-from imageserver.server.request import HeadRules, ImageRequest
+from imageserver.server.request import HeadRules, ImageRequest, _HeadReader
 from imageserver.server.response import ImageResponse
 
 Headers = Sequence[tuple[str, str]]

@@ -41,7 +41,7 @@ def test_half_an_image_is_not_uploaded_but_by_force(server: Server, home: Path, 
         asked = ("upload", image, offer(server, sock), "--format", "qcow2", "--verify")
         said = imagectl(*asked, status=5).stderr
         assert said.startswith(f"imagectl: {image} is damaged: qemu-img check finds ")
-        assert said.endswith("; --force uploads what QEMU reads of it\n")
+        assert said.endswith("; --force takes what QEMU reads of it\n")
         assert disk.read_bytes() == before
         imagectl(*asked, "--force")
     assert disk.read_bytes() != before

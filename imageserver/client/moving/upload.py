@@ -14,7 +14,6 @@ An image whose parts cannot be written (a file of imageserver) is one PUT.
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import (
     Busy,
-    Damaged,
     Different,
     Failed,
     Interrupted,
@@ -33,10 +31,11 @@ from imageserver.client.failures import (
 )
 from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
-from imageserver.client.local.formats import LocalImage, open_image
-from imageserver.client.local.qcow2_header import QCOW2_MAGIC, SECTOR
+from imageserver.client.local.formats import LocalImage
+from imageserver.client.local.qcow2_header import SECTOR
 from imageserver.client.moving.movers import Advance, Move, Movers
 from imageserver.client.moving.sending import Sender, padded
+from imageserver.client.moving.source import open_source
 from imageserver.client.moving.verify import compare, same_length
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, data_spans, piece_bytes, pieces
 from imageserver.client.showing.progress import Watcher, adding
@@ -112,22 +111,14 @@ class _Upload:
             self._local.close()
 
     def _open(self) -> LocalImage:
-        path = self._wanted.file
-        _refuse_unfinished(path)
-        try:
-            local = open_image(
-                path,
-                self._wanted.format or "raw",
-                self._wanted.connections or 4,
-                writable=False,
-                backing=self._wanted.backing,
-                damaged=self._wanted.force,
-            )
-        except Damaged as exc:
-            raise LocalFailure(f"{exc}; --force uploads what QEMU reads of it") from exc
-        if self._wanted.format is None and local.size >= SECTOR:
-            _refuse_qcow2(local, path)
-        return local
+        wanted = self._wanted
+        return open_source(
+            wanted.file,
+            wanted.format,
+            wanted.connections or 4,
+            backing=wanted.backing,
+            force=wanted.force,
+        )
 
     def _send(self, abilities: Abilities) -> Result:
         has_digests = self._wanted.verify and abilities.has("digest")
@@ -268,27 +259,3 @@ class _Upload:
         if end != size:  # extents of something else: compare all
             return Spans([(0, size)])
         return zeros.without(self._local.spans()).gaps(size)
-
-
-def _refuse_unfinished(path: str) -> None:
-    """Refuse a file that a download has not finished: its state lies beside it."""
-    for name in (path, os.path.realpath(path)):
-        states = [f"{name}.incremental.state"]
-        if name.endswith(".part"):
-            states.append(f"{name}.state")
-        for state in states:
-            if os.path.lexists(state):
-                raise LocalFailure(
-                    f"{path} is the rest of an interrupted download, as {state} tells: "
-                    "download it to its end first"
-                )
-
-
-def _refuse_qcow2(local: LocalImage, path: str) -> None:
-    """Refuse a file that looks like qcow2: it or its disk could be meant."""
-    if local.read(0, len(QCOW2_MAGIC)) == QCOW2_MAGIC:
-        local.close()
-        raise LocalFailure(
-            f"{path} looks like qcow2: say --format qcow2 to upload the disk in it, "
-            "--format raw to upload the file as it is"
-        )

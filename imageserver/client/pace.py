@@ -18,8 +18,8 @@ from typing import IO, Any
 LEAST_RATE = 1024
 #: Bytes from a server that is still working: blanks, maybe as chunks with their lengths in hex.
 _AT_WORK = b" \t\r\n0123456789abcdefABCDEF"
-#: How long they count as progress, in seconds.
-_LONGEST_WORK = 3600.0
+#: How long they count as progress, in seconds, for a list of extents.
+LONGEST_WORK = 3600.0
 
 
 class Slow(OSError):
@@ -35,8 +35,8 @@ class Pace:
         self._clock = clock
         self._began: float | None = None
         self._since, self._count = 0.0, 0
-        #: Whether blanks count as progress.
-        self.has_blanks = False
+        #: How long blanks count as progress, in seconds.
+        self.blanks_seconds = 0.0
 
     def came(self, data: "bytes | memoryview") -> None:
         """Count bytes that came.
@@ -59,9 +59,7 @@ class Pace:
         self._since, self._count = now, 0
 
     def _is_at_work(self, data: bytes | memoryview, since_first: float) -> bool:
-        return (
-            self.has_blanks and since_first < _LONGEST_WORK and not bytes(data[:64]).strip(_AT_WORK)
-        )
+        return since_first < self.blanks_seconds and not bytes(data[:64]).strip(_AT_WORK)
 
 
 class _Paced(io.RawIOBase):

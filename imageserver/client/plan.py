@@ -60,6 +60,13 @@ class Spans:
     def __iter__(self) -> Iterator[Range]:
         return zip(self._starts, self._stops, strict=True)
 
+    def within(self, start: int, stop: int) -> Iterator[Range]:
+        """Yield the parts of the spans that lie in a range."""
+        for index in range(bisect_right(self._stops, start), len(self._stops)):
+            if self._starts[index] >= stop:
+                return
+            yield max(self._starts[index], start), min(self._stops[index], stop)
+
     def raw(self) -> bytes:
         """Return the ranges as bytes, for a hash."""
         return self._starts.tobytes() + self._stops.tobytes()

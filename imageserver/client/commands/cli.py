@@ -22,7 +22,7 @@ from imageserver.client.failures import ClientError, Interrupted, OutputLost, Ou
 from imageserver.client.showing.units import plain_text
 
 #: Each is a module beside this one, imported when the command is used, and has NAME_command.
-COMMANDS = ("download", "upload", "map", "info", "check", "top", "transfer")
+COMMANDS = ("download", "upload", "map", "info", "checksum", "check", "top", "transfer")
 _EPILOG = """\b
 Exit status:
     0  done

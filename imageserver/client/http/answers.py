@@ -19,6 +19,7 @@ from imageserver.client.http.extent_list import MAX_SIZE
 _CONTENT_RANGE = re.compile(
     r"bytes (?:([0-9]{1,19})-([0-9]{1,19})|\*)/([0-9]{1,19}|\*)", re.IGNORECASE
 )
+_HEX = re.compile(r"[0-9a-f]{16,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Abilities:
     methods: frozenset[str]
 
     def has(self, feature: str) -> bool:
-        """Tell whether ``extents``, ``zero``, ``flush`` or ``digest`` is announced."""
+        """Tell whether ``feature`` is announced: ``extents``, ``zero`` and so on."""
         return feature in self.features
 
     @property
@@ -106,6 +107,21 @@ def check_range(headers: Mapping[str, str], start: int, stop: int) -> None:
         raise Failed(f"the server answered {stop - start} bytes without a Content-Length")
     if length != str(stop - start) or "Transfer-Encoding" in headers:
         raise Failed(f"the server answered {stop - start} bytes with {length[:20]}")
+
+
+def parse_checksum(body: bytes, algorithm: str, block_size: int | None) -> str:
+    """Return the hex of a checksum that is what was asked for.
+
+    Raises:
+        Failed: it is not.
+    """
+    fields = parse_fields(body)
+    found = fields.get("checksum")
+    if not isinstance(found, str) or not _HEX.fullmatch(found):
+        raise Failed("the server does not say what the checksum is")
+    if (fields.get("algorithm"), fields.get("block_size")) != (algorithm, block_size):
+        raise Failed("the server has computed another checksum than was asked for")
+    return found
 
 
 def parse_fields(body: bytes) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 from base64 import b64encode
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 from imageserver.client.failures import Broken, Failed, Mismatch, Refused
 from imageserver.client.http.access import Access
@@ -19,6 +20,7 @@ from imageserver.client.http.answers import (
     check_range,
     parse_abilities,
     parse_bitmap,
+    parse_checksum,
     parse_fields,
     parse_size,
     range_size,
@@ -38,6 +40,8 @@ _OVIRT = "imageio/"
 _DIGEST = "Content-Digest"
 #: What imageserver says of a body that has another one (docs/api.md).
 _MISMATCH = f"does not match its {_DIGEST}"
+#: How long a checksum may take, in seconds; oVirt's daemon says nothing until it has one.
+_CHECKSUM_SECONDS = 86400.0
 #: Connections that are used by default.
 _CONNECTIONS = 4
 
@@ -54,6 +58,7 @@ class Remote:
         self._target = self._at()
         #: What the last dirty extents rest on; "": no bitmap, so all is dirty. None: not known.
         self.bitmap: str | None = None
+        self._is_ovirt = False
 
     def close(self) -> None:
         """Close the connections that are idle."""
@@ -86,6 +91,7 @@ class Remote:
         allow = response.headers.get("Allow") or response.headers.get(
             "Access-Control-Allow-Methods", ""
         )
+        self._is_ovirt = response.headers.get("Server", "").startswith(_OVIRT)
         body = self._body(response)
         if not body and response.status != _NO_CONTENT:
             raise Failed("OPTIONS was answered with nothing: this is no image server")
@@ -126,6 +132,26 @@ class Remote:
     def _pieces(self, response: Response) -> Iterator[bytes]:
         with self._transport.translated():
             yield from response.stream(_EXTENTS_PIECE)
+
+    def checksum(
+        self, algorithm: str, block_size: int | None, span: tuple[int, int] | None = None
+    ) -> str:
+        """Ask for the hex of a checksum of the image, or of a span of it (``has_spans``).
+
+        Raises:
+            Refused: the server cannot compute this one.
+        """
+        wanted = f"algorithm={quote(algorithm)}"
+        if block_size is not None:
+            wanted += f"&block_size={block_size}"
+        if span is not None:
+            wanted += f"&start={span[0]}&length={span[1] - span[0]}"
+        patience = _CHECKSUM_SECONDS if self._is_ovirt else None
+        response = self._transport.request(
+            "GET", self._at("/checksum", wanted), silent_seconds=patience
+        )
+        self._transport.allow_blanks(response, _CHECKSUM_SECONDS)
+        return parse_checksum(self._body(response), algorithm, block_size)
 
     def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
         """Yield the bytes of a span in order; a piece is overwritten when the next one is read.

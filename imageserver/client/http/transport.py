@@ -18,6 +18,7 @@ from imageserver.client.failures import Broken, Busy, Failed, Refused, Unreachab
 from imageserver.client.http.access import Access, tls_reason
 from imageserver.client.http.answers import parse_fields
 from imageserver.client.http.connections import NoTls, Sockets, is_protocol_error, make_pool
+from imageserver.client.pace import LONGEST_WORK
 
 #: Statuses that a retry may change (502 and 504: a proxy whose server restarts).
 _TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
@@ -44,10 +45,11 @@ class Transport:
         #: The server's name in messages.
         self.name = access.unix_socket or parts.netloc
         self._fields = {"Host": access.host_field, "User-Agent": "imagectl"} | access.fields
+        self._seconds = access.timeout_seconds
         self._sockets = Sockets()
         self._pool = make_pool(access, connections, self._sockets)
 
-    def request(
+    def request(  # noqa: PLR0913 - what one request has
         self,
         method: str,
         target: str,
@@ -55,8 +57,11 @@ class Transport:
         expected: Iterable[int] = (200,),
         headers: Mapping[str, str] | None = None,
         body: bytes | Iterable[object] | None = None,
+        silent_seconds: float | None = None,
     ) -> Response:
         """Make a request; return the answer, its body unread.
+
+        ``silent_seconds``: how long it may take to begin, if not as long as all other answers.
 
         Raises:
             Transient: it may succeed if made again.
@@ -76,10 +81,15 @@ class Transport:
                 redirect=False,
                 assert_same_host=False,
                 preload_content=False,
+                timeout=self._timeout(silent_seconds),
             )
             if response.status in expected:
                 return response
             raise self._refusal(method, response)
+
+    def _timeout(self, silent_seconds: float | None) -> urllib3.Timeout:
+        usual = self._seconds
+        return urllib3.Timeout(connect=usual, read=max(usual, silent_seconds or 0.0))
 
     def read_into(self, response: Response, view: memoryview) -> int:
         """Read some of a body into ``view``; return how many bytes.
@@ -93,9 +103,9 @@ class Transport:
             raise Broken(f"the answer of {self.name} was cut")
         return count
 
-    def allow_blanks(self, response: Response) -> None:
-        """Let blanks in an answer count as progress: the server is at work."""
-        self._sockets.reply(response).pace.has_blanks = True
+    def allow_blanks(self, response: Response, seconds: float = LONGEST_WORK) -> None:
+        """Let blanks in an answer count as progress for so long: the server is at work."""
+        self._sockets.reply(response).pace.blanks_seconds = seconds
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:

@@ -36,9 +36,24 @@ def test_every_help_fits_80_columns_and_is_whole():
         (["info", IMAGE, "--key", "k"], "--key goes with --cert."),
         (["info", IMAGE, "--timeout", "x"], "'x' is not a valid number of seconds."),
         (["map", IMAGE, "--svg", "f", "--json"], "--svg and --json exclude each other."),
+        (["checksum", "f", "--block-size", "2097153"], "it must be a multiple of 4096"),
+        (
+            ["checksum", "f", "--algorithm", "whole-sha256", "--block-size", "1048576"],
+            "whole checksums have none",
+        ),
+        (["checksum", IMAGE, "--format", "raw"], "--format, --backing and --force are of a FILE."),
         (["map", IMAGE, "--quiet"], "No such option '--quiet'."),
     ],
-    ids=["a pipe", "a key alone", "no number", "two outputs", "silence that says nothing"],
+    ids=[
+        "a pipe",
+        "a key alone",
+        "no number",
+        "two outputs",
+        "an odd block",
+        "a block of no use",
+        "a format of no use",
+        "silence that says nothing",
+    ],
 )
 def test_arguments_that_make_no_sense_are_told(words, sentence):
     done = CliRunner().invoke(imagectl, words)

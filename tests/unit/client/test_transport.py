@@ -214,7 +214,7 @@ def test_a_rate_is_a_mean_over_times_as_long_as_the_timeout():
 def test_a_server_at_work_has_an_hour():
     clock = Clock()
     pace = Pace(60, clock)
-    pace.has_blanks = True
+    pace.blanks_seconds = 3600.0
     for clock.now in range(0, 3600, 59):
         pace.came(b" ")
     clock.now = 3598

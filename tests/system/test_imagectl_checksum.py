@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""imagectl checksum: the same hex of an image here, on our server and on oVirt's."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab.ovirt import OvirtDaemon, ovirt_daemon
+from ovirt_imageio import client
+
+from imageserver.client.http.access import Access
+from imageserver.client.http.remote import Remote
+from imageserver.client.moving.checksum import Wanted, checksum_of_file, checksum_of_image
+from imageserver.client.showing.progress import Silent
+from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
+from tests.system.harness import Server, program, qemu_img, qemu_io, qemu_nbd
+from tests.system.moving import MIB, imagectl, offer, offer_file
+
+pytestmark = LEAVES_A_CONNECTION
+
+SETTINGS = {"workers": 2, "max_writers": 4}
+SIZE = 21 * MIB + 512
+BLOCKS = ("blake2b", MIB + 4096)
+WHOLE = ("whole-sha256", None)
+
+
+class _Told(Silent):
+    """Keeps what an operation tells."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+@pytest.fixture(scope="module")
+def images(workplace: Path) -> dict[str, Path]:
+    """The same disk in both formats: data, holes, zeros, in blocks that have each of them."""
+    qcow2, raw = workplace / "disk.qcow2", workplace / "disk.raw"
+    qemu_img("create", "-q", "-f", "qcow2", qcow2, SIZE)
+    commands = ("write -P 1 0 5M", "write -z 1M 64k", "write -P 2 6M 64k", "write -P 3 16M 4M")
+    qemu_io(qcow2, "qcow2", *commands, f"write -P 9 {SIZE - 512} 512")
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", qcow2, raw)
+    return {"qcow2": qcow2, "raw": raw}
+
+
+@pytest.fixture(scope="module")
+def expected(images: dict[str, Path]) -> dict[tuple[str, int | None], str]:
+    """What others say of the disk."""
+    found = client.checksum(str(images["raw"]), block_size=BLOCKS[1], algorithm=BLOCKS[0])
+    command = [program("sha256sum"), str(images["raw"])]
+    whole = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    return {BLOCKS: found["checksum"], WHOLE: whole}
+
+
+@pytest.fixture(scope="module")
+def daemon(workplace: Path) -> Iterator[OvirtDaemon]:
+    with ovirt_daemon(workplace / "ovirt") as running:
+        yield running
+
+
+def of_image(url: str, kind: tuple[str, int | None]) -> tuple[str, str, list[str]]:
+    told = _Told()
+    found = checksum_of_image(Remote(Access(url)), Wanted(*kind, connections=2), told)
+    return found.checksum, found.computed, told.notes
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_a_file_and_its_image_on_a_server_have_the_checksum_that_others_compute(
+    server: Server, images: dict[str, Path], expected: dict[tuple[str, int | None], str], fmt: str
+) -> None:
+    with qemu_nbd(images[fmt], "--read-only", fmt=fmt) as sock:
+        url = offer(server, sock)
+        for kind, checksum in expected.items():
+            local = checksum_of_file(str(images[fmt]), Wanted(*kind, format=fmt), Silent())
+            assert (local.checksum, local.computed) == (checksum, "here")
+            assert of_image(url, kind) == (checksum, "server", [])
+
+
+def test_a_server_that_computes_none_has_its_image_read(
+    daemon: OvirtDaemon, images: dict[str, Path], expected: dict[tuple[str, int | None], str]
+) -> None:
+    with qemu_nbd(images["qcow2"], "--read-only", fmt="qcow2") as sock:
+        url = daemon.add_nbd(sock, SIZE, ops=["read"])
+        assert of_image(url, BLOCKS) == (expected[BLOCKS], "server", [])
+        checksum, computed, (note,) = of_image(url, WHOLE)
+    assert (checksum, computed) == (expected[WHOLE], "here")
+    assert note.startswith("All data is read: ")
+
+
+def test_the_command_prints_what_sha256sum_would(
+    server: Server, images: dict[str, Path], expected: dict[tuple[str, int | None], str]
+) -> None:
+    url = offer_file(server, images["raw"])
+    said = imagectl("checksum", url, "--algorithm", WHOLE[0]).stdout
+    assert said == f"{expected[WHOLE]}  {url}\n"
+
+    told = json.loads(imagectl("checksum", "--json", images["raw"]).stdout)
+    assert told.pop("seconds") >= 0
+    theirs = client.checksum(str(images["raw"]))
+    assert told == {**theirs, "computed": "here"}
+
+
+def test_half_a_qcow2_image_has_no_checksum(images: dict[str, Path], home: Path) -> None:
+    half = home / "half.qcow2"
+    half.write_bytes(images["qcow2"].read_bytes())
+    os.truncate(half, half.stat().st_size // 2)
+    said = imagectl("checksum", half, "--format", "qcow2", status=5).stderr
+    assert "--force takes what QEMU reads of it" in said

@@ -85,6 +85,12 @@ def _prometheus() -> bool:
     return None not in {beside_python(name) for name in ("prometheus", "promtool")}
 
 
+def chromium() -> str | None:
+    """Return the path of the distribution's Chromium; Ubuntu's is a snap, not for scripts."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    return None if found and os.path.realpath(found).startswith("/usr/bin/snap") else found
+
+
 ABILITIES: tuple[Ability, ...] = (
     Ability("loop devices", "needs root and /dev/loop*", _loop_devices),
     Ability("mounts", "needs root and mount namespaces", _mounts),
@@ -97,6 +103,7 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("ptrace", "strace may not trace here", lambda: _succeeds("strace", "-f", "true")),
     Ability("thread limits", "root needs a cgroup that limits tasks", can_limit_threads),
     Ability("prometheus", "prometheus or promtool is missing: scripts/setup says why", _prometheus),
+    Ability("chromium", "Chromium is missing: scripts/setup says why", lambda: bool(chromium())),
 )
 
 

@@ -18,6 +18,7 @@ from imageserver.images.probing import Inspector
 from imageserver.images.sessions import Sessions
 from imageserver.observability.logs import OperationLog
 from imageserver.observability.metrics.counted import Metrics, metrics_in
+from imageserver.observability.recent import Recent
 from imageserver.runtime.directory import RuntimeDirectory, runtime_in
 from imageserver.runtime.locks import ImageLocks, image_key
 from imageserver.runtime.marks import Marks
@@ -52,6 +53,11 @@ class Process:
     def metrics(self) -> Metrics:
         """The counters of this process."""
         return metrics_in(self.settings.metrics_dir)
+
+    @cached_property
+    def recent(self) -> Recent:
+        """What this process has done lately, for operators."""
+        return Recent(self.metrics.path_of)
 
     @cached_property
     def slot_limits(self) -> dict[Kind, int]:
@@ -159,9 +165,10 @@ class Process:
             ),
             Inspector(self.backends),
             Limits(settings.readers_of_image, settings.writers_of_image, settings.unix_socket),
-            journals=(OperationLog(), self.metrics),
+            journals=(OperationLog(), self.metrics, self.recent),
             origins=settings.cors_origins,
             put_flushes=settings.put_flush == "y",
+            underway=self.recent.underway,
         )
 
 

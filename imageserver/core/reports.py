@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from imageserver.core.entry import Entry
+from imageserver.core.ranges import Span
 from imageserver.core.slots import Holder, Kind
 
 
@@ -29,4 +30,22 @@ class Journal(Protocol):
 
     def finished(self, entry: Entry) -> None:
         """Take an entry. Quick, never fails; called from any thread."""
+        ...
+
+
+class Underway(Protocol):
+    """A request that has begun to use its image."""
+
+    span: Span | None
+    done: int
+    """Bytes of the span."""
+
+    @property
+    def transfer_id(self) -> str:
+        """The id that was asked for."""
+        ...
+
+    @property
+    def operation(self) -> str:
+        """What a session was asked for."""
         ...

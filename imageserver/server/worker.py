@@ -163,6 +163,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
             self.process.runtime.watch()
         self._loop.step()
         self._metrics.flush_if_due()
+        self.process.recent.flush_if_due()
 
     def _watch_master(self) -> None:
         """Drain when the master dies, or has died since the fork: its address must be free."""
@@ -218,6 +219,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
                 self._loop.close_idle()
             self._step()
         self._metrics.flush()
+        self.process.recent.flush()
         self._row.release()
 
     def _has_successor(self) -> bool:
@@ -231,6 +233,7 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._loop.close_all()
         self._pools.abort(_ABORT_SECONDS)
         self._metrics.flush()
+        self.process.recent.flush()
         self._row.release()
         sys.stderr.flush()
         os._exit(0)  # not through atexit, which would wait for the threads

@@ -7,16 +7,17 @@ how many bytes have moved, what went wrong, the status. Who listens:
     the slot, the meter     told of each piece: ``progress``
     a tracked use           looks four times a second, and at the end: ``tracking.py``
     the journals            told once, with all of it: ``end``
+    ``underway``            has the request from ``begin`` to ``end``
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableSet, Sequence
 
 from imageserver.core.entry import Entry
 from imageserver.core.errors import ClientGone
 from imageserver.core.ports import Backend, Slot
 from imageserver.core.ranges import Span
-from imageserver.core.reports import Journal
+from imageserver.core.reports import Journal, Underway
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
 
@@ -45,6 +46,7 @@ class Request:
         is_gone: Callable[[], bool] = _never,
         disconnect: Callable[[], None] = _nothing,
         now: Callable[[], float] = time.monotonic,
+        underway: MutableSet[Underway] | None = None,
     ) -> None:
         """``name``: its ``X-Request-Id``. ``is_gone`` tells whether the client has gone.
 
@@ -63,6 +65,7 @@ class Request:
         self._journals = journals
         self._is_gone, self._disconnect = is_gone, disconnect
         self._now = now
+        self._underway = underway
         self._began = now()
         self._id = self._backend_name = ""
         self._operation = method.lower()
@@ -76,6 +79,16 @@ class Request:
         self._leave: Callable[[], None] = _nothing
 
     # The transfer
+
+    @property
+    def transfer_id(self) -> str:
+        """The id that was asked for."""
+        return self._id
+
+    @property
+    def operation(self) -> str:
+        """What a session was asked for, else the method in lower case."""
+        return self._operation
 
     def asks_for(self, transfer_id: str) -> None:
         """Note the id, known or not."""
@@ -126,6 +139,8 @@ class Request:
         """Note what of the image the operation is about."""
         self.span, self._expected = span, span.length
         self._show(0, self._expected)
+        if self._underway is not None:
+            self._underway.add(self)
 
     def progress(self, done: int) -> None:
         """Note how many bytes of the span are done, and show them to operators."""
@@ -152,6 +167,8 @@ class Request:
         if self._has_ended or self._status is None:
             return
         self._has_ended = True
+        if self._underway is not None:
+            self._underway.discard(self)
         entry = self._entry(self._status)
         for journal in self._journals:
             journal.finished(entry)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The application: routes, and who handles which error, in reading order."""
 
-from collections.abc import Sequence
+from collections.abc import MutableSet, Sequence
 from typing import Any, TypeAlias
 
 import falcon
 
 from imageserver.core.errors import ClientGone, ImageServerError
-from imageserver.core.reports import Journal
+from imageserver.core.reports import Journal, Underway
 from imageserver.images.probing import Inspector, WouldWait
 from imageserver.images.sessions import Sessions
 from imageserver.transfers.tracking import Tracker
@@ -32,12 +32,14 @@ def create_app(  # noqa: PLR0913 - put together in one place
     *,
     origins: Sequence[str] = (),
     put_flushes: bool = False,
+    underway: MutableSet[Underway] | None = None,
 ) -> App:
     """Put the application together.
 
     ``origins``: see ``Cors``. ``put_flushes``: a PUT that does not say whether to flush does.
+    ``underway``: what is to have the requests that use an image now.
     """
-    app = falcon.App(middleware=RequestMiddleware(journals))
+    app = falcon.App(middleware=RequestMiddleware(journals, underway))
     app.add_middleware(ImageMiddleware(tracker, Cors(origins)))
     app.req_options.strip_url_path_trailing_slash = True
 

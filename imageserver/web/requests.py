@@ -9,12 +9,12 @@ import itertools
 import re
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import MutableSet, Sequence
 from functools import partial
 
 import falcon
 
-from imageserver.core.reports import Journal
+from imageserver.core.reports import Journal, Underway
 from imageserver.core.transfer import Transfer
 from imageserver.images.sessions import Need, Session, Sessions
 from imageserver.transfers.requests import Request
@@ -35,8 +35,12 @@ class RequestMiddleware:
     not secret: a number of this process's, after random digits of its own.
     """
 
-    def __init__(self, journals: Sequence[Journal]) -> None:
+    def __init__(
+        self, journals: Sequence[Journal], underway: MutableSet[Underway] | None = None
+    ) -> None:
+        """``underway``: what is to have the requests that use an image now."""
         self._journals = journals
+        self._underway = underway
         self._prefix = secrets.token_hex(5)
         self._numbers = itertools.count()
 
@@ -53,6 +57,7 @@ class RequestMiddleware:
             self._journals,
             is_gone=env.get(IS_GONE, _never),
             disconnect=partial(_disconnect, env.get("gunicorn.socket")),
+            underway=self._underway,
         )
         resp.set_header("X-Request-Id", name)
 

@@ -75,6 +75,10 @@ class Metrics:
         """Take a file of this process's own now, not with the first thing that is counted."""
         self._store.flush()
 
+    def path_of(self, name: str) -> str:
+        """Return where this process may keep a file beside its counts; "": nowhere now."""
+        return self._store.path_of(name)
+
     # Requests: ``ports.Journal``, ``ports.Meter``
 
     def finished(self, entry: Entry) -> None:

@@ -3,6 +3,7 @@
 
     metrics/N               locked by the process that has number N (flock(2)); the kernel unlocks
     metrics/counter_N.db    what N counted, its dead predecessors included
+    metrics/NAME_N.json     what else is told of N (``recent.py``)
     metrics/guard           held while a number is taken, or files are removed
 
 A worker that goes on where a dead one has stopped keeps its counts, and there are never more
@@ -53,6 +54,10 @@ class Number:
     def path(self) -> str:
         """Where the process of this number counts."""
         return os.path.join(self._directory, f"counter_{self.value}.db")
+
+    def path_of(self, name: str) -> str:
+        """Return the path of another file of the process of this number (``recent.py``)."""
+        return os.path.join(self._directory, f"{name}_{self.value}.json")
 
     def is_lost(self) -> bool:
         """Tell whether there is no number, or another process may have it by now."""

@@ -64,6 +64,15 @@ def exposition(sources: Sources) -> Exposition:
     return Exposition(generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4)
 
 
+def refusals_in(directory: str) -> dict[str, int]:
+    """Return how many requests were refused in all processes, by reason."""
+    found: dict[str, int] = dict.fromkeys(declared.REFUSALS, 0)
+    for counts in read_all(directory)[0]:
+        for (reason,), count in counts_of(declared.REFUSED, counts):
+            found[reason] += int(count)
+    return {reason: count for reason, count in found.items() if count}
+
+
 class _Shown(Collector):
     def __init__(self, sources: Sources) -> None:
         self._sources = sources

@@ -52,6 +52,10 @@ class Store:
         self._counting = Lock()
         self._writing = Lock()
 
+    def path_of(self, name: str) -> str:
+        """Return the path of another file of this process's number; "" where it has none now."""
+        return "" if self._fd < 0 else self._number.path_of(name)
+
     def leave_to_parent(self) -> None:
         """In a forked child: count in a file of its own from now on."""
         self._number.close()

@@ -9,16 +9,21 @@ their own (``pools``), and are not spread over the workers (``accepting``).
 import contextlib
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 from gunicorn.util import parse_address
 
 from imageserver.core.entry import Exposition
-from imageserver.observability.metrics.shown import Sources, exposition
+from imageserver.core.recent import Recently
+from imageserver.observability.metrics.shown import Sources, exposition, refusals_in
+from imageserver.observability.recent import ended_in
 from imageserver.process import Process
 from imageserver.server.credentials import peer_of
 from imageserver.server.readiness import checks
+from imageserver.settings import Settings
 from imageserver.web.admin_app import AdminSources, create_admin_app
+from imageserver.web.admin_status import Books
 from imageserver.web.app import App
 
 #: The settings that ``/status`` tells.
@@ -76,8 +81,24 @@ def admin_application(process: Process, *, full_ids: bool) -> App:
         process.metrics.flush()
         return exposition(sources)
 
+    def recently() -> Recently:
+        process.recent.flush()
+        return ended_in(settings.metrics_dir)
+
+    def refusals() -> Mapping[str, int]:
+        process.metrics.flush()
+        return refusals_in(settings.metrics_dir)
+
     told = {name: getattr(settings, name) for name in _LIMITS}
-    return create_admin_app(AdminSources(slots, told, proofs, metrics), full_ids=full_ids)
+    books = Books(slots, told, recently, refusals)
+    hosts = None if full_ids else names_of_host(settings)
+    return create_admin_app(AdminSources(books, proofs, metrics), hosts, full_ids=full_ids)
+
+
+def names_of_host(settings: Settings) -> set[str]:
+    """Return the names under which admin listeners may be asked, beside addresses."""
+    bound = (address.rpartition(":")[0] for address in settings.admin_bind)
+    return {socket.gethostname(), *bound, *settings.admin_hosts}
 
 
 # In the master

@@ -22,6 +22,7 @@ from imageserver.settings.texts import (
     addresses_or_none,
     choice,
     directory,
+    host_names,
     integer,
     integer_or_none,
     origins,
@@ -213,6 +214,12 @@ class Settings:
         addresses_or_none,
         "addresses for metrics, health and status, as BIND; none: there are no such",
         empty=NONE,
+    )
+    admin_hosts: tuple[str, ...] = _setting(
+        (),
+        host_names,
+        "names under which browsers and programs may ask at ADMIN_BIND, comma-separated",
+        "the machine's own name, localhost; IP addresses always may",
     )
     log_format: str = _setting(
         "text", choice("text", "json"), "how log lines are written: text or json"

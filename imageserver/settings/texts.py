@@ -13,6 +13,7 @@ NONE = "none"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _ADDRESS = r"unix:(/[^,\0]+|@[^,\0]+)|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})"
 
+_HOST_NAME = r"[a-z0-9]([a-z0-9._-]{0,253}[a-z0-9])?"
 _ORIGIN = r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?"
 #: A port that no browser writes.
 _DEFAULT_PORT = r"(http://[^/]+):80|(https://[^/]+):443"
@@ -163,6 +164,14 @@ def addresses_or_none(text: str) -> tuple[str, ...]:
     found = addresses(text)
     if any(re.search(r"^(?!unix:).*:0+$", address) for address in found):
         raise WrongText("addresses with a port other than 0, or none")
+    return found
+
+
+def host_names(text: str) -> tuple[str, ...]:
+    """Return names of hosts, as ``Host`` has them without a port."""
+    found = tuple(part.strip().lower() for part in text.split(",") if part.strip())
+    if not found or not all(re.fullmatch(_HOST_NAME, name) for name in found):
+        raise WrongText("names of hosts without a port, such as images.example, comma-separated")
     return found
 
 

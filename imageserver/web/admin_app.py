@@ -2,23 +2,19 @@
 """The application of the admin listener: ``/healthz``, ``/readyz``, ``/status``, ``/metrics``.
 
 Read-only, and apart from that of the images: it takes no lock and no slot, and a transfer that
-is stuck does not stop it. An id is a right, so it is told in full only to those who may look
-into the server's own files anyway; the others get a hash that names it.
+is stuck does not stop it. Who may ask in a browser: ``admin_guard``.
 """
 
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import falcon
 
 from imageserver.core.entry import Exposition
 from imageserver.core.errors import ImageServerError, MethodNotAllowed
-from imageserver.core.reports import Living
-from imageserver.core.slots import Holder, Kind
-from imageserver.core.transfer import id_hash
-from imageserver.core.workers import WorkerState
+from imageserver.web.admin_guard import AdminGuard
+from imageserver.web.admin_status import Books, status
 from imageserver.web.answers import set_json
 from imageserver.web.app import App
 from imageserver.web.error_answers import answer_for
@@ -26,29 +22,31 @@ from imageserver.web.error_answers import answer_for
 log = logging.getLogger(__name__)
 
 _METHODS = ("GET", "HEAD")
-#: Digits of an id's hash: a thousand transfers collide once in half a million times.
-_HASH_DIGITS = 12
-_RUNNING = (Kind.READ, Kind.WRITE, Kind.OTHER)
 
 
 @dataclass(frozen=True, slots=True)
 class AdminSources:
     """Where the answers of the admin listener come from."""
 
-    table: Living
-    limits: Mapping[str, int | None]
-    """On how much may run at once, by the settings' names; None: there is none."""
+    books: Books
     checks: Mapping[str, Callable[[], str]]
     """By name, each a problem or ""."""
     metrics: Callable[[], Exposition]
 
 
-def create_admin_app(sources: AdminSources, *, full_ids: bool) -> App:
-    """Put the application together."""
-    app = falcon.App(middleware=_ReadOnly())
+def create_admin_app(
+    sources: AdminSources, hosts: Collection[str] | None, *, full_ids: bool
+) -> App:
+    """Put the application together.
+
+    ``hosts``: the names under which it may be asked, None: any. ``full_ids``: who asks may look
+    into the server's own files anyway; others are told no id, which is a right, but its hash.
+    """
+    app = falcon.App(middleware=AdminGuard(hosts))
+    app.add_middleware(_ReadOnly())
     app.add_route("/healthz", _Health())
     app.add_route("/readyz", _Readiness(sources.checks))
-    app.add_route("/status", _Status(sources.table, sources.limits, full_ids=full_ids))
+    app.add_route("/status", _Status(sources.books, full_ids=full_ids))
     app.add_route("/metrics", _Metrics(sources.metrics))
     app.add_error_handler(Exception, _refuse_unexpected)
     app.add_error_handler(falcon.HTTPError, _refuse_http)
@@ -64,15 +62,6 @@ class _ReadOnly:
     ) -> None:
         if req.method not in _METHODS:
             raise MethodNotAllowed(_METHODS)
-
-    def process_response(
-        self,
-        _req: falcon.Request,
-        resp: falcon.Response,
-        _resource: object,
-        _req_succeeded: bool,  # noqa: FBT001 - Falcon's signature
-    ) -> None:
-        resp.set_header("Cache-Control", "no-store")
 
 
 class _Resource:
@@ -107,43 +96,13 @@ class _Readiness(_Resource):
 
 
 class _Status(_Resource):
-    """Every transfer that runs, of every worker, the oldest first; and the limits on them."""
+    """What runs, what has ended, and the limits on it."""
 
-    def __init__(self, table: Living, limits: Mapping[str, int | None], *, full_ids: bool) -> None:
-        self._table = table
-        self._limits = dict(limits)
-        self._full_ids = full_ids
+    def __init__(self, books: Books, *, full_ids: bool) -> None:
+        self._books, self._full_ids = books, full_ids
 
     def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
-        now_ns = time.monotonic_ns()
-        running = [row for row in self._table.living(*_RUNNING) if row.transfer]
-        running.sort(key=lambda row: row.started_ns)
-        workers = sorted(self._table.living(Kind.WORKER), key=lambda row: row.owner.pid)
-        transfers = [self._transfer(row, now_ns) for row in running]
-        told = {"transfers": transfers, "workers": [_worker(row) for row in workers]}
-        set_json(resp, told | {"limits": self._limits})
-
-    def _transfer(self, row: Holder, now_ns: int) -> dict[str, object]:
-        age = row.age(now_ns)
-        name = row.transfer if self._full_ids else id_hash(row.transfer)[:_HASH_DIGITS]
-        return {
-            "id": name,
-            "operation": row.operation,
-            "client": row.client,
-            "worker": row.owner.pid,
-            "done": row.done,
-            "expected": row.expected,
-            "rate": round(row.done / age) if age else 0,
-            "age": round(age, 3),
-        }
-
-
-def _worker(row: Holder) -> dict[str, object]:
-    return {
-        "worker": row.owner.pid,
-        "state": WorkerState.of(row).name.lower(),
-        "busy": row.done,
-    }
+        set_json(resp, status(self._books, full_ids=self._full_ids))
 
 
 class _Metrics(_Resource):

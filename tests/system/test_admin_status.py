@@ -2,6 +2,7 @@
 """/status: the transfers that run, of every worker, and the workers."""
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def test_every_running_transfer_of_every_worker_is_told_as_it_advances(server, a
         (put,) = wait_until(lambda: rows(admin, "replace"))
         assert set(put) == {
             *("id", "operation", "client", "worker"),
-            *("done", "expected", "rate", "age"),
+            *("done", "expected", "rate", "age", "key"),
         }
         assert (put["id"], put["client"]) == (name("file"), "127.0.0.1")
         reads = rows(admin, "read")
@@ -65,6 +66,43 @@ def test_every_running_transfer_of_every_worker_is_told_as_it_advances(server, a
 def advanced(admin: Admin, done: int) -> Any:
     (row,) = rows(admin, "replace")
     return row if row["done"] > done else None
+
+
+def test_what_has_ended_is_told_with_its_reason_whichever_worker_did_it(server, admin):
+    name = short if repr(admin) == "tcp" else str
+    server.add("gone", socket="/nowhere/<b>gone</b>")
+    before = admin.status()["refusals"].get("unknown_image", 0)
+    for _ in range(3):
+        ranged = server.request("GET", "/images/big", headers={"Range": "bytes=0-4095"})
+        assert ranged.status == 206
+        assert server.request("GET", "/images/gone").status == 500
+        assert server.request("GET", "/images/<script>").status == 404
+
+    def told() -> Any:  # what a worker did in the last second may be missing
+        found = admin.status()
+        finished = [row for row in found["finished"] if row["status"] == 206]
+        failed = [row for row in found["failed"] if row["id"] == name("gone")]
+        refused = found["refusals"].get("unknown_image", 0) - before
+        is_whole = failed and failed[0]["count"] % 3 == 0 and refused == 3
+        return (finished, failed, json.dumps(found)) if finished and is_whole else None
+
+    (finished, *_), (failed,), text = wait_until(told)
+    assert (finished["id"], finished["operation"]) == (name("big"), "read")
+    assert (finished["count"] % 3, finished["done"]) == (0, finished["count"] * 4096)
+    assert (failed["status"], failed["error"]) == (500, "BackendError")
+    assert failed["worker"] in server.worker_pids()
+    assert "script" not in text
+    assert "nowhere" not in text
+
+
+def test_slots_are_told_against_their_limits(server, admin):
+    with reading(server, "/images/big"):
+        slots = wait_until(lambda: (found := admin.status())["transfers"] and found["slots"])
+        assert slots == {
+            "read": {"in_use": 1, "limit": 8, "limit_per_image": None},
+            "write": {"in_use": 0, "limit": 2, "limit_per_image": None},
+        }
+    wait_until(lambda: admin.transfers() == [])
 
 
 def test_the_oldest_comes_first(server, admin):

@@ -64,6 +64,7 @@ def _read(name: str, text: str) -> object:
         ),
         pytest.param("ADMIN_BIND", "None", (), id="no-admin-listener"),
         pytest.param("ADMIN_BIND", "unix:/a:0", ("unix:/a:0",), id="admin-socket"),
+        pytest.param("ADMIN_HOSTS", "A.example, b", ("a.example", "b"), id="admin-hosts"),
         pytest.param("LOG_LEVEL", "WARNING", "warning", id="level-in-capitals"),
     ],
 )
@@ -95,6 +96,9 @@ _OWNER = "must be user names or numbers that exist"
         pytest.param("BIND", ",", "must be at least one address", id="only-a-comma"),
         pytest.param("ADMIN_BIND", "a:1,b:0", "with a port other than 0", id="admin-any-port"),
         pytest.param("ADMIN_BIND", "none,a:1", _ADDRESS, id="none-and-another"),
+        pytest.param("ADMIN_HOSTS", "a.example:54324", "without a port", id="admin-host-port"),
+        pytest.param("ADMIN_HOSTS", "*", "without a port", id="admin-any-host"),
+        pytest.param("ADMIN_HOSTS", ",", "without a port", id="no-admin-host"),
         pytest.param("WORKERS", "0", _INTEGER + "128", id="no-worker"),
         pytest.param("WORKERS", "129", _INTEGER + "128", id="too-many-workers"),
         pytest.param("WORKERS", "-1", _INTEGER + "128", id="negative"),

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 
+from imageserver.backends.descriptors import close_fd
 from imageserver.core.transfer import path_bytes
 
 #: How often a path is resolved that changes meanwhile.
@@ -37,7 +38,7 @@ def _resolved_by_kernel(name: bytes) -> bytes | None:
     except OSError:
         return None
     finally:
-        os.close(fd)
+        close_fd(fd)
     # What has no name says so in its place: "socket:[1]", "(unreachable)/x", "/x (deleted)".
     return found if found.startswith(b"/") and not found.endswith(b" (deleted)") else None
 

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, suppress
 from queue import Empty, SimpleQueue
 from typing import Self
 
+from imageserver.backends.descriptors import close_fd
 from imageserver.core.errors import Exhausted
 from imageserver.core.sources import Source
 
@@ -105,7 +106,7 @@ class Ring:
         """Leave the empty buffers; one that was not given back may still be written to."""
         closed, self._closed = self._closed, None
         if closed is not None:
-            os.close(closed)
+            close_fd(closed)
         with suppress(Empty):
             while (len(_spare) + 1) * self._size <= _SPARE_BYTES:
                 if buffer := self._empty.get_nowait():

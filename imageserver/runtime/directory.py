@@ -22,6 +22,7 @@ from imageserver.runtime.pathclaim import PathClaim
 from imageserver.runtime.private import (
     SUBDIRECTORIES,
     UnusableDirectory,
+    close_fd,
     is_at,
     prepare_directory,
 )
@@ -60,7 +61,11 @@ class KeptDirectory:
             fd = os.open(self.path, flags)
         except OSError as exc:
             raise StateUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
-        self._opened = os.fstat(fd)
+        try:
+            self._opened = os.fstat(fd)
+        except OSError as exc:
+            close_fd(fd)
+            raise StateUnavailable(f"{self.path} cannot be used: {exc.strerror}") from exc
         self._fd = fd
 
     def hold(self) -> None:
@@ -91,7 +96,7 @@ class KeptDirectory:
         """Let the directory go. May be called twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            close_fd(fd)
 
 
 class RuntimeDirectory:
@@ -180,7 +185,7 @@ class RuntimeDirectory:
         """Let everything go. May be called twice."""
         files, self._files = self._files, {}
         for fd in files.values():
-            os.close(fd)
+            close_fd(fd)
         for directory in self._kept:
             directory.close()
         self.claim.close()

@@ -14,17 +14,18 @@ held, so that a thread's wait never depends on how many wait before it.
 
 import contextlib
 import fcntl
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 from imageserver.core.errors import StateUnavailable
 from imageserver.runtime.flock import steps, try_flock
-from imageserver.runtime.private import open_private, own_files, unusable
+from imageserver.runtime.private import close_fd, open_private, own_files, unusable
 
 #: That moment: a guard that works again is still held now and then, its holder waiting for a core.
 _GRACE_SECONDS = 0.05
+#: How often the kernel is asked to unlock it.
+_UNLOCKS = 3
 
 
 class Guard:
@@ -78,11 +79,18 @@ class Guard:
             raise
 
     def release(self) -> None:
-        """Let go of the guard."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
-        finally:
-            self._threads.release()
+        """Let go of the guard. Never fails: what was done under it is done.
+
+        Where the kernel fails to unlock (a file system of another machine), it is asked again: as
+        long as the guard is locked, other processes wait for it, and this one does not.
+        """
+        for _ in range(_UNLOCKS):
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+            except OSError:
+                continue
+            break
+        self._threads.release()
 
     def _deadline(self, began: float, patience: float | None) -> float:
         seconds = self._patience if patience is None else patience
@@ -127,4 +135,4 @@ def guarded(directory: str, name: str, what: str, patience: float) -> Iterator[N
         with Guard(fd, what, patience).hold():
             yield
     finally:
-        os.close(fd)
+        close_fd(fd)

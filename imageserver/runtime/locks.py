@@ -29,7 +29,7 @@ from imageserver.core.kinds import Image
 from imageserver.core.slots import Deaths
 from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.flock import steps
-from imageserver.runtime.private import unusable
+from imageserver.runtime.private import close_fd, unusable
 from imageserver.runtime.processes import EXIT_SECONDS
 
 #: Bytes of a note, which is padded: an older version's mark may be that long.
@@ -72,7 +72,7 @@ class ImageLock:
         self._fd = self._open()
         try:
             while not self._is_taken():
-                os.close(self._fd)  # pruned between open(2) and flock(2)
+                close_fd(self._fd)  # pruned between open(2) and flock(2)
                 self._fd = -1
                 self._fd = self._open()
         except BaseException:
@@ -137,7 +137,7 @@ class ImageLock:
         if fd >= 0:
             with contextlib.suppress(OSError):
                 unlock_descriptor(fd)
-            os.close(fd)
+            close_fd(fd)
 
 
 def _settled(count: int) -> bytes:

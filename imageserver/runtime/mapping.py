@@ -10,7 +10,7 @@ from imageserver.core.slots import Deaths, SlotTable
 from imageserver.runtime import tablefile
 from imageserver.runtime.directory import RuntimeDirectory
 from imageserver.runtime.guard import Guard
-from imageserver.runtime.private import is_at
+from imageserver.runtime.private import close_fd, is_at
 from imageserver.runtime.processes import forks, owner_of
 
 #: What the table is in an error's sentence.
@@ -62,8 +62,8 @@ class Mapping:
         self._path = os.path.join(runtime.path, tablefile.TABLE)
         with contextlib.ExitStack() as opened:
             use, self.file = tablefile.reopen(runtime)
-            opened.callback(os.close, use)
-            opened.callback(os.close, self.file)
+            opened.callback(close_fd, use)
+            opened.callback(close_fd, self.file)
             self.lock = Guard(self.file, WHAT, patience)
             self._found = os.fstat(self.file)
             self._map, self.table = tablefile.map_kept(self.file)

@@ -23,6 +23,8 @@ import hashlib
 import os
 import socket
 
+from imageserver.runtime.private import close_fd
+
 
 class PathClaim:
     """The claim of a path, for this process and the children that it forks."""
@@ -45,7 +47,7 @@ class PathClaim:
         """Give the claim up, as far as this process has it. May be called twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            close_fd(fd)
 
 
 def claimants(path: str) -> list[int]:

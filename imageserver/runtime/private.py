@@ -111,7 +111,7 @@ def _try_file(directory: str, path: str, size: int) -> None:
     except OSError as exc:
         raise _unusable(path, exc) from exc
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def _unusable(path: str, exc: OSError) -> UnusableDirectory:
@@ -126,10 +126,25 @@ def is_at(path: str, opened: os.stat_result) -> bool:
         return False
 
 
+def close_fd(fd: int) -> None:
+    """Close a descriptor. Never fails: Linux has closed it, whatever close(2) says.
+
+    So what is given back after it is given back, too.
+    """
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
 def open_private(directory: str, name: str) -> int:
     """Open a file of the runtime directory for reading and writing, 0600, following no link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(os.path.join(directory, name), flags, 0o600)
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data`` to a file that was opened just now."""
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def read_regular(path: str, most: int) -> bytes | None:
@@ -145,7 +160,7 @@ def read_regular(path: str, most: int) -> bytes | None:
     try:
         return os.read(fd, most) if stat.S_ISREG(os.fstat(fd).st_mode) else None
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 class own_files(contextlib.ContextDecorator):  # noqa: N801 - used as a statement

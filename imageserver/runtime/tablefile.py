@@ -21,7 +21,7 @@ from imageserver.core import slots
 from imageserver.core.slots import ForeignTable, IncompatibleTable, SlotTable
 from imageserver.runtime.directory import RuntimeDirectory
 from imageserver.runtime.flock import try_flock
-from imageserver.runtime.private import open_private
+from imageserver.runtime.private import close_fd, open_private
 from imageserver.runtime.processes import boot_id, namespace
 
 log = logging.getLogger(__name__)
@@ -48,13 +48,18 @@ def reopen(runtime: RuntimeDirectory) -> tuple[int, int]:
         IncompatibleTable: the table cannot be read, and others use it.
         OSError, StateUnavailable: the directory cannot be used.
     """
-    use = runtime.reopen(_USE)
-    if use is None:
-        _find(runtime)
+    with contextlib.ExitStack() as opened:
         use = runtime.reopen(_USE)
-    file = runtime.reopen(TABLE)
-    assert use is not None and file is not None  # noqa: S101, PT018 - kept together
-    fcntl.flock(use, fcntl.LOCK_SH)
+        if use is None:
+            _find(runtime)
+            use = runtime.reopen(_USE)
+        assert use is not None  # noqa: S101 - kept now
+        opened.callback(close_fd, use)
+        file = runtime.reopen(TABLE)
+        assert file is not None  # noqa: S101 - kept together
+        opened.callback(close_fd, file)
+        fcntl.flock(use, fcntl.LOCK_SH)
+        opened.pop_all()
     return use, file
 
 
@@ -70,7 +75,7 @@ def examine(directory: str) -> None:
     deadline = time.monotonic() + _MEND_SECONDS
     while True:
         try:
-            os.close(_open_readable(directory))
+            close_fd(_open_readable(directory))
         except _UNREADABLE as exc:
             if not is_used(directory):
                 return
@@ -96,7 +101,7 @@ def _is_locked(path: str, flags: int) -> bool:
     try:
         return not try_flock(fd)
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def is_alone(runtime: RuntimeDirectory) -> bool:
@@ -149,7 +154,7 @@ def _find(runtime: RuntimeDirectory) -> None:
     except BaseException:
         for fd in held:
             fcntl.flock(fd, fcntl.LOCK_UN)
-        os.close(use)
+        close_fd(use)
         raise
 
 
@@ -177,7 +182,7 @@ def _make_table_if_alone(runtime: RuntimeDirectory, held: tuple[int, int]) -> No
     """
     if all(try_flock(fd) for fd in held):
         try:
-            os.close(_open_readable(runtime.path))
+            close_fd(_open_readable(runtime.path))
         except _UNREADABLE:
             _make_table(runtime.path)
     for fd in held:
@@ -201,14 +206,14 @@ def _make_table(directory: str) -> None:
         os.unlink(os.path.join(directory, _NEW))
         raise
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def _open_readable(directory: str) -> int:
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     file = os.open(os.path.join(directory, TABLE), flags)
     with contextlib.ExitStack() as opened:
-        opened.callback(os.close, file)
+        opened.callback(close_fd, file)
         if os.fstat(file).st_size != slots.SIZE:
             raise IncompatibleTable("its size is another")
         mapped, table = _map(file)

@@ -7,6 +7,7 @@ the opened file, not on its name. An ignored file leaves its id unknown, and is 
 change.
 """
 
+import contextlib
 import errno
 import logging
 import os
@@ -29,6 +30,7 @@ from imageserver.core.transfer import (
     path_bytes,
     path_text,
 )
+from imageserver.runtime.private import close_fd
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class TransferFiles:
         try:
             return self._get(directory, transfer_id)
         finally:
-            os.close(directory)
+            close_fd(directory)
 
     def check(self) -> None:
         """Prove that the directory can be used.
@@ -109,7 +111,7 @@ class TransferFiles:
             FileNotFoundError: it does not exist (yet).
             OSError, UntrustedDirectory: it cannot be used.
         """
-        os.close(self._open_directory())
+        close_fd(self._open_directory())
 
     def has(self, transfer_id: str) -> bool:
         """Tell whether there is a file of this name, ignored or not."""
@@ -120,10 +122,12 @@ class TransferFiles:
 
     def _open_directory(self) -> int:
         fd = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        problem = self._distrust(os.fstat(fd))
-        if problem:
-            os.close(fd)
-            raise UntrustedDirectory(f"{self._directory} {problem}")
+        with contextlib.ExitStack() as opened:
+            opened.callback(close_fd, fd)
+            problem = self._distrust(os.fstat(fd))
+            if problem:
+                raise UntrustedDirectory(f"{self._directory} {problem}")
+            opened.pop_all()
         return fd
 
     def _distrust(self, found: os.stat_result) -> str | None:
@@ -191,7 +195,7 @@ class TransferFiles:
                 text += piece
             raise InvalidTransfer(f"larger than {MAX_TRANSFER_SIZE} bytes")
         finally:
-            os.close(fd)
+            close_fd(fd)
 
     def _remember(self, transfer_id: str, version: _Version, transfer: Transfer) -> None:
         with self._lock:

@@ -25,7 +25,7 @@ from imageserver.core.errors import StateUnavailable
 from imageserver.core.ports import Account, Owned
 from imageserver.core.transfer import DAY_SECONDS, id_hash
 from imageserver.runtime.flock import wait_flock
-from imageserver.runtime.private import open_private, own_files
+from imageserver.runtime.private import close_fd, open_private, own_files
 from imageserver.runtime.processes import boot_id
 from imageserver.transfers.usagerecord import (
     ACCOUNT,
@@ -246,7 +246,7 @@ class OpenActivity:
         """Close the file, and end the visit with it."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            close_fd(fd)
 
 
 class ActivityFiles:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import SimpleQueue
 
+from imageserver.backends.descriptors import close_fd
 from imageserver.backends.file.kind import FileImage
 from imageserver.backends.file.places import Place, find, refuse_made_up_links
 from imageserver.backends.file.replacement import (
@@ -188,7 +189,7 @@ class ImageFile:
     def _replace(self, length: int, source: Body) -> Iterator[int]:
         with ExitStack() as held:
             directory = self._place.open_directory()
-            held.callback(os.close, directory)
+            held.callback(close_fd, directory)
             sweep(directory)
             new = held.enter_context(self._prepare(directory, length))
             yield from self._copy(
@@ -273,7 +274,7 @@ class ImageFile:
                 try:
                     os.fsync(directory)
                 finally:
-                    os.close(directory)
+                    close_fd(directory)
         except OSError as exc:
             raise _failure(self._place.path, exc) from exc
 
@@ -299,16 +300,23 @@ class ImageFile:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        if os.fstat(fd).st_nlink:
-            os.close(fd)
+        if _has_name(fd):
+            close_fd(fd)
         else:
             # The last reference to a file that was replaced: freeing it may take a while
             # (0.1 s a GiB on tmpfs), for which nobody needs to wait.
-            closing = threading.Thread(target=os.close, args=(fd,), name="close", daemon=True)
+            closing = threading.Thread(target=close_fd, args=(fd,), name="close", daemon=True)
             try:
                 closing.start()
             except RuntimeError:  # there is no thread
-                os.close(fd)
+                close_fd(fd)
+
+
+def _has_name(fd: int) -> bool:
+    try:
+        return os.fstat(fd).st_nlink > 0
+    except OSError:  # not known: whoever has it closed waits perhaps
+        return True
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -22,6 +22,7 @@ import functools
 import os
 from typing import TYPE_CHECKING, Self
 
+from imageserver.backends.descriptors import close_fd
 from imageserver.core.errors import FileAccessError
 from imageserver.core.transfer import path_text
 
@@ -64,7 +65,7 @@ class Place:
         """Close the directory."""
         fd, self._directory = self._directory, -1
         if fd >= 0:
-            os.close(fd)
+            close_fd(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +91,7 @@ def find(path: bytes, roots: tuple[bytes, ...]) -> Place:
     try:
         _refuse_made_up(directory, real)
     except BaseException:
-        os.close(directory)
+        close_fd(directory)
         raise
     return Place(real, directory, name)
 
@@ -112,7 +113,7 @@ def _walk(start: bytes, parts: list[bytes]) -> int:
         try:
             below = os.open(part, _DIRECTORY, dir_fd=fd)
         finally:
-            os.close(fd)
+            close_fd(fd)
         fd = below
     return fd
 
@@ -152,7 +153,7 @@ def _refuse_made_up_in(directory: bytes, path: bytes) -> None:
     try:
         _refuse_made_up(fd, path)
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def _refuse_made_up(directory: int, path: bytes) -> None:

@@ -25,6 +25,8 @@ import time
 from collections.abc import Iterator
 from typing import Self
 
+from imageserver.backends.descriptors import close_fd
+
 _PREFIX = b".imageserver-"
 _SUFFIX = b".part"
 #: What could not be locked (NFS without lockd, some FUSE file systems) says so in its name.
@@ -98,7 +100,7 @@ class NewFile:
             except (BlockingIOError, FileNotFoundError):
                 pass
             fd, self.fd, self._name = self.fd, -1, None
-            os.close(fd)
+            close_fd(fd)
         raise OSError(errno.EAGAIN, "new files vanish")
 
     def _lock(self) -> bool:
@@ -139,7 +141,7 @@ class NewFile:
             self._name = None
         for fd in (self._proc, self.fd):
             if fd >= 0:
-                os.close(fd)
+                close_fd(fd)
         self._proc = self.fd = -1
 
     def __enter__(self) -> Self:
@@ -172,7 +174,8 @@ def old_kept(directory: int, name: bytes, old: int, new: int) -> Iterator[None]:
         if kept:
             with contextlib.suppress(OSError):
                 os.unlink(kept, dir_fd=directory)
-            fcntl.flock(old, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # it is unlocked when it is closed, too
+                fcntl.flock(old, fcntl.LOCK_UN)
 
 
 def _second_name(directory: int, old: int) -> bytes | None:
@@ -245,7 +248,7 @@ def _remove_if_abandoned(directory: int, name: bytes) -> None:
         if is_abandoned and _is(fd, name, directory):
             os.unlink(name, dir_fd=directory)
     finally:
-        os.close(fd)
+        close_fd(fd)
 
 
 def _is(fd: int, name: bytes, directory: int) -> bool:

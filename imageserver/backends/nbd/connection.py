@@ -18,6 +18,7 @@ from functools import cached_property
 
 import nbd
 
+from imageserver.backends.descriptors import close_fd
 from imageserver.backends.nbd.failures import TryAgain, TurnedAway, translated
 from imageserver.backends.nbd.kind import NbdImage, stamp_of
 from imageserver.core.errors import (
@@ -253,7 +254,7 @@ def _connect_unix(handle: nbd.NBD, image: NbdImage, server: tuple[int, ...]) -> 
             raise TryAgain(f"{image.socket} has been moved")
         handle.aio_connect_unix(b"/proc/self/fd/%d" % socket)  # calls connect(2) at once
     finally:
-        os.close(socket)
+        close_fd(socket)
 
 
 def _refused(exc: nbd.Error, handle: nbd.NBD, name: str) -> ImageServerError:

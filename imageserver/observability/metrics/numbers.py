@@ -11,11 +11,12 @@ files than processes have lived at once: named after a pid, they would pile up w
 """
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Iterator
 
-from imageserver.core.errors import StateUnavailable
+from imageserver.core.errors import NO_DESCRIPTOR, StateUnavailable
 from imageserver.observability.metrics.layout import (
     SIZE,
     Counts,
@@ -28,6 +29,7 @@ from imageserver.runtime.flock import try_flock
 from imageserver.runtime.guard import guarded
 from imageserver.runtime.private import (
     UnusableDirectory,
+    close_fd,
     open_private,
     prepare_directory,
     read_regular,
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 _GUARD = "guard"
 #: The guard is held for milliseconds. Only a process stopped inside it can make us wait.
 _GUARD_SECONDS = 2.0
+#: Errors that say nothing of the file: it can be read later.
+_FOR_NOW = NO_DESCRIPTOR | {errno.ENOMEM, errno.EINTR}
 
 
 class Number:
@@ -61,7 +65,12 @@ class Number:
 
     def is_lost(self) -> bool:
         """Tell whether there is no number, or another process may have it by now."""
-        return self._lock < 0 or os.fstat(self._lock).st_nlink == 0
+        if self._lock < 0:
+            return True
+        try:
+            return os.fstat(self._lock).st_nlink == 0
+        except OSError:
+            return False  # not known: the next look tells
 
     def take(self) -> None:
         """Take the lowest number that is free, or none where that cannot be done now."""
@@ -87,6 +96,8 @@ class Number:
             try:
                 read_counts(self.path)
             except (OSError, DamagedFile) as exc:
+                if isinstance(exc, OSError) and exc.errno in _FOR_NOW:
+                    raise
                 is_other = isinstance(exc, OtherLayout)
                 why = "another version wrote it" if is_other else "it is damaged"
                 log.warning("metrics: what %s has counted is lost: %s", self.path, why)
@@ -96,7 +107,7 @@ class Number:
         """Give the number back. May be called twice."""
         lock, self._lock, self.value = self._lock, -1, -1
         if lock >= 0:
-            os.close(lock)
+            close_fd(lock)
 
 
 def read_counts(path: str) -> "Counts | None":
@@ -136,7 +147,7 @@ def clear_if_alone(directory: str) -> bool:
             lock = _try_lock(directory, name)
             if lock is None:
                 return False
-            held.callback(os.close, lock)
+            held.callback(close_fd, lock)
         for name in names:
             if name != _GUARD:
                 os.unlink(os.path.join(directory, name))
@@ -158,10 +169,12 @@ def files(directory: str) -> list[str]:
 
 def _try_lock(directory: str, name: str) -> int | None:
     fd = open_private(directory, name)
-    if try_flock(fd):
-        return fd
-    os.close(fd)
-    return None
+    with contextlib.ExitStack() as opened:
+        opened.callback(close_fd, fd)
+        if not try_flock(fd):
+            return None
+        opened.pop_all()
+    return fd
 
 
 @contextlib.contextmanager

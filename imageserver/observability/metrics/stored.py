@@ -25,7 +25,7 @@ from imageserver.observability.metrics.layout import (
     parse_counts,
 )
 from imageserver.observability.metrics.numbers import Number
-from imageserver.runtime.private import open_private
+from imageserver.runtime.private import close_fd, open_private
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,20 @@ class Store:
             if self._number.value < 0:
                 return False
             self._open(is_new=True)
-        elif self._fd < 0 or (found := os.fstat(self._fd)).st_nlink == 0:
+        elif self._fd < 0:
+            self._open(is_new=False)
+        else:
+            return self._look()
+        return self._fd >= 0
+
+    def _look(self) -> bool:
+        """Make the file whole again if need be; False: it cannot be looked at now."""
+        try:
+            found = os.fstat(self._fd)
+        except OSError as exc:
+            self._failed(exc)
+            return False
+        if found.st_nlink == 0:
             self._open(is_new=False)
         elif found.st_size < SIZE:
             self._reserve()
@@ -113,9 +126,12 @@ class Store:
             self._reserve()
         except OSError as exc:
             self._failed(exc)
+            self._close()
+            if is_new:  # what its last owner has left must not be written over
+                self._number.close()
         finally:
             if before >= 0:
-                os.close(before)
+                close_fd(before)
 
     def _go_on(self) -> None:
         # It was sound when the number was taken, and may have been damaged since.
@@ -151,7 +167,7 @@ class Store:
     def _close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            close_fd(fd)
 
     def close(self) -> None:
         """Write what was counted, and let the file and the number go."""

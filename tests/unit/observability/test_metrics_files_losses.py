@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of counts that others cut or remove, or that a disk has no room for: nothing is lost."""
 
+import contextlib
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from imageserver.observability.metrics import numbers, stored
 from imageserver.observability.metrics.counted import Metrics
 from imageserver.observability.metrics.numbers import files
 from tests.unit.counting import ROOT, Process, damaged, processes, total
@@ -107,6 +111,27 @@ def test_who_counts_again_adds_to_what_another_has_counted_there(
     metrics.flush()
 
     assert total(directory) == 3
+
+
+@pytest.mark.parametrize("module", [numbers, stored], ids=["to look", "to count"])
+def test_what_another_has_counted_outlives_a_lack_of_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    """It was taken for damaged, and removed, or written over by who could open it later."""
+    directory = tmp_path / "counts"
+    with contextlib.closing(Metrics(str(directory))) as before:
+        before.accepted()
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "no descriptor is free")
+
+    with contextlib.closing(Metrics(str(directory))) as metrics:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "read_regular" if module is numbers else "open_private", refuse)
+            metrics.accepted()
+            metrics.flush()
+        metrics.flush()
+        assert total(directory) == 2
 
 
 #: A process that may write no more than a page of each file: as on a disk that is full.

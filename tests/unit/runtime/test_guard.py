@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guard while another process, here another descriptor, is stopped inside it."""
 
+import errno
 import fcntl
 import os
 import threading
@@ -160,3 +161,25 @@ def test_a_file_that_cannot_be_locked_is_an_error_of_ours(guard: Guard, fd: int)
     for _ in range(2):  # and the threads' lock is free again
         with pytest.raises(StateUnavailable, match="cannot be used now: Bad file descriptor"):
             _take(guard)
+
+
+def test_a_guard_that_the_kernel_unlocks_late_fails_nobody_and_is_free(
+    fd: int, stopped: _Stopped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim that was made, but whose guard could not be unlocked, was held by nobody for ever."""
+    stopped.go_on()
+    errors = [OSError(errno.EIO, "input/output error"), None]
+    unlocked = fcntl.flock
+
+    def unlock(file: int, operation: int) -> None:
+        if operation == fcntl.LOCK_UN and (error := errors.pop(0)):
+            raise error
+        unlocked(file, operation)
+
+    guard = Guard(fd, "the file", PATIENCE)
+    monkeypatch.setattr(fcntl, "flock", unlock)
+    with guard.hold():
+        pass
+    with guard.hold(0.0):
+        errors.append(None)
+    stopped.stop()

@@ -30,7 +30,13 @@ from imageserver.core.transfer import (
     to_secret_fields,
 )
 from imageserver.runtime.guard import guarded
-from imageserver.runtime.private import open_private, own_files, read_regular
+from imageserver.runtime.private import (
+    close_fd,
+    open_private,
+    own_files,
+    read_regular,
+    write_all,
+)
 from imageserver.transfers.files import TransferFiles
 from imageserver.transfers.usage import ActivityFiles
 
@@ -89,12 +95,25 @@ class RegistrationFiles:
         new = _NEW + secrets.token_hex(8)
         fd = open_private(self._directory, new)
         try:
-            with open(fd, "wb") as file:
-                file.write(text)
+            try:
+                write_all(fd, text)
+                os.fsync(fd)
+            finally:
+                close_fd(fd)
             os.rename(self._path(new), self._path(name))
         except BaseException:
-            os.unlink(self._path(new))
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(new))
             raise
+        self._sync()
+
+    def _sync(self) -> None:
+        """Have names that were made, changed or removed outlive a power cut."""
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            close_fd(fd)
 
     @own_files(_WHAT)
     def remove(self, transfer_id: str) -> None:
@@ -103,6 +122,7 @@ class RegistrationFiles:
         with self._lock():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(id_hash(transfer_id)))
+                self._sync()
             activity = self._activities.find(Owned.REGISTERED, transfer_id, visit=False)
             if activity:
                 with contextlib.closing(activity):

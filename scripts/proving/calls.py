@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Nth call fails: for N = 1, 2, 3 ... until an operation passes without reaching it.
+
+After each: the answer is an error or the right one, an image is the old one or the new one, no
+descriptor and no file is left behind, no lock and no slot is held, and the next request succeeds.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from lab.faults import Faults
+
+from imageserver.backends.table import KINDS
+from imageserver.core.control_protocol import parse_command
+from imageserver.core.errors import ImageServerError
+from imageserver.core.ports import Ticket
+from imageserver.core.slots import Kind
+from imageserver.observability.metrics.numbers import read_all
+from imageserver.observability.metrics.stored import Store
+from imageserver.runtime.slottable import SharedTable
+from proving.world import Answer, World
+
+ERRORS = (errno.EIO, errno.ENOSPC, errno.EINTR, errno.ENOMEM, errno.EMFILE)
+_OLD = b"old" * 30_000
+_NEW = bytes(65_536) + b"new" * 30_000
+#: Some counter.
+_PLACE = 7
+_OK = 200
+_DONE = {_OK, 206}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is done under faults; ``check`` yields what is wrong about the answer."""
+
+    name: str
+    run: Callable[[World], Answer]
+    check: Callable[[World, Answer], Iterable[str]]
+    prepare: Callable[[World], object] = lambda _world: None
+    afterwards: Callable[[World], object] = lambda _world: None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: ``call`` is what has failed, "" where nothing was left to fail."""
+
+    what: str
+    call: str
+    wrong: list[str]
+
+
+def _old(world: World) -> None:
+    (world.images / "image").write_bytes(_OLD)
+
+
+def _none(world: World) -> None:
+    (world.images / "image").unlink(missing_ok=True)
+
+
+def _content(world: World) -> bytes | None:
+    try:
+        return (world.images / "image").read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _replaced(before: bytes | None) -> Callable[[World, Answer], Iterator[str]]:
+    def check(world: World, answer: Answer) -> Iterator[str]:
+        is_new = _content(world) == _NEW
+        if answer.status == _OK and not is_new:
+            yield "200, and the image is not the new one"
+        if answer.status != _OK and _content(world) != before:
+            yield f"{answer.status}, and the image is not the old one"
+        if answer.status == _OK and answer.json.get("bytes_written") != len(_NEW):
+            yield f"200, and {answer.body!r}"
+
+    return check
+
+
+def _reads(expected: bytes) -> Callable[[World, Answer], Iterator[str]]:
+    def check(_world: World, answer: Answer) -> Iterator[str]:
+        if answer.status not in _DONE:
+            return
+        if answer.cut:
+            if not expected.startswith(answer.body):
+                yield "wrong bytes before the cut"
+        elif answer.body != expected:
+            yield f"{answer.status} with {len(answer.body)} wrong bytes"
+
+    return check
+
+
+def _any(_world: World, _answer: Answer) -> Iterator[str]:
+    yield from ()
+
+
+def _put(world: World) -> Answer:
+    return world.ask("PUT", "/images/image?flush=y", _NEW)
+
+
+def _control(text: str) -> Callable[[World], Answer]:
+    """Return what a control program asks for; as the control socket answers it."""
+
+    def run(world: World) -> Answer:
+        try:
+            said = world.process.administration.run(
+                parse_command(text.encode(), KINDS), lambda: True
+            )
+        except ImageServerError as exc:
+            return Answer(500, body=str(exc).encode())
+        return Answer(_OK, body=said)
+
+    return run
+
+
+_REGISTERED = '{"backend":"file","file":"/images/%s"}'
+_REGISTER = '{"action":"register","transfer_id":"r","config":' + _REGISTERED + "}"
+_UNREGISTER = _control('{"action":"unregister","transfer_id":"r"}')
+
+
+def _registered(world: World) -> str:
+    """Return what file a new worker finds that the registration names."""
+    found = [it for it in world.process.registrations.all() if it.id == "r"]
+    return os.path.basename(found[0].image.path) if found else ""  # type: ignore[attr-defined]
+
+
+def _is_registered(*others: str) -> Callable[[World, Answer], Iterator[str]]:
+    def check(world: World, answer: Answer) -> Iterator[str]:
+        now = _registered(world)
+        if answer.status == _OK and now != "new":
+            yield f"registered, and it is {now or 'unknown'}"
+        elif now not in {"new", *others}:
+            yield f"refused, and it is {now or 'unknown'}"
+
+    return check
+
+
+def _is_unregistered(world: World, answer: Answer) -> Iterator[str]:
+    if answer.status == _OK and _registered(world):
+        yield "unregistered, and still known"
+
+
+def _claim(world: World) -> Answer:
+    ticket = Ticket("t", "read", "", "")
+    try:
+        world.process.slots.claim(Kind.READ, ticket).release()
+    except ImageServerError as exc:
+        return Answer(503, body=str(exc).encode())
+    return Answer(_OK)
+
+
+def _map(world: World) -> Answer:
+    """Open the table as a new worker does, claim, and let go."""
+    table = SharedTable(world.process.runtime, {Kind.READ: 1})
+    try:
+        table.claim(Kind.READ, Ticket("t", "read", "", "")).release()
+        table.sweep()
+    except (ImageServerError, OSError) as exc:
+        return Answer(503, body=str(exc).encode())
+    finally:
+        if table._mapping is not None:  # noqa: SLF001 - without the runtime directory, which is lent
+            table.close()
+    return Answer(_OK)
+
+
+def _prune(world: World) -> Answer:
+    """Look after lock files as a start does, which may fail."""
+    try:
+        world.process.locks.prune()
+    except OSError as exc:
+        return Answer(500, body=str(exc).encode())
+    return Answer(_OK)
+
+
+def _count(world: World) -> Answer:
+    """Count in a file that another process has left, which has counted one."""
+    place = world.runtime / "metrics"
+    store = Store(str(place))
+    for _ in range(3):  # what fails at first is done when it can be
+        store.add((_PLACE, 1.0))
+        store.flush()
+    store.close()
+    return Answer(_OK)
+
+
+def _counted(world: World) -> float:
+    found, _ = read_all(str(world.runtime / "metrics"))
+    return sum(counts[_PLACE] for counts in found)
+
+
+def _leave_one(world: World) -> None:
+    place = world.runtime / "metrics"
+    for path in place.iterdir():
+        path.unlink()
+    store = Store(str(place))
+    store.add((_PLACE, 1.0))
+    store.close()
+
+
+def _has_counted(world: World, _answer: Answer) -> Iterator[str]:
+    # What the other has left may be given up, as damaged, but not what is counted now.
+    if (counted := _counted(world)) not in {3, 4}:
+        yield f"counted {counted} of 4"
+
+
+OPERATIONS = (
+    Operation("PUT", _put, _replaced(_OLD), _old),
+    Operation("PUT of a new file", _put, _replaced(None), _none),
+    Operation("GET", lambda w: w.ask("GET", "/images/image"), _reads(_OLD), _old),
+    Operation("HEAD", lambda w: w.ask("HEAD", "/images/image"), _any, _old),
+    Operation("OPTIONS", lambda w: w.ask("OPTIONS", "/images/image"), _any, _old),
+    Operation("flush", lambda w: w.ask("POST", "/images/image/flush"), _any, _old),
+    Operation(
+        "register",
+        _control(_REGISTER % "new"),
+        _is_registered(""),
+        afterwards=_UNREGISTER,
+    ),
+    Operation(
+        "register anew",
+        _control(_REGISTER % "new"),
+        _is_registered("old"),
+        _control(_REGISTER % "old"),
+        _UNREGISTER,
+    ),
+    Operation(
+        "unregister", _UNREGISTER, _is_unregistered, _control(_REGISTER % "old"), _UNREGISTER
+    ),
+    Operation(
+        "list", _control('{"action":"list"}'), _any, _control(_REGISTER % "old"), _UNREGISTER
+    ),
+    Operation("slot", _claim, _any),
+    Operation("slot table", _map, _any),
+    Operation("locks pruned", _prune, _any),
+    Operation("metrics", _count, _has_counted, _leave_one),
+)
+
+
+class Injector(Protocol):
+    """What makes one thing fail: ``Faults``, or an NBD server's."""
+
+    def arm(self, nth: int, error: int, /) -> None:
+        """Let the ``nth`` from now on fail."""
+
+    def disarm(self) -> str:
+        """Let nothing fail; return what has failed, or ""."""
+
+
+def once(world: World, faults: Injector, operation: Operation, nth: int, error: int) -> Fault:
+    """Do it while the ``nth`` call fails; say what was wrong."""
+    operation.prepare(world)
+    faults.arm(nth, error)
+    try:
+        answer = operation.run(world)
+    except OSError as exc:
+        answer = Answer(500, wrong=f"{type(exc).__name__} escapes: {exc}")
+    finally:
+        name = faults.disarm()
+    wrong = [*operation.check(world, answer), *world.left()]
+    wrong += [answer.wrong] if answer.wrong else []
+    wrong += _next(world, operation)
+    operation.afterwards(world)
+    return Fault(
+        f"{operation.name}: {name} ({nth}) fails with {errno.errorcode[error]}", name, wrong
+    )
+
+
+def _next(world: World, operation: Operation) -> Iterator[str]:
+    """Yield what is wrong about the next request, which meets no fault."""
+    operation.afterwards(world)
+    operation.prepare(world)
+    answer = operation.run(world)
+    if answer.status not in _DONE or answer.wrong:
+        yield f"the next one fails: {answer.status} {answer.body!r} {answer.wrong}"
+    yield from operation.check(world, answer)
+    if left := {path.name for path in world.images.iterdir()} - {"image"}:
+        yield f"files are left: {left}"
+    if left := world.registrations() - {"r"}:
+        yield f"files are left: {left}"
+
+
+Worlds = Callable[[], AbstractContextManager[World]]
+
+
+@contextmanager
+def _with_image() -> Iterator[World]:
+    with World() as world:
+        world.add("image", backend="file", file=str(world.images / "image"))
+        yield world
+
+
+def sweep(
+    operation: Operation, error: int, faults: Injector, worlds: Worlds = _with_image
+) -> Iterator[Fault]:
+    """Let each call of an operation fail in turn."""
+    nth, goes_on = 0, True
+    while goes_on:
+        with worlds() as world:  # another one where something was left behind
+            for _ in range(2):  # what is imported or opened once is not part of it
+                operation.prepare(world)
+                operation.run(world)
+                operation.afterwards(world)
+            list(world.left())
+            world.settle()
+            while True:
+                nth += 1
+                fault = once(world, faults, operation, nth, error)
+                goes_on = bool(fault.call)
+                if goes_on:
+                    yield fault
+                if fault.wrong or not goes_on:
+                    break
+
+
+def run(errors: Iterable[int] = ERRORS, names: Iterable[str] = ()) -> Iterator[Fault]:
+    """Sweep all operations, or those of these names."""
+    for operation in OPERATIONS:
+        if not names or operation.name in names:
+            for error in errors:
+                yield from sweep(operation, error, Faults())

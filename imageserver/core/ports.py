@@ -175,10 +175,13 @@ class Slot(Protocol):
 class Slots(Protocol):
     """How many may read and write at once, over all processes of the server."""
 
-    def claim(self, kind: Kind, ticket: Ticket, *, alone: bool = False) -> Slot:
+    def claim(
+        self, kind: Kind, ticket: Ticket, *, alone: bool = False, together: bool = False
+    ) -> Slot:
         """Take a slot, or raise ``NoSlot`` at once; or ``ImageBusy``, if the ticket names an image.
 
-        ``alone``: nobody else may have the image; otherwise nobody may have it alone.
+        ``alone``: nobody else may have the image; otherwise nobody may have it alone. ``together``:
+        nobody may have it but those who say so, too.
         """
         ...
 

@@ -51,7 +51,7 @@ _IMAGE = slice(24 + 40, 24 + 40 + 32)
 _STATIC_AT = _PROGRESS.size
 _USED = _STATIC_AT + _STATIC.size
 _TWO = struct.Struct("=QQ")
-_ALONE_AT = 20
+_ALONE_AT, _SHARED, _ALONE, _TOGETHER = 20, 0, 1, 2  # how its owner has a record's image
 #: The pid in 8-byte words from a record's beginning; the start time and ``started_ns`` follow.
 _PID = _STATIC_AT // 8
 
@@ -95,6 +95,8 @@ class Holder:
     expected: int = 0
     alone: bool = False
     """It has its image's lock for as long as the record; otherwise it shares the image."""
+    together: bool = False
+    """It shares the image with others of which this is true, and with nobody else."""
 
     def age(self, now_ns: int) -> float:
         """Return for how many seconds it has been held, by the clock of ``started_ns``."""
@@ -102,10 +104,11 @@ class Holder:
 
 
 class Occupant(NamedTuple):
-    """Who has an image: the process, and whether it has the image alone."""
+    """Who has an image: the process, and whether it has the image alone, or together."""
 
     owner: Owner
     alone: bool
+    together: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,7 @@ class SlotTable:
     def on_image(self, image: str, kind: Kind | None = None) -> list[Occupant | None]:
         """Return who holds an image, by its key, now; None: a damaged record that may be of it.
 
-        Readers do only if alone. With a kind, return whose records of that kind name the image.
+        Readers do only if alone or together. With a kind: whose records of it name the image.
         """
         indices = self._having(image, _EACH[kind] if kind else _HOLDING)
         found = ((self._occupant(at), at) for at in indices if kind or self._has_image(at))
@@ -213,7 +216,7 @@ class SlotTable:
 
     def _has_image(self, index: int) -> bool:
         alone = self._buffer[_RECORDS + index * RECORD + _ALONE_AT]
-        return self._states[index] != Kind.READ.value or alone != 0
+        return self._states[index] != Kind.READ.value or alone != _SHARED
 
     def count_on(self, image: str, kind: Kind) -> int:
         """Return how many records of ``kind`` are held that name an image, by its key."""
@@ -236,7 +239,7 @@ class SlotTable:
 
     def share(self, index: int) -> None:
         """Say that the record's owner, who had its image alone, shares it from now on."""
-        self._buffer[_RECORDS + index * RECORD + _ALONE_AT] = 0
+        self._buffer[_RECORDS + index * RECORD + _ALONE_AT] = _SHARED
 
     def release(self, index: int, owner: Owner, started_ns: int) -> bool:
         """Free the record that this owner claimed at ``started_ns``; False where it has lost it.
@@ -252,10 +255,7 @@ class SlotTable:
         return True
 
     def sweep(self, is_alive: Callable[[Owner], bool]) -> list[Holder | None]:
-        """Free every record that is damaged or whose owner is dead; return what they said.
-
-        None stands for a damaged record.
-        """
+        """Free records of the dead, and damaged ones; return what they said, None for these."""
         freed: list[Holder | None] = []
         for index, state in enumerate(bytes(self._states)):
             if not state:
@@ -280,10 +280,7 @@ class SlotTable:
                     yield holder
 
     def note(self, key: int) -> bool:
-        """Remember ``key``, 64 bits; False where it is among the latest notes already.
-
-        So that something is logged by one process and not by each.
-        """
+        """Remember ``key``, 64 bits, for one process to log; False where it is known already."""
         count, *notes = self._notes
         if key in notes:
             return False
@@ -309,7 +306,8 @@ class SlotTable:
         )
         crc = zlib.crc32(static, holder.kind.value)
         at = _RECORDS + index * RECORD
-        _PROGRESS.pack_into(self._buffer, at, holder.done, holder.expected, crc, holder.alone)
+        how = _TOGETHER if holder.together else _ALONE if holder.alone else _SHARED
+        _PROGRESS.pack_into(self._buffer, at, holder.done, holder.expected, crc, how)
         self._buffer[at + _STATIC_AT : at + _USED] = static
 
     def _read(self, index: int) -> Holder | None:
@@ -320,12 +318,14 @@ class SlotTable:
         pid, start, started_ns, operation, image, client, transfer = static
         done, expected = self._words[_word(index)], self._words[_word(index) + 1]
         told = _text(transfer), _text(operation), _text(image), _text(client), started_ns
-        return Holder(kind, Owner(pid, start), *told, done, expected, record[_ALONE_AT] != 0)
+        how = record[_ALONE_AT] == _ALONE, record[_ALONE_AT] == _TOGETHER
+        return Holder(kind, Owner(pid, start), *told, done, expected, *how)
 
     def _occupant(self, index: int) -> Occupant | None:
         kind, record = self._whole(index)
         owner = Owner(*_TWO.unpack_from(record, _STATIC_AT))
-        return Occupant(owner, record[_ALONE_AT] != 0) if kind else None
+        how = record[_ALONE_AT]
+        return Occupant(owner, how == _ALONE, how == _TOGETHER) if kind else None
 
     def _whole(self, index: int) -> tuple[Kind | None, bytes]:
         """Return a record and its kind; None: it is free, or damaged."""

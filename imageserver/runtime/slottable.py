@@ -87,11 +87,14 @@ class SharedTable:
             return self._mapping
 
     @own_files(WHAT)
-    def claim(self, kind: Kind, ticket: Ticket, *, alone: bool = False) -> ClaimedSlot:
+    def claim(
+        self, kind: Kind, ticket: Ticket, *, alone: bool = False, together: bool = False
+    ) -> ClaimedSlot:
         """Take a slot; dead holders are swept first where the table looks full.
 
         Raises:
-            ImageBusy: the living have the ticket's image, and one of them or this one has it alone.
+            ImageBusy: the living have the ticket's image, and one of them or this one has it alone,
+                or not all of them together.
             NoSlot: as many as the limit allows are held by the living.
             NoImageSlot: the living hold as many as the ticket's image may have.
             StateUnavailable: the table is not the one that the next server would find, another
@@ -112,6 +115,7 @@ class SharedTable:
             ticket.client,
             time.monotonic_ns(),
             alone=alone,
+            together=together,
         )
         got = self._claim(mapping, holder)
         if isinstance(got, NoSlot):
@@ -176,11 +180,11 @@ class SharedTable:
     ) -> tuple[ClaimedSlot | ImageBusy | NoSlot, list[Occupant | None]]:
         """Claim, or say why not; return who else has the image.
 
-        A reader that does not want the image alone has none: its record names the image, so that
-        the image's readers can be counted.
+        A reader that wants the image neither alone nor together has none: its record names the
+        image, so that the image's readers can be counted.
         """
         table, guard, kind = mapping.table, mapping.lock, holder.kind
-        has_image = holder.image and (kind is not Kind.READ or holder.alone)
+        has_image = holder.image and (kind is not Kind.READ or holder.alone or holder.together)
         most = self._per_image.get(kind)
         guard.acquire()
         try:
@@ -198,7 +202,10 @@ class SharedTable:
 
     @staticmethod
     def _is_in_the_way(holder: Holder, others: list[Occupant | None]) -> bool:
-        return any(holder.alone or other is None or other.alone for other in others)
+        return any(
+            holder.alone or other is None or other.alone or other.together != holder.together
+            for other in others
+        )
 
     @staticmethod
     def _life(mapping: Mapping, holder: Occupant | None) -> Life:

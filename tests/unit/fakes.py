@@ -122,8 +122,11 @@ class FakeSlots:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def claim(self, kind: Kind, ticket: Ticket, *, alone: bool = False) -> "FakeSlots":
-        self._world.note(f"slot {kind.name} alone" if alone else f"slot {kind.name}")
+    def claim(
+        self, kind: Kind, ticket: Ticket, *, alone: bool = False, together: bool = False
+    ) -> "FakeSlots":
+        how = " alone" if alone else " together" if together else ""
+        self._world.note(f"slot {kind.name}{how}")
         others = self._world.others if ticket.image else set()
         if others - _SHARING or (alone and others):
             raise ImageBusy

@@ -157,12 +157,14 @@ def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
         Holder(Kind.READ, ME, image="a" * 32),
         replace(whole, image="b" * 32),
         whole,
+        replace(whole, alone=False, together=True),
         theirs,
         replace(FULL, image=""),
     ):
         table.claim(held, 8)
 
     found = [Occupant(holder.owner, holder.alone) for holder in (mine, whole, theirs)]
+    found.insert(2, Occupant(whole.owner, alone=False, together=True))
     assert table.on_image("a" * 32) == found
     assert table.on_image("a" * 31) == []
 

@@ -59,6 +59,23 @@ def test_who_reads_names_no_image_and_is_in_nobodys_way(table: SharedTable) -> N
     table.claim(Kind.WRITE, Ticket("t1", "write", "", ""), alone=True)
 
 
+@pytest.mark.parametrize("others", [{}, {"alone": True}], ids=["shared", "alone"])
+def test_those_who_have_an_image_together_let_nobody_else_in(
+    table: SharedTable, others: dict[str, bool]
+) -> None:
+    together = [table.claim(Kind.READ, TICKET, together=True) for _ in range(2)]
+    with pytest.raises(ImageBusy):
+        table.claim(Kind.WRITE, TICKET, **others)
+    for slot in together:
+        slot.release()
+
+    other = table.claim(Kind.WRITE, TICKET, **others)
+    with pytest.raises(ImageBusy):
+        table.claim(Kind.READ, TICKET, together=True)
+    table.claim(Kind.READ, TICKET).release()
+    other.release()
+
+
 def test_who_had_it_alone_and_shares_it_lets_others_in(table: SharedTable) -> None:
     table.claim(Kind.WRITE, TICKET, alone=True).share()
 
@@ -91,6 +108,7 @@ def test_a_process_that_lives_keeps_its_image(tmp_path: Path, table: SharedTable
     [
         pytest.param(None, True, False, id="nobody-shows"),
         pytest.param("shared", True, False, id="shared"),
+        pytest.param("together", True, False, id="together"),
         pytest.param("alone", False, False, id="alone"),
     ],
 )
@@ -98,7 +116,8 @@ def test_who_shares_or_does_not_show_yet_gives_way_to_sharers(
     table: SharedTable, held: str | None, to_sharers: bool, to_others: bool
 ) -> None:
     if held:
-        table.claim(Kind.WRITE, TICKET, alone=held == "alone")
+        how = {} if held == "shared" else {held: True}
+        table.claim(Kind.WRITE, TICKET, **how)
 
     asked = [table.gives_way("key", to_sharers=asks) for asks in (True, False)]
     assert asked == [to_sharers, to_others]

@@ -5,7 +5,7 @@ Offsets and lengths are bytes. Nothing here waits for a client; what waits for a
 bounded by the back-end timeout. One ``Backend`` serves one request, on one thread.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol, TypeVar
@@ -78,6 +78,13 @@ class Backend(Protocol):
 
         A piece is valid until the next one is asked for, the last one after ``close``, too.
         The caller guarantees ``start + length <= size``. Nothing is yielded for 0.
+        """
+        ...
+
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
+        """Yield the bytes of spans, each (start, stop), one after the other, as ``read`` does.
+
+        No piece has bytes of two spans. There may be many thousands, of a few KiB each.
         """
         ...
 

@@ -4,7 +4,7 @@
 ``fail`` maps what would be journalled ("lock", "slot", "open", ...) to what is raised instead.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,6 +201,10 @@ class FakeBackend:
         for at in range(start, stop, self._world.piece):
             self._world.on_piece(at)
             yield memoryview(bytes(self._world.content[at : min(at + self._world.piece, stop)]))
+
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
+        for start, stop in spans:
+            yield from self.read(start, stop - start)
 
     def write(self, start: int, length: int, source: Source) -> Iterator[int]:
         done = 0

@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from queue import SimpleQueue
 
@@ -170,6 +170,11 @@ class ImageFile:
                 raise FileAccessError(f"{path} has become shorter than {stop} bytes")
             at += count
             yield buffer[:count]
+
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
+        """Yield the bytes of spans, one after the other."""
+        for start, stop in spans:
+            yield from self.read(start, stop - start)
 
     def replace(self, length: int, source: Body) -> Iterator[int]:
         """Make the body the whole image: see ``ports.Backend``."""

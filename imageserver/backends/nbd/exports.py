@@ -151,6 +151,12 @@ class NbdExport:
         self._prepare(start, length)
         return transfer.read(self._link, start, length)
 
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
+        """Yield the bytes of spans, one after the other."""
+        length = sum(stop - start for start, stop in spans)
+        self._prepare(spans[0][0] if spans else 0, length)
+        return transfer.read_spans(self._link, spans)
+
     def write(self, start: int, length: int, source: Source) -> Iterator[int]:
         """Write ``length`` bytes from ``source`` at ``start``."""
         self._prepare(start, length)

@@ -13,9 +13,10 @@ more than it saves.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from queue import Empty, SimpleQueue
 
 from imageserver.backends.nbd.link import Link
@@ -84,17 +85,30 @@ def _stopping(link: Link, wake: Callable[[], None]) -> Iterator[None]:
 def read(link: Link, start: int, length: int) -> Generator[memoryview]:
     """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
     with _ring(link, length) as ring:
-        pieces = _read_pieces(link, start, length, ring)
+        pieces = _read_pieces(link, _cut(link, start, start + length), ring)
         if not _is_short(link, length):
             pieces = _read_ahead(link, pieces, ring)
-        with closing(pieces):
-            for piece in pieces:
-                yield piece.wanted()
-                ring.give(piece.buffer)
+        yield from _wanted(pieces, ring)
 
 
-def _read_pieces(link: Link, start: int, length: int, ring: Ring) -> Generator[_Piece]:
-    pieces = _cut(link, start, start + length)
+def read_spans(link: Link, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
+    """Yield the bytes of spans, one after the other: see ``ports.Backend``."""
+    cut = chain.from_iterable(_cut(link, start, stop) for start, stop in spans)
+    with Ring(link.depth, link.chunk, (link.name, link.server)) as ring:
+        pieces = _read_pieces(link, cut, ring)
+        if len(spans) >= link.depth or not _is_short(link, sum(b - a for a, b in spans)):
+            pieces = _read_ahead(link, pieces, ring)
+        yield from _wanted(pieces, ring)
+
+
+def _wanted(pieces: Generator[_Piece], ring: Ring) -> Generator[memoryview]:
+    with closing(pieces):
+        for piece in pieces:
+            yield piece.wanted()
+            ring.give(piece.buffer)
+
+
+def _read_pieces(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Generator[_Piece]:
     pending: deque[_Piece] = deque()
     piece = next(pieces, None)
     while piece or pending:

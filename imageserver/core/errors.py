@@ -16,7 +16,8 @@
     │   ├── StateFull            ... for their file system is full
     │   └── Exhausted            ... for there is no descriptor or thread left
     ├── BackendError             the NBD server failed or cannot be reached
-    │   └── BackendTimeout       ... or said nothing for too long
+    │   ├── BackendTimeout       ... or said nothing for too long
+    │   └── ImageChanged         the image is not what it was when the request began
     ├── FileAccessError          the image file cannot be opened, sized or replaced
     ├── NoSpace                  the disk is full
     ├── ShortBody                the client ended its body early
@@ -120,6 +121,10 @@ class BackendError(ImageServerError):
 
 class BackendTimeout(BackendError):
     """The NBD server completed nothing within its time."""
+
+
+class ImageChanged(BackendError):
+    """Somebody else has written to the image while it was read, though its lock was held."""
 
 
 class FileAccessError(ImageServerError):

@@ -83,6 +83,8 @@ class ImageKind:
     """What PATCH is told (400) where the kind has no range writes; then PUT has none either."""
     extents_refusal: str = ""
     """What GET of the extents is told (400) where the kind has none."""
+    qcow2_refusal: str = ""
+    """What a request for a qcow2 file is told (400) where the kind has no extents to make it of."""
     has_fixed_size: bool
     """A PUT must bring exactly as many bytes as the image has."""
     shares_writers: bool

@@ -7,6 +7,7 @@ has received the last byte must not be refused, by its own lock or slot, when it
 
 from collections.abc import Generator
 from contextlib import closing
+from typing import TypeVar
 
 from imageserver.core.errors import BadRequest, MethodNotAllowed
 from imageserver.core.extents import Extent
@@ -14,6 +15,8 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.ranges import Span, whole
 from imageserver.core.sources import Body
 from imageserver.images.sessions import Session
+
+_Piece = TypeVar("_Piece", bound=memoryview | bytes)
 
 #: What a read-only image allows (docs/api.md).
 READ_ONLY_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -27,8 +30,13 @@ def check_writable(info: ImageInfo) -> None:
 
 def read(session: Session, span: Span) -> Generator[memoryview]:
     """Yield the bytes of ``span``; each piece is valid until the next is asked for."""
+    return sent(session, span, session.backend.read(span.start, span.length))
+
+
+def sent(session: Session, span: Span, made: Generator[_Piece]) -> Generator[_Piece]:
+    """Yield the pieces that are made of ``span``, and show progress."""
     session.request.begin(span)
-    with session, closing(session.backend.read(span.start, span.length)) as pieces:
+    with session, closing(made) as pieces:
         done = 0
         for piece in pieces:
             done += len(piece)

@@ -40,6 +40,10 @@ class WouldWait(Exception):
     """The answer would have to be waited for, which this thread must not do."""
 
 
+class WouldTransfer(WouldWait):
+    """The answer is work for a thread that transfers."""
+
+
 class Asking(Enum):
     """What may be done for an answer that is not known."""
 

@@ -5,6 +5,7 @@
     read                -           READ
     write, zero, PUT    exclusive   WRITE
     checksum            exclusive   READ
+    qcow2 stream        together    READ (with other such streams of the image, nobody else)
     flush, extents      exclusive   OTHER (shown, not limited)
 
 With more than one writer of an image allowed, range writes, zero and flush of one image may share
@@ -60,6 +61,8 @@ class Need:
     kind: Kind
     shares: bool = False
     """Several may have the image at once, where more than one writer is allowed (docs/api.md)."""
+    together: bool = False
+    """Any number of this kind may have the image at once, and nobody else."""
 
 
 READ = Need("read", Intent.READ, locked=False, kind=Kind.READ)
@@ -69,6 +72,8 @@ ZERO = Need("zero", Intent.WRITE, locked=True, kind=Kind.WRITE, shares=True)
 FLUSH = Need("flush", Intent.FLUSH, locked=True, kind=Kind.OTHER, shares=True)
 EXTENTS = Need("extents", Intent.EXTENTS, locked=True, kind=Kind.OTHER)
 CHECKSUM = Need("checksum", Intent.EXTENTS, locked=True, kind=Kind.READ)
+QCOW2 = Need("qcow2", Intent.EXTENTS, locked=True, kind=Kind.READ, together=True)
+DIRTY_QCOW2 = Need("qcow2", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.READ, together=True)
 DIRTY_EXTENTS = Need("extents", Intent.DIRTY_EXTENTS, locked=True, kind=Kind.OTHER)
 
 
@@ -193,6 +198,9 @@ class Sessions:
     def _take_or_share(self, held: ExitStack, wanted: "_Wanted") -> tuple[Backend, bool]:
         """Take what the session holds; True: others may write to the image at the same time."""
         image = wanted.image
+        if wanted.need.together:
+            backend, _ = self._take(held, wanted, shared=True)
+            return backend, False
         if not (wanted.need.shares and self._shares_lock and image.kind.shares_writers):
             backend, _ = self._take(held, wanted)
             return backend, False
@@ -234,7 +242,10 @@ class Sessions:
             acquire = self._locks.acquire_briefly if shared or brief else self._locks.acquire
             mine.lock = acquire(image)
         mine.slot = slot = self._slots.claim(
-            need.kind, wanted.ticket, alone=need.locked and not shared
+            need.kind,
+            wanted.ticket,
+            alone=need.locked and not shared,
+            together=need.together,
         )
         mine.request = request
         request.holds(slot)

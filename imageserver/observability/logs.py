@@ -28,7 +28,7 @@ _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _PROBES = frozenset(("options", "head"))
 #: Statuses that are the server's or the host's fault: the operator is warned.
 _SERIOUS = frozenset((500, 504, 507))
-_SERIOUS_ERRORS = frozenset(("BackendError", "BackendTimeout", "StateUnavailable"))
+_SERIOUS_ERRORS = frozenset(("BackendError", "BackendTimeout", "ImageChanged", "StateUnavailable"))
 
 
 def configure(level: str, style: str = "text") -> None:

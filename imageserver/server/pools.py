@@ -6,7 +6,8 @@ threads never wait: a probe that only the back end can answer is made again on a
 wait. So a back end that hangs delays only the probes of its own images.
 
     OPTIONS, HEAD --> [ probe: 8 ] --WouldWait--> [ asking: 16 ]
-    all else      --> [ transfer ]    an admin listener's --> [ admin: 2 ]
+                              `--WouldTransfer--.
+    all else      -----------> [ transfer ] <---'    an admin listener's --> [ admin: 2 ]
 
 A transfer that finds no thread is answered 503 at once. Each admin listener has threads and an
 application of its own; its connections do not count as busy.
@@ -27,7 +28,7 @@ from functools import partial
 from typing import Any
 
 from imageserver.core.errors import ClientGone
-from imageserver.images.probing import Asking, WouldWait
+from imageserver.images.probing import Asking, WouldTransfer, WouldWait
 from imageserver.observability.metrics.counted import Metrics
 from imageserver.server.connection import Connection
 from imageserver.server.environ import Gateway
@@ -142,7 +143,13 @@ class Pools:
 
     def dispatch(self, conn: Connection) -> None:
         """Queue a connection with a complete head for a thread, or refuse its request."""
-        pool = self._pool_of(conn)
+        self._dispatch_to(self._pool_of(conn), conn)
+
+    def _transfer(self, conn: Connection) -> None:
+        """Queue a probe that takes as long as a transfer."""
+        self._dispatch_to(self._transfers, conn)
+
+    def _dispatch_to(self, pool: _Pool, conn: Connection) -> None:
         if len(pool.connections) - len(pool.between_requests) >= pool.room:
             self._refuse(conn)
             return
@@ -195,6 +202,8 @@ class Pools:
         try:
             conn.move(State.WORK)
             after = self._serve(pool, conn, self._may_ask(pool, since))
+        except WouldTransfer:
+            after = self._transfer
         except WouldWait:
             after = self._ask_elsewhere
         except ClientGone:

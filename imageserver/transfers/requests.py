@@ -182,7 +182,7 @@ class Request:
             backend=self._backend_name,
             span=self.span,
             # Of a read, the back end runs a piece ahead of the client.
-            done=self.sent if self._operation == "read" else self.done,
+            done=self.sent if self._operation in {"read", "qcow2"} else self.done,
             status=status,
             error=type(error).__name__ if error else "",
             detail=str(error)[:_SHOWN] if error else "",

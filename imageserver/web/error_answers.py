@@ -68,6 +68,7 @@ TABLE: dict[type[errors.ImageServerError], Callable[[Any], Answer]] = {
     errors.FileAccessError: lambda _: Answer(500, "failed to access file"),
     errors.BackendError: lambda _: Answer(500, "backend error"),
     errors.BackendTimeout: lambda _: Answer(504, "backend timeout"),
+    errors.ImageChanged: lambda _: Answer(500, "backend error"),
 }
 
 

@@ -35,6 +35,8 @@ from imageserver.web.headers import (
     read_flush,
     read_range,
 )
+from imageserver.web.qcow2_answers import Qcow2Answers
+from imageserver.web.qcow2_parameters import read_qcow2
 from imageserver.web.requests import close_if_asked, open_session
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Limits:
 
 
 #: What OPTIONS of the server itself says but for the limits: all that any image may have.
-_FEATURES = ("extents", "zero", "flush", "digest", "checksum")
+_FEATURES = ("extents", "zero", "flush", "digest", "checksum", "qcow2")
 _METHODS = ("GET", "PUT", "PATCH", "POST", "OPTIONS")
 
 
@@ -63,6 +65,7 @@ class ImageResource:
         self._sessions = opened
         self._put_flushes = put_flushes
         self._inspector = inspector
+        self._qcow2 = Qcow2Answers(opened)
         self._limits = limits
         self._announcer = Announcer(limits)
 
@@ -85,6 +88,9 @@ class ImageResource:
 
     def on_head(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send GET's headers for the whole image; no slot."""
+        if req.query_string and (wanted := read_qcow2(req)):
+            self._qcow2.head(req, resp, transfer, wanted, _asking(req))
+            return
         info = self._inspector.inspect(transfer.image, MEMORY_SECONDS, _asking(req))
         resp.content_type = "application/octet-stream"
         resp.content_length = info.size
@@ -92,6 +98,9 @@ class ImageResource:
     def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send the image, or one range of it."""
         close_if_asked(req)
+        if req.query_string and (qcow2 := read_qcow2(req)):
+            self._qcow2.get(req, resp, transfer, qcow2)
+            return
         wanted = read_range(req)
         session = self._open(req, transfer, sessions.READ)
         try:

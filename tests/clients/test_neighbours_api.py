@@ -211,7 +211,7 @@ def test_the_server_itself_says_what_it_can(workplace, writers):
     for answer in answers:
         assert answer.status == 200
         assert answer.body == (
-            b'{"unix_socket":null,"features":["extents","zero","flush","digest","checksum"],'
+            b'{"unix_socket":null,"features":["extents","zero","flush","digest","checksum","qcow2"],'
             b'"max_readers":5,"max_writers":%d}' % writers
         )
         assert answer.fields == {

@@ -18,7 +18,8 @@ from tests.system.harness import Answer, Server, nbdkit, process, program, qemu_
 
 WRITABLE = "GET, PUT, PATCH, OPTIONS"
 READ_ONLY = "GET, OPTIONS"
-BOTH = ["extents", "zero", "flush", "digest", "checksum"]
+READING = ["extents", "checksum", "qcow2"]
+BOTH = ["extents", "zero", "flush", "digest", "checksum", "qcow2"]
 #: What the contract gives a server to finish its handshake, and a busy machine to notice.
 SECOND = 1.0
 SLACK = 1.5
@@ -54,21 +55,26 @@ def no_method(missing: str) -> tuple[str, ...]:
     [
         (("memory", "1M"), None, BOTH, WRITABLE),
         (("memory", "1M"), False, BOTH, WRITABLE),
-        (("memory", "1M"), True, ["extents", "checksum"], READ_ONLY),
-        (("-r", "memory", "1M"), None, ["extents", "checksum"], READ_ONLY),
-        (("-r", "memory", "1M"), False, ["extents", "checksum"], READ_ONLY),
+        (("memory", "1M"), True, READING, READ_ONLY),
+        (("-r", "memory", "1M"), None, READING, READ_ONLY),
+        (("-r", "memory", "1M"), False, READING, READ_ONLY),
         (("--filter=noextents", "memory", "1M"), None, BOTH, WRITABLE),
         (
             ("--filter=nozero", "memory", "1M"),
             None,
-            ["extents", "flush", "digest", "checksum"],
+            ["extents", "flush", "digest", "checksum", "qcow2"],
             WRITABLE,
         ),
-        (no_method("can_flush"), None, ["extents", "zero", "digest", "checksum"], WRITABLE),
+        (
+            no_method("can_flush"),
+            None,
+            ["extents", "zero", "digest", "checksum", "qcow2"],
+            WRITABLE,
+        ),
         (
             ("--filter=nozero", *no_method("can_flush")),
             None,
-            ["extents", "digest", "checksum"],
+            ["extents", "digest", "checksum", "qcow2"],
             WRITABLE,
         ),
     ],
@@ -103,7 +109,7 @@ def test_options_of_qemu_nbd(server: Server, workplace: Path, options: tuple[str
     disk.write_bytes(bytes(4096))
     with qemu_nbd(disk, *options, export="vda") as sock:
         answer = server.request("OPTIONS", server.add("qemu", socket=str(sock), export="vda") + "/")
-    expected = (["extents", "checksum"], READ_ONLY) if options else (BOTH, WRITABLE)
+    expected = (READING, READ_ONLY) if options else (BOTH, WRITABLE)
     assert_announces(answer, *expected)
 
 
@@ -194,7 +200,7 @@ def test_options_of_a_server_that_does_not_answer_comes_from_the_configuration(
         began = time.monotonic()
         answer = server.request("OPTIONS", path)
         took = time.monotonic() - began
-    expected = (["extents", "checksum"], READ_ONLY) if read_only else (BOTH, WRITABLE)
+    expected = (READING, READ_ONLY) if read_only else (BOTH, WRITABLE)
     assert_announces(answer, *expected)
     assert took < SECOND + SLACK
     warnings = [line for line in server.log.splitlines() if f"transfer={name} " in line]
@@ -251,9 +257,9 @@ def test_options_forget_what_another_server_at_the_same_socket_said(
     path = workplace / "changing.sock"
     image = server.add("changing", socket=str(path))
     for arguments, features in (
-        (("--filter=nozero", "memory", "1M"), ["extents", "flush", "digest", "checksum"]),
+        (("--filter=nozero", "memory", "1M"), ["extents", "flush", "digest", "checksum", "qcow2"]),
         (("memory", "1M"), BOTH),
-        (no_method("can_flush"), ["extents", "zero", "digest", "checksum"]),
+        (no_method("can_flush"), ["extents", "zero", "digest", "checksum", "qcow2"]),
     ):
         with nbdkit(path, *arguments):
             for _ in range(5):
@@ -261,7 +267,7 @@ def test_options_forget_what_another_server_at_the_same_socket_said(
 
 
 def test_options_follow_a_change_of_the_transfer_at_once(server: Server, workplace: Path):
-    without_zero = ["extents", "flush", "digest", "checksum"]
+    without_zero = ["extents", "flush", "digest", "checksum", "qcow2"]
     with (
         nbdkit(workplace / "one.sock", "memory", "1M") as one,
         nbdkit(workplace / "two.sock", "--filter=nozero", "memory", "1M") as two,
@@ -272,7 +278,7 @@ def test_options_follow_a_change_of_the_transfer_at_once(server: Server, workpla
             server.add("swap", socket=str(two))
             assert_announces(server.request("OPTIONS", path), without_zero, WRITABLE)
             server.add("swap", socket=str(two), read_only=True)
-            assert_announces(server.request("OPTIONS", path), ["extents", "checksum"], READ_ONLY)
+            assert_announces(server.request("OPTIONS", path), READING, READ_ONLY)
 
 
 def test_operations_ask_the_export_itself_whatever_options_said(server: Server, workplace: Path):

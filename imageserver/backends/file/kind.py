@@ -61,6 +61,7 @@ FILE = ImageKind(
     read_only_features=("flush", "checksum"),
     patch_refusal="range writes and PATCH not supported for file backend; use PUT for full upload",
     extents_refusal="extents not supported for file backend",
+    qcow2_refusal="format=qcow2 not supported for file backend; a file is sent as it is",
     has_fixed_size=False,
     shares_writers=False,
     asks_server=False,

@@ -37,6 +37,7 @@ REFUSALS: dict[type[errors.ImageServerError], str] = {
 NO_SLOT = {
     "read": "no_read_slot",
     "checksum": "no_read_slot",
+    "qcow2": "no_read_slot",
     "write": "no_write_slot",
     "replace": "no_write_slot",
     "zero": "no_write_slot",
@@ -45,6 +46,7 @@ NO_IMAGE_SLOT = {operation: f"{reason}_of_image" for operation, reason in NO_SLO
 BACKEND_ERRORS: dict[type[errors.ImageServerError], str] = {
     errors.BackendError: "error",
     errors.BackendTimeout: "timeout",
+    errors.ImageChanged: "error",
     errors.FileAccessError: "access",
     errors.NoSpace: "no_space",
 }
@@ -53,7 +55,13 @@ CLIENT_ERRORS: tuple[type[errors.ImageServerError], ...] = (errors.ClientGone, e
 _REFUSALS = {cls.__name__: reason for cls, reason in REFUSALS.items()}
 _BACKEND_ERRORS = {cls.__name__: kind for cls, kind in BACKEND_ERRORS.items()}
 _CLIENT_ERRORS = {cls.__name__ for cls in CLIENT_ERRORS}
-_DIRECTIONS = {"read": "read", "write": "write", "replace": "write", "zero": "zero"}
+_DIRECTIONS = {
+    "read": "read",
+    "qcow2": "read",
+    "write": "write",
+    "replace": "write",
+    "zero": "zero",
+}
 #: Where an operation's durations are counted: their sum, and each bucket.
 _DURATIONS = {
     operation: (

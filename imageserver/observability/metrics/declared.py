@@ -41,7 +41,7 @@ METHODS = ("GET", "HEAD", "PUT", "PATCH", "POST", "OPTIONS", OTHER)
 #: HTTP's, and 0: the client had gone before there was one.
 STATUSES = ("0", *map(str, range(100, 600)))
 #: What sessions are asked for; probes; and requests that ended before it was clear.
-RUNNING = ("read", "write", "replace", "zero", "flush", "extents", "checksum")
+RUNNING = ("read", "write", "replace", "zero", "flush", "extents", "checksum", "qcow2")
 OPERATIONS = (*RUNNING, "options", "head", OTHER)
 BACKENDS = tuple(KINDS)
 DIRECTIONS = ("read", "write", "zero")

@@ -37,6 +37,15 @@ NEEDS = [
         id="dirty-extents",
     ),
 ]
+TOGETHER = ["lock briefly", "slot READ together", "unlock"]
+
+
+@pytest.mark.parametrize("need", [sessions.QCOW2, sessions.DIRTY_QCOW2], ids=["qcow2", "dirty"])
+def test_who_has_an_image_together_with_others_keeps_its_slot_alone(need: Need) -> None:
+    world = World()
+    world.sessions().open(TRANSFER, need, a_request()).close()
+
+    assert world.journal == [*TOGETHER, f"open {need.intent.name}", "close", "free"]
 
 
 @pytest.mark.parametrize(("need", "taken"), NEEDS)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from gunicorn.config import Config
 
-from imageserver.images.probing import Asking, WouldWait
+from imageserver.images.probing import Asking, WouldTransfer, WouldWait
 from imageserver.server import pools as module
 from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.loop import Loop, Timeouts
@@ -150,6 +150,17 @@ def test_a_probe_that_waits_is_answered_by_a_thread_that_may(world: _World) -> N
         assert _body(client) == b"NOW"
         client.sendall(b"OPTIONS /quick HTTP/1.1\r\nHost: x\r\n\r\n")
         assert _body(client) == b"ok"
+
+
+def test_a_probe_that_takes_long_is_answered_by_a_thread_that_transfers(world: _World) -> None:
+    def walk(environ: dict[str, Any]) -> bytes:
+        if environ[ASKING] is not Asking.NOW:
+            raise WouldTransfer
+        return threading.current_thread().name.partition("_")[0].encode()
+
+    world.paths["/walk"] = walk
+    with world.send("OPTIONS", "/walk") as client:
+        assert _body(client) == b"transfer"
 
 
 def test_the_next_probe_is_made_where_the_last_one_was_asked_for(world: _World) -> None:

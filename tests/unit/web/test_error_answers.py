@@ -46,6 +46,7 @@ ANSWERS = [
     (errors.NoImageSlot(Kind.WRITE), 503, "too many parallel writes", RETRY),
     (errors.BackendError(INTERNAL), 500, "backend error", {}),
     (errors.BackendTimeout(INTERNAL), 504, "backend timeout", {}),
+    (errors.ImageChanged(INTERNAL), 500, "backend error", {}),
     (errors.FileAccessError(INTERNAL), 500, "failed to access file", {}),
     (errors.NoSpace(INTERNAL), 507, "no space left", {}),
     (errors.StateUnavailable(INTERNAL), 503, "server state unavailable", RETRY),
@@ -142,7 +143,7 @@ def test_options_of_an_image_that_finds_no_descriptor_are_those_of_its_configura
 
     assert (result.status_code, result.json["features"]) == (
         200,
-        ["extents", "zero", "flush", "digest", "checksum"],
+        ["extents", "zero", "flush", "digest", "checksum", "qcow2"],
     )
 
 

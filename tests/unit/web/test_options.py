@@ -22,7 +22,7 @@ from tests.unit.webapp import COMMON, JSON, Call, app_over
         pytest.param(
             "t1",
             None,
-            ["extents", "zero", "flush", "digest", "checksum"],
+            ["extents", "zero", "flush", "digest", "checksum", "qcow2"],
             1,
             "PUT, PATCH",
             id="nbd",
@@ -30,12 +30,12 @@ from tests.unit.webapp import COMMON, JSON, Call, app_over
         pytest.param(
             "t1",
             (False, False),
-            ["extents", "digest", "checksum"],
+            ["extents", "digest", "checksum", "qcow2"],
             1,
             "PUT, PATCH",
             id="nbd-without-either",
         ),
-        pytest.param("ro", None, ["extents", "checksum"], 0, "", id="read-only-transfer"),
+        pytest.param("ro", None, ["extents", "checksum", "qcow2"], 0, "", id="read-only-transfer"),
         pytest.param("f1", None, ["flush", "digest", "checksum"], 1, "PUT, POST", id="file"),
     ],
 )
@@ -114,7 +114,14 @@ def test_options_that_nobody_can_ask_for_come_from_the_configuration(world: Worl
     call = Call(app_over(world), "OPTIONS", "/images/t1", **{ASKING: Asking.NEVER})
 
     assert call.status == 200
-    assert json.loads(call.read())["features"] == ["extents", "zero", "flush", "digest", "checksum"]
+    assert json.loads(call.read())["features"] == [
+        "extents",
+        "zero",
+        "flush",
+        "digest",
+        "checksum",
+        "qcow2",
+    ]
     assert world.opened == []
 
 
@@ -133,5 +140,5 @@ def test_options_of_a_server_that_is_away_come_from_the_configuration(
 
     assert (result.status_code, result.json["features"]) == (
         200,
-        ["extents", "zero", "flush", "digest", "checksum"],
+        ["extents", "zero", "flush", "digest", "checksum", "qcow2"],
     )

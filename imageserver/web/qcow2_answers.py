@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``GET`` and ``HEAD /images/{id}?format=qcow2``: an image as a qcow2 file (docs/api.md).
+
+All of the file's layout is known before the head is sent, after one walk over the extents. What
+identifies the layout is its ``ETag``, so that a download is resumed only where that is the same.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import falcon
+
+from imageserver.core.errors import BadRequest
+from imageserver.core.qcow2_layout import Layout, shaped
+from imageserver.core.ranges import parse_range, whole
+from imageserver.core.transfer import Transfer
+from imageserver.images import sessions
+from imageserver.images.probing import Asking, WouldTransfer
+from imageserver.images.qcow2_stream import stream, survey
+from imageserver.images.sessions import Session, Sessions
+from imageserver.web.bitmaps import say_bitmap
+from imageserver.web.body import StreamedBody
+from imageserver.web.qcow2_parameters import Qcow2Wanted
+from imageserver.web.requests import open_session
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What is known of a file after one walk over the extents."""
+
+    layout: Layout
+    bitmap: str | None
+    """Of what is dirty; None: everything is in the file, which stands alone."""
+    etag: str
+
+    @property
+    def is_overlay(self) -> bool:
+        return self.bitmap is not None
+
+
+class Qcow2Answers:
+    """An image as a qcow2 file: its answers."""
+
+    def __init__(self, opened: Sessions) -> None:
+        self._sessions = opened
+
+    def head(
+        self,
+        req: falcon.Request,
+        resp: falcon.Response,
+        transfer: Transfer,
+        wanted: Qcow2Wanted,
+        asking: Asking,
+    ) -> None:
+        """Send GET's headers for the whole file.
+
+        Raises:
+            WouldTransfer: this thread is for quick answers only.
+        """
+        if asking is not Asking.NOW:
+            raise WouldTransfer
+        with self._open(req, transfer, wanted) as session:
+            file = _look_at(session, transfer, wanted)
+        _describe(req, resp, transfer, wanted, file)
+        resp.content_length = file.layout.length
+
+    def get(
+        self, req: falcon.Request, resp: falcon.Response, transfer: Transfer, wanted: Qcow2Wanted
+    ) -> None:
+        """Send the file, or one range of it."""
+        header, condition = req.get_header("Range"), req.get_header("If-Range")
+        part = parse_range(header) if header is not None else None
+        session = self._open(req, transfer, wanted)
+        try:
+            file = _look_at(session, transfer, wanted)
+            if condition not in {None, file.etag}:
+                part = None
+            span = part.resolve(file.layout.length) if part else whole(file.layout.length)
+            pieces = stream(session, file.layout, span, overlay=file.is_overlay)
+            body = StreamedBody(req, session, pieces)
+        except BaseException:
+            session.close()
+            raise
+        _describe(req, resp, transfer, wanted, file)
+        if part:
+            resp.status = falcon.HTTP_PARTIAL_CONTENT
+            resp.set_header("Content-Range", span.content_range)
+        resp.content_length = span.length
+        resp.stream = body
+
+    def _open(self, req: falcon.Request, transfer: Transfer, wanted: Qcow2Wanted) -> Session:
+        if refusal := transfer.image.kind.qcow2_refusal:
+            raise BadRequest(refusal)
+        need = sessions.DIRTY_QCOW2 if wanted.dirty else sessions.QCOW2
+        return open_session(self._sessions, req, transfer, need)
+
+
+def _look_at(session: Session, transfer: Transfer, wanted: Qcow2Wanted) -> _File:
+    bitmap = session.backend.dirty_bitmap if wanted.dirty else None
+    backing = (None, None) if bitmap is None else (wanted.backing, wanted.backing_format)
+    shape = shaped(session.size, wanted.cluster_size, *backing)
+    layout = survey(session, shape, overlay=bitmap is not None)
+    return _File(layout, bitmap, _etag(transfer, bitmap, layout))
+
+
+def _etag(transfer: Transfer, bitmap: str | None, layout: Layout) -> str:
+    """Return a validator of the file, as far as one can be had.
+
+    Beside layout and parameters it covers which image the transfer names, and which server answers
+    for that: both may change under an id.
+    """
+    image, shape = transfer.image, layout.shape
+    told = (
+        *(image.kind.name, *image.identity(), image.stamp()),
+        *(bitmap, shape.backing, shape.backing_format, layout.digest()),
+    )
+    return f'"{hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()}"'
+
+
+def _describe(
+    req: falcon.Request,
+    resp: falcon.Response,
+    transfer: Transfer,
+    wanted: Qcow2Wanted,
+    file: _File,
+) -> None:
+    if wanted.dirty:
+        say_bitmap(req, resp, transfer, file.bitmap)
+    resp.content_type = "application/octet-stream"
+    resp.set_header("ETag", file.etag)

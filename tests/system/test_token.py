@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_an_upload_without_the_token_is_refused_before_its_body(server, disk):
     head = "".join(f"{line}\r\n" for line in ("PUT /images/disk HTTP/1.1", "Host: x", *fields))
     with server.raw(head.encode() + b"\r\n") as sock, sock.makefile("rb") as stream:
         assert stream.readline() == b"HTTP/1.1 401 Unauthorized\r\n"
-        assert b"Connection: close\r\n" in iter(stream.readline, b"\r\n")
+        assert b"Connection: close\r\n" in takewhile(b"\r\n".__ne__, stream)
     assert server.request("PUT", "/images/disk", bytes(4 * MIB)).refusal == REFUSED
     assert server.holders() == []
     assert server.request("GET", "/images/disk", headers=SHOWN).status == 200

@@ -8,6 +8,7 @@ import threading
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -48,7 +49,7 @@ class Scripted:
 
     def _serve(self, sock: socket.socket) -> None:
         with sock, sock.makefile("rb") as stream:
-            while request := b"".join(iter(stream.readline, b"\r\n")):
+            while request := b"".join(takewhile(b"\r\n".__ne__, stream)):
                 if length := re.search(rb"Content-Length: ([0-9]+)", request):
                     request += stream.read(int(length[1]))
                 self.received.append(request)

@@ -107,26 +107,13 @@ class Qcow2:
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             undo.callback(os.close, fd)
-            filename = as_filename(self._chain.node(self._linked(directory)))
+            filename = as_filename(self._chain.node(linked(self._chain, directory)))
             sock, fds = f"/proc/self/fd/{fd}/nbd", [*self._names, fd]
             self._server = start_nbd(
                 filename, sock, connections, fds, writable=bool(self._first_read)
             )
             failed.callback(end, self._server, kill=True)
             self._all = [self._connect(sock) for _ in range(connections)]
-
-    def _linked(self, directory: str) -> dict[str, object] | None:
-        """Return the node of a temporary image whose backing file is ``Chain.beyond``, if any.
-
-        QEMU parses such a name only in an image, and the chain's own may have been rewritten.
-        """
-        if self._chain.beyond is None:
-            return None
-        name, kind = self._chain.beyond
-        header, path = self._chain.members[-1].header, f"{directory}/link"
-        backing = ("create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", kind)
-        qemu_img(*backing, path, str(header.size if header else 0), names={})
-        return {"driver": "qcow2", "file": {"driver": "file", "filename": path}}
 
     def _connect(self, sock: str) -> "nbd.NBD":
         deadline = time.monotonic() + _START_SECONDS
@@ -269,6 +256,20 @@ class Qcow2:
                     if time.monotonic() > deadline:
                         raise self._silent()
                     handle.poll(_TURN_MS)
+
+
+def linked(chain: Chain, directory: str) -> dict[str, object] | None:
+    """Return the node of a temporary image whose backing file is ``Chain.beyond``, if any.
+
+    QEMU parses such a name only in an image, and the chain's own may have been rewritten.
+    """
+    if chain.beyond is None:
+        return None
+    name, kind = chain.beyond
+    header, path = chain.members[-1].header, f"{directory}/link"
+    backing = ("create", "-q", "-u", "-f", "qcow2", "-b", name, "-F", kind)
+    qemu_img(*backing, path, str(header.size if header else 0), names={})
+    return {"driver": "qcow2", "file": {"driver": "file", "filename": path}}
 
 
 def _collect_into(said: list[int]) -> "Callable[[str, int, list[int], int], int]":

@@ -21,7 +21,7 @@ that was read (``Chain.beyond``).
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from imageserver.client.failures import LocalFailure
@@ -30,6 +30,8 @@ from imageserver.client.local.qcow2_header import LARGEST_CLUSTER, Header, parse
 
 #: More images than any chain has: QEMU would follow a circle for ever.
 _MAX_DEPTH = 200
+#: The id of the QEMU object that has the passphrase.
+KEY = "key0"
 #: Formats of backing files that are followed: the chain of raw ends, that of qcow2 can be read.
 _FOLLOWED = {"raw", "qcow2"}
 
@@ -109,6 +111,8 @@ class Member:
     file: OpenFile
     header: Header | None
     data_file: OpenFile | None = None
+    secret: str | None = None
+    """The QEMU object that has the passphrase, where it is encrypted."""
 
     def node(self) -> dict[str, object]:
         """Return its format node in QEMU's terms, without a backing file."""
@@ -118,6 +122,8 @@ class Member:
             node["data-file"] = self.data_file.node()
         if self.header:
             node["backing"] = None
+        if self.header and self.header.is_luks and self.secret:
+            node["encrypt"] = {"format": "luks", "key-secret": self.secret}
         return node
 
     def is_as_read(self) -> bool:
@@ -139,9 +145,18 @@ class Chain:
 
     members: list[Member] = field(default_factory=list)
     beyond: tuple[str, str] | None = None
+    secret_file: str | None = None
+
+    @property
+    def objects(self) -> list[str]:
+        """QEMU's options that define the objects which the nodes name."""
+        if self.secret_file is None:
+            return []
+        path = os.path.abspath(self.secret_file).replace(",", ",,")
+        return ["--object", f"secret,id={KEY},file={path}"]
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913 - options of one image
         cls,
         path: str,
         kind: str = "qcow2",
@@ -149,16 +164,18 @@ class Chain:
         writable: bool = False,
         backing: bool = True,
         ours: os.stat_result | None = None,
+        secret_file: str | None = None,
     ) -> Self:
         """Open the image at ``path``, and with ``backing`` its backing files.
 
-        ``ours``: the file that ``path`` must lead to.
+        ``ours``: the file that ``path`` must lead to. ``secret_file``: has the passphrase of those
+        that are encrypted.
 
         Raises:
             LocalFailure: a file cannot be opened, a format is not recorded, or ``backing`` is
                 false and the image names other files.
         """
-        chain = cls()
+        chain = cls(secret_file=secret_file)
         try:
             header = chain._add(path, kind, writable=writable, ours=ours)
             if header and not backing:
@@ -189,7 +206,7 @@ class Chain:
         if kind == "raw":
             return None
         header = file.header()
-        self.members[-1] = Member(file, header)
+        self.members[-1] = Member(file, header, secret=KEY if self.secret_file else None)
         return header
 
     def _add_data_file(self, image: str, header: Header) -> None:
@@ -198,11 +215,9 @@ class Chain:
         path = _path_of(image, header.data_file)
         if path is None:
             raise LocalFailure(
-                f"{_shown(image)} has its data behind {header.data_file!r}: "
-                "imagectl follows paths only"
+                f"{_shown(image)} has its data behind {header.data_file!r}: only paths are followed"
             )
-        file = self.members[-1].file
-        self.members[-1] = Member(file, header, OpenFile.open(path))
+        self.members[-1] = replace(self.members[-1], data_file=OpenFile.open(path))
 
     def _next(self, image: str, header: Header) -> tuple[str | None, str]:
         """Return path and format of the backing file; None: there is none, or it is no path."""
@@ -217,7 +232,7 @@ class Chain:
         if header.format not in _FOLLOWED:
             raise LocalFailure(
                 f"{_shown(image)} has the backing file {header.backing!r} of format "
-                f"{header.format!r}, which may name others: imagectl follows raw and qcow2 only"
+                f"{header.format!r}, which may name others: only raw and qcow2 are followed"
             )
         path = _path_of(image, header.backing)
         if path is None:

@@ -39,7 +39,7 @@ _MANY_LEAKS = 4096
 #: zlib.decompressobj: a raw stream, and the window of QEMU's (docs/interop/qcow2.txt).
 _WINDOW_BITS = -12
 #: QEMU's message about an image that another of its programs has open for writing.
-_LOCKED = re.compile("Failed to get .* lock")
+LOCKED = re.compile("Failed to get .* lock")
 
 
 def require_sound(chain: Chain) -> None:
@@ -53,7 +53,7 @@ def require_sound(chain: Chain) -> None:
     for member in chain.members:
         if member.header is not None:
             _require_marks(member, member.header)
-            _require_consistent(member)
+            _require_consistent(member, chain.objects)
             _require_length(member, member.header)
         elif above is not None:
             _require_raw_length(member, above)
@@ -71,15 +71,15 @@ def _require_marks(member: Member, header: Header) -> None:
         )
 
 
-def _require_consistent(member: Member) -> None:
+def _require_consistent(member: Member, objects: list[str]) -> None:
     names = {file.fd: file.path for file in member.files()}
-    arguments = ["check", "--output=json", as_filename(member.node())]
+    arguments = ["check", *objects, "--output=json", as_filename(member.node())]
     status, output, said = run("qemu-img", arguments, names)
     path = member.file.path
     if status == _DAMAGED:
         first = said.partition("\n")[0].removeprefix("ERROR").strip()
         raise Damaged(f"{path} is damaged: {_corruptions(output)}{first and f' ({first})'}")
-    if _LOCKED.search(said):
+    if LOCKED.search(said):
         raise LocalFailure(f"{path} is being written by another program, as its lock tells")
     if status == _LEAKED:
         _require_few_leaks(path, output)

@@ -20,6 +20,8 @@ _DIRTY, _CORRUPT, _EXTERNAL_DATA = 1 << 0, 1 << 1, 1 << 2
 _COMPRESSION_TYPE, _EXTENDED_L2 = 1 << 3, 1 << 4
 #: The compression type that is not deflate.
 _ZSTD = b"\1"
+#: The encryption method.
+_LUKS = 2
 #: Types of header extensions.
 _BACKING_FORMAT, _DATA_FILE = 0xE2792ACA, 0x44415441
 #: Longest name of another file that QEMU takes, and of a format, in bytes.
@@ -44,6 +46,8 @@ class Header:
     has_extended_l2: bool = False
     is_zstd: bool = False
     """Compressed clusters are zstd frames, not deflate streams."""
+    is_luks: bool = False
+    """The clusters are encrypted, by a passphrase's key in a LUKS header."""
 
 
 def parse_header(head: bytes) -> Header:
@@ -72,6 +76,7 @@ def parse_header(head: bytes) -> Header:
         is_corrupt=bool(features & _CORRUPT),
         has_extended_l2=bool(features & _EXTENDED_L2),
         is_zstd=bool(features & _COMPRESSION_TYPE) and head[104:105] == _ZSTD,
+        is_luks=_number(head, 32) == _LUKS,
     )
 
 

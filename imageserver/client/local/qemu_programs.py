@@ -41,10 +41,10 @@ def qemu_img(*arguments: str, names: Names) -> None:
         raise LocalFailure(reason(said, names) or "qemu-img failed")
 
 
-def run(program: str, arguments: Iterable[str], names: Names) -> tuple[int, str, str]:
+def run(name: str, arguments: Iterable[str], names: Names) -> tuple[int, str, str]:
     """Run a program; return its status, its stdout, and the beginning of its stderr."""
     with subprocess.Popen(  # noqa: S603 - a list, no shell
-        [_program(program), *arguments],
+        [program(name), *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -73,7 +73,7 @@ def start_nbd(
 ) -> "subprocess.Popen[str]":
     """Start a qemu-nbd that serves so many connections, and ends after the last."""
     command = [
-        _program("qemu-nbd"),
+        program("qemu-nbd"),
         f"--shared={shared}",
         f"--socket={sock}",
         *(["--discard=unmap"] if writable else ["--read-only"]),
@@ -114,7 +114,12 @@ def reason(said: str, names: Names) -> str:
     return _DESCRIPTOR.sub(lambda found: names.get(int(found[1]), found[0]), line)
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
+    """Return a program's path.
+
+    Raises:
+        LocalFailure: it is not installed.
+    """
     # A Debian user's PATH has no /usr/sbin, where some distributions have servers.
     path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
     if path is None:

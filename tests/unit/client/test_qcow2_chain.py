@@ -125,7 +125,7 @@ def test_a_link_is_where_it_lies(tmp_path: Path):
 @pytest.mark.parametrize("fmt", [b"vmdk", b"qcow", b"nbd", b"\xff"])
 def test_other_formats_are_refused(tmp_path: Path, fmt: bytes):
     (tmp_path / "top").write_bytes(header(b"below", (FORMAT, fmt)))
-    with pytest.raises(LocalFailure, match="follows raw and qcow2 only"):
+    with pytest.raises(LocalFailure, match="only raw and qcow2 are followed"):
         follow(str(tmp_path / "top"))
 
 

@@ -3,8 +3,9 @@
 
 The layers, each importing only what stands below it (``pyproject.toml`` holds the contract):
 
-    __main__, client              the command lines; imagectl uses core, and the kinds of images
-    server                     gunicorn: processes, connections, threads
+    __main__                   the imageserver command
+    sharing                    share: from files to URLs, by one command
+    client, server             imagectl; gunicorn: processes, connections, threads
     process                    what one process is made of, put together
     web                        HTTP in, operations out
     images                     the right to an image, and what is done with it

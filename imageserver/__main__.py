@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``imageserver`` command: serve, say whether it could, print settings.
+"""The ``imageserver`` command: serve, share files, say whether it could, print settings.
 
 Every setting is a flag of ``serve``, ``check`` and ``config show``, and wins over its variable in
 the environment. An upgrade (SIGUSR2) executes the same command line, so flags survive it.
@@ -18,6 +18,7 @@ from imageserver.server.configuration import ImageApplication
 from imageserver.server.preconditions import CannotStart, check
 from imageserver.server.startup import in_force, read_settings
 from imageserver.settings import Settings, as_text, flag_of, variable_of
+from imageserver.sharing import command as sharing
 
 _SAMPLE_HEAD = """\
 # SPDX-License-Identifier: Apache-2.0
@@ -81,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     cloudstack.add_flags(root)
     commands = root.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add(commands, "serve", _serve, "serve, in the foreground, until SIGTERM")
+    share = commands.add_parser("share", help="share image files until Ctrl-C", allow_abbrev=False)
+    share.set_defaults(run=_share)
+    sharing.add_arguments(share)
     _add(commands, "check", _check, "check whether the server can start with these settings")
     config = commands.add_parser("config", help="print settings", allow_abbrev=False)
     questions = config.add_subparsers(metavar="COMMAND", parser_class=_Parser, required=True)
@@ -132,6 +136,12 @@ def _serve_agent(parsed: argparse.Namespace) -> int:
     cloudstack.prepare(settings)
     ImageApplication(settings).run()
     return 0
+
+
+def _share(parsed: argparse.Namespace) -> int:
+    return sharing.share(
+        parsed, sharing.Server(read_settings, lambda settings: ImageApplication(settings).run())
+    )
 
 
 def _check(parsed: argparse.Namespace) -> int:

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "man"
 #: What click does not wrap.
 _VERBATIM = "\b"
+#: ... and what is laid out by hand, such as examples.
+_INDENTED = "\n  "
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,8 @@ def _paragraphs(text: str) -> Iterator[str]:
     for paragraph in filter(None, text.split("\n\n")):
         if paragraph.startswith(_VERBATIM):
             yield from (".PP", ".nf", *map(roff, paragraph.split("\n")[1:]), ".fi")
+        elif _INDENTED in paragraph:
+            yield from (".PP", ".nf", *map(roff, paragraph.split("\n")), ".fi")
         else:
             yield from (".PP", roff(" ".join(paragraph.split())))
 

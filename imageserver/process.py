@@ -12,8 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from imageserver.backends.table import AnyBackend
+from imageserver.core.kinds import Image
 from imageserver.core.ports import Owned
 from imageserver.core.slots import CAPACITY, Holder, Kind
+from imageserver.core.transfer import Transfer
+from imageserver.images.mapping import Mapper
 from imageserver.images.probing import Inspector
 from imageserver.images.sessions import Sessions
 from imageserver.observability.logs import OperationLog
@@ -150,6 +153,27 @@ class Process:
         """Close what is kept for later requests: this process is about to end."""
         if "backends" in self.__dict__:
             self.backends.drain()
+
+    @cached_property
+    def mapper(self) -> Mapper:
+        """What draws images for operators."""
+        return Mapper(self.backends, self._users)
+
+    def _users(self, image: Image, transfer_id: str) -> set[tuple[int, int]]:
+        """Return which operations use an image or a transfer now."""
+        key = image_key(image)
+        return {
+            (row.owner.pid, row.started_ns)
+            for row in self.slots.holders(Kind.READ, Kind.WRITE, Kind.OTHER)
+            if key == row.image or row.transfer == transfer_id
+        }
+
+    def look_up(self, transfer_id: str) -> Transfer:
+        """Return a transfer without using it: see ``Catalogue.find``."""
+        found = self.catalogue.find(transfer_id, visit=False)
+        if found.activity:
+            found.activity.close()
+        return found.transfer
 
     @cached_property
     def application(self) -> App:

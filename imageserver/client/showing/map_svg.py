@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from imageserver.client.showing.map_cells import Canvas, Cell, Kind, rows_of
+from imageserver.client.showing.map_cells import Canvas, rows_of
 from imageserver.client.showing.units import share_text, size_text
+from imageserver.core.cells import Cell, Kind
 
 _WIDTH, _ROW, _GAP = 960, 18, 3
 _LEFT, _TOP, _LINE = 90, 40, 22

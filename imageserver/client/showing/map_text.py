@@ -17,14 +17,13 @@ from imageserver.client.showing.map_cells import (
     ASCII,
     BLOCKS,
     Canvas,
-    Cell,
     Glyphs,
-    Kind,
     rows_for,
     rows_of,
 )
 from imageserver.client.showing.terminal import speaks_utf8, write
 from imageserver.client.showing.units import share_text, size_text
+from imageserver.core.cells import Cell, Kind
 
 _STYLES = {
     Kind.DATA: "blue",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 #: Into how many cells an image is divided.
 CELLS = 512
-#: How many rows are told, the latest first, of each outcome.
+#: How many rows a process keeps, and how many are told of all, of those that finished or failed.
 MOST_ROWS = 32
 
 
@@ -60,7 +60,7 @@ class Recently:
 
 
 def recently(rows: Iterable[Ended]) -> Recently:
-    """Add up the rows of several processes, and return the latest."""
+    """Add up the rows of several processes."""
     summed: dict[tuple[object, ...], Ended] = {}
     for row in rows:
         key = row.transfer, row.operation, row.client, row.status, row.error
@@ -70,7 +70,7 @@ def recently(rows: Iterable[Ended]) -> Recently:
     ordered.sort(key=lambda row: -row.at_ns)
     failed = [row for row in ordered if row.error]
     finished = [row for row in ordered if not row.error]
-    return Recently(tuple(finished[:MOST_ROWS]), tuple(failed[:MOST_ROWS]))
+    return Recently(tuple(finished), tuple(failed))
 
 
 def _sum(one: Ended, other: Ended) -> Ended:
@@ -83,18 +83,20 @@ def _sum(one: Ended, other: Ended) -> Ended:
     )
 
 
-def all_touched(found: Iterable[Touched], transfer: str) -> Touched | None:
-    """Return what all processes have touched for a transfer, None: nothing is known of it.
+def all_touched(found: Iterable[Touched]) -> dict[str, Touched]:
+    """Return what all processes have touched, by the transfer's id.
 
-    Of an image that has changed its size, only what was touched last counts: the largest.
+    Where processes know images of several sizes, the largest counts: images grow.
     """
-    ours = [each for each in found if each.transfer == transfer]
-    size = max((each.size for each in ours), default=0)
-    read = written = 0
-    for each in ours:
-        if each.size == size:
-            read, written = read | each.read, written | each.written
-    return Touched(transfer, size, read, written) if ours else None
+    summed: dict[str, Touched] = {}
+    for each in found:
+        known = summed.get(each.transfer)
+        if known is None or each.size > known.size:
+            summed[each.transfer] = each
+        elif each.size == known.size:
+            read, written = known.read | each.read, known.written | each.written
+            summed[each.transfer] = Touched(each.transfer, each.size, read, written)
+    return summed
 
 
 def runs(bits: int) -> Iterator[tuple[int, int]]:

@@ -15,9 +15,9 @@ from typing import Any
 from gunicorn.util import parse_address
 
 from imageserver.core.entry import Exposition
-from imageserver.core.recent import Recently
+from imageserver.core.recent import Recently, Touched, all_touched
 from imageserver.observability.metrics.shown import Sources, exposition, refusals_in
-from imageserver.observability.recent import ended_in
+from imageserver.observability.recent import ended_in, touched_in
 from imageserver.process import Process
 from imageserver.server.credentials import peer_of
 from imageserver.server.readiness import checks
@@ -89,10 +89,15 @@ def admin_application(process: Process, *, full_ids: bool) -> App:
         process.metrics.flush()
         return refusals_in(settings.metrics_dir)
 
+    def touched() -> Mapping[str, Touched]:
+        process.recent.flush()
+        return all_touched(touched_in(settings.metrics_dir))
+
     told = {name: getattr(settings, name) for name in _LIMITS}
-    books = Books(slots, told, recently, refusals)
+    books = Books(slots, told, recently, refusals, touched)
+    admin = AdminSources(books, process.look_up, process.mapper, proofs, metrics)
     hosts = None if full_ids else names_of_host(settings)
-    return create_admin_app(AdminSources(books, proofs, metrics), hosts, full_ids=full_ids)
+    return create_admin_app(admin, hosts, full_ids=full_ids)
 
 
 def names_of_host(settings: Settings) -> set[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application of the admin listener: ``/healthz``, ``/readyz``, ``/status``, ``/metrics``.
+"""The application of the admin listener: the page, health, status, an image's map, metrics.
 
 Read-only, and apart from that of the images: it takes no lock and no slot, and a transfer that
 is stuck does not stop it. Who may ask in a browser: ``admin_guard``.
@@ -12,9 +12,17 @@ from dataclasses import dataclass
 import falcon
 
 from imageserver.core.entry import Exposition
-from imageserver.core.errors import ImageServerError, MethodNotAllowed
+from imageserver.core.errors import (
+    ImageServerError,
+    MethodNotAllowed,
+    NotFound,
+    UnknownImage,
+)
+from imageserver.core.transfer import Transfer
+from imageserver.images.mapping import Mapper, NoMap
 from imageserver.web.admin_guard import AdminGuard
-from imageserver.web.admin_status import Books, status
+from imageserver.web.admin_page import Page
+from imageserver.web.admin_status import Books, drawn, find, known_ids, status
 from imageserver.web.answers import set_json
 from imageserver.web.app import App
 from imageserver.web.error_answers import answer_for
@@ -29,6 +37,9 @@ class AdminSources:
     """Where the answers of the admin listener come from."""
 
     books: Books
+    find: Callable[[str], Transfer]
+    """Looks an id up, which uses nothing; raises ``UnknownImage``."""
+    mapper: Mapper
     checks: Mapping[str, Callable[[], str]]
     """By name, each a problem or ""."""
     metrics: Callable[[], Exposition]
@@ -44,9 +55,12 @@ def create_admin_app(
     """
     app = falcon.App(middleware=AdminGuard(hosts))
     app.add_middleware(_ReadOnly())
+    app.add_route("/", Page())
     app.add_route("/healthz", _Health())
-    app.add_route("/readyz", _Readiness(sources.checks))
-    app.add_route("/status", _Status(sources.books, full_ids=full_ids))
+    readiness = _Readiness(sources.checks)
+    app.add_route("/readyz", readiness)
+    app.add_route("/status", _Status(sources.books, readiness, full_ids=full_ids))
+    app.add_route("/map", _Map(sources))
     app.add_route("/metrics", _Metrics(sources.metrics))
     app.add_error_handler(Exception, _refuse_unexpected)
     app.add_error_handler(falcon.HTTPError, _refuse_http)
@@ -88,21 +102,50 @@ class _Readiness(_Resource):
         self._checks = checks
 
     def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
+        told = self.told()
+        if told["failed"]:
+            resp.status = 503
+        set_json(resp, told)
+
+    def told(self) -> dict[str, object]:
+        """Run the checks; return the answer."""
         found = [(name, check()) for name, check in self._checks.items()]
         failed = [{"check": name, "problem": problem} for name, problem in found if problem]
-        if failed:
-            resp.status = 503
-        set_json(resp, {"status": "not ready" if failed else "ready", "failed": failed})
+        return {"status": "not ready" if failed else "ready", "failed": failed}
 
 
 class _Status(_Resource):
     """What runs, what has ended, and the limits on it."""
 
-    def __init__(self, books: Books, *, full_ids: bool) -> None:
-        self._books, self._full_ids = books, full_ids
+    def __init__(self, books: Books, readiness: _Readiness, *, full_ids: bool) -> None:
+        self._books, self._readiness, self._full_ids = books, readiness, full_ids
 
-    def on_get(self, _req: falcon.Request, resp: falcon.Response) -> None:
-        set_json(resp, status(self._books, full_ids=self._full_ids))
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        told = status(self._books, full_ids=self._full_ids, opened=req.get_param("transfer"))
+        if req.get_param("readiness") == "y":
+            told["readiness"] = self._readiness.told()
+        set_json(resp, told)
+
+
+class _Map(_Resource):
+    """The map of one transfer's image, or why there is none now."""
+
+    def __init__(self, sources: AdminSources) -> None:
+        self._sources = sources
+
+    def on_get(self, req: falcon.Request, resp: falcon.Response) -> None:
+        sources = self._sources
+        found = find(req.get_param("transfer", default=""), known_ids(sources.books))
+        if found is None:
+            raise NotFound(req.path)
+        try:
+            picture = sources.mapper.picture(sources.find(found))
+        except UnknownImage:
+            set_json(resp, {"map": None, "problem": "the transfer is not there any more"})
+        except NoMap as exc:
+            set_json(resp, {"map": None, "problem": str(exc)})
+        else:
+            set_json(resp, {"map": drawn(picture), "problem": ""})
 
 
 class _Metrics(_Resource):

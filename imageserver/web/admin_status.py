@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from imageserver.core.recent import Ended, Recently
+from imageserver.core.recent import CELLS, MOST_ROWS, Ended, Recently, Touched, runs
 from imageserver.core.reports import Living
 from imageserver.core.slots import Holder, Kind
 from imageserver.core.transfer import id_hash
 from imageserver.core.workers import WorkerState
+from imageserver.images.mapping import Picture
 
 RUNNING = (Kind.READ, Kind.WRITE, Kind.OTHER)
 _LIMITED = (Kind.READ, Kind.WRITE)
@@ -30,10 +31,12 @@ class Books:
     recently: Callable[[], Recently]
     refusals: Callable[[], Mapping[str, int]]
     """How many requests were refused, by reason."""
+    touched: Callable[[], Mapping[str, Touched]]
+    """What was touched of images, by the transfer's id."""
 
 
-def status(books: Books, *, full_ids: bool) -> dict[str, object]:
-    """Return the answer."""
+def status(books: Books, *, full_ids: bool, opened: str | None = None) -> dict[str, object]:
+    """Return the answer; ``opened``: with what is known of this transfer, by its id or hash."""
     now_ns = time.monotonic_ns()
     named = str if full_ids else hashed
     rows = [row for row in books.table.living(*RUNNING, Kind.WORKER) if row.started_ns]
@@ -43,16 +46,55 @@ def status(books: Books, *, full_ids: bool) -> dict[str, object]:
         (row for row in rows if row.kind is Kind.WORKER), key=lambda row: row.owner.pid
     )
     lately = books.recently()
-    return {
+    told: dict[str, object] = {
         "transfers": [transfer(row, now_ns, named) for row in running],
         "workers": [_worker(row) for row in workers],
         "limits": dict(books.limits),
         "slots": _slots(running, books.limits),
         "images": _images(running, books.limits, named),
-        "finished": [ended(row, now_ns, named) for row in lately.finished],
-        "failed": [ended(row, now_ns, named) for row in lately.failed],
+        "finished": [ended(row, now_ns, named) for row in lately.finished[:MOST_ROWS]],
+        "failed": [ended(row, now_ns, named) for row in lately.failed[:MOST_ROWS]],
         "refusals": dict(books.refusals()),
     }
+    if opened is not None:
+        touched = books.touched()
+        found = find(opened, _ids(running, lately, touched))
+        told["transfer"] = found and _opened(found, lately, touched.get(found), now_ns, named)
+    return told
+
+
+def known_ids(books: Books) -> set[str]:
+    """Return the ids of the transfers that operators can have seen."""
+    return _ids(books.table.living(*RUNNING), books.recently(), books.touched())
+
+
+def _ids(running: Iterable[Holder], lately: Recently, touched: Mapping[str, Touched]) -> set[str]:
+    ended_ids = {row.transfer for row in (*lately.finished, *lately.failed)}
+    return {row.transfer for row in running if row.transfer} | ended_ids | touched.keys()
+
+
+def find(name: str, known: Iterable[str]) -> str | None:
+    """Return the id that an operator means, who has it or what stands for it."""
+    return next((each for each in known if name in {each, hashed(each)}), None)
+
+
+def _opened(
+    transfer_id: str,
+    lately: Recently,
+    touched: Touched | None,
+    now_ns: int,
+    named: Callable[[str], str],
+) -> dict[str, object]:
+    """Tell what is known of one transfer beside what it runs."""
+    finished, failed = (
+        [ended(row, now_ns, named) for row in rows if row.transfer == transfer_id]
+        for rows in (lately.finished, lately.failed)
+    )
+    told: dict[str, object] = {"id": named(transfer_id), "finished": finished, "failed": failed}
+    if touched is None:
+        return told | {"touched": None}
+    cells = {"read": [*runs(touched.read)], "written": [*runs(touched.written)]}
+    return told | {"touched": {"size": touched.size, "cells": CELLS} | cells}
 
 
 def hashed(transfer_id: str) -> str:
@@ -90,6 +132,20 @@ def ended(row: Ended, now_ns: int, named: Callable[[str], str]) -> dict[str, obj
         "ago": round(max(0, now_ns - row.at_ns) / 1e9, 1),
     }
     return told | {"error": row.error} if row.error else told
+
+
+def drawn(picture: Picture) -> dict[str, object]:
+    """Tell an image's map: of each cell a digit for what is shown, and one for how much of it."""
+    canvas = picture.canvas
+    cells = [*canvas.cells()]
+    return {
+        "size": canvas.size,
+        "extents": canvas.extents,
+        "flag": picture.flag,
+        "kinds": "".join(str(int(cell.shown)) for cell in cells),
+        "levels": "".join(str(cell.level) for cell in cells),
+        "totals": canvas.totals(),
+    }
 
 
 def _slots(running: Sequence[Holder], limits: Mapping[str, int | None]) -> dict[str, object]:

@@ -20,6 +20,7 @@ from lab.processes import free_port, wait_until
 from lab.servers import Server, nbdkit, qemu_img, qemu_io, qemu_nbd
 from rich.text import Text
 
+from capturing.browser import photograph
 from capturing.terminal import Program
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -59,8 +60,10 @@ class Shot:
 class World:
     """A server with an image that is mapped and one that is slow to read."""
 
-    def __init__(self, home: Path, server: Server, admin: int, data: int) -> None:
+    def __init__(self, home: Path, server: Server, admin: int, data: int, images: Path) -> None:
+        """``images``: where pictures of the operators' page are to be."""
         self._home, self._server, self._admin, self._data = home, server, admin, data
+        self._images = images
         self._renamed = {f":{server.port}": f":{_PORT}", f":{admin}": f":{_ADMIN_PORT}"}
 
     def captures(self) -> Iterator[tuple[str, Shot]]:
@@ -104,6 +107,8 @@ class World:
                 self._started("top", "$admin", "--interval", "0.3") as top,
             ):
                 shown = top.until(_shows_all)
+                here, there = (f"127.0.0.1:{port}" for port in (self._admin, _ADMIN_PORT))
+                photograph(here, there, "slow", self._images)
         return Shot(((self._typed(("top", "$admin")), shown),), "imagectl top")
 
     def _both_read(self) -> bool:
@@ -124,7 +129,7 @@ class World:
 
 
 @contextlib.contextmanager
-def world(*, quick: bool) -> Iterator[World]:
+def world(images: Path, *, quick: bool) -> Iterator[World]:
     """Start everything."""
     data, seconds = _QUICK if quick else _FULL
     with contextlib.ExitStack() as stack:
@@ -142,7 +147,7 @@ def world(*, quick: bool) -> Iterator[World]:
             limits = (f"rate={8 * data // seconds}", f"rate-file={home}/rate", "burstiness=0.2")
             sock = stack.enter_context(nbdkit(home / f"{name}.sock", *options, *limits))
             server.add(name, socket=str(sock))
-        yield World(home, server, admin, data)
+        yield World(home, server, admin, data, images)
 
 
 def _demo(home: Path) -> Path:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.system.clients import putting, reading
-from tests.system.disks import BIG
-from tests.system.harness import Server, wait_until
+from tests.system.disks import BIG, sparse
+from tests.system.harness import Server, qemu_nbd, wait_until
 from tests.system.watching import Admin, short, watched
 
 
@@ -93,6 +94,27 @@ def test_what_has_ended_is_told_with_its_reason_whichever_worker_did_it(server, 
     assert failed["worker"] in server.worker_pids()
     assert "script" not in text
     assert "nowhere" not in text
+
+
+def test_a_map_is_in_no_writers_way_where_the_images_server_has_one_place(server, unix, home):
+    disk = sparse(home / "one", BIG)
+    with qemu_nbd(disk, "--shared=1") as sock:
+        server.add("one", socket=str(sock))
+        url = "/images/one"
+        server.request("PATCH", url, b"x", {"Range": "bytes=0-0"})
+        drawn = wait_until(lambda: (got := unix.ask("/map?transfer=one")).status == 200 and got)
+        assert drawn.json["map"]["size"] == BIG
+        with putting(server, url, BIG, bytes(1)):
+            refused = unix.ask("/map?transfer=one").json
+            assert refused["map"] is None
+            assert "no room" in refused["problem"]
+        wait_until(lambda: unix.transfers() == [])
+        asking = threading.Thread(target=lambda: [unix.ask("/map?transfer=one") for _ in range(10)])
+        asking.start()
+        while asking.is_alive():
+            written = server.request("PATCH", url, b"x", {"Range": "bytes=0-0"})
+            assert written.status == 200
+        asking.join()
 
 
 def test_slots_are_told_against_their_limits(server, admin):

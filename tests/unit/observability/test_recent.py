@@ -104,8 +104,7 @@ def test_what_cannot_be_written_is_left_out(tmp_path: Path):
 
 
 def touched(directory: Path, transfer: str = "vm") -> tuple[list[object], list[object]]:
-    found = all_touched(touched_in(str(directory)), transfer)
-    assert found
+    found = all_touched(touched_in(str(directory)))[transfer]
     return list(runs(found.read)), list(runs(found.written))
 
 
@@ -179,4 +178,8 @@ def test_rows_are_what_json_holds(tmp_path: Path):
     Worker(tmp_path).tell(entry(done=1))
     ((*row,),) = json.loads((tmp_path / "recent_0.json").read_text())
     assert Ended(*row).count == 1
-    assert all_touched([Touched("a", 1, 1, 1)], "b") is None
+
+
+def test_of_several_sizes_of_an_image_the_largest_counts():
+    known = [Touched("a", 1, 1, 1), Touched("a", 2, 2, 2), Touched("a", 1, 4, 4)]
+    assert all_touched(known) == all_touched(known[::-1]) == {"a": Touched("a", 2, 2, 2)}

@@ -22,8 +22,9 @@ NAMES = {"images1"}
 
 def client(hosts: set[str] | None) -> testing.TestClient:
     table = SimpleNamespace(living=lambda *_: [])
-    books = Books(table, LIMITS, lambda: Recently((), ()), dict)
-    sources = AdminSources(books, {}, lambda: Exposition(b"", "text/plain"))
+    books = Books(table, LIMITS, lambda: Recently((), ()), dict, dict)
+    none = SimpleNamespace()
+    sources = AdminSources(books, none, none, {}, lambda: Exposition(b"", "text/plain"))
     return testing.TestClient(create_admin_app(sources, hosts, full_ids=False))
 
 

@@ -3,22 +3,22 @@
 
 A file is found once, as a name in an open directory (``places``). A replacement is written
 beside its target and renamed over it (``replacement``); receiving it and writing it overlap
-(``ring``).
+(``copying``).
 
 Block devices cannot be replaced and are written in place.
 """
 
-import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from queue import SimpleQueue
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
 
 from imageserver.backends.descriptors import close_fd
+from imageserver.backends.file.copying import Write, copy
+from imageserver.backends.file.failures import failure
 from imageserver.backends.file.kind import FileImage
-from imageserver.backends.file.places import Place, find, refuse_made_up_links
+from imageserver.backends.file.places import Place, locate
 from imageserver.backends.file.replacement import (
     NewFile,
     check_target,
@@ -26,34 +26,22 @@ from imageserver.backends.file.replacement import (
     old_kept,
     sweep,
 )
-from imageserver.backends.ring import Ring, Side, fill
-from imageserver.core.errors import (
-    NO_DESCRIPTOR,
-    BadRequest,
-    Exhausted,
-    FileAccessError,
-    ImageServerError,
-    NoSpace,
-    ShortBody,
-)
+from imageserver.core.errors import BadRequest, FileAccessError
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, Intent, no_client
 from imageserver.core.sources import Body, Source
-from imageserver.core.transfer import path_bytes, path_text
+from imageserver.core.transfer import path_text
 
 #: Holes are looked for in steps of this size, the default cluster of qcow2 and the usual
 #: extent granularity; a step that is all zeros is skipped, not written.
 _HOLE = 64 * 1024
 _ZEROS = bytes(_HOLE)
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 #: What needs the image's directory, too.
 _CHANGING = {Intent.REPLACE, Intent.FLUSH}
 #: Bytes per read: what is read stays in a core's second-level cache until it has been sent.
 #: Measured on loopback: 256 KiB moves 3000 to 4200 MiB/s, 1 MiB 2900 to 3300.
 _READ_SIZE = 256 * 1024
-#: Buffers of a replacement: one being received, one being written, one to spare.
-_DEPTH = 3
 
 
 class ImageFiles:
@@ -72,33 +60,17 @@ class ImageFiles:
             FileAccessError: it cannot be opened or sized, is something else, or lies
                 outside the configured roots, or in /proc or /sys.
         """
-        named = path_bytes(image.path)
-        path = image.at or named
+        place = locate(image, self._roots)
         try:
-            with ExitStack() as held:
-                place = held.enter_context(find(path, self._roots))
-                if place.path != named:
-                    refuse_made_up_links(named)
-                if place.path != (image.at or place.path):
-                    raise FileAccessError(f"{path_text(path)} has become a link")
-                held.pop_all()
-            path = place.path
             return ImageFile(place, intent, self._chunk_size)
         except OSError as exc:
-            raise _failure(path, exc) from exc
+            raise failure(place.path, exc) from exc
 
     def settle(self, image: FileImage, check: Check = no_client) -> None:
         """Return at once: the writes of a dead process end with it."""
 
     def drain(self) -> None:
         """Return at once: nothing is kept open."""
-
-
-def _failure(path: bytes, exc: OSError) -> ImageServerError:
-    cls: type[ImageServerError] = NoSpace if exc.errno in _NO_SPACE else FileAccessError
-    if exc.errno in NO_DESCRIPTOR:
-        cls = Exhausted
-    return cls(f"{path_text(path)}: {exc.strerror}")
 
 
 class ImageFile:
@@ -164,7 +136,7 @@ class ImageFile:
             try:
                 count = os.preadv(self._fd, [buffer[: stop - at]], at)
             except OSError as exc:
-                raise _failure(self._place.path, exc) from exc
+                raise failure(self._place.path, exc) from exc
             if count == 0:
                 path = path_text(self._place.path)
                 raise FileAccessError(f"{path} has become shorter than {stop} bytes")
@@ -184,12 +156,15 @@ class ImageFile:
             else:
                 yield from self._replace(length, source)
         except OSError as exc:
-            raise _failure(self._place.path, exc) from exc
+            raise failure(self._place.path, exc) from exc
 
     def _overwrite(self, length: int, source: Source) -> Iterator[int]:
         if length > self.size:
             raise BadRequest(f"Content-Length ({length}) must not exceed device size ({self.size})")
         yield from self._copy(length, source, lambda data, at: _write_all(self._fd, data, at))
+
+    def _copy(self, length: int, source: Source, write: Write) -> Iterator[int]:
+        return copy(length, source, write, chunk=self._chunk, owner=self._place.path)
 
     def _replace(self, length: int, source: Body) -> Iterator[int]:
         with ExitStack() as held:
@@ -226,40 +201,6 @@ class ImageFile:
             raise
         return new
 
-    def _copy(
-        self, length: int, source: Source, write: Callable[[memoryview, int], None]
-    ) -> Iterator[int]:
-        """Receive here and write on a thread; yield how much was handed over."""
-        filled: SimpleQueue[tuple[bytearray, int, int] | None] = SimpleQueue()
-
-        def work() -> None:
-            while (item := filled.get()) is not None:
-                buffer, size, offset = item
-                write(memoryview(buffer)[:size], offset)
-                ring.give(buffer)
-
-        def stopping() -> AbstractContextManager[object]:
-            filled.put(None)
-            return nullcontext()
-
-        with (
-            Ring(_DEPTH, self._chunk, self._place.path) as ring,
-            Side(work, ended=ring.close, stopping=stopping) as side,
-        ):
-            at = 0
-            while at < length and (buffer := ring.take(wait=True)) is not None:
-                size = min(len(buffer), length - at)
-                received = fill(source, memoryview(buffer)[:size], ring)
-                if received < size:
-                    if ring.is_closed:
-                        break  # writing has failed
-                    raise ShortBody(at + received)
-                filled.put((buffer, size, at))
-                at += size
-                yield at
-            filled.put(None)
-            side.finish()
-
     def write(self, start: int, length: int, source: Source) -> Iterator[int]:
         """Range writes are not offered for files; the web layer refuses them first."""
         raise FileAccessError("range writes are not supported for files")
@@ -281,7 +222,7 @@ class ImageFile:
                 finally:
                     close_fd(directory)
         except OSError as exc:
-            raise _failure(self._place.path, exc) from exc
+            raise failure(self._place.path, exc) from exc
 
     @property
     def dirty_bitmap(self) -> None:

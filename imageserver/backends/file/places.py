@@ -20,11 +20,14 @@ link on the way to it may lie there.
 import errno
 import functools
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from imageserver.backends.descriptors import close_fd
+from imageserver.backends.file.failures import failure
+from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import FileAccessError
-from imageserver.core.transfer import path_text
+from imageserver.core.transfer import path_bytes, path_text
 
 if TYPE_CHECKING:
     import ctypes
@@ -51,6 +54,10 @@ class Place:
         """Return what has the name now; a link is a link (fstatat(2))."""
         return os.stat(self.name, dir_fd=self._directory, follow_symlinks=False)
 
+    def can_write(self) -> bool:
+        """Tell whether the file may be written to, by its mode and its mount (faccessat(2))."""
+        return os.access(self.name, os.W_OK, dir_fd=self._directory)
+
     def open(self, flags: int) -> int:
         """Open the file; never a link, and never waiting for a FIFO's other end."""
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -72,6 +79,27 @@ class Place:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+
+def locate(image: FileImage, roots: tuple[bytes, ...]) -> Place:
+    """Find an image's file as ``find`` does; one that is pinned where it was pinned, or not at all.
+
+    Raises:
+        FileAccessError: ``find`` raises it or fails, or the path's links lie in /proc or /sys.
+    """
+    named = path_bytes(image.path)
+    path = image.at or named
+    try:
+        with ExitStack() as held:
+            place = held.enter_context(find(path, roots))
+            if place.path != named:
+                refuse_made_up_links(named)
+            if place.path != (image.at or place.path):
+                raise FileAccessError(f"{path_text(path)} has become a link")
+            held.pop_all()
+    except OSError as exc:
+        raise failure(path, exc) from exc
+    return place
 
 
 def find(path: bytes, roots: tuple[bytes, ...]) -> Place:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 TABLE: Mapping[ImageKind, "Callable[[Settings, Holds], Backends[Any]]"] = {
     nbd.NBD: nbd.opener,
     file.FILE: file.opener,
+    file.RAW: file.raw_opener,
 }
 
-KINDS: Kinds = {kind.name: kind for kind in TABLE}
+KINDS: Kinds = {kind.name: kind for kind in TABLE if kind.name == kind.backend}
 
 
 class AnyBackend:

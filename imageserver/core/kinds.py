@@ -67,7 +67,9 @@ class ImageKind:
     """What can be done with images of one kind, and the words in which the rest is refused."""
 
     name: str
-    """The transfer's ``backend``, and the ``backend`` of log lines and metrics."""
+    """The ``backend`` of log lines and metrics; of transfers too, unless ``backend`` is another."""
+    backend: str = ""
+    """The transfer's ``backend``; kinds that have it in common share locks, and ``parse``."""
     own_fields: tuple[str, ...]
     """The fields of a transfer's object that only this kind has."""
     parse: Callable[[Mapping[str, object]], Image]
@@ -92,10 +94,16 @@ class ImageKind:
     asks_server: bool
     """A server must be asked what an image can do, and may be silent: probes share one query.
 
-    Otherwise OPTIONS answers ``assumed``, and HEAD needs no more than a system call or two.
+    Otherwise HEAD, and OPTIONS that ``looks``, need no more than a system call or two.
     """
+    looks: bool = False
+    """Without a server, OPTIONS looks at the image itself; otherwise it answers ``assumed``."""
     assumed: ImageInfo
     """What OPTIONS assumes of an image that it cannot ask, or need not."""
+
+    def __post_init__(self) -> None:
+        """Fill ``backend`` in."""
+        object.__setattr__(self, "backend", self.backend or self.name)
 
     @property
     def writes_ranges(self) -> bool:
@@ -112,5 +120,6 @@ class ImageKind:
         return Announcement(features, self.methods, max_writers if may_share else 1)
 
 
-#: All kinds by name. The first is what a transfer means that names none.
+#: Kinds by their ``backend``, of several the one whose ``parse`` makes images of all. The first is
+#: what a transfer means that names none.
 Kinds = Mapping[str, ImageKind]

@@ -99,10 +99,10 @@ def transfer_from_fields(transfer_id: str, fields: Mapping[str, object], kinds: 
     kind = kinds.get(backend.lower())
     if kind is None:
         raise UnsupportedBackend(backend, kinds)
-    ignored = _ignored(fields, kind, kinds)
     read_only = parse_flag(fields, "read_only", default=False)
     idle, token = _idle_seconds(fields), _token(fields)
     image = kind.parse(fields)
+    ignored = _ignored(fields, image.kind, kinds)
     return Transfer(transfer_id, image, read_only, idle, token, ignored=ignored)
 
 
@@ -114,7 +114,7 @@ def to_fields(transfer: Transfer) -> dict[str, object]:
     image = transfer.image
     common = {"read_only": transfer.read_only, "idle_timeout_seconds": transfer.idle_seconds}
     token = {"token": True} if transfer.token else {}
-    return {"backend": image.kind.name} | image.fields() | common | token
+    return {"backend": image.kind.backend} | image.fields() | common | token
 
 
 def to_secret_fields(transfer: Transfer) -> dict[str, object]:
@@ -189,7 +189,7 @@ def _ignored(fields: Mapping[str, object], kind: ImageKind, kinds: Kinds) -> tup
 def _told(name: str, known: tuple[str, ...], kinds: Kinds) -> str:
     for kind in kinds.values():
         if name in kind.own_fields:
-            return f'field "{name}" is of backend "{kind.name}"'
+            return f'field "{name}" is of backend "{kind.backend}"'
     near = difflib.get_close_matches(name[:_MAX_QUOTED].lower(), known, 1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     return f'unknown field "{_quoted(name)}"{hint}'

@@ -48,12 +48,12 @@ _WHAT = "the lock files"
 
 def image_key(image: Image) -> str:
     """Return the identity of an image, 32 hexadecimal digits: ids of one image share it."""
-    return _hashed(image.kind.name, *image.identity())
+    return _hashed(image.kind.backend, *image.identity())
 
 
 @lru_cache(4096)
-def _hashed(kind: str, *identity: bytes) -> str:
-    return hashlib.sha256(b"\0".join((kind.encode(), *identity))).hexdigest()[:32]
+def _hashed(backend: str, *identity: bytes) -> str:
+    return hashlib.sha256(b"\0".join((backend.encode(), *identity))).hexdigest()[:32]
 
 
 class ImageLock:

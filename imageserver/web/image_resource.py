@@ -15,7 +15,13 @@ import falcon
 from imageserver.core import patches
 from imageserver.core.bounds import MAX_SIZE
 from imageserver.core.entry import fields
-from imageserver.core.errors import BackendError, BadRequest, Exhausted, UnsupportedMediaType
+from imageserver.core.errors import (
+    BackendError,
+    BadRequest,
+    Exhausted,
+    FileAccessError,
+    UnsupportedMediaType,
+)
 from imageserver.core.kinds import Announcement, ImageInfo
 from imageserver.core.ranges import parse_content_range, parse_range, whole
 from imageserver.core.transfer import Transfer
@@ -82,7 +88,8 @@ class ImageResource:
     def on_options(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Say what the image can do; no lock, no slot."""
         kind, read_only = transfer.image.kind, transfer.read_only
-        info = self._info(transfer, _asking(req)) if kind.asks_server else kind.assumed
+        asks = kind.asks_server or kind.looks
+        info = self._info(transfer, _asking(req)) if asks else kind.assumed
         told = kind.announcement(info, self._limits.max_writers, read_only=read_only)
         self._announcer.announce(resp, told)
 
@@ -210,7 +217,7 @@ class ImageResource:
     def _info(self, transfer: Transfer, asking: Asking) -> ImageInfo:
         try:
             return self._inspector.inspect(transfer.image, MEMORY_SECONDS, asking)
-        except (BackendError, Exhausted) as exc:
+        except (BackendError, FileAccessError, Exhausted) as exc:
             told = fields(transfer=transfer.id, detail=exc)
             log.warning("options answered from configuration", extra=told)
             return transfer.image.kind.assumed

@@ -83,11 +83,14 @@ def raw_nbd(workplace: Path) -> Iterator[Path]:
         yield sock
 
 
-@pytest.fixture
-def disk(server: Server, raw_nbd: Path, workplace: Path) -> Path:
-    """The file of ``DISK``, with the old bytes in it."""
-    server.add("disk", socket=str(raw_nbd))
+@pytest.fixture(params=["nbd", "raw"])
+def disk(request: pytest.FixtureRequest, server: Server, raw_nbd: Path, workplace: Path) -> Path:
+    """The file of ``DISK``, with the old bytes in it: behind an NBD server, or served as it is."""
     disk = workplace / "disk.raw"
+    if request.param == "nbd":
+        server.add("disk", socket=str(raw_nbd))
+    else:
+        server.add("disk", backend="file", file=str(disk), format="raw")
     refill(disk, OLD)
     return disk
 

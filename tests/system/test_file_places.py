@@ -6,6 +6,7 @@ its files are reached through /proc/PID/root.
 """
 
 import contextlib
+import hashlib
 import os
 import socket
 import subprocess
@@ -181,6 +182,26 @@ def test_a_full_disk_is_507_and_the_old_file_stays(cramped, is_there):
 
 
 @needs("mounts")
+@pytest.mark.parametrize("way", ["range", "whole"])
+def test_a_full_disk_is_507_for_a_raw_file_that_is_sparse(cramped, way):
+    server, place = cramped
+    with (place / "z").open("wb") as file:
+        file.truncate(64 * MIB)
+    url = server.add("z", backend="file", file=str(server.directory / "place" / "z"), format="raw")
+    length = 64 * MIB if way == "whole" else 6 * MIB
+    fields = {} if way == "whole" else {"Content-Range": f"bytes {MIB}-{MIB + length - 1}/*"}
+    answer = server.request("PUT", url, repeatable(5).randbytes(length), fields)
+    assert answer.refusal == (507, "no space left")
+    assert server.holders() == []
+    zero = b'{"op":"zero","size":%d}' % (64 * MIB)
+    assert server.request("PATCH", url, zero, {"Content-Type": "application/json"}).status == 200
+    assert server.request("PUT", url, NEW, {"Content-Range": "bytes 5-*/*"}).status == 200
+    assert (place / "z").stat().st_size == 64 * MIB
+    assert server.request("GET", url, headers={"Range": "bytes=5-100004"}).body == NEW
+    (place / "z").unlink()
+
+
+@needs("mounts")
 def test_a_disk_that_fills_up_is_told_while_the_body_is_still_coming(cramped):
     server, place = cramped
     url = server.add("y", backend="file", file=str(server.directory / "place" / "y"))
@@ -239,6 +260,26 @@ def test_a_body_larger_than_the_block_device_is_400_before_a_byte_is_asked_for(s
     assert str(MIB) in message
     assert str(MIB + 1) in message
     assert server.request("GET", url).body == OLD[:65536] * 16
+
+
+@needs("loop devices")
+def test_a_block_device_is_a_disk_as_a_raw_file_is(server, device):
+    url = server.add("device", backend="file", file=str(device), format="raw")
+    old = bytearray(OLD[:65536] * 16)
+    whole = [{"start": 0, "length": MIB, "zero": False}]
+    assert server.request("GET", f"{url}/extents").json == whole
+    assert server.request("PUT", url, NEW, {"Content-Range": "bytes 77777-*/*"}).status == 200
+    old[77777:177777] = NEW
+    zero = b'{"op":"zero","offset":100001,"size":30000,"flush":true}'
+    assert server.request("PATCH", url, zero, {"Content-Type": "application/json"}).status == 200
+    old[100001:130001] = bytes(30000)
+    assert server.request("GET", url).body == old
+    expected = {"algorithm": "whole-sha256", "checksum": hashlib.sha256(old).hexdigest()}
+    assert server.request("GET", f"{url}/checksum?algorithm=whole-sha256").json == expected
+    end = {"Content-Range": f"bytes {MIB - 1}-{MIB}/*"}
+    assert server.request("PUT", url, b"ab", end).status == 416
+    assert server.request("PUT", url, NEW).status == 400
+    assert device.is_block_device()
 
 
 def test_file_roots_are_compared_with_links_resolved(workplace):

@@ -8,7 +8,7 @@ values, all known beforehand but for HTTP's statuses: never an id, a client or a
 from dataclasses import dataclass
 from enum import Enum
 
-from imageserver.backends.table import KINDS
+from imageserver.backends.table import TABLE
 from imageserver.core.slots import Kind
 from imageserver.core.workers import WorkerState
 
@@ -43,7 +43,7 @@ STATUSES = ("0", *map(str, range(100, 600)))
 #: What sessions are asked for; probes; and requests that ended before it was clear.
 RUNNING = ("read", "write", "replace", "zero", "flush", "extents", "checksum", "qcow2")
 OPERATIONS = (*RUNNING, "options", "head", OTHER)
-BACKENDS = tuple(KINDS)
+BACKENDS = tuple(kind.name for kind in TABLE)
 DIRECTIONS = ("read", "write", "zero")
 BACKEND_ERRORS = ("error", "timeout", "access", "no_space", OTHER)
 REFUSALS = (

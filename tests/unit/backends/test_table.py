@@ -3,8 +3,8 @@
 
 import pytest
 
-from imageserver.backends.file.kind import FileImage
-from imageserver.backends.nbd.kind import NbdImage
+from imageserver.backends.file.kind import RAW, FileImage
+from imageserver.backends.nbd.kind import NBD, NbdImage
 from imageserver.backends.table import KINDS, TABLE
 from imageserver.core.kinds import Image, ImageKind
 from imageserver.core.transfer import Transfer, to_fields, transfer_from_fields
@@ -34,7 +34,12 @@ def test_a_read_only_image_has_a_part_of_what_a_writable_one_has(kind: ImageKind
 
 @pytest.mark.parametrize(
     "image",
-    [FileImage("/a"), NbdImage("/s"), NbdImage("/s", "e", "b", flushes_image=True)],
+    [
+        FileImage("/a"),
+        FileImage("/raw", raw=True, sparse=False),
+        NbdImage("/s"),
+        NbdImage("/s", "e", "b", flushes_image=True),
+    ],
     ids=str,
 )
 def test_an_image_comes_back_from_its_fields(image: Image) -> None:
@@ -42,3 +47,16 @@ def test_an_image_comes_back_from_its_fields(image: Image) -> None:
 
     assert transfer_from_fields("t", fields, KINDS) == Transfer("t", image)
     assert set(image.fields()) == set(image.kind.own_fields)
+
+
+def test_an_operator_tells_kinds_apart_that_one_backend_has() -> None:
+    names = [kind.name for kind in TABLE]
+    assert len(set(names)) == len(names)
+    assert {kind.backend for kind in TABLE} == set(KINDS)
+
+
+def test_a_raw_file_has_what_an_nbd_image_has() -> None:
+    assert RAW.methods == NBD.methods
+    assert RAW.read_only_methods == NBD.read_only_methods
+    assert RAW.features == NBD.features
+    assert RAW.read_only_features == NBD.read_only_features

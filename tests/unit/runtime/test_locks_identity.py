@@ -24,6 +24,7 @@ def test_ids_of_one_image_share_its_key(tmp_path: Path) -> None:
     real, link = str(tmp_path / "real"), str(tmp_path / "link")
 
     assert image_key(FileImage(real)) == image_key(FileImage(link))
+    assert image_key(FileImage(real)) == image_key(FileImage(link, raw=True, sparse=False))
     assert image_key(NbdImage(real, "x")) == image_key(NbdImage(link, "x", "bitmap"))
 
 

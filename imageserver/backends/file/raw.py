@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and block devices that are disks: what an NBD server would make of them, without one.
+
+The disk is as large as the file was when it was opened. Nothing here makes it longer, and where
+somebody else has made it shorter no byte is made up: that is an error, of a read, of a write and
+of a list of extents alike. Every write is one system call or more of this process, so that none
+outlives it, and what one connection has written is flushed by any other.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Generator, Iterator, Sequence
+
+from imageserver.backends.descriptors import close_fd
+from imageserver.backends.file import holes, zeroing
+from imageserver.backends.file.copying import copy
+from imageserver.backends.file.failures import failure
+from imageserver.backends.file.kind import FileImage
+from imageserver.backends.file.places import may_write, reach, reopen
+from imageserver.core.errors import FileAccessError
+from imageserver.core.extents import Extent
+from imageserver.core.kinds import ImageInfo
+from imageserver.core.ports import Check, Intent, no_client
+from imageserver.core.sources import Source
+from imageserver.core.transfer import path_text
+
+#: What needs a descriptor that can be written to.
+_WRITING = frozenset((Intent.WRITE, Intent.REPLACE))
+#: Permissions, an immutable file, a device or file system that is read-only.
+_READ_ONLY = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+#: Bytes per read of a stream: see ``image.py``.
+_READ_SIZE = 256 * 1024
+
+
+class RawFiles:
+    """Opens files that are disks; one for all requests."""
+
+    def __init__(self, chunk_size: int, roots: tuple[str, ...] = ()) -> None:
+        self._chunk_size = chunk_size
+        self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
+
+    def open(
+        self, image: FileImage, intent: Intent, check: Check = no_client, _transfer: str = ""
+    ) -> "RawFile":
+        """Open a regular file or block device, which must be there.
+
+        Raises:
+            FileAccessError: it cannot be opened or sized, is something else, or lies
+                outside the configured roots, or in /proc or /sys.
+        """
+        found, path = reach(image, self._roots)
+        try:
+            return RawFile(found, path, intent, self._chunk_size, check, keeps=not image.sparse)
+        except OSError as exc:
+            raise failure(path, exc) from exc
+        finally:
+            close_fd(found)
+
+    def settle(self, image: FileImage, check: Check = no_client) -> None:
+        """Return at once: the writes of a dead process end with it."""
+
+    def drain(self) -> None:
+        """Return at once: nothing is kept open."""
+
+
+class RawFile:
+    """One open disk: a ``ports.Backend``."""
+
+    settled = True
+    align = 1
+    dirty_bitmap = None
+    tells_holes = False
+
+    def __init__(  # noqa: PLR0913 - what it is, and for what it is opened
+        self,
+        found: int,
+        path: bytes,
+        intent: Intent,
+        chunk_size: int,
+        check: Check,
+        *,
+        keeps: bool,
+    ) -> None:
+        """Open what ``found`` stands for, an O_PATH descriptor.
+
+        Raises:
+            OSError: open(2), fstat(2) or lseek(2) failed.
+            FileAccessError: neither regular file nor block device.
+        """
+        self._path = path
+        self._chunk = chunk_size
+        self._check = check
+        self._keeps = keeps
+        self._is_device = _is_device(found, path)
+        self._fd = -1
+        read_only = False
+        if intent in _WRITING:
+            read_only = not self._open_to_write(found)
+        elif intent is Intent.INSPECT:
+            read_only = not may_write(found)
+        if self._fd < 0:
+            self._fd = reopen(found, os.O_RDONLY)
+        try:
+            # lseek, for st_size of a block device is 0.
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+        except BaseException:
+            self.close()
+            raise
+        self.info = ImageInfo(
+            self.size, read_only, can_zero=True, can_flush=True, multi_conn=True, flushes_image=True
+        )
+
+    def _open_to_write(self, found: int) -> bool:
+        """Open the file, or return False where it may only be read."""
+        try:
+            self._fd = reopen(found, os.O_RDWR)
+        except OSError as exc:
+            if exc.errno in _READ_ONLY:
+                return False
+            raise
+        return True
+
+    def _require_size(self) -> None:
+        """Raise ``FileAccessError`` where the file has become shorter."""
+        # The kernel itself refuses what lies behind the end of a device.
+        if not self._is_device and os.fstat(self._fd).st_size < self.size:
+            raise self._shorter()
+
+    def _shorter(self) -> FileAccessError:
+        path = path_text(self._path)
+        return FileAccessError(f"{path} has become shorter than {self.size} bytes")
+
+    def read(self, start: int, length: int) -> Generator[memoryview]:
+        """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
+        buffer = memoryview(bytearray(min(_READ_SIZE, length)))
+        at, stop = start, start + length
+        while at < stop:
+            try:
+                count = os.preadv(self._fd, [buffer[: stop - at]], at)
+            except OSError as exc:
+                raise failure(self._path, exc) from exc
+            if count == 0:
+                raise self._shorter()
+            at += count
+            yield buffer[:count]
+
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
+        """Yield the bytes of spans, one after the other."""
+        for start, stop in spans:
+            yield from self.read(start, stop - start)
+
+    def write(self, start: int, length: int, source: Source) -> Iterator[int]:
+        """Write ``length`` bytes from ``source`` at ``start``: see ``ports.Backend``."""
+
+        def put(data: memoryview, at: int) -> None:
+            self._put(data, start + at)
+
+        return copy(length, source, put, chunk=self._chunk, owner=self._path)
+
+    def replace(self, length: int, source: Source) -> Iterator[int]:
+        """Write the whole disk, in place."""
+        return self.write(0, length, source)
+
+    def _put(self, data: memoryview, at: int) -> None:
+        """Write all of ``data``, unless the file would have to grow for it."""
+        try:
+            while data:
+                self._require_size()
+                count = os.pwrite(self._fd, data, at)
+                data, at = data[count:], at + count
+        except OSError as exc:
+            raise failure(self._path, exc) from exc
+
+    def zero(self, start: int, length: int) -> Iterator[int]:
+        """Zero a range of any length: see ``ports.Backend``."""
+        stop = start + length
+        zeroed = zeroing.zero(
+            self._fd, start, stop, self._put, is_device=self._is_device, keeps=self._keeps
+        )
+        try:
+            for at in zeroed:
+                self._check()
+                yield at - start
+            self._require_size()
+        except OSError as exc:
+            raise failure(self._path, exc) from exc
+
+    def flush(self) -> None:
+        """Sync the data, then the directory that names the file: it may be as new as they are."""
+        try:
+            os.fdatasync(self._fd)
+            if not self._is_device:
+                self._sync_name()
+        except OSError as exc:
+            raise failure(self._path, exc) from exc
+
+    def _sync_name(self) -> None:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            directory = os.open(os.path.dirname(self._path), flags)
+        except (PermissionError, FileNotFoundError):
+            return  # the name is its maker's, and the data are safe
+        try:
+            os.fsync(directory)
+        finally:
+            close_fd(directory)
+
+    def extents(self, start: int, stop: int, *, dirty: bool) -> Generator[list[Extent]]:
+        """Yield the extents of [start, stop): see ``ports.Backend``. Files have no bitmap."""
+        try:
+            for batch in holes.list_extents(
+                self._fd, start, stop, dirty=dirty, check=self._require_size
+            ):
+                yield batch
+                self._check()
+        except OSError as exc:
+            raise failure(self._path, exc) from exc
+
+    def stop(self) -> None:
+        """Nothing waits for a file but the kernel."""
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            close_fd(fd)
+
+
+def _is_device(fd: int, path: bytes) -> bool:
+    """Tell a block device from a regular file; raise ``FileAccessError`` for all else."""
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise FileAccessError(f"{path_text(path)} is neither a regular file nor a block device")
+    return stat.S_ISBLK(mode)

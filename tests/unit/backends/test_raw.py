@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are disks: the right bytes, zeros and extents, and no byte that is made up."""
+
+import errno
+import os
+import random
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from imageserver.backends.file import holes, raw, zeroing
+from imageserver.backends.file.kind import RAW, FileImage
+from imageserver.backends.file.raw import RawFile, RawFiles
+from imageserver.core.errors import FileAccessError, NoSpace, ShortBody
+from imageserver.core.ports import Intent
+from tests.unit.fakes import Bytes
+
+#: The smallest chunk; and what file systems usually allocate.
+KIB, BLOCK = 1024, 4096
+SIZE = 20 * BLOCK + 512
+OLD = random.Random(3).randbytes(SIZE)  # noqa: S311 - no secret
+TIB = 1 << 40
+
+#: Within a block, over edges, all; short and long.
+SPANS = [(0, 1), (4095, 2), (BLOCK, BLOCK), (5000, 30_000), (SIZE - 1, 1), (0, SIZE), (7, 0)]
+spans = pytest.mark.parametrize(("start", "length"), SPANS)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    disk = tmp_path / "disk"
+    disk.write_bytes(OLD)
+    return disk
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert [each for each in threading.enumerate() if each.name == "image"] == []
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def _open(disk: Path, intent: Intent = Intent.WRITE, *, sparse: bool = True) -> closing[RawFile]:
+    image = FileImage(str(disk), raw=True, sparse=sparse)
+    return closing(RawFiles(BLOCK).open(image, intent))
+
+
+def _allocated(disk: Path) -> int:
+    os.sync()
+    return disk.stat().st_blocks * 512
+
+
+@spans
+def test_a_range_is_read_exactly(disk: Path, start: int, length: int) -> None:
+    with _open(disk, Intent.READ) as opened:
+        assert opened.size == SIZE
+        assert b"".join(map(bytes, opened.read(start, length))) == OLD[start : start + length]
+
+
+@spans
+@pytest.mark.parametrize("piece", [100, 1 << 20], ids=["dripping", "at once"])
+def test_a_range_is_written_and_nothing_else(
+    disk: Path, start: int, length: int, piece: int
+) -> None:
+    new = bytes(b ^ 0xFF for b in OLD[start : start + length])
+    with _open(disk) as opened:
+        totals = list(opened.write(start, length, Bytes(new, piece)))
+
+    assert totals == sorted(set(totals))
+    assert totals[-1:] == [length][: bool(length)]
+    assert disk.read_bytes() == OLD[:start] + new + OLD[start + length :]
+
+
+@pytest.mark.parametrize("length", [100, 5 * BLOCK], ids=["short", "long"])
+def test_a_body_that_ends_early_says_where(disk: Path, length: int) -> None:
+    with _open(disk) as opened, pytest.raises(ShortBody) as error:
+        list(opened.write(BLOCK, length, Bytes(bytes(length - 1), KIB)))
+
+    assert error.value.received == length - 1
+    assert disk.read_bytes()[:BLOCK] == OLD[:BLOCK]
+    assert disk.read_bytes()[BLOCK + length :] == OLD[BLOCK + length :]
+
+
+CHANGES: dict[str, Callable[[RawFile], object]] = {
+    "short write": lambda opened: list(opened.write(SIZE - 10, 10, Bytes(b"x" * 10))),
+    "long write": lambda opened: list(opened.write(0, SIZE, Bytes(OLD, BLOCK))),
+    "replacement": lambda opened: list(opened.replace(SIZE, Bytes(OLD, BLOCK))),
+    "zeroing": lambda opened: list(opened.zero(0, SIZE)),
+}
+#: What reads to the end of the disk.
+USES = CHANGES | {
+    "read": lambda opened: list(opened.read(0, SIZE)),
+    "read behind the end": lambda opened: list(opened.read(SIZE - 10, 10)),
+    "extents": lambda opened: list(opened.extents(0, SIZE, dirty=False)),
+    "extents behind the end": lambda opened: list(opened.extents(SIZE - 10, SIZE, dirty=True)),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=list(USES))
+def test_a_file_that_has_become_shorter_is_an_error_and_stays_so(
+    disk: Path, use: Callable[[RawFile], object]
+) -> None:
+    with _open(disk) as opened:
+        os.truncate(disk, 3 * BLOCK)
+        with pytest.raises(FileAccessError, match=f"has become shorter than {SIZE} bytes"):
+            use(opened)
+
+    assert disk.stat().st_size == 3 * BLOCK
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_full_disk_is_told_and_nothing_stays_open(
+    disk: Path, change: Callable[[RawFile], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(zeroing, "_fallocate", full)
+
+    with _open(disk) as opened, pytest.raises(NoSpace):
+        change(opened)
+
+
+@spans
+@pytest.mark.parametrize("is_device", [False, True], ids=["file", "device"])
+@pytest.mark.parametrize("ways", [2, 1, 0], ids=["punched", "zero range", "written"])
+def test_a_range_is_zeroed_and_nothing_else(
+    disk: Path, start: int, length: int, ways: int, is_device: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many ways of fallocate(2) there are; a device's are for whole blocks only."""
+    calls: list[tuple[int, int, int]] = []
+
+    def fallocate(fd: int, mode: int, start: int, length: int) -> None:
+        if (mode == 0x03) > (ways == 2) or not ways:
+            raise zeroing._Cannot
+        calls.append((mode, start, length))
+        os.pwrite(fd, bytes(length), start)
+
+    monkeypatch.setattr(zeroing, "_fallocate", fallocate)
+    with _open(disk) as opened:
+        opened._is_device = is_device
+        totals = list(opened.zero(start, length))
+
+    assert totals[-1:] == [length][: bool(length)]
+    assert totals == sorted(totals)
+    assert disk.read_bytes() == OLD[:start] + bytes(length) + OLD[start + length :]
+    assert {mode for mode, _, _ in calls} <= {0x03 if ways == 2 else 0x11}
+    if is_device:
+        assert not [call for call in calls if call[1] % BLOCK or call[2] % BLOCK]
+
+
+def test_zeroing_gives_blocks_back_or_keeps_them_as_the_transfer_says(disk: Path) -> None:
+    whole = _allocated(disk)
+    with _open(disk, sparse=False) as opened:
+        list(opened.zero(0, SIZE))
+    assert disk.read_bytes() == bytes(SIZE)
+    assert _allocated(disk) >= whole
+
+    with _open(disk) as opened:
+        list(opened.zero(0, SIZE))
+    assert disk.read_bytes() == bytes(SIZE)
+    assert _allocated(disk) < whole // 4
+
+
+def test_steps_grow_while_the_file_system_is_quick_and_shrink_when_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, steps = 0.0, []
+
+    def fallocate(_fd: int, _mode: int, _start: int, length: int) -> None:
+        nonlocal now
+        steps.append(length)
+        now += 2.0 if length > TIB // 4 else 0.1
+
+    monkeypatch.setattr(zeroing, "_fallocate", fallocate)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    assert list(zeroing.zero(-1, 0, 16 * TIB, print, is_device=False, keeps=False))[-1] == 16 * TIB
+    assert steps[0] == 64 << 20
+    assert max(steps) == TIB // 2
+    assert len(steps) < 100
+
+
+def test_a_client_that_has_gone_ends_zeroing(disk: Path) -> None:
+    def gone() -> None:
+        raise InterruptedError
+
+    opened = RawFiles(BLOCK).open(FileImage(str(disk), raw=True), Intent.WRITE, gone)
+    with closing(opened), pytest.raises(FileAccessError):
+        list(opened.zero(0, SIZE))
+
+
+def _layout(disk: Path) -> None:
+    """Make a file of data in the third and fourth block, and in the last, which is not whole."""
+    disk.write_bytes(b"")
+    os.truncate(disk, SIZE)
+    with disk.open("r+b") as file:
+        os.pwrite(file.fileno(), OLD[: 2 * BLOCK], 2 * BLOCK)
+        os.pwrite(file.fileno(), b"x", SIZE - 1)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "extents"),
+    [
+        (
+            *(0, SIZE),
+            [
+                (0, 2 * BLOCK, True),
+                (2 * BLOCK, 2 * BLOCK, False),
+                (4 * BLOCK, 16 * BLOCK, True),
+                (20 * BLOCK, 512, False),
+            ],
+        ),
+        (100, BLOCK, [(100, BLOCK - 100, True)]),
+        (2 * BLOCK + 1, 2 * BLOCK + 2, [(2 * BLOCK + 1, 1, False)]),
+        (BLOCK, 3 * BLOCK, [(BLOCK, BLOCK, True), (2 * BLOCK, BLOCK, False)]),
+        (SIZE - 1, SIZE, [(SIZE - 1, 1, False)]),
+        (5, 5, []),
+    ],
+)
+@pytest.mark.parametrize("dirty", [False, True], ids=["zero", "dirty"])
+def test_extents_cover_the_span_and_tell_holes_from_data(
+    disk: Path, start: int, stop: int, extents: list[tuple[int, int, bool]], dirty: bool
+) -> None:
+    _layout(disk)
+    with _open(disk, Intent.EXTENTS) as opened:
+        assert opened.dirty_bitmap is None
+        listed = [each for batch in opened.extents(start, stop, dirty=dirty) for each in batch]
+
+    assert listed == [(*extent, dirty) for extent in extents]
+
+
+def test_many_extents_come_in_lists_and_are_the_same(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _layout(disk)
+    with _open(disk, Intent.EXTENTS) as opened:
+        at_once = [each for batch in opened.extents(0, SIZE, dirty=False) for each in batch]
+        monkeypatch.setattr(holes, "_MOST", 1)
+        batches = list(opened.extents(0, SIZE, dirty=False))
+
+    assert len(batches) > len(at_once)
+    assert [each for batch in batches for each in batch] == at_once
+
+
+def test_without_an_answer_to_seek_hole_all_is_data(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _layout(disk)
+
+    def refuse(_fd: int, _at: int, whence: int) -> int:
+        raise OSError(errno.EINVAL, str(whence))
+
+    with _open(disk, Intent.EXTENTS) as opened:
+        monkeypatch.setattr(os, "lseek", refuse)
+        assert list(opened.extents(100, SIZE, dirty=False)) == [[(100, SIZE - 100, False, False)]]
+
+
+def test_16_tib_of_nothing_take_few_calls(tmp_path: Path) -> None:
+    disk = tmp_path / "huge"
+    with disk.open("wb") as file:
+        try:
+            file.truncate(16 * TIB - BLOCK)  # the most that ext4 has
+        except OSError:
+            file.truncate(TIB)
+    with _open(disk) as opened:
+        assert list(opened.extents(0, opened.size, dirty=False)) == [
+            [(0, opened.size, True, False)]
+        ]
+        assert len(list(opened.zero(0, opened.size))) < 50
+        opened.flush()
+
+
+def test_a_flush_syncs_the_data_and_the_name(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    for intent in (Intent.FLUSH, Intent.WRITE, Intent.REPLACE):
+        with _open(disk, intent) as opened:
+            opened.flush()
+
+    assert synced == [disk.stat().st_ino, disk.parent.stat().st_ino] * 3
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_what_cannot_be_opened_to_write_is_read_only(
+    disk: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = raw.reopen
+
+    def reopen(fd: int, flags: int) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(number, os.strerror(number))
+        return really(fd, flags)
+
+    monkeypatch.setattr(raw, "reopen", reopen)
+    monkeypatch.setattr(raw, "may_write", lambda _: False)
+
+    for intent in (Intent.WRITE, Intent.REPLACE, Intent.INSPECT):
+        with _open(disk, intent) as opened:
+            assert opened.info.read_only
+            assert opened.size == SIZE
+
+
+def test_a_disk_that_may_be_written_can_do_everything(disk: Path) -> None:
+    for intent in Intent:
+        with _open(disk, intent) as opened:
+            assert opened.info == replace(RAW.assumed, size=SIZE)
+
+
+@pytest.mark.parametrize("intent", Intent, ids=lambda intent: intent.name.lower())
+@pytest.mark.parametrize("what", ["missing", "directory", "fifo"])
+def test_what_is_no_disk_is_refused_and_not_made(tmp_path: Path, intent: Intent, what: str) -> None:
+    path = tmp_path / "image"
+    if what == "directory":
+        path.mkdir()
+    elif what == "fifo":
+        os.mkfifo(path)
+
+    with pytest.raises(FileAccessError):
+        _open(path, intent)
+
+    assert path.exists() is (what != "missing")
+    if what != "missing":
+        assert not stat.S_ISREG(path.stat().st_mode)

@@ -21,7 +21,7 @@ import errno
 import functools
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from imageserver.backends.descriptors import close_fd
 from imageserver.backends.file.failures import failure
@@ -98,8 +98,18 @@ def locate(image: FileImage, roots: tuple[bytes, ...]) -> Place:
     return place
 
 
-def reach(image: FileImage, roots: tuple[bytes, ...]) -> tuple[int, bytes]:
-    """Open an image's file as O_PATH, and return the descriptor with the file's real path.
+class Reached(NamedTuple):
+    """A file that ``reach`` has found."""
+
+    fd: int
+    """O_PATH: see ``reopen``. Whoever has asked closes it."""
+    path: bytes
+    """Its real path."""
+    found: os.stat_result
+
+
+def reach(image: FileImage, roots: tuple[bytes, ...]) -> Reached:
+    """Find an image's file by opening it as O_PATH.
 
     For who needs the file alone, and not its directory: the kernel says where what it has opened
     lies, and no later change of a path matters (``reopen``). Half the system calls of ``locate``.
@@ -112,7 +122,8 @@ def reach(image: FileImage, roots: tuple[bytes, ...]) -> tuple[int, bytes]:
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
-            return fd, _real_path(fd, image, roots)
+            found = os.fstat(fd)
+            return Reached(fd, _real_path(fd, found, image, roots), found)
         except BaseException:
             close_fd(fd)
             raise
@@ -120,10 +131,9 @@ def reach(image: FileImage, roots: tuple[bytes, ...]) -> tuple[int, bytes]:
         raise failure(path, exc) from exc
 
 
-def _real_path(fd: int, image: FileImage, roots: tuple[bytes, ...]) -> bytes:
+def _real_path(fd: int, found: os.stat_result, image: FileImage, roots: tuple[bytes, ...]) -> bytes:
     real = os.readlink(b"/proc/self/fd/%d" % fd)
     named = path_bytes(image.path)
-    found = os.fstat(fd)
     if not found.st_nlink or not real.startswith(b"/"):  # " (deleted)", "(unreachable)"
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     if real != named:

@@ -11,13 +11,13 @@ from ovirt_imageio import client
 from ovirt_imageio._internal import blkhash
 
 from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
+from tests.system.disks import offered
 from tests.system.harness import (
     Server,
     nbdkit,
     program,
     qemu_img,
     qemu_io,
-    qemu_nbd,
     wait_until,
 )
 
@@ -52,17 +52,24 @@ def images(workplace: Path) -> dict[str, Path]:
     return {"qcow2": qcow2, "raw": raw}
 
 
-@pytest.mark.parametrize("options", [(), ("--shared=1",)], ids=["links", "one-link"])
-@pytest.mark.parametrize("fmt", ["qcow2", "raw"])
-def test_an_export_has_the_checksums_of_ovirt_and_of_programs(
-    server: Server, images: dict[str, Path], fmt: str, options: tuple[str, ...]
+@pytest.mark.parametrize(
+    ("kind", "fmt", "options"),
+    [
+        ("nbd", "qcow2", ()),
+        ("nbd", "qcow2", ("--shared=1",)),
+        ("nbd", "raw", ()),
+        ("nbd", "raw", ("--shared=1",)),
+        ("raw", "raw", ()),
+    ],
+)
+def test_a_disk_has_the_checksums_of_ovirt_and_of_programs(
+    server: Server, images: dict[str, Path], kind: str, fmt: str, options: tuple[str, ...]
 ) -> None:
     theirs = [
         client.checksum(str(images[fmt])),
         client.checksum(str(images[fmt]), block_size=MIB + 4096, algorithm="blake2b"),
     ]
-    with qemu_nbd(images[fmt], *options, fmt=fmt) as sock:
-        image = server.add("disk", socket=str(sock))
+    with offered(server, kind, "disk", images[fmt], *options, fmt=fmt) as image:
         ours = [
             server.request("GET", f"{image}/checksum{query}").json
             for query in ("", f"?block_size={MIB + 4096}")

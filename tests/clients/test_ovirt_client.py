@@ -13,6 +13,7 @@ from ovirt_imageio._internal.http import Error
 from ovirt_imageio.client import ImageioClient
 
 from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
+from tests.system.disks import offered
 from tests.system.harness import Server, qemu_img, qemu_io, qemu_nbd, repeatable, wait_until
 from tests.system.pki import TlsServer, make_pki
 
@@ -88,27 +89,37 @@ def assert_identical(one: Path, fmt: str, other: Path, other_fmt: str) -> None:
     assert said.strip() == "Images are identical."
 
 
-@pytest.mark.parametrize("source_fmt", ["qcow2", "raw"])
-@pytest.mark.parametrize("target_fmt", ["qcow2", "raw"])
-def test_an_upload_replaces_what_was_there(place, sources, tmp_path, source_fmt, target_fmt):
+KINDS = pytest.mark.parametrize("kind", ["nbd", "raw"])
+
+
+@pytest.mark.parametrize(
+    ("source_fmt", "target_fmt", "kind"),
+    [
+        ("qcow2", "qcow2", "nbd"),
+        ("raw", "qcow2", "nbd"),
+        ("qcow2", "raw", "nbd"),
+        ("qcow2", "raw", "raw"),
+        ("raw", "raw", "raw"),
+    ],
+)
+def test_an_upload_replaces_what_was_there(place, sources, tmp_path, source_fmt, target_fmt, kind):
     target = tmp_path / "target"
     qemu_img("create", "-q", "-f", target_fmt, target, SIZE)
     qemu_io(target, target_fmt, f"write -P 255 0 {SIZE}")
     seen: list[int] = []
-    sock = place.server.directory / "target.sock"
-    with qemu_nbd(target, "--discard=unmap", fmt=target_fmt, sock=sock):
-        place.server.add("target", socket=str(sock))
+    options = {"fmt": target_fmt, "sock": place.server.directory / "target.sock"}
+    with offered(place.server, kind, "target", target, "--discard=unmap", **options):
         place.upload(sources[source_fmt], "target", progress=seen.append)
         wait_until(lambda: place.server.holders() == [])
     assert sum(seen) == SIZE
     assert_identical(sources[source_fmt], source_fmt, target, target_fmt)
 
 
-@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
-def test_a_download_over_four_connections_is_the_image(place, sources, tmp_path, fmt):
-    sock = place.server.directory / "source.sock"
-    with qemu_nbd(sources["qcow2"], "--read-only", fmt="qcow2", sock=sock):
-        place.server.add("source", socket=str(sock), read_only=True)
+@pytest.mark.parametrize(("fmt", "kind"), [("raw", "nbd"), ("qcow2", "nbd"), ("qcow2", "raw")])
+def test_a_download_over_four_connections_is_the_image(place, sources, tmp_path, fmt, kind):
+    served = "raw" if kind == "raw" else "qcow2"
+    options = {"fmt": served, "sock": place.server.directory / "source.sock"}
+    with offered(place.server, kind, "source", sources[served], "--read-only", **options):
         place.download("source", tmp_path / "copy", fmt=fmt)
     assert_identical(sources["qcow2"], "qcow2", tmp_path / "copy", fmt)
 
@@ -139,13 +150,14 @@ def test_the_changes_since_a_backup_lie_upon_that_backup(place, sources, tmp_pat
     assert 0 < copied <= 4
 
 
-def test_pieces_are_read_written_zeroed_flushed_and_mapped(place, tmp_path):
+@KINDS
+def test_pieces_are_read_written_zeroed_flushed_and_mapped(place, tmp_path, kind):
     with (tmp_path / "disk").open("wb") as disk:
         disk.truncate(8 * M)
     sock = place.server.directory / "pieces.sock"
     data = repeatable("data").randbytes(M)
-    with qemu_nbd(tmp_path / "disk", "--discard=unmap", sock=sock):
-        place.server.add("pieces", socket=str(sock))
+    image = tmp_path / "disk"
+    with offered(place.server, kind, "pieces", image, "--discard=unmap", sock=sock):
         with place.open("pieces") as images:
             assert (images.max_readers, images.max_writers) == (8, place.writers)
             if place.unix_socket:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.disks import offered
 from tests.system.harness import (
     Server,
     nbdkit,
     program,
     qemu_img,
-    qemu_nbd,
     repeatable,
     wait_until,
 )
@@ -51,7 +51,8 @@ def upload(path: Path, url: str, sock: Path) -> None:
         subprocess.run(copy, check=True, timeout=60, capture_output=True, text=True)
 
 
-def test_two_disks_at_once_are_uploaded_whole(server, tmp_path):
+@pytest.mark.parametrize("kind", ["nbd", "raw"])
+def test_two_disks_at_once_are_uploaded_whole(server, tmp_path, kind):
     disks = [source(tmp_path / name) for name in ("system", "data")]
     with ExitStack() as served, ThreadPoolExecutor() as pool:
         uploads = []
@@ -59,9 +60,9 @@ def test_two_disks_at_once_are_uploaded_whole(server, tmp_path):
             target = tmp_path / f"{disk.name}.target"
             # What was there before must not show through where the disk has holes.
             target.write_bytes(b"\xaa" * SIZE)
-            sock = served.enter_context(qemu_nbd(target, "--shared=0", "--discard=unmap"))
-            server.add(disk.name, socket=str(sock))
-            url = f"http://127.0.0.1:{server.port}/images/{disk.name}"
+            options = ("--shared=0", "--discard=unmap")
+            path = served.enter_context(offered(server, kind, disk.name, target, *options))
+            url = f"http://127.0.0.1:{server.port}{path}"
             uploads.append(pool.submit(upload, disk, url, tmp_path / f"{disk.name}.sock"))
         for done in uploads:
             done.result()

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks for tests: one of known bytes that spans many chunks, and big ones of zeros."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from tests.system.harness import GUNICORN, Server, program, repeatable
+from tests.system.harness import GUNICORN, Server, program, qemu_nbd, repeatable
 
 #: The smallest that the server takes, so that small images span many pieces.
 CHUNK = 4096
@@ -21,6 +23,21 @@ BIG = 64 << 20
 def overwritten(start: int, data: bytes) -> bytes:
     """Return what the disk holds after a write."""
     return OLD[:start] + data + OLD[start + len(data) :]
+
+
+@contextlib.contextmanager
+def offered(
+    server: Server, kind: str, name: str, image: Path, *options: str, **more: Any
+) -> Iterator[str]:
+    """Make a transfer of a file: "nbd", behind qemu-nbd, or "raw", as it is; yield its path.
+
+    ``options`` and ``more`` are qemu-nbd's.
+    """
+    if kind == "raw":
+        yield server.add(name, backend="file", file=str(image), format="raw")
+        return
+    with qemu_nbd(image, *options, **more) as listening:
+        yield server.add(name, socket=str(listening))
 
 
 def refill(path: Path, data: bytes) -> None:

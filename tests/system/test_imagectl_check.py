@@ -11,6 +11,7 @@ import pytest
 from lab.ovirt import ovirt_daemon
 
 from tests.system.clients import reading
+from tests.system.disks import offered
 from tests.system.harness import Server, free_port, qemu_nbd
 from tests.system.looking import fragmented, mixed, url_of
 from tests.system.moving import MIB, filled, imagectl
@@ -19,11 +20,19 @@ from tests.system.pki import files
 SETTINGS = {"max_writers": 2}
 
 
-@pytest.fixture
-def image(server: Server, home: Path) -> Iterator[str]:
-    """The URL of 8 MiB: 1 of data, 1 of changed data, 1 that was zeroed since, 5 of zeros."""
-    with mixed(server, home) as url:
-        yield url
+@pytest.fixture(params=["nbd", "raw"])
+def image(request: pytest.FixtureRequest, server: Server, home: Path, name: str) -> Iterator[str]:
+    """The URL of 8 MiB: 1 of data, 1 of changed data, 1 that was zeroed since, 5 of zeros.
+
+    Or, of a raw file without NBD server, of 3 of data and 5 of zeros.
+    """
+    if request.param == "nbd":
+        with mixed(server, home) as url:
+            yield url
+    else:
+        disk = filled(home / "disk.raw", 8 * MIB, (0, 3 * MIB))
+        with offered(server, "raw", name, disk) as path:
+            yield f"http://127.0.0.1:{server.port}{path}"
 
 
 def checked(*arguments: object) -> dict[str, str]:

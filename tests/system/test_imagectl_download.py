@@ -13,6 +13,7 @@ import pytest
 
 from imageserver.client.moving import resume
 from imageserver.client.plan import Spans
+from tests.system.disks import offered
 from tests.system.harness import Server, nbdkit, qemu_img, qemu_io, qemu_nbd, wait_until
 from tests.system.moving import (
     IMAGES,
@@ -32,11 +33,14 @@ from tests.system.moving import (
 SETTINGS = {"max_readers": 4}
 
 
-@pytest.mark.parametrize("kind", IMAGES)
-def test_an_nbd_image_arrives_as_it_is(server: Server, home: Path, kind: str):
-    image = IMAGES[kind](home / "disk.raw")
-    with qemu_nbd(image, "--read-only") as sock:
-        imagectl("download", offer(server, sock), home / "copy.raw", "--verify")
+@pytest.mark.parametrize(
+    ("what", "kind"), [*((what, "nbd") for what in IMAGES), ("sparse", "raw"), ("sectors", "raw")]
+)
+def test_a_disk_arrives_as_it_is(server: Server, home: Path, name: str, what: str, kind: str):
+    image = IMAGES[what](home / "disk.raw")
+    with offered(server, kind, name, image, "--read-only") as path:
+        url = f"http://127.0.0.1:{server.port}{path}"
+        imagectl("download", url, home / "copy.raw", "--verify")
     assert_same(image, home / "copy.raw")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.system.disks import offered
 from tests.system.harness import Server, nbdkit, qemu_img, qemu_io, qemu_nbd, wait_until
 from tests.system.moving import (
     IMAGES,
@@ -27,15 +28,17 @@ from tests.system.skips import needs
 SETTINGS = {"max_writers": 4}
 
 
-@pytest.mark.parametrize("kind", IMAGES)
-def test_an_image_replaces_an_nbd_image(server: Server, home: Path, kind: str):
-    image = IMAGES[kind](home / "image.raw")
+@pytest.mark.parametrize(
+    ("what", "kind"), [*((what, "nbd") for what in IMAGES), ("sparse", "raw"), ("sectors", "raw")]
+)
+def test_an_image_replaces_a_disk(server: Server, home: Path, name: str, what: str, kind: str):
+    image = IMAGES[what](home / "image.raw")
     size = image.stat().st_size
     old = filled(home / "disk.raw", size, (0, min(size, 32 * MIB)))
-    with qemu_nbd(old, "--discard=unmap") as sock:
-        imagectl("upload", image, offer(server, sock), "--verify")
+    with offered(server, kind, name, old, "--discard=unmap") as path:
+        imagectl("upload", image, f"http://127.0.0.1:{server.port}{path}", "--verify")
     # Holes of less than 64 KiB go up as zeros.
-    assert_same(image, old, holes=kind not in {"fragmented", "sectors"})
+    assert_same(image, old, holes=what not in {"fragmented", "sectors"})
 
 
 def test_one_writer_is_enough(home: Path):

@@ -35,6 +35,7 @@ ROWS: dict[str, Callable[[World], list[Figure]]] = {
     "requests-get": rows_requests.get,
     "requests-put": rows_requests.put,
     "requests-other": rows_requests.other,
+    "requests-raw": rows_requests.raw,
     "growth": rows_growth.growth,
     "cpu": rows_cpu.cpu,
     "get-nbd": rows_data.get_nbd,

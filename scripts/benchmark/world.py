@@ -83,6 +83,10 @@ class ImageServer(Server):
         """Make a transfer for an NBD server's default export; return its path."""
         return self.add(sock.name, backend="nbd", socket=str(sock))
 
+    def add_raw(self, path: Path) -> str:
+        """Make a transfer for a file that is a disk; return its path."""
+        return self.add(f"raw-{path.name}", backend="file", file=str(path), format="raw")
+
     def add_file(self, path: Path) -> str:
         """Make a transfer for a file; return its path."""
         return self.add(path.name, backend="file", file=str(path))

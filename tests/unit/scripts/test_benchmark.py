@@ -269,7 +269,8 @@ def test_each_part_has_modules():
 
 
 def test_rows_are_chosen_by_their_name_or_its_first_words():
-    assert named("requests") == ["requests-get", "requests-put", "requests-other"]
+    rows = ["requests-get", "requests-put", "requests-other", "requests-raw"]
+    assert named("requests") == rows
     assert named("requests-put") == ["requests-put"]
     assert [named(name) for name in ROWS if "-" not in name] == [
         [name] for name in ROWS if "-" not in name

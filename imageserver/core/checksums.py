@@ -137,6 +137,10 @@ class Recipe:
         self._outer = self._new()
         self._zero_part = b"" if self.is_whole else self._of(Block(0, self.block_size), _nothing)
 
+    def begin(self) -> "_Hash":
+        """Return what hashes one block that comes in pieces: its digest is the block's part."""
+        return self._new()
+
     def part(self, block: Block, read: Read) -> bytes:
         """Return what a block adds. From any thread; ``read`` is as ``Backend.read``."""
         if self.is_whole:

@@ -16,8 +16,9 @@ from imageserver.client.http.remote import Remote
 from imageserver.client.moving.checksum import Wanted, checksum_of_file, checksum_of_image
 from imageserver.client.showing.progress import Silent
 from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
-from tests.system.harness import Server, program, qemu_img, qemu_io, qemu_nbd
-from tests.system.moving import MIB, imagectl, offer, offer_file
+from tests.system.flipping import flipping
+from tests.system.harness import Server, nbdkit, program, qemu_img, qemu_io, qemu_nbd
+from tests.system.moving import MIB, assert_same, filled, imagectl, offer, offer_file
 
 pytestmark = LEAVES_A_CONNECTION
 
@@ -111,3 +112,125 @@ def test_half_a_qcow2_image_has_no_checksum(images: dict[str, Path], home: Path)
     os.truncate(half, half.stat().st_size // 2)
     said = imagectl("checksum", half, "--format", "qcow2", status=5).stderr
     assert "--force takes what QEMU reads of it" in said
+
+
+# --verify
+
+DISK = 24 * MIB
+#: In the second block of 4 MiB.
+OFFSET = 5 * MIB + 77
+
+
+@pytest.fixture(scope="module")
+def disk(workplace: Path) -> Path:
+    """A disk of data with a hole in it."""
+    return filled(workplace / "source.raw", DISK, (0, 12 * MIB), (20 * MIB, DISK))
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_a_bit_that_changes_in_a_download_is_found_and_named(
+    server: Server, disk: Path, home: Path, fmt: str
+) -> None:
+    copy = home / "copy"
+    with qemu_nbd(disk, "--read-only") as sock:
+        url = offer(server, sock)
+        with flipping(url, OFFSET, "GET") as flip:
+            asked = ("download", flip.url, copy, "--format", fmt, "--verify")
+            said = imagectl(*asked, status=4).stderr
+            assert said == (
+                "imagectl: bytes 4194304-8388607 differ; the next run fetches all again\n"
+            )
+        told = json.loads(imagectl("download", url, *asked[2:], "--json").stdout)
+    assert (told["moved"], told["verified_by"]) == (16 * MIB, "checksum")
+    assert "identical" in qemu_img("compare", "-f", "raw", "-F", fmt, disk, copy)
+
+
+def test_a_bit_that_changes_in_an_upload_is_found_and_named(
+    server: Server, disk: Path, home: Path
+) -> None:
+    target = filled(home / "target.raw", DISK, (8 * MIB, DISK))
+    with qemu_nbd(target) as sock:
+        url = offer(server, sock)
+        with flipping(url, OFFSET, "PUT") as flip:
+            said = imagectl("upload", disk, flip.url, "--verify", status=4).stderr
+            assert said == "imagectl: bytes 4194304-8388607 differ\n"
+        told = json.loads(imagectl("upload", disk, url, "--verify", "--json").stdout)
+    assert told["verified_by"] == "checksum"
+    assert_same(disk, target)
+
+
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_a_bit_that_changes_in_an_increment_is_found_and_named(
+    server: Server, disk: Path, home: Path, fmt: str
+) -> None:
+    image, old = home / "image.qcow2", home / "old.raw"
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", disk, image)
+    qemu_img("convert", "-f", "raw", "-O", "raw", disk, old)
+    qemu_img("bitmap", "--add", image, "b0")
+    qemu_io(image, "qcow2", f"write -P 7 {5 * MIB} 128k", f"write -z {21 * MIB} 64k")
+    copy = old if fmt == "raw" else home / "copy"
+    more = () if fmt == "raw" else ("--base", old)
+    with qemu_nbd(image, "--read-only", "--bitmap=b0", fmt="qcow2") as sock:
+        name = f"increment-{fmt}"
+        path = server.add(name, socket=str(sock), export_bitmap="b0")
+        url = f"http://127.0.0.1:{server.port}{path}"
+        with flipping(url, OFFSET, "GET") as flip:
+            asked = ("download", flip.url, copy, "--incremental", *more, "--verify")
+            said = imagectl(*asked, status=4).stderr
+            assert "bytes 5242880-5373951 differ; the next run" in said
+        told = json.loads(imagectl(asked[0], url, *asked[2:], "--json").stdout)
+        assert (told["moved"], told["verified_by"]) == (128 * 1024, "checksum")
+    assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", fmt, image, copy)
+
+
+def test_ovirts_checksum_is_compared_and_a_bit_that_changes_is_found(
+    daemon: OvirtDaemon, disk: Path, home: Path
+) -> None:
+    target = filled(home / "target.raw", DISK)
+    with qemu_nbd(target) as sock:
+        url = daemon.add_nbd(sock, DISK)
+        told = json.loads(imagectl("upload", disk, url, "--verify", "--json").stdout)
+        assert told["verified_by"] == "checksum"
+        with flipping(url, OFFSET, "GET") as flip:
+            said = imagectl("download", flip.url, home / "copy", "--verify", status=4).stderr
+    assert "the server's checksum is that of other bytes than it serves" in said
+
+
+#: An NBD server whose disk is not what was written to it, or sometimes not what is read.
+_EVIL = f"""
+disk = bytearray({DISK})
+reads = 0
+def open(readonly): return 1
+def get_size(h): return len(disk)
+def thread_model():
+    import nbdkit
+    return nbdkit.THREAD_MODEL_SERIALIZE_ALL_REQUESTS
+def pread(h, buf, offset, flags):
+    global reads
+    buf[:] = disk[offset:offset + len(buf)]
+    at = {OFFSET} - offset
+    if WHEN == "read" and 0 <= at < len(buf):
+        reads += 1
+        buf[at] ^= reads == 1
+def pwrite(h, buf, offset, flags):
+    disk[offset:offset + len(buf)] = buf
+    at = {OFFSET} - offset
+    if WHEN == "write" and 0 <= at < len(buf):
+        disk[{OFFSET}] ^= 1
+def flush(h, flags): pass
+"""
+
+
+@pytest.mark.parametrize("when", ["write", "read"])
+def test_a_bit_that_an_nbd_server_changes_is_found(
+    server: Server, disk: Path, home: Path, when: str
+) -> None:
+    (home / "evil.py").write_text("API_VERSION = 2\n" + _EVIL.replace("WHEN", repr(when)))
+    with nbdkit(home / "evil.sock", "python", home / "evil.py") as sock:
+        url = offer(server, sock)
+        if when == "write":
+            said = imagectl("upload", disk, url, "--verify", status=4).stderr
+        else:
+            imagectl("upload", disk, url)
+            said = imagectl("download", url, home / "copy", "--verify", status=4).stderr
+    assert said.startswith("imagectl: bytes 4194304-8388607 differ")

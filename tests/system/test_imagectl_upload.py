@@ -145,7 +145,7 @@ def test_a_disk_that_forgets_is_found_out(server: Server, home: Path):
     image = filled(home / "image.raw", MIB, (0, MIB))
     with nbdkit(home / "null.sock", "null", "size=1M") as sock:
         different = imagectl("upload", image, offer(server, sock), "--verify", status=4).stderr
-    assert different == "imagectl: both sides differ between 0 and 1048576\n"
+    assert different == "imagectl: bytes 0-1048575 differ\n"
 
 
 @pytest.mark.parametrize("name", ["image.raw", "image.raw.part", "link"])

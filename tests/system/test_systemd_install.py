@@ -101,7 +101,7 @@ def test_anybody_can_download_with_the_client_that_was_asked_for(service: Servic
     said = machine.run(*NOBODY, *IMAGECTL, "download", "--verify", url, copy)
 
     assert re.fullmatch(r"imagectl, version [0-9.]+\n", version)
-    assert re.fullmatch(rf"{copy}: 1 MiB, of which 1 MiB data; .*, verified\n", said)
+    assert re.fullmatch(rf"{copy}: 1 MiB, of which 1 MiB data; .*, verified by checksum\n", said)
     assert machine.path(copy).read_bytes() == DATA
 
 

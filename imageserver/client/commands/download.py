@@ -13,6 +13,8 @@ from imageserver.client.moving.wanted import Wanted
 from imageserver.client.showing.progress import watcher
 from imageserver.client.showing.units import pace_text, size_text
 
+_WAYS = {None: "", "checksum": ", verified by checksum", "samples": ", verified with samples"}
+
 
 @click.command("download")
 @click.argument("url")
@@ -26,7 +28,9 @@ from imageserver.client.showing.units import pace_text, size_text
     help="Make FILE a qcow2 overlay of this image instead.",
 )
 @click.option("--base-format", type=FORMAT, help="Format of that image; default: raw.")
-@click.option("--verify", is_flag=True, help="Read FILE back, and compare it with what arrived.")
+@click.option(
+    "--verify", is_flag=True, help="Read FILE back, and compare it with the server's checksum."
+)
 @click.option("--force", is_flag=True, help="Replace FILE.")
 @click.option("--restart", is_flag=True, help="Do not resume an interrupted download.")
 @common_options()
@@ -48,7 +52,7 @@ def download_command(options: Options, url: str, **given: Any) -> None:  # noqa:
         click.echo(json.dumps({"file": wanted.file, **asdict(result)}))
     elif not options.quiet:
         resumed = f", {size_text(result.resumed)} were there already" if result.resumed else ""
-        verified = ", verified" if result.verified else ""
+        verified = _WAYS[result.verified_by]
         kind = "changed data" if wanted.incremental else "data"
         click.echo(
             f"{wanted.file}: {size_text(result.size)}, of which {size_text(result.data)} "

@@ -12,6 +12,8 @@ from imageserver.client.moving.upload import Wanted, upload
 from imageserver.client.showing.progress import watcher
 from imageserver.client.showing.units import pace_text, size_text
 
+_WAYS = {None: "", "checksum": ", verified by checksum", "reading": ", verified by reading back"}
+
 
 @click.command("upload")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
@@ -20,7 +22,16 @@ from imageserver.client.showing.units import pace_text, size_text
 @connections_option
 @click.option("--backing", is_flag=True, help="Upload what a qcow2 FILE is based on, too.")
 @click.option("--pad", is_flag=True, help="FILE may be smaller: the rest becomes zeros.")
-@click.option("--verify", is_flag=True, help="Read the image back and compare.")
+@click.option(
+    "--verify", is_flag=True, help="Compare with the server's checksum, or read the image back."
+)
+@click.option(
+    "--no-digests",
+    "digests",
+    flag_value=False,
+    default=True,
+    help="Do not hash what is sent for the server to verify.",
+)
 @click.option("--force", is_flag=True, help="Also upload a qcow2 FILE that is damaged.")
 @click.option(
     "--no-flush", "flush", flag_value=False, default=True, help="Do not wait for stable storage."
@@ -35,7 +46,7 @@ def upload_command(options: Options, url: str, **given: Any) -> None:  # noqa: A
     if options.json:
         click.echo(json.dumps({"file": wanted.file, **asdict(result)}))
     elif not options.quiet:
-        flushed, verified = ", flushed" * result.flushed, ", verified" * result.verified
+        flushed, verified = ", flushed" * result.flushed, _WAYS[result.verified_by]
         click.echo(
             f"{wanted.file}: {size_text(result.size)}, of which {size_text(result.data)} data;"
             f" {pace_text(result.data, result.seconds)}{flushed}{verified}"

@@ -34,7 +34,7 @@ _EXTENTS_PIECE = 256 * 1024
 #: Bytes of one read from a socket and one write to a file.
 READ_BYTES = 1024 * 1024
 _MAX_JSON = 64 * 1024
-_NO_CONTENT = 204
+_NO_CONTENT, _OUTSIDE = 204, 416
 #: What oVirt's daemon has in ``Server``; it answers writes with an empty body.
 _OVIRT = "imageio/"
 _DIGEST = "Content-Digest"
@@ -152,6 +152,21 @@ class Remote:
         )
         self._transport.allow_blanks(response, _CHECKSUM_SECONDS)
         return parse_checksum(self._body(response), algorithm, block_size)
+
+    def has_spans(self, size: int) -> bool:
+        """Tell whether the server computes checksums of spans: one behind the end is 416 then."""
+        if self._is_ovirt:
+            return False
+        try:
+            response = self._transport.request(
+                "GET", self._at("/checksum", f"start={size}&length=1")
+            )
+        except Refused as exc:
+            if exc.code != _OUTSIDE:
+                raise
+            return True
+        response.close()
+        return False
 
     def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
         """Yield the bytes of a span in order; a piece is overwritten when the next one is read.

@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import ClientError
 from imageserver.client.http.remote import Remote
-from imageserver.client.local.formats import LocalImage
 from imageserver.client.plan import MIB, Range, Spans
 from imageserver.core.checksums import Block, Recipe, Splitter
 from imageserver.core.extents import Extent
@@ -33,14 +32,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def local_part(local: LocalImage, recipe: Recipe) -> Part:
-    """Return what reads blocks of a local image."""
+def local_part(read: Callable[[int, int], bytes], recipe: Recipe) -> Part:
+    """Return what hashes blocks of a local image, of which ``read`` returns bytes."""
 
-    def read(start: int, length: int) -> Generator[memoryview]:
+    def pieces(start: int, length: int) -> Generator[memoryview]:
         for offset in range(start, start + length, MIB):
-            yield memoryview(local.read(offset, min(MIB, start + length - offset)))
+            yield memoryview(read(offset, min(MIB, start + length - offset)))
 
-    return lambda block: recipe.part(block, read)
+    return lambda block: recipe.part(block, pieces)
 
 
 class RemoteParts:
@@ -77,7 +76,7 @@ def parts(
     pending: deque[tuple[Block, Future[bytes] | None]] = deque()
     pool = ThreadPoolExecutor(threads, "hash")
     try:
-        for block in _blocks(recipe, data, span):
+        for block in blocks(recipe, data, span):
             pending.append((block, pool.submit(part, block) if block.data else None))
             if len(pending) >= _AHEAD * threads:
                 yield _taken(pending)
@@ -92,7 +91,8 @@ def _taken(pending: deque[tuple[Block, Future[bytes] | None]]) -> tuple[Block, b
     return block, None if future is None else future.result()
 
 
-def _blocks(recipe: Recipe, data: Spans, span: Range) -> Iterator[Block]:
+def blocks(recipe: Recipe, data: Spans, span: Range) -> Iterator[Block]:
+    """Yield the blocks of a span in order, those of holes in runs."""
     splitter = Splitter(span[0], recipe.block_size)
     yield from splitter.add(_extents(data, *span))
     yield from splitter.finish()

@@ -75,7 +75,7 @@ def checksum_of_file(path: str, wanted: Wanted, watch: Watcher) -> Result:
     local = open_source(path, wanted.format, threads, backing=wanted.backing, force=wanted.force)
     with contextlib.closing(local):
         recipe = wanted.recipe()
-        source = _Source(local.spans(), local.size, local_part(local, recipe), threads)
+        source = _Source(local.spans(), local.size, local_part(local.read, recipe), threads)
         _add_all(recipe, source, watch)
         local.require_unchanged()
     return _result(recipe, "here", began)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a server to a file: only data is moved, by several connections; it can always be resumed.
 
-    OPTIONS, size, extents --> target opened --> pieces moved --> extents again, samples --> FILE
+    OPTIONS, size, extents --> target opened --> pieces moved --> extents again, proof --> FILE
 
 ``target`` has the file; here is the order of requests, and where the bytes of answers go.
 """
@@ -20,17 +20,12 @@ from imageserver.client.local.formats import LocalImage
 from imageserver.client.local.raw import nonzero
 from imageserver.client.moving.layout import Layout, ask_layout
 from imageserver.client.moving.movers import Advance, Movers
+from imageserver.client.moving.received import BySamples, Verifier, verifier
 from imageserver.client.moving.target import Target
-from imageserver.client.moving.verify import (
-    Digests,
-    check_zeros,
-    compare,
-    compare_samples,
-    same_length,
-)
+from imageserver.client.moving.verify import compare_samples, same_length
 from imageserver.client.moving.wanted import Wanted, check_file
-from imageserver.client.plan import GIB, MAX_GAP, Piece, Range, Spans, joined, piece_bytes, pieces
-from imageserver.client.showing.progress import Watcher, adding
+from imageserver.client.plan import MAX_GAP, Piece, Range, Spans, joined, piece_bytes, pieces
+from imageserver.client.showing.progress import Watcher
 
 #: How often written data is synced and its state saved, in seconds: what a SIGKILL may cost.
 _CHECKPOINT_SECONDS = 2.0
@@ -48,6 +43,8 @@ class Result:
     resumed: int
     seconds: float
     verified: bool
+    verified_by: str | None
+    """``checksum`` (the server's) or ``samples``."""
 
 
 def download(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
@@ -64,7 +61,7 @@ class _Download:
         self._remote, self._wanted, self._watch = remote, wanted, watch
         self._budget = RetryBudget(wanted.patience_seconds)
         self._broke = False
-        self._digests = Digests() if wanted.verify else None
+        self._verifier: Verifier | None = None
         self._began = time.monotonic()
 
     def run(self) -> Result:
@@ -76,6 +73,8 @@ class _Download:
         layout = self._ask_layout(abilities)
         if self._wanted.incremental:
             self._note_full(layout)
+        if self._wanted.verify:
+            self._verifier = self._new_verifier(abilities, layout)
         target = Target(self._wanted, layout, self._remote.url)
         with target.claimed():
             done, local = target.open(self._connections, self._compare_samples, self._watch.note)
@@ -90,9 +89,13 @@ class _Download:
             target.finish()
         seconds = time.monotonic() - self._began
         total = layout.data.total
-        return Result(
-            layout.size, total, left.total, total - left.total, seconds, self._wanted.verify
-        )
+        verified = self._verifier.way if self._verifier else None
+        moved, resumed = left.total, total - left.total
+        return Result(layout.size, total, moved, resumed, seconds, bool(verified), verified)
+
+    def _new_verifier(self, abilities: Abilities, layout: Layout) -> Verifier:
+        is_incremental = self._wanted.incremental
+        return verifier(self._remote, abilities, layout, self._budget, incremental=is_incremental)
 
     def _note_full(self, layout: Layout) -> None:
         if not layout.size or layout.changed.total < layout.size:
@@ -162,8 +165,8 @@ class _Download:
             except Transient:
                 self._broke = True
                 raise
-            if self._digests:
-                self._digests.finish(piece)
+            if self._verifier:
+                self._verifier.finish(piece)
 
         return move
 
@@ -175,16 +178,16 @@ class _Download:
         if not layout.is_mapped:
             for first, last in nonzero(data):
                 local.write(position + first, memoryview(data)[first:last])
-            if self._digests:
-                self._digests.feed(piece, data)
+            if self._verifier:
+                self._verifier.feed(piece, position, data)
             return len(data)
         count = 0
         for start, stop in piece.wanted(position, position + len(data)):
             whole = stop - start == len(data)
             part = data if whole else data[start - position : stop - position]
             local.write(start, part)
-            if self._digests:
-                self._digests.feed(piece, part)
+            if self._verifier:
+                self._verifier.feed(piece, start, part)
             count += len(part)
         return count
 
@@ -200,24 +203,11 @@ class _Download:
         now = self._ask_layout(abilities)
         with _distrusted(target):
             same_length(layout.size, now.size)
-            if self._digests or self._broke or not target.fits(now):
+            is_sampled = self._verifier and self._verifier.way == BySamples.way
+            if is_sampled or self._broke or not target.fits(now):
                 self._compare_samples(local, now.data)
-            if self._digests:
-                self._check(local, layout.data, left)
-                changed_only = self._wanted.incremental
-                check_zeros(local, layout.data, layout.zeros if changed_only else None)
-
-    def _check(self, local: LocalImage, data: Spans, left: Spans) -> None:
-        """Read FILE back: compare new bytes with their hashes, earlier ones with the server's."""
-        assert self._digests  # noqa: S101 - for the types
-        local.sync()
-        local.forget_cached()
-        self._watch.begin("verify", data.total)
-        told = adding(self._watch)
-        self._digests.check(local, self._pieces(left), told)
-        # Bytes between changes are not compared: the server's may have changed since.
-        earlier = pieces(data.without(left), GIB, 0 if self._wanted.incremental else MAX_GAP)
-        compare(self._remote, local.read, earlier, self._budget, told)
+            if self._verifier:
+                self._verifier.check(local, left, self._pieces, self._watch)
 
 
 @contextlib.contextmanager

@@ -33,12 +33,16 @@ from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
 from imageserver.client.local.formats import LocalImage
 from imageserver.client.local.qcow2_header import SECTOR
+from imageserver.client.moving.blocks import local_part
+from imageserver.client.moving.moved import MovedBlocks
 from imageserver.client.moving.movers import Advance, Move, Movers
+from imageserver.client.moving.proof import Proof, recipe
 from imageserver.client.moving.sending import Sender, padded
 from imageserver.client.moving.source import open_source
 from imageserver.client.moving.verify import compare, same_length
 from imageserver.client.plan import GIB, KIB, MIB, Piece, Spans, data_spans, piece_bytes, pieces
 from imageserver.client.showing.progress import Watcher, adding
+from imageserver.core.checksums import Block
 
 #: Where ranges begin and end, in bytes: a qcow2 cluster, and a multiple of any block size.
 _BLOCK = 64 * KIB
@@ -62,6 +66,7 @@ class Wanted:
     pad: bool = False
     verify: bool = False
     force: bool = False
+    digests: bool = True
     patience_seconds: float = 60.0
 
 
@@ -75,6 +80,8 @@ class Result:
     seconds: float
     flushed: bool
     verified: bool
+    verified_by: str | None
+    """``checksum`` (the server's) or ``reading`` (back)."""
 
 
 def upload(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
@@ -121,8 +128,9 @@ class _Upload:
         )
 
     def _send(self, abilities: Abilities) -> Result:
-        has_digests = self._wanted.verify and abilities.has("digest")
+        has_digests = self._wanted.digests and abilities.has("digest")
         self._sender = Sender(self._local, has_digests=has_digests)
+        self._has_sums = self._wanted.verify and abilities.has("checksum")
         if not abilities.writes_ranges:
             size, flushed = self._put_whole()
             data, zeroed = size, 0
@@ -133,11 +141,12 @@ class _Upload:
                 data, zeroed = self._put_ranges(size, abilities)
                 if flushed:
                     retried(self._remote.flush, self._budget)
+        verified_by = None
         if self._wanted.verify:
-            self._verify(size, abilities)
+            verified_by = self._verify(size, abilities)
             self._local.require_unchanged()
         seconds = time.monotonic() - self._began
-        return Result(size, data, zeroed, seconds, flushed, self._wanted.verify)
+        return Result(size, data, zeroed, seconds, flushed, self._wanted.verify, verified_by)
 
     @contextlib.contextmanager
     def _state_told(self) -> Iterator[None]:
@@ -182,6 +191,7 @@ class _Upload:
         self._watch.begin("zero", zeros.total)
         self._run(self._zero, pieces(zeros, _LARGEST_ZERO, 0), many)
         self._watch.begin("upload", data.total)
+        self._hash_moved(data, size)
         largest = min(piece_bytes(data.total, many), _LARGEST)
         self._run(self._sender.move(self._remote.write), pieces(data, largest, 0), many)
         return data.total, zeros.total
@@ -212,12 +222,17 @@ class _Upload:
             if before and self._is_rounded(before):
                 size = before
         self._watch.begin("upload", size)
+        self._hash_moved(Spans([(0, size)]), size)
 
         def put(_start: int, _stop: int, body: Iterator[bytes], sha256: bytes | None) -> None:
             nonlocal flushed
             flushed = self._remote.put(size, body, flush=self._wanted.flush, sha256=sha256)
 
-        self._run(self._sender.move(put), iter([Piece(0, 0, size)]), 1)
+        self._run(
+            self._sender.move_at_once(put, is_hashed=self._wanted.verify),
+            iter([Piece(0, 0, size)]),
+            1,
+        )
         self._require_size(size)
         return size, flushed
 
@@ -244,7 +259,33 @@ class _Upload:
             )
         same_length(sent, size)
 
-    def _verify(self, size: int, abilities: Abilities) -> None:
+    def _hash_moved(self, data: Spans, size: int) -> None:
+        if self._has_sums:
+            self._sent, self._moved = data, MovedBlocks(recipe(), data, size)
+            self._sender.note = self._moved.note
+
+    def _verify(self, size: int, abilities: Abilities) -> str:
+        """Compare the image with what was sent; return how (``Result.verified_by``)."""
+        if self._has_sums:
+            self._compare_checksums(size)
+            return "checksum"
+        self._read_back(size, abilities)
+        return "reading"
+
+    def _compare_checksums(self, size: int) -> None:
+        """Compare the server's checksum with the digests of blocks, taken as they were sent."""
+        has_spans = retried(lambda: self._remote.has_spans(size), self._budget)
+        read = functools.partial(padded, self._local)
+        again = local_part(read, recipe())
+
+        def part(block: Block) -> bytes:
+            return self._moved.digest(block.start) or again(block)
+
+        self._watch.begin("verify", self._sent.total)
+        proof = Proof(self._remote, self._sent, size, self._budget, has_spans=has_spans)
+        proof.compare(Spans([(0, size)]), part, read, adding(self._watch))
+
+    def _read_back(self, size: int, abilities: Abilities) -> None:
         """Read back what was written, and what should be zeros where the server may have data."""
         where = Spans([(0, size)])
         if abilities.has("extents"):

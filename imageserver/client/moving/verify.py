@@ -77,7 +77,7 @@ def compare(
             for data in remote.read(piece.position, piece.stop):
                 position, stop = piece.position, piece.position + len(data)
                 if data != read(position, len(data)):
-                    raise Different(f"both sides differ between {position} and {stop}")
+                    raise Different(f"bytes {position}-{stop - 1} differ")
                 told(sum(last - first for first, last in piece.wanted(position, stop)))
                 piece.position = stop
                 budget.moved(stop - position)

@@ -8,7 +8,7 @@ import pytest
 
 from imageserver.client.failures import Broken, Busy, Different, LocalFailure, Mismatch
 from imageserver.client.moving.sending import Sender
-from imageserver.client.plan import KIB, Piece
+from imageserver.client.plan import KIB, MIB, Piece
 
 DATA = bytes(range(256)) * (4 * KIB)  # 1 MiB
 
@@ -16,13 +16,14 @@ DATA = bytes(range(256)) * (4 * KIB)  # 1 MiB
 class _Local:
     """A ``LocalImage`` in memory."""
 
+    data = DATA
     size = len(DATA) - 1000
     reads = 0
     changes_after = 1 << 30
 
     def read(self, start: int, length: int) -> bytes:
         self.reads += 1
-        return DATA[: self.size][start : start + length]
+        return self.data[: self.size][start : start + length]
 
     def require_unchanged(self) -> None:
         if self.reads > self.changes_after:
@@ -81,7 +82,7 @@ def test_what_arrives_damaged_is_sent_once_more_and_counted_once() -> None:
 def test_what_arrives_damaged_twice_is_an_error_that_names_the_range() -> None:
     server = _Server(DAMAGED, DAMAGED, None)
 
-    told = "bytes 1000 to 1048576 arrived damaged, twice: it says 400"
+    told = "bytes 1000-1048575 arrived damaged, twice: it says 400"
     with pytest.raises(Different, match=told):
         _moved(server, has_digests=True)
     assert len(server.came) == 2
@@ -100,6 +101,46 @@ def test_what_can_be_retried_later_is_left_to_others(error: Exception, touched: 
 def test_a_file_that_changes_after_its_digest_was_made_is_not_sent() -> None:
     local = _Local()
     local.changes_after = 4
+    sender = Sender(local, has_digests=True)  # type: ignore[arg-type]
 
     with pytest.raises(LocalFailure):
-        _moved(_Server(None), has_digests=True, local=local)
+        sender.move_at_once(_Server(None).send, is_hashed=True)(
+            Piece(0, 0, MIB), lambda _count: None
+        )
+
+
+def _large() -> tuple[_Local, Sender, list[tuple[int, int, bytes | None]]]:
+    """A file of several blocks, what sends it, and what is noted: start, length, digest."""
+    local = _Local()
+    local.data = DATA * 10
+    local.size = len(local.data) - 1000
+    sender = Sender(local, has_digests=True)  # type: ignore[arg-type]
+    noted: list[tuple[int, int, bytes | None]] = []
+    sender.note = lambda start, data, sha256: noted.append((start, sum(map(len, data)), sha256))
+    return local, sender, noted
+
+
+BLOCKS = [(MIB, 4 * MIB), (4 * MIB, 8 * MIB), (8 * MIB, 9 * MIB)]
+
+
+def test_each_block_of_a_piece_is_sent_with_its_digest_and_noted_when_it_is_there() -> None:
+    local, sender, noted = _large()
+    server = _Server(None, DAMAGED, None, None)
+    sender.move(server.send)(Piece(MIB, MIB, 9 * MIB), lambda _count: None)
+
+    wanted = [(*span, local.data[slice(*span)]) for span in BLOCKS]
+    hashed = [(*each, hashlib.sha256(each[2]).digest()) for each in wanted]
+    assert server.came == [hashed[0], hashed[1], hashed[1], hashed[2]]
+    assert noted == [(start, stop - start, sha256) for start, stop, _, sha256 in hashed]
+
+
+def test_what_fails_in_a_block_begins_with_that_block_again() -> None:
+    _, sender, noted = _large()
+    piece = Piece(MIB, MIB, 9 * MIB)
+    with pytest.raises(Broken):
+        sender.move(_Server(None, Broken("cut")).send)(piece, lambda _count: None)
+    assert (piece.position, [start for start, _, _ in noted]) == (4 * MIB, [MIB])
+
+    server = _Server(None, None)
+    sender.move(server.send)(piece, lambda _count: None)
+    assert [came[:2] for came in server.came] == BLOCKS[1:]

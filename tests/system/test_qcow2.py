@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.clients import reading
+from tests.system.disks import offered
 from tests.system.harness import Server, nbdkit, program, qemu_img, qemu_nbd, repeatable, wait_until
 from tests.system.moving import filled, imagectl, offer
 
@@ -77,12 +78,13 @@ def test_a_full_backup_and_five_incrementals_by_curl_restore_each_state(
             assert backup.stat().st_size < MIB, "only what had changed was sent"
 
 
-@pytest.fixture(scope="module")
-def disk(server: Server, workplace: Path) -> Iterator[str]:
+@pytest.fixture(scope="module", params=["nbd", "raw"])
+def disk(request: pytest.FixtureRequest, server: Server, workplace: Path) -> Iterator[str]:
     """The path of a disk with data at three places."""
     spans = (0, 4 * MIB), (9 * MIB + 5, 9 * MIB + 70_000), (SIZE - 3 * MIB, SIZE - 2 * MIB)
-    with qemu_nbd(filled(workplace / "disk.raw", SIZE, *spans)) as sock:
-        yield server.add("disk", socket=str(sock))
+    image = filled(workplace / "disk.raw", SIZE, *spans)
+    with offered(server, request.param, "disk", image) as path:
+        yield path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Raw files as disks, without an NBD server (docs/api.md): what no test of NBD images shows."""
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -32,6 +33,15 @@ def image(workplace: Path) -> Path:
 @pytest.fixture
 def url(server: Server, image: Path) -> str:
     return server.add("raw", backend="file", file=str(image), format="raw")
+
+
+def largest(path: Path) -> int:
+    """Make a sparse file of 16 TiB, or of what the file system has; return its size."""
+    with path.open("wb") as file:
+        for size in (1 << 40, 8 << 40, (16 << 40) - 4096):  # the most that ext4 has
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+    return path.stat().st_size
 
 
 def drain(sock: socket.socket) -> None:
@@ -88,6 +98,26 @@ def test_holes_are_zero_extents_and_what_is_zeroed_becomes_one(
 def test_a_checksum_is_that_of_the_file(server: Server, image: Path, url: str):
     answer = server.request("GET", f"{url}/checksum?algorithm=whole-sha256")
     assert answer.json["checksum"] == hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+def test_what_can_be_told_of_16_tib_is_told_in_seconds(server: Server, home: Path):
+    image = home / "huge"
+    size = largest(image)
+    with image.open("r+b") as file:
+        os.pwrite(file.fileno(), DATA, size // 2)
+    url = server.add("huge", backend="file", file=str(image), format="raw")
+    in_seconds = 10
+    answer = server.request("GET", f"{url}/extents", timeout=in_seconds)
+    assert [extent["zero"] for extent in answer.json] == [True, False, True]
+    answer = server.request("GET", f"{url}/checksum?block_size={16 * M}", timeout=in_seconds)
+    assert answer.json["block_size"] == 16 * M
+    answer = server.request("GET", f"{url}?format=qcow2", timeout=in_seconds)
+    assert M < len(answer.body) < 4 * M
+    zero, json = b'{"op":"zero","size":%d}' % size, {"Content-Type": "application/json"}
+    assert_ok(server.request("PATCH", url, zero, json, timeout=in_seconds))
+    whole = [{"start": 0, "length": size, "zero": True}]
+    assert server.request("GET", f"{url}/extents", timeout=in_seconds).json == whole
+    assert image.stat().st_size == size
 
 
 def test_another_format_makes_the_id_unknown_and_the_log_says_why(server: Server, image: Path):

@@ -63,7 +63,7 @@ def controlled(home: Path, **settings: object) -> Iterator[Server]:
 
 def file_of(server: Server, name: str) -> dict[str, str]:
     """Return the transfer of one of these files."""
-    return {"backend": "file", "file": str(server.directory / name)}
+    return {"backend": "file", "file": str(server.directory / name), "format": "opaque"}
 
 
 @contextlib.contextmanager

@@ -78,6 +78,7 @@ def test_requests_under_way_are_waited_for_or_cut(server, big, name):
         (("add", "--config-dir", "."), "name the image"),
         (("add", "--config-dir", ".", "--nbd", "s", "--file", "f"), "name the image"),
         (("add", "--config-dir", ".", "--file", "f", "--bitmap", "b"), "belong to --nbd"),
+        (("add", "--config-dir", ".", "--nbd", "s", "--raw"), "belongs to --file"),
         (("add", "--config-dir", ".", "--file", "f", "--id", "a/b"), "cannot be an id"),
         (("add", "--config-dir", ".", "--nbd", "s" * 200), "at most 107 bytes"),
         (("add", "--file", "f"), "say where the server looks"),

@@ -86,6 +86,7 @@ def _absolute(_context: click.Context, _option: click.Parameter, path: str | Non
 @click.option("--export", default="", metavar="NAME", help="Its export; default: the empty name.")
 @click.option("--bitmap", metavar="NAME", help="The export's dirty bitmap.")
 @click.option("--file", metavar="PATH", callback=_absolute, help="Instead: a file or block device.")
+@click.option("--raw", is_flag=True, help="The file is a disk, as an NBD image is.")
 @click.option("--read-only", is_flag=True, help="Forbid every change.")
 @click.option("--idle-timeout", type=int, metavar="SECONDS", help="Expire if unused for so long.")
 @click.option(
@@ -103,6 +104,7 @@ def add_command(  # noqa: PLR0913 - one parameter per option
     export: str,
     bitmap: str | None,
     file: str | None,
+    raw: bool,
     read_only: bool,
     idle_timeout: int | None,
     token_file: str | None,
@@ -120,7 +122,9 @@ def add_command(  # noqa: PLR0913 - one parameter per option
         raise click.UsageError("name the image: either --nbd SOCKET or --file PATH.")
     if file and (export or bitmap):
         raise click.UsageError("--export and --bitmap belong to --nbd.")
-    fields: dict[str, object] = {"backend": "file", "file": file}
+    if nbd and raw:
+        raise click.UsageError("--raw belongs to --file.")
+    fields: dict[str, object] = {"backend": "file", "file": file, "format": "raw" if raw else None}
     if nbd:
         fields = {"backend": "nbd", "socket": nbd, "export": export, "export_bitmap": bitmap}
     fields |= {"read_only": read_only, "idle_timeout_seconds": idle_timeout}

@@ -8,6 +8,7 @@
     ├── UnknownImage             no transfer has this id
     ├── Unauthorized             the request does not show the transfer's token
     ├── MethodNotAllowed         the image lacks the method; carries those it has
+    ├── PreconditionFailed       the image is in a state that the request excludes
     ├── RangeOutsideImage        the range holds no byte of the image; carries its size
     ├── ImageBusy                another operation holds the image's lock
     ├── NoSlot                   every slot of this kind is taken
@@ -72,6 +73,10 @@ class MethodNotAllowed(ImageServerError):
         self.allowed = allowed
 
 
+class PreconditionFailed(ImageServerError):
+    """The request depends on another state of the image (RFC 9110 section 15.5.13)."""
+
+
 class RangeOutsideImage(ImageServerError):
     """No byte of the range lies in an image of ``size`` bytes (RFC 9110 section 15.5.17)."""
 
@@ -124,7 +129,7 @@ class BackendTimeout(BackendError):
 
 
 class ImageChanged(BackendError):
-    """Somebody else has written to the image while it was read, though its lock was held."""
+    """Somebody else has written to the image while it was read."""
 
 
 class FileAccessError(ImageServerError):

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from imageserver.core.validators import UNKNOWN_STATE, Validators
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
@@ -20,6 +22,7 @@ class ImageInfo:
     can_flush: bool
     multi_conn: bool = False  # several connections may write at once
     flushes_image: bool = False  # a flush covers what other connections have written
+    state: Validators | None = UNKNOWN_STATE  # None: there is no image yet
 
 
 class Image(Protocol):

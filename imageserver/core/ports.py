@@ -57,10 +57,7 @@ class Backend(Protocol):
 
     @property
     def dirty_bitmap(self) -> str | None:
-        """The bitmap that dirty extents are of; None: without one all is dirty.
-
-        Asked before ``close``.
-        """
+        """The bitmap that dirty extents are of; None: all is dirty. Asked before ``close``."""
         ...
 
     @property
@@ -71,6 +68,10 @@ class Backend(Protocol):
     @property
     def settled(self) -> bool:
         """False while a write may still be under way; asked after ``close``, too."""
+        ...
+
+    def is_unchanged(self) -> bool:
+        """Tell whether what has been read is of ``info.state``; asked only if that has an ETag."""
         ...
 
     def read(self, start: int, length: int) -> Generator[memoryview]:

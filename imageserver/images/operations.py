@@ -9,9 +9,10 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import TypeVar
 
-from imageserver.core.errors import BadRequest, MethodNotAllowed
+from imageserver.core.errors import BadRequest, ImageChanged, MethodNotAllowed
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
+from imageserver.core.ports import Backend
 from imageserver.core.ranges import Span, whole
 from imageserver.core.sources import Body
 from imageserver.images.sessions import Session
@@ -28,9 +29,24 @@ def check_writable(info: ImageInfo) -> None:
         raise MethodNotAllowed(READ_ONLY_METHODS)
 
 
-def read(session: Session, span: Span) -> Generator[memoryview]:
-    """Yield the bytes of ``span``; each piece is valid until the next is asked for."""
-    return sent(session, span, session.backend.read(span.start, span.length))
+def read(session: Session, span: Span, *, one_state: bool = False) -> Generator[memoryview]:
+    """Yield the bytes of ``span``; each piece is valid until the next is asked for.
+
+    ``one_state``: all are of the image's state as it was opened, which has an ETag.
+
+    Raises:
+        ImageChanged: they are not.
+    """
+    made = session.backend.read(span.start, span.length)
+    return sent(session, span, _of_one_state(session.backend, made) if one_state else made)
+
+
+def _of_one_state(backend: Backend, made: Generator[memoryview]) -> Generator[memoryview]:
+    with closing(made) as pieces:
+        for piece in pieces:
+            if not backend.is_unchanged():
+                raise ImageChanged("the file was changed while it was read")
+            yield piece
 
 
 def sent(session: Session, span: Span, made: Generator[_Piece]) -> Generator[_Piece]:

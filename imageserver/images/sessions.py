@@ -68,7 +68,10 @@ class Need:
 READ = Need("read", Intent.READ, locked=False, kind=Kind.READ)
 WRITE = Need("write", Intent.WRITE, locked=True, kind=Kind.WRITE, shares=True)
 REPLACE = Need("replace", Intent.REPLACE, locked=True, kind=Kind.WRITE)
+#: Of a request that depends on the image's state: no other writer may change that meanwhile.
+WRITE_ALONE = Need("write", Intent.WRITE, locked=True, kind=Kind.WRITE)
 ZERO = Need("zero", Intent.WRITE, locked=True, kind=Kind.WRITE, shares=True)
+ZERO_ALONE = Need("zero", Intent.WRITE, locked=True, kind=Kind.WRITE)
 FLUSH = Need("flush", Intent.FLUSH, locked=True, kind=Kind.OTHER, shares=True)
 EXTENTS = Need("extents", Intent.EXTENTS, locked=True, kind=Kind.OTHER)
 CHECKSUM = Need("checksum", Intent.EXTENTS, locked=True, kind=Kind.READ)

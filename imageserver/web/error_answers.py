@@ -53,6 +53,7 @@ TABLE: dict[type[errors.ImageServerError], Callable[[Any], Answer]] = {
     errors.MethodNotAllowed: lambda e: Answer(
         405, "method not allowed", {"Allow": ", ".join(e.allowed)}
     ),
+    errors.PreconditionFailed: lambda _: Answer(412, "precondition failed"),
     errors.RangeOutsideImage: lambda e: Answer(
         416, "range not satisfiable", {"Content-Range": f"bytes */{e.size}"}
     ),

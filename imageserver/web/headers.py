@@ -12,9 +12,9 @@ from imageserver.core.ranges import ByteRange, parse_length, parse_position, par
 
 
 def read_range(req: falcon.Request) -> ByteRange | None:
-    """Return the range a GET asks for; None for the whole image.
+    """Return the range that a GET asks for, whatever state the image is in; None: the whole.
 
-    ``If-Range`` never matches, for images have no validators (RFC 9110 section 13.1.5).
+    With ``If-Range`` the image must be open to tell: see ``image_resource``.
     """
     header = req.get_header("Range")
     if header is None or req.get_header("If-Range") is not None:

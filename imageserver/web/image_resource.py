@@ -31,6 +31,7 @@ from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector
 from imageserver.images.sessions import Session, Sessions
 from imageserver.web.answers import OK, set_encoded, set_json, to_json
 from imageserver.web.body import ASKING, StreamedBody, read_all, source_of
+from imageserver.web.conditions import answer_not_modified, read_conditions, say_state
 from imageserver.web.headers import (
     body_length,
     check_method,
@@ -98,9 +99,14 @@ class ImageResource:
         if req.query_string and (wanted := read_qcow2(req)):
             self._qcow2.head(req, resp, transfer, wanted, _asking(req))
             return
+        conditions = read_conditions(req)
         info = self._inspector.inspect(transfer.image, MEMORY_SECONDS, _asking(req))
+        if not conditions.allow(info.state):
+            answer_not_modified(resp, info.state)
+            return
         resp.content_type = "application/octet-stream"
         resp.content_length = info.size
+        say_state(resp, info.state)
 
     def on_get(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
         """Send the image, or one range of it."""
@@ -108,11 +114,21 @@ class ImageResource:
         if req.query_string and (qcow2 := read_qcow2(req)):
             self._qcow2.get(req, resp, transfer, qcow2)
             return
+        conditions = read_conditions(req)
         wanted = read_range(req)
         session = self._open(req, transfer, sessions.READ)
         try:
+            state = session.info.state
+            if not conditions.allow(state):
+                session.close()
+                answer_not_modified(resp, state)
+                return
+            if conditions.allow_range(state):
+                wanted = parse_range(req.get_header("Range", required=True))
             span = wanted.resolve(session.size) if wanted else whole(session.size)
-            body = StreamedBody(req, session, operations.read(session, span))
+            is_kept = conditions.names_state or not transfer.image.kind.writes_ranges
+            one_state = is_kept and state is not None and state.etag is not None
+            body = StreamedBody(req, session, operations.read(session, span, one_state=one_state))
         except BaseException:
             session.close()
             raise
@@ -121,6 +137,7 @@ class ImageResource:
             resp.set_header("Content-Range", span.content_range)
         resp.content_type = "application/octet-stream"
         resp.content_length = span.length
+        say_state(resp, state)
         resp.stream = body
 
     def on_put(self, req: falcon.Request, resp: falcon.Response, transfer: Transfer) -> None:
@@ -138,12 +155,14 @@ class ImageResource:
     ) -> dict[str, object]:
         length = full_body_length(req)
         expected = read_digests(req, is_whole=True)
+        conditions = read_conditions(req)
         with self._open(req, transfer, sessions.REPLACE) as session:
             check_writable(session.info)
             if transfer.image.kind.has_fixed_size:
                 _check_size(length, session.size)
             else:
                 _check_bound(length)
+            conditions.check(session.info.state)
             with closing(source_of(req, length, expected)) as source:
                 done = operations.replace(session, length, source, flush=self._flushes(flush))
         return _written(length, flush, done)
@@ -157,9 +176,12 @@ class ImageResource:
             req.get_header("Content-Range", required=True), body_length(req)
         )
         expected = read_digests(req, is_whole=False)
-        with self._open(req, transfer, sessions.WRITE) as session:
+        conditions = read_conditions(req)
+        need = sessions.WRITE_ALONE if conditions.names_state else sessions.WRITE
+        with self._open(req, transfer, need) as session:
             check_writable(session.info)
             span = wanted.resolve(session.size)
+            conditions.check(session.info.state)
             with closing(source_of(req, span.length, expected)) as source:
                 done = operations.write(session, span, source, flush=self._flushes(flush))
         return _written(span.length, flush, done)
@@ -184,11 +206,14 @@ class ImageResource:
     def _patch_json(self, req: falcon.Request, transfer: Transfer) -> None:
         # The body is read before lock and slot are taken: only the body says which slot, and a
         # client that sends it slowly holds nothing.
+        conditions = read_conditions(req)
         patch = patches.parse_patch(read_all(req, json_length(req)))
         if isinstance(patch, patches.Zero):
-            with self._open(req, transfer, sessions.ZERO) as session:
+            need = sessions.ZERO_ALONE if conditions.names_state else sessions.ZERO
+            with self._open(req, transfer, need) as session:
                 check_writable(session.info)
                 span = patch.resolve(session.size)
+                conditions.check(session.info.state)
                 operations.zero(session, span, flush=patch.flush)
         else:
             with self._open(req, transfer, sessions.FLUSH) as session:
@@ -200,13 +225,16 @@ class ImageResource:
         if length == 0:
             raise BadRequest("Content-Length must be positive")
         expected = read_digests(req, is_whole=False)
-        with self._open(req, transfer, sessions.WRITE) as session:
+        conditions = read_conditions(req)
+        need = sessions.WRITE_ALONE if conditions.names_state else sessions.WRITE
+        with self._open(req, transfer, need) as session:
             check_writable(session.info)
             span = wanted.resolve(session.size)
             if span.length != length:
                 raise BadRequest(
                     f"Content-Length ({length}) must equal range length ({span.length})"
                 )
+            conditions.check(session.info.state)
             with closing(source_of(req, length, expected)) as source:
                 operations.write(session, span, source)
         return length

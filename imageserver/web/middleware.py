@@ -38,8 +38,10 @@ class ImageMiddleware:
         self._tracker = tracker
         self._cors = cors
 
-    def process_request(self, req: falcon.Request, _resp: falcon.Response) -> None:
+    def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Refuse encoded separators: decoded, they would look like routes."""
+        # For what has validators, responders change this (``conditions``).
+        resp.set_header("Cache-Control", "no-store")
         path: str = req.env.get("RAW_URI", "")
         if "%" in path:
             path = path.partition("?")[0].lower()
@@ -86,8 +88,6 @@ class ImageMiddleware:
     ) -> None:
         """Add the common headers; close a stream that Falcon would drop unclosed."""
         resp.set_header("Accept-Ranges", "bytes")
-        # Nothing here has a validator by which a cache could tell that it is stale.
-        resp.set_header("Cache-Control", "no-store")
         if resp.get_header("Access-Control-Allow-Methods") is None:
             resp.set_header("Access-Control-Allow-Methods", DEFAULT_METHODS)
         if self._cors:

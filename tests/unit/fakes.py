@@ -46,6 +46,7 @@ class World:
     batches: list[list[Extent]] = field(default_factory=list)
     dirty_bitmap: str | None = None
     tells_holes: bool = False
+    is_unchanged: Callable[[], bool] = lambda: True
     on_piece: Callable[[int], None] = lambda _: None
     on_lock: Callable[[], None] = lambda: None
     on_open: Callable[[], None] = lambda: None
@@ -195,6 +196,10 @@ class FakeBackend:
     @property
     def settled(self) -> bool:
         return self._world.settled
+
+    def is_unchanged(self) -> bool:
+        assert not self.closed
+        return self._world.is_unchanged()
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         stop = start + length

@@ -42,11 +42,18 @@ class Known:
         raise UnknownImage(transfer_id)
 
 
-def app_over(world: World, *journals: Journal, limits: Limits = LIMITS, **how: Any) -> App:
+def app_over(
+    world: World,
+    *journals: Journal,
+    limits: Limits = LIMITS,
+    shares_lock: bool = False,
+    **how: Any,
+) -> App:
     """Return the application over a fake world."""
     inspector = Inspector(FakeBackends(world), lambda _: None)
     tracker = Tracker(Catalogue(Known(), None, world.activities), lambda: None)
-    return create_app(tracker, world.sessions(), inspector, limits, journals, **how)
+    opened = world.sessions(shares_lock=shares_lock)
+    return create_app(tracker, opened, inspector, limits, journals, **how)
 
 
 class Call:

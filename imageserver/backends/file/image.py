@@ -26,6 +26,7 @@ from imageserver.backends.file.replacement import (
     old_kept,
     sweep,
 )
+from imageserver.backends.file.state import is_unchanged, size_and_validators
 from imageserver.core.errors import BadRequest, FileAccessError
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
@@ -90,11 +91,10 @@ class ImageFile:
         self._fd = -1
         self._is_replaced = False
         self._mode = stat.S_IFREG
-        size = 0
+        self._found = None
         try:
-            if self._find(intent):
-                # lseek, for st_size of a block device is 0.
-                size = os.lseek(self._fd, 0, os.SEEK_END)
+            self._found = self._find(intent)
+            size, state = size_and_validators(self._fd, self._found)
         except BaseException:
             self.close()
             raise
@@ -103,30 +103,37 @@ class ImageFile:
         self.size = size
         self.align = 1
         self.info = ImageInfo(
-            size, read_only=False, can_zero=False, can_flush=True, flushes_image=True
+            *(size, False, False, True),  # not read-only, nor zeroed; it can be flushed
+            flushes_image=True,
+            state=state,
         )
 
-    def _find(self, intent: Intent) -> bool:
-        """Open the file; tell whether there is one."""
+    def _find(self, intent: Intent) -> os.stat_result | None:
+        """Open the file; return its attributes, None where there is none."""
         try:
             # Before it is opened, which is an event for some devices.
             self._check(self._place.stat())
         except FileNotFoundError:
             if intent is not Intent.REPLACE:
                 raise
-            return False
+            return None
         in_place = intent is Intent.REPLACE and stat.S_ISBLK(self._mode)
         self._fd = self._place.open(os.O_RDWR if in_place else os.O_RDONLY)
-        self._check(os.fstat(self._fd))  # it may be another one by now
+        found = os.fstat(self._fd)
+        self._check(found)  # it may be another one by now
         if in_place is not (intent is Intent.REPLACE and stat.S_ISBLK(self._mode)):
             raise FileAccessError(f"{path_text(self._place.path)} has become something else")
-        return True
+        return found
 
     def _check(self, found: os.stat_result) -> None:
         self._mode = found.st_mode
         if not (stat.S_ISREG(self._mode) or stat.S_ISBLK(self._mode)):
             path = path_text(self._place.path)
             raise FileAccessError(f"{path} is neither a regular file nor a block device")
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the file has not been written to since it was opened."""
+        return self._found is not None and is_unchanged(self._fd, self._found)
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""

@@ -18,6 +18,7 @@ from imageserver.backends.file.copying import copy
 from imageserver.backends.file.failures import failure
 from imageserver.backends.file.kind import FileImage
 from imageserver.backends.file.places import Reached, may_write, reach, reopen
+from imageserver.backends.file.state import is_unchanged, size_and_validators
 from imageserver.core.errors import FileAccessError
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
@@ -99,15 +100,16 @@ class RawFile:
         if self._fd < 0:
             self._fd = reopen(file.fd, os.O_RDONLY)
         try:
-            # st_size of a block device is 0.
-            self.size = (
-                os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else file.found.st_size
-            )
+            self._found = file.found
+            self.size, state = size_and_validators(self._fd, file.found)
         except BaseException:
             self.close()
             raise
         self.info = ImageInfo(
-            self.size, read_only, can_zero=True, can_flush=True, multi_conn=True, flushes_image=True
+            *(self.size, read_only, True, True),  # it can be zeroed and flushed
+            multi_conn=True,
+            flushes_image=True,
+            state=state,
         )
 
     def _open_to_write(self, file: Reached) -> bool:
@@ -129,6 +131,10 @@ class RawFile:
     def _shorter(self) -> FileAccessError:
         path = path_text(self._path)
         return FileAccessError(f"{path} has become shorter than {self.size} bytes")
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the file has not been written to since it was opened."""
+        return is_unchanged(self._fd, self._found)
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""

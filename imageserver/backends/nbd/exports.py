@@ -146,6 +146,10 @@ class NbdExport:
         """False while a write may still be under way."""
         return self._link.settled
 
+    def is_unchanged(self) -> bool:
+        """Never asked: NBD tells no state of an export from another."""
+        return True
+
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``."""
         self._prepare(start, length)

@@ -28,6 +28,7 @@ REFUSALS: dict[type[errors.ImageServerError], str] = {
     errors.MethodNotAllowed: "method_not_allowed",
     errors.RangeOutsideImage: "range_not_satisfiable",
     errors.DigestMismatch: "digest_mismatch",
+    errors.PreconditionFailed: "precondition_failed",
     errors.ImageBusy: "image_busy",
     errors.StateUnavailable: "state_unavailable",
     errors.StateFull: "state_unavailable",

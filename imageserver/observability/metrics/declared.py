@@ -64,6 +64,7 @@ REFUSALS = (
     "method_not_allowed",
     "range_not_satisfiable",
     "digest_mismatch",
+    "precondition_failed",
 )
 CONNECTION_REFUSALS = ("too_many", "no_descriptor", "not_admitted")
 SLOTS = tuple(kind.name.lower() for kind in (Kind.READ, Kind.WRITE, Kind.OTHER))

@@ -37,6 +37,7 @@ ANSWERS = [
         "range not satisfiable",
         {"Content-Range": "bytes */7"},
     ),
+    (errors.PreconditionFailed(INTERNAL), 412, "precondition failed", {}),
     (errors.ImageBusy(INTERNAL), 409, "image busy", RETRY),
     (errors.NoSlot(Kind.READ), 503, "too many parallel reads", RETRY),
     (errors.NoSlot(Kind.WRITE), 503, "too many parallel writes", RETRY),

@@ -167,6 +167,11 @@ class Settings:
     file_roots: tuple[str, ...] = _setting(
         (), paths, "directories the file backend may touch, comma-separated", "any"
     )
+    keep_page_cache: str = _setting(
+        "no",
+        choice("yes", "no"),
+        "whether what long streams of files bring into the host's page cache stays: yes or no",
+    )
     put_flush: str = _setting(
         "n", choice("y", "n"), "whether a PUT without flush in its URL is flushed: y or n"
     )

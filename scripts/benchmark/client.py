@@ -62,6 +62,8 @@ class Result:
     received: int = 0
     requests: int = 0
     began: float = 0.0
+    sent: float = 0.0
+    """When the last byte of the last request had been taken by the socket."""
     first: float = 0.0
     """When the first byte of the answer had arrived."""
     ended: float = 0.0
@@ -87,7 +89,7 @@ class Connection:
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self.found = hashlib.sha256()
-        self.first = 0.0
+        self.first = self.sent = 0.0
 
     def open(self) -> socket.socket:
         """Connect; whoever does closes what is returned."""
@@ -110,6 +112,7 @@ class Connection:
             OSError: the connection broke, or nothing came for a minute.
         """
         self._send(request)
+        self.sent = time.monotonic()
         filled = 0
         while (end := self._buffer.find(b"\r\n\r\n", 0, filled)) < 0:
             filled += self._some(self._view[filled:])
@@ -182,7 +185,8 @@ def do(job: Job, connection: Connection) -> Result:
             result.received += connection.exchange(request)
             result.requests += 1
         result.ended = time.monotonic()
-    result.first, result.digest = connection.first, connection.found.hexdigest()
+    result.first, result.sent = connection.first, connection.sent
+    result.digest = connection.found.hexdigest()
     return result
 
 

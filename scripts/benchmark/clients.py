@@ -41,6 +41,11 @@ class Outcome:
         return min(result.first for result in self.results) - self.began
 
     @property
+    def waited(self) -> float:
+        """From the last byte of the last request to the end of its answer."""
+        return max(result.ended - result.sent for result in self.results)
+
+    @property
     def requests(self) -> int:
         """Of all clients together."""
         return sum(result.requests for result in self.results)

@@ -69,6 +69,18 @@ def _xattrs() -> bool:
     return True
 
 
+def _page_cache() -> bool:
+    with tempfile.NamedTemporaryFile() as file:
+        os.write(file.fileno(), b"1")
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except OSError:
+            return True
+    return False
+
+
 def _ipv6() -> bool:
     with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
         return True
@@ -100,6 +112,7 @@ ABILITIES: tuple[Ability, ...] = (
     Ability("x86-64", "system calls have other numbers", lambda: platform.machine() == "x86_64"),
     Ability("owners", "only root can give files away", lambda: os.geteuid() == 0),
     Ability("xattrs", "the temporary directory has no user attributes", _xattrs),
+    Ability("page cache", "the temporary directory is not on a disk", _page_cache),
     Ability("ptrace", "strace may not trace here", lambda: _succeeds("strace", "-f", "true")),
     Ability("thread limits", "root needs a cgroup that limits tasks", can_limit_threads),
     Ability("prometheus", "prometheus or promtool is missing: scripts/setup says why", _prometheus),

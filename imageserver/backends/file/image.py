@@ -18,6 +18,7 @@ from imageserver.backends.descriptors import close_fd
 from imageserver.backends.file.copying import Write, copy
 from imageserver.backends.file.failures import failure
 from imageserver.backends.file.kind import FileImage
+from imageserver.backends.file.pagecache import PageCache
 from imageserver.backends.file.places import Place, locate
 from imageserver.backends.file.replacement import (
     NewFile,
@@ -48,8 +49,11 @@ _READ_SIZE = 256 * 1024
 class ImageFiles:
     """Opens image files; one for all requests."""
 
-    def __init__(self, chunk_size: int, roots: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, chunk_size: int, roots: tuple[str, ...] = (), pages: PageCache | None = None
+    ) -> None:
         self._chunk_size = chunk_size
+        self._pages = pages or PageCache()
         self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
 
     def open(
@@ -63,7 +67,7 @@ class ImageFiles:
         """
         place = locate(image, self._roots)
         try:
-            return ImageFile(place, intent, self._chunk_size)
+            return ImageFile(place, intent, self._chunk_size, self._pages)
         except OSError as exc:
             raise failure(place.path, exc) from exc
 
@@ -79,7 +83,7 @@ class ImageFile:
 
     settled = True
 
-    def __init__(self, place: Place, intent: Intent, chunk_size: int) -> None:
+    def __init__(self, place: Place, intent: Intent, chunk_size: int, pages: PageCache) -> None:
         """Open what lies at ``place``, which is closed with this.
 
         Raises:
@@ -88,6 +92,7 @@ class ImageFile:
         """
         self._place = place
         self._chunk = chunk_size
+        self._pages = pages
         self._fd = -1
         self._is_replaced = False
         self._mode = stat.S_IFREG
@@ -139,16 +144,18 @@ class ImageFile:
         """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
         buffer = memoryview(bytearray(min(self._chunk, _READ_SIZE, length)))
         at, stop = start, start + length
-        while at < stop:
-            try:
-                count = os.preadv(self._fd, [buffer[: stop - at]], at)
-            except OSError as exc:
-                raise failure(self._place.path, exc) from exc
-            if count == 0:
-                path = path_text(self._place.path)
-                raise FileAccessError(f"{path} has become shorter than {stop} bytes")
-            at += count
-            yield buffer[:count]
+        with self._pages.reading(self._fd, start, stop) as passage:
+            while at < stop:
+                try:
+                    count = os.preadv(self._fd, [buffer[: stop - at]], at)
+                    passage.passed(at + count)
+                except OSError as exc:
+                    raise failure(self._place.path, exc) from exc
+                if count == 0:
+                    path = path_text(self._place.path)
+                    raise FileAccessError(f"{path} has become shorter than {stop} bytes")
+                at += count
+                yield buffer[:count]
 
     def read_spans(self, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
         """Yield the bytes of spans, one after the other."""
@@ -168,7 +175,9 @@ class ImageFile:
     def _overwrite(self, length: int, source: Source) -> Iterator[int]:
         if length > self.size:
             raise BadRequest(f"Content-Length ({length}) must not exceed device size ({self.size})")
-        yield from self._copy(length, source, lambda data, at: _write_all(self._fd, data, at))
+        with self._pages.writing(self._fd, 0, length) as passage:
+            write = passage.after(lambda data, at: _write_all(self._fd, data, at))
+            yield from self._copy(length, source, write)
 
     def _copy(self, length: int, source: Source, write: Write) -> Iterator[int]:
         return copy(length, source, write, chunk=self._chunk, owner=self._place.path)
@@ -179,9 +188,9 @@ class ImageFile:
             held.callback(close_fd, directory)
             sweep(directory)
             new = held.enter_context(self._prepare(directory, length))
-            yield from self._copy(
-                length, source, lambda data, at: _write_sparsely(new.fd, data, at)
-            )
+            passage = held.enter_context(self._pages.writing(new.fd, 0, length, is_new=True))
+            write = passage.after(lambda data, at: _write_sparsely(new.fd, data, at))
+            yield from self._copy(length, source, write)
             source.verify()
             os.ftruncate(new.fd, length)
             if self._fd >= 0:

@@ -112,12 +112,16 @@ RAW = ImageKind(
 def opener(settings: "Settings", _holds: "Holds") -> "ImageFiles":
     """Return what opens image files, once per process."""
     from imageserver.backends.file.image import ImageFiles  # noqa: PLC0415
+    from imageserver.backends.file.pagecache import PageCache  # noqa: PLC0415
 
-    return ImageFiles(settings.chunk_size, settings.file_roots)
+    pages = PageCache(keeps=settings.keep_page_cache == "yes")
+    return ImageFiles(settings.chunk_size, settings.file_roots, pages)
 
 
 def raw_opener(settings: "Settings", _holds: "Holds") -> "RawFiles":
     """Return what opens files that are disks, once per process."""
+    from imageserver.backends.file.pagecache import PageCache  # noqa: PLC0415
     from imageserver.backends.file.raw import RawFiles  # noqa: PLC0415
 
-    return RawFiles(settings.chunk_size, settings.file_roots)
+    pages = PageCache(keeps=settings.keep_page_cache == "yes")
+    return RawFiles(settings.chunk_size, settings.file_roots, pages)

@@ -17,6 +17,7 @@ from imageserver.backends.file import holes, zeroing
 from imageserver.backends.file.copying import copy
 from imageserver.backends.file.failures import failure
 from imageserver.backends.file.kind import FileImage
+from imageserver.backends.file.pagecache import PageCache, Passage, neighbours
 from imageserver.backends.file.places import Reached, may_write, reach, reopen
 from imageserver.backends.file.state import is_unchanged, size_and_validators
 from imageserver.core.errors import FileAccessError
@@ -38,8 +39,11 @@ _READ_SIZE = 256 * 1024
 class RawFiles:
     """Opens files that are disks; one for all requests."""
 
-    def __init__(self, chunk_size: int, roots: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, chunk_size: int, roots: tuple[str, ...] = (), pages: PageCache | None = None
+    ) -> None:
         self._chunk_size = chunk_size
+        self._pages = pages or PageCache()
         self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
 
     def open(
@@ -53,11 +57,13 @@ class RawFiles:
         """
         file = reach(image, self._roots)
         try:
-            return RawFile(file, intent, self._chunk_size, check, keeps=not image.sparse)
+            opened = RawFile(file, intent, self._chunk_size, check, keeps=not image.sparse)
         except OSError as exc:
             raise failure(file.path, exc) from exc
         finally:
             close_fd(file.fd)
+        opened.pages = self._pages
+        return opened
 
     def settle(self, image: FileImage, check: Check = no_client) -> None:
         """Return at once: the writes of a dead process end with it."""
@@ -73,6 +79,7 @@ class RawFile:
     align = 1
     dirty_bitmap = None
     tells_holes = False
+    pages = PageCache()
 
     def __init__(
         self, file: Reached, intent: Intent, chunk_size: int, check: Check, *, keeps: bool
@@ -138,10 +145,15 @@ class RawFile:
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
-        at, stop = start, start + length
+        stop = start + length
+        with self.pages.reading(self._fd, start, stop) as passage:
+            yield from self._read(start, stop, passage)
+
+    def _read(self, at: int, stop: int, passage: Passage) -> Generator[memoryview]:
         while at < stop:
             try:
                 data = os.pread(self._fd, min(_READ_SIZE, stop - at), at)
+                passage.passed(at + len(data))
             except OSError as exc:
                 raise failure(self._path, exc) from exc
             if not data:
@@ -151,16 +163,23 @@ class RawFile:
 
     def read_spans(self, spans: Sequence[tuple[int, int]]) -> Generator[memoryview]:
         """Yield the bytes of spans, one after the other."""
-        for start, stop in spans:
-            yield from self.read(start, stop - start)
+        for near in neighbours(spans):
+            with self.pages.reading(self._fd, near[0][0], near[-1][1]) as passage:
+                for start, stop in near:
+                    yield from self._read(start, stop, passage)
 
     def write(self, start: int, length: int, source: Source) -> Iterator[int]:
         """Write ``length`` bytes from ``source`` at ``start``: see ``ports.Backend``."""
+        with self.pages.writing(self._fd, start, start + length) as passage:
+            put = passage.after(self._put)
 
-        def put(data: memoryview, at: int) -> None:
-            self._put(data, start + at)
+            def write(data: memoryview, at: int) -> None:
+                put(data, start + at)
 
-        return copy(length, source, put, chunk=self._chunk, owner=self._path)
+            try:
+                yield from copy(length, source, write, chunk=self._chunk, owner=self._path)
+            except OSError as exc:
+                raise failure(self._path, exc) from exc
 
     def replace(self, length: int, source: Source) -> Iterator[int]:
         """Write the whole disk, in place."""

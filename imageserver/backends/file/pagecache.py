@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's page cache: what a long transfer brings into it leaves it again, behind the transfer.
+
+On a hypervisor the page cache is the guests'. A stream of a file would fill it with bytes that
+nobody reads again, and a long fsync would follow an upload. So both go in windows:
+
+              dropped | moved now | asked about | not looked at
+    read   -----------|-----------|-------------|------------>
+              dropped | written back | written now
+    write  -----------|--------------|----------------------->
+
+- Before a stream reaches a window, mincore(2) says which of its pages are in the cache already.
+  Those are somebody else's: they stay. Some windows ahead, since the kernel reads ahead.
+- Behind a read, posix_fadvise(2) DONTNEED drops the others. It drops no page that is dirty or
+  mapped.
+- Behind a write, sync_file_range(2) starts to write a window back when it is full, and waits for
+  the one before that, which then can be dropped. So no more than three windows are ever dirty, the
+  client sends no faster than the disk writes, and little is left for fsync(2).
+
+Where the kernel, the file system or a seccomp filter lacks a call, or the kernel does not tell this
+user what is cached (``find_cached``), that part is left out: the cache then keeps more. tmpfs has
+no cache to leave.
+
+sync_file_range is no fsync: it writes no metadata and asks no disk to empty its own cache. But it
+reports, once for each open file, that pages could not be written (errseq in Linux's
+Documentation/core-api/errseq.rst): fsync on the same descriptor would then be silent about it. So
+such an error is never ignored here.
+"""
+
+import ctypes
+import errno
+import functools
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, Self
+
+MIB = 1 << 20
+#: What is asked about, written back and dropped at once.
+WINDOW = 8 * MIB
+#: Windows that are asked about before a read reaches them, and what the kernel may have read beyond
+#: the end of one. Its read-ahead is 128 KiB, or what ``read_ahead_kb`` of the device says: 8 MiB on
+#: some virtual disks, and it keeps two of that under way. Were it more, all would look cached.
+_LEAD = 3
+_READ_AHEAD = 16 * MIB
+#: Shorter streams leave the cache as the kernel has it. Asking and dropping takes 0.1 ms a stream.
+LEAST = 4 * MIB
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+#: The most that the kernel keeps, and drops, as one (a huge page).
+_FOLIO = 2 * MIB
+#: The call is not there, not allowed, or of no use for this file.
+_CANNOT = {
+    *(errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ESPIPE, errno.ENODEV, errno.EACCES),
+    *(errno.ENOMEM, errno.EOPNOTSUPP, errno.EAGAIN),
+}
+#: The system call's number on every architecture but alpha; no C library of Debian 12 has it.
+_CACHESTAT = 451
+#: sync_file_range(2).
+_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
+#: mmap(2).
+_PROT_NONE, _MAP_SHARED = 0, 1
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_ABSENT = re.compile(rb"\0+")
+
+
+#: Writes all of a piece at an offset of the file.
+Write = Callable[[memoryview, int], None]
+
+
+class PageCache:
+    """What is done about the host's page cache, for all files."""
+
+    def __init__(self, *, keeps: bool = False) -> None:
+        """``keeps``: nothing is dropped; uploads are written back as they come all the same."""
+        self._keeps = keeps
+
+    def reading(self, fd: int, start: int, stop: int) -> "Passage":
+        """Return the passage of a read of [start, stop)."""
+        if self._keeps or stop - start < LEAST:
+            return _UNNOTICED
+        return _Passage(fd, start, stop + _READ_AHEAD, stop, keeps=False)
+
+    def writing(self, fd: int, start: int, stop: int, *, is_new: bool = False) -> "Passage":
+        """Return the passage of a write; ``is_new``: of a new file, of which nothing is cached."""
+        if stop - start < LEAST:
+            return _UNNOTICED
+        return _WritingPassage(fd, start, stop, stop, keeps=self._keeps, is_new=is_new)
+
+
+class Passage:
+    """A stream's way through the page cache. One thread uses it; the file is open meanwhile."""
+
+    def passed(self, at: int) -> None:
+        """Say that everything before ``at`` has been moved.
+
+        With the end of the stream everything is given back: the file may then be closed.
+
+        Raises:
+            OSError: what was written cannot be stored.
+        """
+
+    def after(self, write: Write) -> Write:
+        """Return a ``write`` that says here what it has written."""
+        return write
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Give back what a stream has brought that has not come to its end."""
+
+
+_UNNOTICED = Passage()
+
+
+class _Window(NamedTuple):
+    start: int
+    stop: int
+    cached: bytes | None
+    """For each page, 1 where it was in the cache before; None: it is not known."""
+
+
+class _Passage(Passage):
+    """Of a read."""
+
+    def __init__(  # noqa: PLR0913 - what is moved, and how
+        self, fd: int, start: int, end: int, stop: int, *, keeps: bool, is_new: bool = False
+    ) -> None:
+        self._fd = fd
+        self._next, self._end, self._stop = start // _PAGE * _PAGE, end, stop
+        self._keeps, self._is_new = keeps, is_new
+        self._dropped: tuple[int, int] = (0, 0)
+        self._windows: deque[_Window] = deque()
+        for _ in range(1 + _LEAD):
+            self._ask()
+
+    def passed(self, at: int) -> None:
+        while self._windows and self._windows[0].stop <= at:
+            self._leave(self._windows.popleft())
+            self._ask()
+        if at >= self._stop:
+            self._finish()
+
+    def after(self, write: Write) -> Write:
+        def written(data: memoryview, at: int) -> None:
+            write(data, at)
+            self.passed(at + len(data))
+
+        return written
+
+    def __exit__(self, *_exc: object) -> None:
+        while self._windows and not self._is_new:  # a new file that is given up is removed
+            self._drop(self._windows.popleft())
+
+    def _ask(self) -> None:
+        start, stop = self._next, min(self._next + WINDOW, self._end)
+        if start >= stop:
+            return
+        self._next = stop
+        cached: bytes | None = None
+        if not self._keeps:
+            cached = (
+                bytes(_pages(stop - start))
+                if self._is_new
+                else find_cached(*(self._fd, start, stop - start))
+            )
+        self._windows.append(_Window(start, stop, cached))
+
+    def _leave(self, window: _Window) -> None:
+        self._drop(window)
+
+    def _finish(self) -> None:
+        while self._windows:
+            self._leave(self._windows.popleft())
+
+    def _drop(self, window: _Window) -> None:
+        if window.cached is None:
+            return
+        for run in _ABSENT.finditer(window.cached):
+            start, stop = window.start + run.start() * _PAGE, window.start + run.end() * _PAGE
+            before, self._dropped = self._dropped, (start, stop)
+            if start == before[1]:  # no folio is dropped in halves
+                start = max(before[0], start - _FOLIO)
+            try:
+                os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
+            except OSError as exc:
+                if exc.errno not in _CANNOT:
+                    raise
+                return
+
+
+class _WritingPassage(_Passage):
+    """Of a write, whose pages must be on the disk before they can be dropped."""
+
+    def __init__(self, *args: int, keeps: bool, is_new: bool) -> None:
+        self._under_way: _Window | None = None
+        super().__init__(*args, keeps=keeps, is_new=is_new)
+
+    def _leave(self, window: _Window) -> None:
+        _write_back(self._fd, window, _WRITE)
+        self._settle()
+        self._under_way = window
+
+    def _settle(self) -> None:
+        window, self._under_way = self._under_way, None
+        if window:
+            _write_back(self._fd, window, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            self._drop(window)
+
+    def _finish(self) -> None:
+        super()._finish()
+        self._settle()
+
+
+def neighbours(spans: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """Put spans, in their order, into lists that are streams: what is far ahead begins another."""
+    near: list[tuple[int, int]] = []
+    for span in spans:
+        if near and not 0 <= span[0] - near[-1][1] <= WINDOW:
+            yield near
+            near = []
+        near.append(span)
+    if near:
+        yield near
+
+
+def _pages(length: int) -> int:
+    return -(-length // _PAGE)
+
+
+def find_cached(fd: int, start: int, length: int) -> bytes | None:
+    """Return, for each page from ``start``, 1 where it is in the page cache, else 0.
+
+    ``start`` must be a multiple of the page size. None: it cannot be told.
+
+    cachestat(2) (Linux 6.5) takes 2 us for a window, mincore 100, but only counts. Both are for
+    those who own the file or may write to it: mincore tells others, since Linux 5.2, that every
+    page is there. (Reads that must not wait, RWF_NOWAIT, tell everybody, but newer kernels begin
+    to read ahead for them.)
+    """
+    pages = _pages(length)
+    count = _cachestat(fd, start, length)
+    if count in {0, pages}:
+        return bytes(pages) if count == 0 else b"\1" * pages
+    return _mincore(fd, start, length) if _may_ask(fd) else None
+
+
+def _may_ask(fd: int) -> bool:
+    user = os.geteuid()
+    return user in {0, os.fstat(fd).st_uid} or os.access(f"/proc/self/fd/{fd}", os.W_OK)
+
+
+def _cachestat(fd: int, start: int, length: int) -> int | None:
+    """Return how many pages are in the cache; None: it cannot be told."""
+    counts = (ctypes.c_uint64 * 5)()  # struct cachestat; the first are those in the cache
+    span = (ctypes.c_uint64 * 2)(start, length)
+    if _libc().syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(counts), 0):
+        return None
+    return int(counts[0])
+
+
+def _mincore(fd: int, start: int, length: int) -> bytes | None:
+    libc = _libc()
+    address = libc.mmap(None, length, _PROT_NONE, _MAP_SHARED, fd, start)
+    if address == _MAP_FAILED:
+        return None
+    try:
+        cached = (ctypes.c_ubyte * _pages(length))()
+        if libc.mincore(address, length, cached):
+            return None
+    finally:
+        libc.munmap(address, length)
+    return bytes(cached)
+
+
+def _write_back(fd: int, window: _Window, flags: int) -> None:
+    libc = _libc()
+    if libc.sync_file_range(fd, window.start, window.stop - window.start, flags):
+        number = ctypes.get_errno()
+        if number not in _CANNOT:
+            raise OSError(number, os.strerror(number))
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    offset, size = ctypes.c_int64, ctypes.c_size_t
+    # An offset has 64 bits where the C library has no other, as on every machine of 64 bits.
+    libc.mmap.argtypes = (ctypes.c_void_p, size, *(ctypes.c_int,) * 3, ctypes.c_long)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = (ctypes.c_void_p, size)
+    libc.mincore.argtypes = (ctypes.c_void_p, size, ctypes.c_void_p)
+    libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, *(ctypes.c_void_p,) * 2, ctypes.c_uint)
+    libc.syscall.restype = ctypes.c_long
+    libc.sync_file_range.argtypes = (ctypes.c_int, offset, offset, ctypes.c_uint)
+    return libc

@@ -2,10 +2,11 @@
 """``imageserver share``: from image files to URLs, by one command, until Ctrl-C.
 
     share --fork--> imageserver's master --fork--> workers      one for all FILEs
-          --fork--> qemu-nbd                                    one for each FILE
+          --fork--> qemu-nbd                                    one for each FILE that is not raw
 
     command    the command line; everything in its order
     sources    what a FILE is, checked before anything is started
+    image_lock QEMU's lock of a raw file
     nbd        the private qemu-nbd of a source
     serving    the image server, as a child
     place      the address, and the directory of this run

@@ -39,14 +39,15 @@ _DEFAULTS = {
     "max_writers_per_image": "4",
     "log_level": "warning",
 }
-#: What a server would take over from the one, or from systemd, that has started it; and a setting
-#: of no use here.
+#: What a server would take over from the one, or from systemd, that has started it; and settings
+#: that are for others who name files, and of no use here.
 _FOREIGN = (
     "GUNICORN_FD",
     "GUNICORN_PID",
     "LISTEN_FDS",
     "LISTEN_PID",
     "IMAGESERVER_CONTROL_SOCKET",
+    "IMAGESERVER_FILE_ROOTS",
 )
 _ID_BYTES = 16
 _DESCRIPTION = """\
@@ -159,29 +160,34 @@ class _Run:
         }
 
     def start_nbds(self) -> None:
-        """Check all files, then start a qemu-nbd for each, and close them here."""
+        """Check all files, then start a qemu-nbd for each that needs one, and close those here."""
         sources: list[Source] = []
         self._stack.callback(_close_all, sources)
         open_sources(self._parsed.files, self._wanted, self._directory, sources)
-        for number, source in enumerate(sources):
-            sock = os.path.join(self._directory, f"{number}.nbd")
-            self._nbds.append(NbdServer(source, self._wanted, sock))
-            self._stack.callback(self._nbds[-1].close)
-        for nbd, source in zip(self._nbds, sources, strict=True):
+        sockets = [os.path.join(self._directory, f"{n}.nbd") for n, _ in enumerate(sources)]
+        for sock, source in zip(sockets, sources, strict=True):
+            if source.direct is None:
+                self._nbds.append(NbdServer(source, self._wanted, sock))
+                self._stack.callback(self._nbds[-1].close)
+        for nbd in self._nbds:
             nbd.wait_until_ready()
-            source.chain.require_as_read(first=int(not self._wanted.read_only))
-            source.close()
-        for nbd, copy in zip(self._nbds, copy_names(self._parsed.files), strict=True):
-            self._offer(nbd, copy)
+            nbd.source.chain.require_as_read(first=int(not self._wanted.read_only))
+            nbd.source.close()
+        copies = copy_names(self._parsed.files)
+        for sock, source, copy in zip(sockets, sources, copies, strict=True):
+            self._offer(source, sock, copy)
 
-    def _offer(self, nbd: NbdServer, copy: str) -> None:
+    def _offer(self, source: Source, sock: str, copy: str) -> None:
         """Make the transfer of an image."""
         name = secrets.token_hex(_ID_BYTES)
-        fields = {"backend": "nbd", "socket": nbd.socket, "read_only": self._wanted.read_only}
-        if self._wanted.bitmap is not None:
+        fields: dict[str, object] = {"backend": "nbd", "socket": sock}
+        if source.direct is not None:
+            fields = {"backend": "file", "file": source.direct, "format": "raw"}
+        elif self._wanted.bitmap is not None:
             fields["export_bitmap"] = self._wanted.bitmap
+        fields["read_only"] = self._wanted.read_only
         self._transfers.add(transfer_from_fields(name, fields, KINDS))
-        self._shared.append(Shared(nbd.source, name, f"/images/{name}", copy))
+        self._shared.append(Shared(source, name, f"/images/{name}", copy))
 
     def start_server(self, serve: Callable[[], object]) -> None:
         """Start the server, and wait until it serves."""
@@ -201,7 +207,8 @@ class _Run:
             raise
 
     def announce(self, settings: Settings) -> None:
-        """Print what can be done now."""
+        """Print what can be done now; a signal from here on drains."""
+        self._signals.note()
         scheme = "https" if settings.tls_cert else "http"
         cacert = _cacert(settings.tls_cert) if settings.tls_cert else None
         base = f"{scheme}://{self._address.reachable}"
@@ -226,8 +233,8 @@ class _Run:
 
     def watch(self) -> int:
         """Wait for the end; return the exit status."""
-        self._signals.note()
         session = Session(self._server, self._nbds, self._signals, self._tell, self._lost)
+        session.images = len(self._shared)
         return session.run(self._progress, self._log)
 
     def _tell(self, text: str) -> None:

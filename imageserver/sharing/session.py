@@ -95,6 +95,8 @@ class Session:
         """``tell``: shows a line. ``lost``: is told of a qemu-nbd that died."""
         self._server = server
         self._nbds = list(nbds)
+        #: How many images can still be used.
+        self.images = len(nbds)
         self._signals = signals
         self._tell = tell
         self._lost = lost
@@ -175,8 +177,9 @@ class Session:
             self._nbds.remove(nbd)
             if self._state is not State.CLOSING:
                 self._status = self._status or 1
+                self.images -= 1
                 self._lost(nbd)
-        if not self._nbds and self._state is State.SHARING:
+        if not self.images and self._state is State.SHARING:
             self._tell("no image is left to share")
             self._drain()
         if time.monotonic() >= self._kill_at:

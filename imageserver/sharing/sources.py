@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a FILE of ``share`` is: checked, so that qemu-nbd needs to be believed in little.
 
-a path       its format by its header, or by --format; opened once, given to QEMU as a
-             descriptor; a qcow2 chain followed and checked as imagectl does it (``client.local``)
-rbd:..., https://...     with --allow-remote only: QEMU opens it by its name
+    a path               its format by its header, or by --format; opened once, given to QEMU as
+                         a descriptor; a qcow2 chain as imagectl opens it (``client.local``)
+    ... of a raw file    served by the server itself, with QEMU's lock held here
+    https:..., rbd:...   with --allow-remote only: QEMU opens it by its name
+
+Whatever is refused here is a ``LocalFailure``, before anything has been started.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from imageserver.client.failures import LocalFailure
@@ -19,6 +23,7 @@ from imageserver.client.local.qcow2_chain import KEY, Chain, OpenFile
 from imageserver.client.local.qcow2_check import LOCKED, require_sound
 from imageserver.client.local.qcow2_header import QCOW2_MAGIC
 from imageserver.client.local.qemu_programs import Names, as_filename, program, reason, run
+from imageserver.sharing.image_lock import hold
 
 #: Formats that can be shared, by what their files have at an offset. Others may name further
 #: files, and are not followed.
@@ -55,7 +60,7 @@ class Wanted:
 
 @dataclass(slots=True)
 class Source:
-    """One FILE, checked, and how qemu-nbd gets it."""
+    """One FILE, checked, and how qemu-nbd gets it; or the server, if it is ``direct``."""
 
     name: str
     kind: str
@@ -64,6 +69,8 @@ class Source:
     """qemu-nbd's last argument."""
     options: list[str] = field(default_factory=list)
     chain: Chain = field(default_factory=Chain)
+    direct: str | None = None
+    """The path of a raw file, which needs no qemu-nbd; its lock is held until it is closed."""
 
     @property
     def names(self) -> Names:
@@ -76,32 +83,27 @@ class Source:
 
 
 def open_sources(
-    files: Iterable[str], wanted: Wanted, directory: str, sources: list[Source]
+    files: Sequence[str], wanted: Wanted, directory: str, sources: list[Source]
 ) -> None:
     """Open and check all FILEs; whoever has ``sources`` closes what is in there, in any case.
 
     Raises:
         LocalFailure: one is not what it should be, or is named twice.
     """
-    program("qemu-nbd")  # missing: said before anything is read
+    _refuse_twice(files)
     for name in files:
         if _is_remote(name):
             found = _remote(name, wanted)
         else:
             found = _local(name, wanted, os.path.join(directory, f"{len(sources)}.chain"))
         sources.append(found)
-        _refuse_twice(found, sources[:-1])
 
 
-def _refuse_twice(found: Source, others: list[Source]) -> None:
-    for other in others:
-        if not found.chain.members or not other.chain.members:
-            same = found.filename == other.filename
-        else:
-            top = os.fstat(found.chain.members[0].file.fd)
-            same = other.chain.members[0].file.is_same_as(top)
-        if same:
-            raise LocalFailure(f"{found.name} is {other.name} once more: name each image once")
+def _refuse_twice(files: Sequence[str]) -> None:
+    for name, other in combinations(files, 2):
+        both = os.path.exists(name) and os.path.exists(other)
+        if name == other or (both and os.path.samefile(name, other)):
+            raise LocalFailure(f"{other} is {name} once more: name each image once")
 
 
 # Paths
@@ -129,13 +131,25 @@ def _checked(name: str, kind: str, chain: Chain, wanted: Wanted, directory: str)
             f"{name} is based on {chain.beyond[0]!r}, which is no path and cannot be checked: "
             "--allow-remote lets QEMU open it"
         )
+    direct = _direct_path(name) if kind == "raw" else None
+    if direct is None:
+        program("qemu-nbd")  # missing: said before anything is read
+    elif not hold(chain.members[0].file.fd, writable=not wanted.read_only):
+        raise _in_use(name)
     _require_passphrase(name, kind, chain)
     require_sound(chain)
     node = _node(kind, chain, directory)
     size = _require_opened(name, kind, chain) if kind != "raw" else chain.members[0].file.length()
     if wanted.bitmap is not None:
         _require_bitmap(name, wanted.bitmap, chain)
-    return Source(name, kind, size, as_filename(node), chain.objects, chain)
+    return Source(name, kind, size, as_filename(node), chain.objects, chain, direct)
+
+
+def _direct_path(name: str) -> str | None:
+    """Return the path as a transfer can have it, if it can."""
+    path = os.path.abspath(name)
+    is_text = not any("\ud800" <= character <= "\udfff" for character in path)
+    return path if is_text and path == path.strip() else None
 
 
 def _refuse_unwritable(name: str, wanted: Wanted) -> None:
@@ -225,8 +239,12 @@ def info(name: str, arguments: list[str], names: Names) -> dict[str, Any]:
 def refusal(name: str, said: str, names: Names) -> LocalFailure:
     """Return what one of QEMU's programs has said about an image, as one sentence."""
     if LOCKED.search(said):
-        return LocalFailure(f"{name} is in use by another program, as its lock tells")
+        return _in_use(name)
     return LocalFailure(f"{name} cannot be opened: {reason(said, names) or 'QEMU says not why'}")
+
+
+def _in_use(name: str) -> LocalFailure:
+    return LocalFailure(f"{name} is in use by another program, as its lock tells")
 
 
 def _require_bitmap(name: str, bitmap: str, chain: Chain) -> None:
@@ -253,6 +271,7 @@ def _remote(name: str, wanted: Wanted) -> Source:
         raise LocalFailure(
             f"{name} is no file here: --allow-remote lets QEMU open it, whatever it names"
         )
+    program("qemu-nbd")
     said = info(name, [*(["-f", wanted.format] if wanted.format else []), name], {})
     kind = str(said["format"])
     data = said.get("format-specific", {}).get("data", {})

@@ -2,10 +2,8 @@
 """What ``share`` refuses is one sentence, and nothing has been started or made."""
 
 import argparse
-import fcntl
 import os
 import socket
-import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ import pytest
 from imageserver.server.startup import read_settings
 from imageserver.sharing import command
 from imageserver.sharing.command import Server, add_arguments, share
+from imageserver.sharing.image_lock import hold
 
 
 @pytest.fixture(autouse=True)
@@ -127,24 +126,26 @@ def test_a_port_in_use_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_missing_qemu_nbd_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    name = qcow2()
     monkeypatch.setattr("shutil.which", lambda _name, **_more: None)
 
-    assert shared(raw()) == 5
+    assert shared(name) == 5
     assert capsys.readouterr().err.startswith("imageserver: qemu-nbd is missing: ")
 
 
-def test_an_image_in_use_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    name = qcow2()
-    with open(name, "rb") as writer:
-        # As QEMU's programs lock what they write (qemu: block/file-posix.c): one byte, shared.
-        lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 101, 1, 0)
-        fcntl.fcntl(writer, fcntl.F_OFD_SETLK, lock)
+@pytest.mark.parametrize(
+    ("image", "said"), [(qcow2, "being written"), (raw, "in use")], ids=["qcow2", "raw"]
+)
+def test_an_image_in_use_is_one_sentence(
+    image: Callable[[], str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = image()
+    with open(name, "r+b") as writer:
+        assert hold(writer.fileno(), writable=True)
         assert shared("--read-only", name) == 5
 
     errors = capsys.readouterr().err
-    assert (
-        errors == f"imageserver: {name} is being written by another program, as its lock tells.\n"
-    )
+    assert errors == f"imageserver: {name} is {said} by another program, as its lock tells.\n"
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(

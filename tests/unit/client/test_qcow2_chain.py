@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What qcow2 headers name, and chains that are followed by them."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def test_a_longer_extension_than_there_is_room_for_is_damage():
 def test_a_data_file_is_told():
     assert parse_header(header(b"", features=1 << 2)).has_data_file
     assert not parse_header(header(b"", features=1 << 2, version=2)).has_data_file
+
+
+def test_encrypted_images_of_a_chain_get_the_passphrase_and_others_none(tmp_path: Path):
+    luks = bytearray(header(b"base", (FORMAT, b"qcow2")))
+    luks[32:36] = (2).to_bytes(4, "big")
+    (tmp_path / "top").write_bytes(luks)
+    (tmp_path / "base").write_bytes(header(b""))
+    chain = Chain.open(str(tmp_path / "top"), secret_file="/a,b")  # noqa: S106 - a path
+    with contextlib.closing(chain):
+        top = chain.node()
+    assert top["encrypt"] == {"format": "luks", "key-secret": "key0"}
+    assert "encrypt" not in top["backing"]
+    assert chain.objects == ["--object", "secret,id=key0,file=/a,,b"]
 
 
 @given(st.binary(max_size=200))

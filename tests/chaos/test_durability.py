@@ -2,7 +2,7 @@
 """What has reached the disk when a client is told so, as the system calls show."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -37,25 +37,41 @@ def steps(trace: Path, since: int, patterns: dict[str, str]) -> list[str]:
     return found
 
 
-def answers(server: Server, method: str, path: str, body: bytes | None = None) -> int:
+def answers(
+    server: Server,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    fields: Mapping[str, str] | None = None,
+) -> int:
     """Make a request; return where in the trace it began."""
     began = (server.directory / "trace").stat().st_size
-    assert server.request(method, path, body).status == 200
+    assert server.request(method, path, body, fields).status == 200
     wait_until(lambda: "200 OK" in (server.directory / "trace").read_text()[began:])
     return began
 
 
+@pytest.mark.parametrize(
+    ("fmt", "method", "tail", "body", "fields"),
+    [
+        ("opaque", "POST", "/flush", None, {}),
+        ("raw", "POST", "/flush", None, {}),
+        ("raw", "PATCH", "", b'{"op":"zero","size":4096,"flush":true}', JSON),
+        ("raw", "PUT", "?flush=y", b"x", {"Content-Range": "bytes 5-5/*"}),
+        ("raw", "PUT", "?flush=y", bytes(SIZE), {}),
+    ],
+)
 def test_flush_of_a_file_syncs_its_data_and_its_directory_before_the_answer(
-    server, workplace, home
+    server, workplace, home, fmt, method, tail, body, fields
 ):
     image = sparse(home / "image", SIZE)
-    url = server.add("flushed", backend="file", file=str(image))
-    began = answers(server, "POST", f"{url}/flush")
+    url = server.add("flushed", backend="file", file=str(image), format=fmt)
+    began = answers(server, method, f"{url}{tail}", body, fields)
     assert steps(
         workplace / "trace",
         began,
         {
-            "data": rf"fsync\(\d+<{image}>",
+            "data": rf"f(data)?sync\(\d+<{image}>",
             "directory": rf"fsync\(\d+<{home}>",
             "answer": "200 OK",
         },

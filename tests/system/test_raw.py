@@ -4,6 +4,7 @@
 import contextlib
 import hashlib
 import os
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,6 +171,23 @@ def test_writers_of_ranges_share_the_file_and_nobody_who_wants_it_alone(
     with putting(server, opaque, 10, b"x"):
         assert write(0) == 409
     link.unlink()
+
+
+@pytest.mark.parametrize("way", ["range", "whole"])
+def test_a_worker_that_dies_in_a_write_leaves_the_file_to_the_next(
+    server: Server, image: Path, url: str, way: str
+):
+    length = 8 * M if way == "range" else BIG
+    where = f"Content-Range: bytes 0-{length - 1}/*\r\n" if way == "range" else ""
+    head = f"PUT {url} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n{where}\r\n"
+    with server.raw(head.encode() + DATA * 4) as sock:
+        wait_until(lambda: image.read_bytes()[: 3 * M] == DATA * 3)
+        assert server.request("GET", f"{url}/extents").refusal == (409, "image busy")
+        os.kill(server.worker_of(sock), signal.SIGKILL)
+        wait_until(lambda: server.request("GET", f"{url}/extents").status == 200)
+    assert server.request("PUT", url, b"y" * BIG).status == 200
+    assert server.holders() == []
+    assert image.stat().st_size == BIG
 
 
 def test_a_file_that_is_cut_short_cuts_its_readers_and_stays_short(

@@ -150,6 +150,20 @@ def test_where_the_directory_forbids_replacement_put_is_500_and_never_in_place(s
 
 
 @needs("mounts")
+def test_a_raw_file_that_cannot_be_opened_to_write_is_read_only(sealed):
+    server, place = sealed
+    url = server.add("x", backend="file", file=str(server.directory / "place/other"), format="raw")
+    told = server.request("OPTIONS", url)
+    assert (told.json["max_writers"], told.headers["Allow"]) == (0, "GET, HEAD, OPTIONS")
+    assert server.request("PUT", url, NEW).refusal == (405, "method not allowed")
+    zero = b'{"op":"zero","size":5}'
+    answer = server.request("PATCH", url, zero, {"Content-Type": "application/json"})
+    assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD, OPTIONS")
+    assert server.request("GET", url).body == (place / "other").read_bytes() == OLD
+    assert server.request("POST", f"{url}/flush").status == 200
+
+
+@needs("mounts")
 @pytest.mark.parametrize(
     "name", ["mounted", "foreign", "unlisted/x", "unlisted/new", "unwritable/x", "shared/x"]
 )

@@ -38,7 +38,10 @@ class Image:
 
 @pytest.fixture(scope="module")
 def images(server: Server, workplace: Path) -> Iterator[dict[str, Image]]:
-    """The same kind of random bytes: raw, qcow2, of an odd size, and none at all."""
+    """The same kind of random bytes: raw, qcow2, of an odd size, and none at all.
+
+    The last two also as files that the server serves itself.
+    """
     data = repeatable("image").randbytes(40 * CHUNK + 512)
     raw, qcow2 = workplace / "a.raw", workplace / "a.qcow2"
     odd, empty = workplace / "odd", workplace / "empty"
@@ -55,7 +58,11 @@ def images(server: Server, workplace: Path) -> Iterator[dict[str, Image]]:
         }
         for name, path in sockets.items():
             server.add(name, socket=str(path), export="vda" if name == "qcow2" else "")
+        for path in (odd, empty):
+            server.add(f"{path.name}-file", backend="file", file=str(path), format="raw")
         yield {
+            "odd file": Image("/images/odd-file", data[:-511]),
+            "empty file": Image("/images/empty-file", b""),
             "raw": Image("/images/raw", data),
             "qcow2": Image("/images/qcow2", data),
             "odd": Image("/images/odd", data[:-511]),
@@ -63,7 +70,7 @@ def images(server: Server, workplace: Path) -> Iterator[dict[str, Image]]:
         }
 
 
-ALL = pytest.mark.parametrize("name", ["raw", "qcow2", "odd", "empty"])
+ALL = pytest.mark.parametrize("name", ["raw", "qcow2", "odd", "empty", "odd file", "empty file"])
 
 
 def get(server: Server, path: str, **headers: str) -> Answer:
@@ -143,7 +150,7 @@ def test_a_range_without_a_byte_of_the_image_is_answered_with_416(
     }
 
 
-@pytest.mark.parametrize("name", ["raw", "empty"])
+@pytest.mark.parametrize("name", ["raw", "empty", "odd file", "empty file"])
 @pytest.mark.parametrize(
     "value",
     [
@@ -197,7 +204,7 @@ def test_head_sends_the_headers_of_the_whole_image(
     assert answer.fields == IMAGE_DATA | {"content-length": str(image.size)}
 
 
-@pytest.mark.parametrize("name", ["raw", "qcow2", "odd"])
+@pytest.mark.parametrize("name", ["raw", "qcow2", "odd", "odd file"])
 def test_any_range_is_the_slice_of_the_image(server: Server, images: dict[str, Image], name: str):
     image, rng = images[name], repeatable(name)
     edges = [n * CHUNK + d for n in (0, 1, 2, 5, 40) for d in (-1, 0, 1)]

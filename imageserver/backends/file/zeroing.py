@@ -14,10 +14,6 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import ctypes
 
 #: fallocate(2), <linux/falloc.h>.
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
@@ -104,7 +100,8 @@ def _fallocate(fd: int, mode: int, start: int, length: int) -> None:
     """Call fallocate(2), which Python lacks; a signal's handler runs in between."""
     import ctypes  # noqa: PLC0415 - takes time, and many servers do without
 
-    while _libc().fallocate64(fd, mode, ctypes.c_int64(start), ctypes.c_int64(length)):
+    call = _libc_fallocate()
+    while call(fd, mode, ctypes.c_int64(start), ctypes.c_int64(length)):
         number = ctypes.get_errno()
         if number in _CANNOT:
             raise _Cannot
@@ -113,7 +110,10 @@ def _fallocate(fd: int, mode: int, start: int, length: int) -> None:
 
 
 @functools.cache
-def _libc() -> "ctypes.CDLL":
+def _libc_fallocate() -> "Callable[..., int]":
+    """Return fallocate(2) with 64-bit offsets; musl has these under no other name."""
     import ctypes  # noqa: PLC0415 - as in _fallocate
 
-    return ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    call: Callable[..., int] = getattr(libc, "fallocate64", None) or libc.fallocate
+    return call

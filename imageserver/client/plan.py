@@ -25,6 +25,8 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 MAX_GAP = 256 * KIB
 #: Largest and smallest piece where several connections share the work, in bytes.
 _LARGEST_SHARED, _SMALLEST_SHARED = 128 * MIB, 8 * MIB
+#: Smallest piece where a request costs more than most, in bytes.
+_SMALLEST_LONG = 64 * MIB
 #: Largest piece of a single connection, in bytes.
 _LARGEST_ALONE = GIB
 
@@ -153,6 +155,11 @@ def piece_bytes(total: int, connections: int) -> int:
         return _LARGEST_ALONE
     share = total // (connections * 4) // MIB * MIB
     return max(_SMALLEST_SHARED, min(share, _LARGEST_SHARED))
+
+
+def long_piece_bytes(total: int, connections: int) -> int:
+    """Return the same where each request costs a walk over the extents: two for each connection."""
+    return max(_SMALLEST_LONG, -(-total // (2 * connections * MIB)) * MIB)
 
 
 def pieces(spans: Iterable[Range], largest: int, max_gap: int = MAX_GAP) -> Iterator[Piece]:

@@ -130,14 +130,14 @@ def test_an_interrupted_download_goes_on(server: Server, home: Path, stop: int, 
         with running(*command) as moving:
             wait_until(lambda: taken(part) >= 4 * MIB, 30)
             moving.send_signal(stop)
-            assert finish(moving, 130) == (
+            assert finish(moving, 130).endswith(
                 f"imagectl: interrupted: the same command goes on with {part} where it stopped.\n"
             )
         assert sorted(home.glob("copy*")) == [part, copy.with_suffix(".part.state")]
         rate.write_text(str(8 * 10_000 * MIB))
         again = json.loads(imagectl(*command, "--json", "--verify").stdout)
     assert again["resumed"] >= MIB
-    assert again["resumed"] + again["moved"] == size
+    assert again["resumed"] + again["moved"] == again["data"] >= again["size"] == size
     assert "identical" in qemu_img("compare", "-f", "raw", "-F", form, image, copy)
     assert list(home.glob("copy*")) == [copy]
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """qcow2 files by curl alone: backups that restore, downloads that resume, who is kept out."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,21 @@ def test_several_connections_each_fetch_a_range_at_once(
 
     together = b"".join((home / f"{n}").read_bytes() for n in range(4))
     assert together == (home / "whole").read_bytes()
+
+
+def test_imagectl_takes_the_file_that_the_server_makes(
+    server: Server, home: Path, url: str
+) -> None:
+    """... as it is: neither libnbd nor QEMU's programs are needed."""
+    said = imagectl("download", "--format", "qcow2", url.partition("?")[0], home / "copy.qcow2")
+    curl("-o", home / "whole", url)
+
+    assert said.stderr == "The server makes the qcow2 file.\n"
+    assert (home / "copy.qcow2").read_bytes() == (home / "whole").read_bytes()
+    assert not list(home.glob("copy*.part*"))
+    again = ("--force", "--verify", "--json")
+    said = imagectl("download", *again, "--format", "qcow2", url.partition("?")[0], home / "whole")
+    assert json.loads(said.stdout)["verified_by"] == "checksum"
 
 
 def test_streams_share_an_image_which_nobody_else_has_meanwhile(server: Server, home: Path) -> None:

@@ -100,9 +100,7 @@ class Remote:
     def size(self) -> int:
         """Ask for the image's size in bytes (HEAD, or a range where there is no HEAD)."""
         try:
-            response = self._transport.request("HEAD", self._target)
-            response.drain_conn()
-            length = response.headers.get("Content-Length", "")
+            length = self._head().headers.get("Content-Length", "")
             if re.fullmatch("[0-9]+", length):
                 return parse_size(length)
         except Refused as exc:
@@ -113,6 +111,11 @@ class Remote:
         )
         finish(response)
         return range_size(response.headers)
+
+    def _head(self) -> Response:
+        response = self._transport.request("HEAD", self._target)
+        response.drain_conn()
+        return response
 
     def extents(self, context: str = "zero") -> Generator[Extent]:
         """Yield all extents in order: ``context`` is zero or dirty.
@@ -174,12 +177,14 @@ class Remote:
         Raises:
             Broken: the answer was cut; all bytes that came were yielded before.
         """
-        response = self._transport.request(
-            "GET", self._target, expected=(206,), headers={"Range": f"bytes={start}-{stop - 1}"}
-        )
+        response = self._ask_for(start, stop)
         with _read_to_the_end(response):
             check_range(response.headers, start, stop)
             yield from self._received(response, start, stop)
+
+    def _ask_for(self, start: int, stop: int) -> Response:
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        return self._transport.request("GET", self._target, expected=(206,), headers=headers)
 
     def _received(self, response: Response, start: int, stop: int) -> Iterator[bytes | bytearray]:
         """Yield a body in pieces that end at multiples of ``READ_BYTES``, as blocks of zeros do."""

@@ -10,21 +10,32 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import Busy, Different, Interrupted, LocalFailure, Transient
 from imageserver.client.http.answers import Abilities
+from imageserver.client.http.made_file import MadeFile
 from imageserver.client.http.remote import Remote
 from imageserver.client.local.formats import LocalImage
 from imageserver.client.local.raw import nonzero
 from imageserver.client.moving.layout import Layout, ask_layout
+from imageserver.client.moving.made import Made
 from imageserver.client.moving.movers import Advance, Movers
-from imageserver.client.moving.received import BySamples, Verifier, verifier
+from imageserver.client.moving.received import BySamples, OfDisk, Verifier, verifier
 from imageserver.client.moving.target import Target
 from imageserver.client.moving.verify import compare_samples, same_length
 from imageserver.client.moving.wanted import Wanted, check_file
-from imageserver.client.plan import MAX_GAP, Piece, Range, Spans, joined, piece_bytes, pieces
+from imageserver.client.plan import (
+    MAX_GAP,
+    Piece,
+    Range,
+    Spans,
+    joined,
+    long_piece_bytes,
+    piece_bytes,
+    pieces,
+)
 from imageserver.client.showing.progress import Watcher
 
 #: How often written data is synced and its state saved, in seconds: what a SIGKILL may cost.
@@ -53,27 +64,56 @@ def download(remote: Remote, wanted: Wanted, watch: Watcher) -> Result:
     Raises:
         ClientError: it is not; the next run resumes.
     """
+    if wanted.format == "qcow2" and not wanted.incremental:
+        check_file(wanted)
+        budget = RetryBudget(wanted.patience_seconds)
+        abilities = retried(remote.abilities, budget, Busy)
+        if abilities.has("qcow2"):
+            return _download_file(remote, abilities, wanted, watch, budget)
     return _Download(remote, wanted, watch).run()
 
 
+def _download_file(
+    remote: Remote, abilities: Abilities, wanted: Wanted, watch: Watcher, budget: RetryBudget
+) -> Result:
+    """Fetch the qcow2 file that the server makes of the image, as it is."""
+    watch.note("The server makes the qcow2 file.")
+    size = retried(remote.size, budget)
+    file = retried(lambda: MadeFile(remote), budget)
+    as_it_is = replace(wanted, format="raw", made=Made(file.etag, size))
+    verifier = None
+    if wanted.verify and abilities.has("checksum"):
+        verifier = OfDisk(remote, size, wanted.part, budget)
+    result = _Download(file, as_it_is, watch, verifier).run()
+    return replace(result, size=size)
+
+
 class _Download:
-    def __init__(self, remote: Remote, wanted: Wanted, watch: Watcher) -> None:
+    def __init__(
+        self,
+        remote: Remote,
+        wanted: Wanted,
+        watch: Watcher,
+        verifier: Verifier | None = None,
+    ) -> None:
         self._remote, self._wanted, self._watch = remote, wanted, watch
         self._budget = RetryBudget(wanted.patience_seconds)
         self._broke = False
-        self._verifier: Verifier | None = None
+        self._verifier = verifier
         self._began = time.monotonic()
 
     def run(self) -> Result:
         check_file(self._wanted)
         abilities = retried(self._remote.abilities, self._budget, Busy)
+        if self._wanted.made:  # what the image has, a file that is made of it has not
+            abilities = replace(abilities, features=frozenset())
         self._connections = self._remote.connections(
             self._wanted.connections, abilities.max_readers
         )
         layout = self._ask_layout(abilities)
         if self._wanted.incremental:
             self._note_full(layout)
-        if self._wanted.verify:
+        if self._wanted.verify and self._verifier is None:
             self._verifier = self._new_verifier(abilities, layout)
         target = Target(self._wanted, layout, self._remote.url)
         with target.claimed():
@@ -81,6 +121,9 @@ class _Download:
             with contextlib.closing(local):
                 left = layout.data.without(done)
                 self._move(layout, target, local, left, done)
+                with _distrusted(target):
+                    if self._wanted.made:  # before it is opened as what it claims to be
+                        self._wanted.made.require(local)
                 self._prove(abilities, layout, target, local, left)
                 local.sync()
                 with _distrusted(target):
@@ -152,7 +195,8 @@ class _Download:
             raise
 
     def _pieces(self, left: Spans) -> Iterator[Piece]:
-        return pieces(left, piece_bytes(left.total, self._connections), MAX_GAP)
+        size = long_piece_bytes if self._wanted.made else piece_bytes
+        return pieces(left, size(left.total, self._connections), MAX_GAP)
 
     def _mover(self, layout: Layout, local: LocalImage) -> Callable[[Piece, Advance], None]:
         def move(piece: Piece, advance: Advance) -> None:

@@ -8,6 +8,7 @@ BySamples    where the server computes no checksums (of spans, if these are need
              from the server again; and so are samples of all.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import ClassVar, Protocol
 
@@ -16,8 +17,8 @@ from imageserver.client.failures import Different
 from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
 from imageserver.client.local.files import Buffer
-from imageserver.client.local.formats import LocalImage
-from imageserver.client.moving.blocks import Part, local_part
+from imageserver.client.local.formats import LocalImage, open_image
+from imageserver.client.moving.blocks import Part, cores, local_part
 from imageserver.client.moving.layout import Layout
 from imageserver.client.moving.moved import MovedBlocks
 from imageserver.client.moving.proof import Proof, recipe
@@ -111,6 +112,34 @@ class ByChecksum:
             return found
 
         return part
+
+
+class OfDisk:
+    """FILE is a qcow2 file that the server has made: the disk in it is what is compared."""
+
+    way: ClassVar[str] = ByChecksum.way
+
+    def __init__(self, remote: Remote, size: int, path: str, budget: RetryBudget) -> None:
+        """``remote`` and ``size``: the image's."""
+        self._remote, self._size, self._path, self._budget = remote, size, path, budget
+
+    def feed(self, piece: Piece, start: int, data: Buffer) -> None:
+        """Do nothing: these are bytes of the file."""
+
+    def finish(self, piece: Piece) -> None:
+        """Do nothing."""
+
+    def check(self, local: LocalImage, left: Spans, cut: Cut, watch: Watcher) -> None:
+        """Open FILE as qcow2, and compare the disk with the server's checksum."""
+        local.sync()
+        local.forget_cached()
+        has_spans = retried(lambda: self._remote.has_spans(self._size), self._budget)
+        all_of_it = Spans([(0, self._size)])
+        layout = Layout(self._size, all_of_it, Spans(), is_mapped=False)
+        by = ByChecksum(self._remote, layout, all_of_it, self._budget, has_spans=has_spans)
+        disk = open_image(self._path, "qcow2", cores(), writable=False, backing=False)
+        with contextlib.closing(disk):
+            by.check(disk, left, cut, watch)
 
 
 class BySamples:

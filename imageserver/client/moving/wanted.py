@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from imageserver.client.failures import LocalFailure
 from imageserver.client.local.files import local_errors
 from imageserver.client.local.formats import refuse_below
+from imageserver.client.moving.made import Made
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Wanted:
     force: bool = False
     restart: bool = False
     patience_seconds: float = 60.0
+    made: Made | None = None
+    """The server makes the file, which is downloaded as it is: ``format`` is raw."""
 
     @property
     def in_place(self) -> bool:
@@ -45,6 +48,8 @@ class Wanted:
                 base = os.stat(self.base)
             path = os.path.abspath(self.base)
             return f"{self.format} overlay of {path}, {base.st_size}, {base.st_mtime_ns}"
+        if self.made:
+            return f"qcow2 file {self.made.etag}"
         return f"{self.format} {'incremental' if self.incremental else 'full'}"
 
 

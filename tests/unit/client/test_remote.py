@@ -5,8 +5,9 @@ import os
 
 import pytest
 
-from imageserver.client.failures import Refused
+from imageserver.client.failures import Busy, Different, Refused
 from imageserver.client.http.access import Access
+from imageserver.client.http.made_file import MadeFile
 from imageserver.client.http.remote import Remote
 from imageserver.client.http.transport import Transport
 
@@ -57,3 +58,47 @@ def test_what_lies_below_an_image_goes_between_path_and_query(
         with pytest.raises(Refused):
             action()
     assert asked == [image, extents]
+
+
+class _Head:
+    """An answer to HEAD."""
+
+    def __init__(self, **fields: str) -> None:
+        self.headers = {"Content-Length": "10"} | fields
+
+    def drain_conn(self) -> None: ...
+
+
+def test_a_file_that_the_server_makes_is_read_as_long_as_it_is_that_one(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    asked, etags = [], iter(['"a"', '"a"', '"b"'])
+
+    def request(_self, method, target, headers=None, **_rest):
+        asked.append((method, target, headers))
+        if method == "HEAD":
+            return _Head(ETag=next(etags))
+        raise Refused("the whole file", 200)
+
+    monkeypatch.setattr(Transport, "request", request)
+    image = Remote(Access("http://x/images/a"))
+    file = MadeFile(image)
+    assert (file.etag, file.size()) == ('"a"', 10)
+    with pytest.raises(Different, match="where the image has data has changed"):
+        file.size()
+    with pytest.raises(Different, match="the next run fetches all again"):
+        next(file.read(0, 10))
+    with pytest.raises(Refused):
+        next(image.read(0, 10))
+    made = "/images/a?format=qcow2"
+    assert asked[:3] == [("HEAD", made, None)] * 3
+    assert asked[3:] == [
+        ("GET", made, {"Range": "bytes=0-9", "If-Range": '"a"'}),
+        ("GET", "/images/a", {"Range": "bytes=0-9"}),
+    ]
+
+
+def test_a_file_without_etag_is_asked_for_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Transport, "request", lambda *_args, **_more: _Head())
+    with pytest.raises(Busy, match="cannot tell yet"):
+        MadeFile(Remote(Access("http://x/images/a")))

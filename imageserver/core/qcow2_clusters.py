@@ -47,10 +47,13 @@ class Clusters:
                     join(runs, at, at + 1, has_data)
                 at, is_wanted, has_data = first, wanted, not zero
             if last > at:
-                if is_wanted:
-                    join(runs, at, at + 1, has_data)
-                if wanted and last > at + 1:
-                    join(runs, at + 1, last, not zero)
+                if is_wanted and wanted and has_data != zero:
+                    join(runs, at, last, has_data)
+                else:
+                    if is_wanted:
+                        join(runs, at, at + 1, has_data)
+                    if wanted and last > at + 1:
+                        join(runs, at + 1, last, not zero)
                 at, is_wanted, has_data = last, wanted, not zero
         self._last, self._is_wanted, self._has_data = at, is_wanted, has_data
         return runs

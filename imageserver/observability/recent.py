@@ -136,12 +136,15 @@ class Recent:
             self._traces.move_to_end(transfer)
             if len(self._traces) > MOST_TOUCHED:
                 self._traces.popitem(last=False)
+        cells = trace.sides[side]
         first, last = start * CELLS // size, (start + done - 1) * CELLS // size
         if first == last:
-            trace.sides[side][first] = 1
-        else:
-            trace.sides[side][first : last + 1] = _ONES[: last + 1 - first]
-        self._has_traces = True
+            if not cells[first]:
+                cells[first] = 1
+                self._has_traces = True
+        elif cells[first : last + 1] != (ones := _ONES[: last + 1 - first]):
+            cells[first : last + 1] = ones
+            self._has_traces = True
 
     # Files
 

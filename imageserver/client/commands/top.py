@@ -54,7 +54,7 @@ Polls = Iterator[tuple[Status, str]]
 def top_command(
     *, admin_url: str, interval: float, once: bool, plain: bool, options: Options
 ) -> None:
-    """Show the transfers that run on a server, and its workers.
+    """Show what runs on a server, what has ended, and its slots.
 
     ADMIN_URL is an address of its admin listener: http://HOST:PORT or unix:/PATH.
     """
@@ -78,7 +78,7 @@ class _Admin:
         access = _access(url, options)
         path = urlsplit(access.url).path.rstrip("/").removesuffix("/status")
         self._transport = Transport(access, 1)
-        self._target = f"{path}/status"
+        self._target = f"{path}/status?readiness=y"
         self.name = self._transport.name
 
     def status(self) -> Status:
@@ -127,6 +127,7 @@ def _write_json(polls: Polls, interval: float) -> None:
             "transfers": [asdict(transfer) for transfer in status.transfers],
             "workers": [asdict(worker) for worker in status.workers],
             "rate": status.rate,
+            **asdict(status.lately),
         }
         click.echo(json.dumps(fields | ({"error": problem} if problem else {})))
 

@@ -8,7 +8,8 @@ A poll does not name requests, so one of the last poll is recognised by worker, 
 client and length, and by its beginning: the clock minus its age, right to about a network delay.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from imageserver.client.failures import Failed
 from imageserver.client.showing.units import plain_text
@@ -54,12 +55,49 @@ class Worker:
 
 
 @dataclass(frozen=True, slots=True)
+class Slots:
+    """How many slots of a kind are taken, and how many there are; None: no such limit."""
+
+    in_use: int
+    limit: int
+    limit_per_image: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Operations that have ended alike, ``ago`` seconds before; ``error``: empty for a success."""
+
+    id: str
+    operation: str
+    client: str
+    status: int
+    count: int
+    done: int
+    seconds: float
+    ago: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lately:
+    """What a server has to run transfers, and how it went; an older one tells none of it."""
+
+    slots: Mapping[str, Slots] = field(default_factory=dict)
+    finished: tuple[Ended, ...] = ()
+    failed: tuple[Ended, ...] = ()
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    """Why it is not ready."""
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """What a server does at one moment, ``taken`` on our clock."""
 
     transfers: tuple[Running, ...]
     workers: tuple[Worker, ...]
     taken: float
+    lately: Lately = field(default_factory=Lately)
 
     @property
     def rate(self) -> float:
@@ -76,9 +114,42 @@ def parse_status(answer: object, taken: float) -> Status:
     try:
         transfers = tuple(_running(fields) for fields in answer["transfers"])  # type: ignore[index]
         workers = tuple(_worker(fields) for fields in answer["workers"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError) as exc:
+        lately = _lately(answer)  # type: ignore[arg-type]
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise Failed("that is no status of an image server: is this its admin listener?") from exc
-    return Status(transfers, workers, taken)
+    return Status(transfers, workers, taken, lately)
+
+
+def _lately(answer: dict[str, dict[str, object]]) -> Lately:
+    slots = answer.get("slots", {}).items()
+    problems = answer.get("readiness", {}).get("failed", ())
+    return Lately(
+        {plain_text(kind): _slots(fields) for kind, fields in slots},  # type: ignore[arg-type]
+        tuple(map(_ended, answer.get("finished", ()))),  # type: ignore[arg-type]
+        tuple(map(_ended, answer.get("failed", ()))),  # type: ignore[arg-type]
+        {plain_text(why): int(_number(n)) for why, n in answer.get("refusals", {}).items()},
+        tuple(plain_text(str(each["problem"])) for each in problems),  # type: ignore[attr-defined]
+    )
+
+
+def _slots(fields: dict[str, object]) -> Slots:
+    most = fields["limit_per_image"]
+    each = None if most is None else int(_number(most))
+    return Slots(int(_number(fields["in_use"])), int(_number(fields["limit"])), each)
+
+
+def _ended(fields: dict[str, object]) -> Ended:
+    return Ended(
+        id=plain_text(str(fields["id"])),
+        operation=plain_text(str(fields["operation"])),
+        client=plain_text(str(fields["client"])),
+        status=int(_number(fields["status"])),
+        count=int(_number(fields["count"])),
+        done=int(_number(fields["done"])),
+        seconds=_number(fields["seconds"]),
+        ago=_number(fields["ago"]),
+        error=plain_text(str(fields.get("error", ""))),
+    )
 
 
 def _running(fields: dict[str, object]) -> Running:
@@ -115,7 +186,7 @@ def with_rates(now: Status, before: Status) -> Status:
     for transfer in now.transfers:
         earlier = _match(transfer, known.get(_who(transfer), []), elapsed)
         found.append(_since(transfer, earlier) if earlier else transfer)
-    return Status(tuple(found), now.workers, now.taken)
+    return replace(now, transfers=tuple(found))
 
 
 def _who(transfer: Running) -> tuple[object, ...]:

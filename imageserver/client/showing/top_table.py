@@ -4,8 +4,13 @@
     HOST:PORT  1 transfer  2 MiB/s
     workers: 2 ready; busy threads: 1 (11:1 12:0)
 
+    slots: read 1 of 8, write 0 of 1; refused: 2 image_busy
+
     id           operation client    worker  done                 rate     age
     4e0d9a2c     read      10.0.0.1      11  █████▎      44 %  2 MiB/s    10 s
+
+    failed lately
+    8c1f0b7e     write     10.0.0.2  BackendTimeout (504), 1 time, 12 s ago
 
 Columns that do not fit are left out, the least useful first.
 """
@@ -17,7 +22,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from imageserver.client.showing.status import Running, Status, Worker
+from imageserver.client.showing.status import Ended, Lately, Running, Status, Worker
 from imageserver.client.showing.units import rate_text, size_text, time_text
 
 #: Columns of a terminal from which there is room for more columns.
@@ -26,6 +31,8 @@ _WIDE = 110
 _ID_WIDTH = 12
 #: Columns of a bar: as many as are left, but not fewer than tell something.
 _BAR, _WIDE_BAR, _LEAST_BAR = 12, 24, 4
+#: Rows of what has ended, of each outcome: a terminal has little room.
+_MOST_ENDED = 5
 
 
 class TopTable:
@@ -47,8 +54,18 @@ class TopTable:
         if problem:
             return Group(head, Text(problem, "bold red"))
         lines: list[RenderableType] = [head, Text(workers_line(status.workers), "bright_black")]
+        lately = status.lately
+        if lately.slots:
+            lines.append(Text(slots_line(lately), "bright_black"))
+        lines += [Text(f"not ready: {problem}", "bold red") for problem in lately.problems]
         if status.transfers:
             lines += [Text(), self._table(status)]
+        for name, rows, style in (
+            ("failed lately", lately.failed, "red"),
+            ("finished lately", lately.finished, "bright_black"),
+        ):
+            if rows:
+                lines += [Text(), Text(name, "bold"), _ended_table(rows[:_MOST_ENDED], style)]
         return Group(*lines)
 
     def _table(self, status: Status) -> Table:
@@ -77,6 +94,31 @@ class TopTable:
                 cells.append(Text(texts[column.name], column.style))
             table.add_row(*cells)
         return table
+
+
+def _ended_table(rows: Sequence[Ended], style: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=False)
+    for name in ("id", "operation", "client", "outcome"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        times = f"{row.count} time{'s' * (row.count != 1)}"
+        moved = row.error or size_text(row.done)
+        outcome = f"{moved} ({row.status}), {times}, {time_text(row.ago)} ago"
+        table.add_row(
+            *(row.id[:_ID_WIDTH], Text(row.operation, "cyan"), row.client, Text(outcome, style))
+        )
+    return table
+
+
+def slots_line(lately: Lately) -> str:
+    """Return one line about slots in use against their limits, and refusals by reason."""
+    slots = ", ".join(
+        f"{kind} {slot.in_use} of {slot.limit}"
+        + (f" ({slot.limit_per_image} an image)" if slot.limit_per_image else "")
+        for kind, slot in lately.slots.items()
+    )
+    refused = ", ".join(f"{count} {reason}" for reason, count in lately.refusals.items())
+    return f"slots: {slots}" + (f"; refused: {refused}" if refused else "")
 
 
 @dataclass(frozen=True, slots=True)

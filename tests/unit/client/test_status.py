@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from imageserver.client.failures import Failed
-from imageserver.client.showing.status import Running, Status, Worker, parse_status, with_rates
+from imageserver.client.showing.status import (
+    Ended,
+    Lately,
+    Running,
+    Slots,
+    Status,
+    Worker,
+    parse_status,
+    with_rates,
+)
 
 ONE = Running("a", "read", "10.0.0.1", 7, 100, 1000, 50.0, 2.0)
 FIELDS: dict[str, Any] = {
@@ -31,6 +40,35 @@ def test_a_status_is_read() -> None:
     found = parse_status({"transfers": [FIELDS], "workers": [WORKER], "more": 1}, 5.0)
     assert found == Status((ONE,), (Worker(7, "accepting", 1),), 5.0)
     assert found.rate == 50
+
+
+ENDED = {
+    "id": "a\x1b[2J",
+    "operation": "read",
+    "client": "10.0.0.1",
+    "worker": 7,
+    "status": 500,
+    "count": 2,
+    "done": 3,
+    "seconds": 1.5,
+    "ago": 4.0,
+    "error": "BackendError",
+}
+
+
+def test_what_has_ended_is_read_along_with_slots_refusals_and_readiness():
+    more = {
+        "slots": {"read": {"in_use": 1, "limit": 8, "limit_per_image": None}},
+        "finished": [],
+        "failed": [ENDED],
+        "refusals": {"image_busy": 2},
+        "readiness": {"status": "not ready", "failed": [{"check": "x", "problem": "full"}]},
+    }
+    found = parse_status({"transfers": [], "workers": []} | more, 5.0).lately
+    (failed,) = found.failed
+    assert failed == Ended(failed.id, "read", "10.0.0.1", 500, 2, 3, 1.5, 4.0, "BackendError")
+    assert "\x1b" not in failed.id
+    assert found == Lately({"read": Slots(1, 8, None)}, (), (failed,), {"image_busy": 2}, ("full",))
 
 
 @pytest.mark.parametrize(

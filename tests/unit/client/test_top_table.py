@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from imageserver.client.commands.top import _write_json
-from imageserver.client.showing.status import Running, Status, Worker
+from imageserver.client.showing.status import Ended, Lately, Running, Slots, Status, Worker
 from imageserver.client.showing.top_table import TopTable, bar, workers_line
 
 STATUS = Status(
@@ -52,6 +52,32 @@ def test_rate_and_worker_are_whole_on_any_terminal(width: int):
 )
 def test_a_narrow_terminal_has_fewer_columns(width: int, names: str):
     assert shown(width)[0].split() == names.split()
+
+
+LATELY = Lately(
+    {"read": Slots(3, 8, 4), "write": Slots(0, 1, None)},
+    (Ended("0123456789abcdef", "read", "10.0.0.1", 206, 7, 7 << 20, 3.5, 90.0, ""),),
+    (Ended("x", "write", "10.0.0.2", 504, 1, 0, 60.0, 12.0, "BackendTimeout"),),
+    {"image_busy": 2, "no_read_slot": 1},
+    ("the disk of it is full",),
+)
+
+
+def test_what_there_is_and_what_has_ended_is_told_with_its_reason():
+    out = io.StringIO()
+    table = TopTable("host:1", plain=True)
+    table.console = Console(file=out, width=100, highlight=False)
+    table.console.print(table.drawn(Status((), (), 1.0, LATELY), ""))
+    assert [line.rstrip() for line in out.getvalue().splitlines()[2:]] == [
+        "slots: read 3 of 8 (4 an image), write 0 of 1; refused: 2 image_busy, 1 no_read_slot",
+        "not ready: the disk of it is full",
+        "",
+        "failed lately",
+        "x write 10.0.0.2 BackendTimeout (504), 1 time, 12 s ago",
+        "",
+        "finished lately",
+        "0123456789ab read 10.0.0.1 7 MiB (206), 7 times, 1:30 min ago",
+    ]
 
 
 def test_programs_are_told_the_names_of_the_servers_status(capsys: pytest.CaptureFixture[str]):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from imageserver.core.entry import Entry
 from imageserver.core.ranges import Span
 from imageserver.core.recent import CELLS, MOST_ROWS, Ended, Recently, Touched, recently
-from imageserver.observability.metrics.declared import RUNNING
+from imageserver.observability.metrics.declared import METHODS, OPERATIONS, OTHER, RUNNING
 from imageserver.runtime.private import open_private, read_regular
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ _MOST_BYTES = 1 << 20
 _READ, _WRITTEN = 0, 1
 _SIDES = {"read": _READ, "checksum": _READ} | dict.fromkeys(("write", "replace", "zero"), _WRITTEN)
 _OPERATIONS = frozenset(RUNNING)
+_KNOWN = frozenset((*OPERATIONS, *map(str.lower, METHODS)))
 _ONES = bytes((1,)) * CELLS
 _DIGITS = bytes.maketrans(b"\0\1", b"01")
 
@@ -94,6 +95,8 @@ class Recent:
     def finished(self, entry: Entry) -> None:
         """Note a request of a known transfer that was more than a probe, or has failed."""
         if entry.backend and (entry.error or entry.operation in _OPERATIONS):
+            if entry.operation not in _KNOWN:  # a method that a client has made up
+                entry = entry._replace(operation=OTHER)
             self._new.append(entry)
             if len(self._new) > _MOST_NEW:
                 with self._lock:

@@ -32,7 +32,7 @@ _ID_WIDTH = 12
 #: Columns of a bar: as many as are left, but not fewer than tell something.
 _BAR, _WIDE_BAR, _LEAST_BAR = 12, 24, 4
 #: Rows of what has ended, of each outcome: a terminal has little room.
-_MOST_ENDED = 5
+_MOST_ENDED = 3
 
 
 class TopTable:

@@ -78,6 +78,13 @@ def test_a_request_of_a_known_transfer_that_was_refused_early_is_a_failure(tmp_p
     assert [row.operation for row in ended_in(str(tmp_path)).failed] == ["put"]
 
 
+def test_a_method_that_a_client_has_made_up_is_not_told(tmp_path: Path):
+    refused = {"status": 405, "error": "MethodNotAllowed"}
+    Worker(tmp_path).tell(entry(operation="b'x", **refused), entry(operation="brew", **refused))
+    (row,) = ended_in(str(tmp_path)).failed
+    assert (row.operation, row.count) == ("other", 2)
+
+
 def test_a_successor_goes_on_with_the_rows_of_one_that_died(tmp_path: Path):
     Worker(tmp_path).tell(entry(done=3), entry(status=500, error="BackendError"))
     Worker(tmp_path).tell(entry(done=4))

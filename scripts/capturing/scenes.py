@@ -32,6 +32,8 @@ _FULL, _QUICK = (600 * _MIB, 6), (24 * _MIB, 1)
 #: The same while ``top`` is looked at, however long all of it takes to start.
 _TOP_SECONDS = 20
 _MIDDLE_PERCENT = 55
+#: For how long the operators' page is looked at: with large images, in seconds.
+_LOOK_SECONDS = 9
 #: Operations that run while ``top`` is looked at.
 _TRANSFERS, _READS = 3, 2
 #: What the small image holds, and what has changed since its bitmap was made: (offset, bytes).
@@ -108,7 +110,8 @@ class World:
             ):
                 shown = top.until(_shows_all)
                 here, there = (f"127.0.0.1:{port}" for port in (self._admin, _ADMIN_PORT))
-                photograph(here, there, "slow", self._images)
+                seconds = _LOOK_SECONDS * self._data / _FULL[0]
+                photograph(here, there, "slow", seconds, self._images)
         return Shot(((self._typed(("top", "$admin")), shown),), "imagectl top")
 
     def _both_read(self) -> bool:

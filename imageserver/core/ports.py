@@ -160,12 +160,15 @@ class Locks(Protocol):
         """Take the lock; wait for requests that hold it briefly, to share the image."""
         ...
 
+    def settled_at(self, image: Image) -> int | None:
+        """Return the count of deaths up to which this process knows it settled; None: of none."""
+        ...
+
 
 class Slot(Protocol):
     """A place among the readers or writers, and where the operation's progress is shown."""
 
-    #: What was known of those who died when the place was taken.
-    deaths: Deaths
+    deaths: Deaths  # what was known of those who died when the place was taken
 
     def progress(self, done: int, expected: int) -> None:
         """Show how many bytes are done, of how many."""
@@ -188,8 +191,7 @@ class Slots(Protocol):
     ) -> Slot:
         """Take a slot, or raise ``NoSlot`` at once; or ``ImageBusy``, if the ticket names an image.
 
-        ``alone``: nobody else may have the image; otherwise nobody may have it alone. ``together``:
-        nobody may have it but those who say so, too.
+        ``alone``: nobody else may have the image; else none alone. ``together``: only such others.
         """
         ...
 

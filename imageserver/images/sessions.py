@@ -9,8 +9,8 @@
     flush, extents      exclusive   OTHER (shown, not limited)
 
 With more than one writer of an image allowed, range writes, zero and flush of one image may share
-it: each holds the lock only until it has claimed a slot, which names the image. An operation that
-wants the image alone takes the lock, and gets no slot while there is such a one.
+it: the slot, which names the image, is enough then. Who wants the image alone takes the lock, and
+gets no slot beside another. Who shares takes the lock only where somebody has died (below).
 
 Only an image whose server has multi-conn is shared, which is known once it is open. Three cases:
 
@@ -28,10 +28,9 @@ opens a ``Session`` closes it; ``close()`` is idempotent and gives all three bac
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import NamedTuple, Self
 
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import (
@@ -39,15 +38,14 @@ from imageserver.core.ports import (
     Backends,
     Check,
     Intent,
-    Lock,
     Locks,
-    Slot,
     Slots,
     Ticket,
 )
 from imageserver.core.reports import Meter
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
+from imageserver.images.held import Held
 from imageserver.transfers.requests import Request
 
 
@@ -90,22 +88,19 @@ class Session:
     """An open image and the right to use it. Close it; closing twice is harmless."""
 
     def __init__(
-        self,
-        backend: Backend,
-        held: ExitStack,
-        request: Request,
-        opener: Callable[[Check], Backend],
+        self, backend: Backend, held: Held, request: Request, opener: Callable[[Check], Backend]
     ) -> None:
         self.backend = backend
         self.size = backend.size
         #: Others may write to the image at the same time, elsewhere in it.
-        self.shared = False
+        self.shared = held.is_shared
         #: The kind of image can say what of it is data.
         self.has_extents = True
         #: The account, to which operations tell their progress.
         self.request = request
-        self._held = held
+        self._held: Held | None = held
         self._opener = opener
+        self._links: list[Backend] = []
 
     @property
     def info(self) -> ImageInfo:
@@ -119,12 +114,22 @@ class Session:
         within a second or so.
         """
         link = self._opener(check)
-        self._held.callback(link.close)
+        self._links.append(link)
         return link
 
     def close(self) -> None:
         """Give everything back: the back end first, the lock last."""
-        self._held.close()
+        held, self._held = self._held, None
+        if held is None:
+            return
+        try:
+            while self._links:
+                self._links.pop().close()
+        finally:
+            try:
+                held.give_back()
+            finally:
+                self.request.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -181,46 +186,42 @@ class Sessions:
         request.needs(need.operation, need.kind)
         # What is counted is what is opened: it stays where links lead now, as under a lock.
         is_named = need.locked or (self._counts_readers and need.kind is Kind.READ)
-        image = transfer.image.pinned() if is_named else transfer.image
-        key = self._key(image) if is_named else ""
-        ticket = Ticket(transfer.id, need.operation, key, request.client)
-        wanted = _Wanted(image, need, ticket, request)
-        with ExitStack() as held:
-            held.callback(request.leave)
-            backend, shared = self._take_or_share(held, wanted)
-            # INSPECT: a server without room for one more link must not be waited for.
-            opener = partial(self._backends.open, image, Intent.INSPECT)
-            session = Session(backend, held.pop_all(), request, opener)
-            session.has_extents = not image.kind.extents_refusal
-            session.shared = shared
-            if self._meter:
-                request.counts(self._meter.meter(need.operation, transfer.image.kind.name))
-            return session
-        raise AssertionError  # an ExitStack swallows nothing
+        try:
+            image = transfer.image.pinned() if is_named else transfer.image
+            key = self._key(image) if is_named else ""
+            ticket = Ticket(transfer.id, need.operation, key, request.client)
+            shares = need.shares and self._shares_lock and image.kind.shares_writers
+            held = self._take_or_share(_Wanted(image, need, ticket, request, shares))
+        except BaseException:
+            request.leave()
+            raise
+        assert held.backend  # noqa: S101 - else that had raised
+        if self._meter:
+            request.counts(self._meter.meter(need.operation, image.kind.name))
+        # INSPECT: a server without room for one more link must not be waited for.
+        opener = partial(self._backends.open, image, Intent.INSPECT)
+        session = Session(held.backend, held, request, opener)
+        session.has_extents = not image.kind.extents_refusal
+        return session
 
-    def _take_or_share(self, held: ExitStack, wanted: "_Wanted") -> tuple[Backend, bool]:
-        """Take what the session holds; True: others may write to the image at the same time."""
+    def _take_or_share(self, wanted: "_Wanted") -> Held:
+        """Take what the session holds."""
         image = wanted.image
-        if wanted.need.together:
-            backend, _ = self._take(held, wanted, shared=True)
-            return backend, False
-        if not (wanted.need.shares and self._shares_lock and image.kind.shares_writers):
-            backend, _ = self._take(held, wanted)
-            return backend, False
+        if not wanted.shares:
+            claim = self._claim_shared if wanted.need.together else self._claim
+            return self._take(wanted, claim)
         is_new = not self._is_single(image)
         if is_new:
-            with ExitStack() as tried:
-                backend, _ = self._take(tried, wanted, shared=True)
-                if backend.info.multi_conn:
-                    held.push(tried.pop_all())
-                    return backend, True
+            held = self._take(wanted, self._claim_shared)
+            if held.is_shared:
+                return held
+            held.give_back()
             self._remember_single(image)
-        backend, mine = self._take(held, wanted, brief=is_new)
-        shared = backend.info.multi_conn
-        if shared:
+        held = self._take(wanted, self._claim_in_turn if is_new else self._claim)
+        if held.takes_several:
             self._single.pop(image, None)
-            mine.share()
-        return backend, shared
+            held.share()
+        return held
 
     def _is_single(self, image: Image) -> bool:
         known = self._single.get(image, _UNSEEN)
@@ -231,82 +232,67 @@ class Sessions:
             self._single.clear()
         self._single[image] = self._stamp(image)
 
-    def _take(
-        self, held: ExitStack, wanted: "_Wanted", *, shared: bool = False, brief: bool = False
-    ) -> "tuple[Backend, _Held]":
-        """Take what ``wanted`` needs; who shares has the lock only until its slot shows it.
+    def _take(self, wanted: "_Wanted", claim: Callable[[Held, "_Wanted"], None]) -> Held:
+        """Claim the image in one of the ways below, then open it."""
+        held = Held()
+        try:
+            claim(held, wanted)
+            need, request = wanted.need, wanted.request
+            backend = held.backend = self._backends.open(
+                wanted.image, need.intent, request.check, wanted.ticket.transfer
+            )
+            held.takes_several = wanted.shares and backend.info.multi_conn
+            request.uses(backend)
+        except BaseException as exc:
+            held.give_back(exc)
+            raise
+        return held
 
-        ``brief``: also wait for others who have the lock for as long as that.
-        """
-        image, need, request = wanted.image, wanted.need, wanted.request
-        mine = _Held()
-        held.push(mine.give_back)
+    def _claim(self, held: Held, wanted: "_Wanted") -> None:
+        """Take the lock, for as long as the session lasts, if it is needed; and a slot."""
+        need = wanted.need
         if need.locked:
-            acquire = self._locks.acquire_briefly if shared or brief else self._locks.acquire
-            mine.lock = acquire(image)
-        mine.slot = slot = self._slots.claim(
-            need.kind,
-            wanted.ticket,
-            alone=need.locked and not shared,
-            together=need.together,
-        )
-        mine.request = request
-        request.holds(slot)
-        if mine.lock and not mine.lock.is_settled(slot.deaths):
-            self._backends.settle(image, request.check)
-            mine.lock.settle(slot.deaths)
-        if shared:
-            mine.unlock()
-        backend = mine.backend = self._backends.open(
-            image, need.intent, request.check, wanted.ticket.transfer
-        )
-        request.uses(backend)
-        return backend, mine
+            held.lock = self._locks.acquire(wanted.image)
+        self._claim_slot(held, wanted, alone=need.locked)
+
+    def _claim_in_turn(self, held: Held, wanted: "_Wanted") -> None:
+        """Take both, and wait for others who have the lock until their slots show them."""
+        held.lock = self._locks.acquire_briefly(wanted.image)
+        self._claim_slot(held, wanted, alone=True)
+
+    def _claim_shared(self, held: Held, wanted: "_Wanted") -> None:
+        """Take a slot, which lets in who shares the image and keeps out who wants it alone.
+
+        The lock is needed until then only where writes of the dead may have to be waited for. This
+        process knows of none if nobody has died since it had the lock last.
+        """
+        settled = self._locks.settled_at(wanted.image)
+        if settled is not None:
+            need = wanted.need
+            slot = self._slots.claim(need.kind, wanted.ticket, together=need.together)
+            if slot.deaths.count == settled:
+                held.has(slot, wanted.request)
+                return
+            slot.release()
+        held.lock = self._locks.acquire_briefly(wanted.image)
+        self._claim_slot(held, wanted, alone=False)
+        held.unlock()
+
+    def _claim_slot(self, held: Held, wanted: "_Wanted", *, alone: bool) -> None:
+        need = wanted.need
+        slot = self._slots.claim(need.kind, wanted.ticket, alone=alone, together=need.together)
+        held.has(slot, wanted.request)
+        if held.lock and not held.lock.is_settled(slot.deaths):
+            self._backends.settle(wanted.image, wanted.request.check)
+            held.lock.settle(slot.deaths)
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """What a session is opened for."""
 
     image: Image
     need: Need
     ticket: Ticket
     request: Request
-
-
-class _Held:
-    """What a session holds: given back in reverse, once."""
-
-    def __init__(self) -> None:
-        self.lock: Lock | None = None
-        self.slot: Slot | None = None
-        self.backend: Backend | None = None
-        #: Who is told what goes wrong from now on.
-        self.request: Request | None = None
-
-    def unlock(self) -> None:
-        """Let others share the image: the slot shows them that this one does."""
-        lock, self.lock = self.lock, None
-        if lock:
-            lock.release()
-
-    def share(self) -> None:
-        """Let others share the image, which this one had alone."""
-        if self.slot:
-            self.slot.share()
-        self.unlock()
-
-    def give_back(self, _cls: object, exc: BaseException | None, _traceback: object) -> None:
-        """Close the back end; then free the slot, which says if a write may still be under way."""
-        if exc and self.request:
-            self.request.failed(exc)
-        backend, slot = self.backend, self.slot
-        try:
-            if backend:
-                backend.close()
-        finally:
-            try:
-                if slot:
-                    slot.release(settled=backend is None or backend.settled)
-            finally:
-                self.unlock()
+    shares: bool
+    """Others may have the image at the same time, where its server has multi-conn."""

@@ -43,6 +43,7 @@ _IDLE_SECONDS = 3600.0
 _SHARE_SECONDS = 5.0
 _BRIEF_STEP_SECONDS = 0.001
 _SETTLED = b"settled "
+_SUFFIX = ".lock"
 _WHAT = "the lock files"
 
 
@@ -172,12 +173,21 @@ class ImageLocks:
         """
         return self._acquire(image_key(image), waits=True)
 
+    def settled_at(self, image: Image) -> int | None:
+        """Return the count of deaths up to which an image was settled: see ``ports.Locks``.
+
+        Raises:
+            StateUnavailable: the directory was removed or replaced.
+        """
+        self._directory.require()
+        return self._noted.get(image_key(image) + _SUFFIX)
+
     def _acquire(self, key: str, *, waits: bool) -> ImageLock:
         deadline = 0.0
         for step in steps(_BRIEF_STEP_SECONDS):
             self._directory.require()
             try:
-                return ImageLock(self._directory, key + ".lock", self._noted)
+                return ImageLock(self._directory, key + _SUFFIX, self._noted)
             except OSError as exc:
                 raise unusable(_WHAT, exc) from exc
             except ImageBusy:

@@ -51,6 +51,7 @@ class World:
     on_lock: Callable[[], None] = lambda: None
     on_open: Callable[[], None] = lambda: None
     stamp: object = "first"
+    settled_at: int | None = None
     checks: list[Check] = field(default_factory=list)
     journal: list[str] = field(default_factory=list)
     opened: list["FakeBackend"] = field(default_factory=list)
@@ -92,6 +93,9 @@ class FakeLocks:
 
     def acquire_briefly(self, _image: Image) -> "FakeLocks":
         return self._acquire("lock briefly")
+
+    def settled_at(self, _image: Image) -> int | None:
+        return self._world.settled_at
 
     def _acquire(self, how: str) -> "FakeLocks":
         self._world.note(how)

@@ -4,7 +4,6 @@
 import json
 import subprocess
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.qcow2_layout import Layout, shaped
 from imageserver.core.ranges import Span, whole
+from imageserver.images.held import Held
 from imageserver.images.qcow2_stream import stream, survey
 from imageserver.images.sessions import Session
 from tests.unit.fakes import a_request
@@ -86,7 +86,7 @@ def _pattern(start: int, stop: int, seed: int) -> bytes:
 
 def session_of(disk: Any) -> Session:
     """Return a session in which a disk is open."""
-    return Session(disk, ExitStack(), a_request(), lambda _: disk)
+    return Session(disk, Held(), a_request(), lambda _: disk)
 
 
 def layout_of(

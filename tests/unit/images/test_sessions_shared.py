@@ -14,7 +14,7 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.transfer import Transfer
 from imageserver.images import sessions
 from imageserver.images.sessions import Need
-from tests.unit.fakes import FILE_TRANSFER, TRANSFER, World, a_request
+from tests.unit.fakes import DEATHS, FILE_TRANSFER, TRANSFER, World, a_request
 
 SHARING = [
     pytest.param(sessions.WRITE, id="write"),
@@ -38,6 +38,37 @@ def test_who_shares_has_the_lock_only_until_its_slot_shows_it(need: Need) -> Non
         *("lock briefly", f"slot {need.kind.name}", "unlock", f"open {need.intent.name}"),
         *("close", "free"),
     ]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_who_shares_needs_no_lock_where_nobody_has_died_since_it_was_had(need: Need) -> None:
+    world = World(others={"write"}, settled_at=DEATHS.count)
+
+    session = world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
+
+    assert session.shared
+    session.close()
+    assert world.journal == [f"slot {need.kind.name}", f"open {need.intent.name}", "close", "free"]
+
+
+@pytest.mark.parametrize("need", SHARING)
+def test_who_shares_takes_the_lock_first_where_somebody_has_died_since(need: Need) -> None:
+    world = World(others={"write"}, settled_at=DEATHS.count - 1, abandoned=True)
+    slot = f"slot {need.kind.name}"
+
+    world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
+
+    assert world.journal == [
+        *(slot, "free", "lock briefly", slot, "settle", "unlock", f"open {need.intent.name}"),
+    ]
+
+
+def test_who_shares_without_the_lock_is_refused_by_who_has_the_image_alone() -> None:
+    world = World(others={"replace"}, settled_at=DEATHS.count)
+
+    with pytest.raises(ImageBusy):
+        world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, a_request())
+    assert world.journal == ["slot WRITE"]
 
 
 @pytest.mark.parametrize("need", SHARING)

@@ -136,3 +136,24 @@ def test_a_process_forgets_what_it_has_noted_before_it_remembers_too_much(
 
     assert len(images._noted) == 1
     assert _is_settled(images, LATER)  # the file says so
+
+
+def test_what_this_process_knows_is_told_without_the_lock(images: ImageLocks) -> None:
+    known = [images.settled_at(DISK)]
+    _settle(images, LATER)
+    lock = images.acquire(DISK)
+    known += [images.settled_at(DISK), images.settled_at(OTHER)]
+    lock.release()
+
+    assert known == [None, LATER.count, None]
+
+
+def test_nothing_is_told_where_the_lock_files_are_gone(tmp_path: Path) -> None:
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    images = locks_in(locks)
+    _settle(images, LATER)
+    locks.rename(tmp_path / "elsewhere")
+
+    with pytest.raises(StateUnavailable):
+        images.settled_at(DISK)

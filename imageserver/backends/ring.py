@@ -29,14 +29,34 @@ _SPARE_BYTES = 8 << 20
 _spare: deque[tuple[object, bytearray]] = deque()
 
 
+def take_buffer(size: int, owner: object) -> bytearray:
+    """Return a buffer of ``size`` bytes. ``owner`` is the image, by what names it.
+
+    Of what another image has left in it, nothing stays. A read fills it; but for that it is the
+    other side that is trusted.
+    """
+    try:
+        last, buffer = _spare.pop()
+    except IndexError:
+        return bytearray(size)
+    if len(buffer) != size:
+        return bytearray(size)
+    if last != owner:
+        buffer[:] = bytes(size)
+    return buffer
+
+
+def leave_buffer(buffer: bytearray, owner: object) -> None:
+    """Leave a buffer to which nobody writes any more to the next transfer."""
+    if (len(_spare) + 1) * len(buffer) <= _SPARE_BYTES:
+        _spare.append((owner, buffer))
+
+
 class Ring:
     """At most ``count`` buffers of ``size`` bytes, made when they are needed."""
 
     def __init__(self, count: int, size: int, owner: object) -> None:
-        """``owner`` is the image: of what another one has left in a buffer, nothing stays.
-
-        A read fills its buffers; but for that it is the other side that is trusted.
-        """
+        """``owner``: see ``take_buffer``."""
         self._size = size
         self._owner = owner
         self._unmade = count
@@ -52,20 +72,9 @@ class Ring:
             if not self._unmade:
                 return None
             self._unmade -= 1
-            return self._spare() or bytearray(self._size)
+            return take_buffer(self._size, self._owner)
         if buffer is None:
             self._empty.put(None)  # closed for good: whoever asks again must not wait
-        return buffer
-
-    def _spare(self) -> bytearray | None:
-        try:
-            owner, buffer = _spare.pop()
-        except IndexError:
-            return None
-        if len(buffer) != self._size:
-            return None
-        if owner != self._owner:
-            buffer[:] = bytes(self._size)
         return buffer
 
     def give(self, buffer: bytearray) -> None:
@@ -108,9 +117,9 @@ class Ring:
         if closed is not None:
             close_fd(closed)
         with suppress(Empty):
-            while (len(_spare) + 1) * self._size <= _SPARE_BYTES:
+            while True:
                 if buffer := self._empty.get_nowait():
-                    _spare.append((self._owner, buffer))
+                    leave_buffer(buffer, self._owner)
 
 
 class Side(threading.Thread):
@@ -165,7 +174,7 @@ class Side(threading.Thread):
                 self.join()
 
 
-def fill(source: Source, view: memoryview, ring: Ring) -> int:
+def fill(source: Source, view: memoryview, ring: Ring | None = None) -> int:
     """Fill ``view`` from ``source``; return how much there was before it or the ring ended."""
     filled = 0
     while filled < len(view):

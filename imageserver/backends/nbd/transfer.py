@@ -20,7 +20,7 @@ from itertools import chain
 from queue import Empty, SimpleQueue
 
 from imageserver.backends.nbd.link import Link
-from imageserver.backends.ring import Ring, Side, fill
+from imageserver.backends.ring import Ring, Side, fill, leave_buffer, take_buffer
 from imageserver.core.errors import ShortBody
 from imageserver.core.sources import Source
 
@@ -44,13 +44,17 @@ class _Piece:
         """Return the part that the client reads or writes."""
         return memoryview(self.buffer)[self.low - self.start : self.high - self.start]
 
-    def surround(self, offset: int, block: bytes) -> None:
-        """Put around the wanted part what ``block``, at ``offset`` of the image, has there."""
-        for start, stop in ((self.start, self.low), (self.high, self.stop)):
-            first, last = max(start, offset), min(stop, offset + len(block))
-            if first < last:
-                part = block[first - offset : last - offset]
-                self.buffer[first - self.start : last - self.start] = part
+    def surround(self, edges: dict[int, bytes]) -> None:
+        """Put around the wanted part what blocks, by their offset in the image, have there.
+
+        Only once the wanted part has come: the source says when a buffer may be written to.
+        """
+        for offset, block in edges.items():
+            for start, stop in ((self.start, self.low), (self.high, self.stop)):
+                first, last = max(start, offset), min(stop, offset + len(block))
+                if first < last:
+                    part = block[first - offset : last - offset]
+                    self.buffer[first - self.start : last - self.start] = part
 
 
 def _cut(link: Link, start: int, stop: int) -> Iterator[_Piece]:
@@ -82,8 +86,25 @@ def _stopping(link: Link, wake: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+def _is_one(link: Link, start: int, length: int) -> bool:
+    """Tell whether the transfer is one request."""
+    return start // link.chunk == (start + length - 1) // link.chunk and length > 0
+
+
 def read(link: Link, start: int, length: int) -> Generator[memoryview]:
     """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
+    return (_read_one if _is_one(link, start, length) else _read_several)(link, start, length)
+
+
+def _read_one(link: Link, start: int, length: int) -> Generator[memoryview]:
+    piece, owner = next(_cut(link, start, start + length)), (link.name, link.server)
+    piece.buffer = take_buffer(link.chunk, owner)
+    link.wait(link.pread(piece.whole(), piece.start))
+    yield piece.wanted()
+    leave_buffer(piece.buffer, owner)
+
+
+def _read_several(link: Link, start: int, length: int) -> Generator[memoryview]:
     with _ring(link, length) as ring:
         pieces = _read_pieces(link, _cut(link, start, start + length), ring)
         if not _is_short(link, length):
@@ -141,16 +162,34 @@ def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Generator[_
 
 def write(link: Link, start: int, length: int, source: Source) -> Generator[int]:
     """Write ``length`` bytes from ``source``: see ``ports.Backend``."""
-    write_pieces = _write_here if _is_short(link, length) else _write_behind
+    write_pieces = _write_one if _is_one(link, start, length) else _write_several
     try:
-        with _ring(link, length) as ring:
-            pieces = _fill_pieces(link, start, length, ring, source)
-            with closing(write_pieces(link, pieces, ring)) as written:
-                for acknowledged in written:
-                    yield acknowledged - start
+        yield from write_pieces(link, start, length, source)
         link.settled = True
     finally:
         link.settle()
+
+
+def _write_one(link: Link, start: int, length: int, source: Source) -> Generator[int]:
+    edges = _read_edges(link, start, start + length)
+    piece, owner = next(_cut(link, start, start + length)), (link.name, link.server)
+    piece.buffer = take_buffer(link.chunk, owner)
+    filled = fill(source, piece.wanted())
+    if filled < length:
+        raise ShortBody(filled)
+    piece.surround(edges)
+    link.wait(link.pwrite(piece.whole(), piece.start))
+    leave_buffer(piece.buffer, owner)
+    yield length
+
+
+def _write_several(link: Link, start: int, length: int, source: Source) -> Generator[int]:
+    write_pieces = _write_here if _is_short(link, length) else _write_behind
+    with _ring(link, length) as ring:
+        pieces = _fill_pieces(link, start, length, ring, source)
+        with closing(write_pieces(link, pieces, ring)) as written:
+            for acknowledged in written:
+                yield acknowledged - start
 
 
 def _fill_pieces(
@@ -168,9 +207,7 @@ def _fill_pieces(
             if ring.is_closed:
                 return  # the NBD side has failed
             raise ShortBody(piece.low - start + filled)
-        # Around what has come, and only then: the source says when a buffer may be written to.
-        for offset, block in edges.items():
-            piece.surround(offset, block)
+        piece.surround(edges)
         yield piece
 
 

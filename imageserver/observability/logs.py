@@ -22,6 +22,8 @@ from imageserver.core.entry import FIELDS, Entry
 
 #: What logfmt readers take without quotes.
 _PLAIN = re.compile(r"[!#-<>-~]+")
+#: They need no quotes.
+_NUMBERS = (int, float)
 #: RFC 5424 section 6.2.1, by the level that a priority begins at.
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 #: Load balancers ask for these many times a second; the metrics count failures.
@@ -63,12 +65,18 @@ class _Text(logging.Formatter):
         message = record.message
         if record.name.startswith("imageserver"):  # gunicorn's may have several lines on purpose
             message = _printable(message)
-        pairs = "".join([f" {key}={_plain(value)}" for key, value in _fields_of(record).items()])
+        pairs = "".join(
+            [
+                f" {key}={value if type(value) in _NUMBERS else _plain(value)}"
+                for key, value in _fields_of(record).items()
+            ]
+        )
         return f"{stamp}[{record.process}] [{record.levelname}] {message}{pairs}"
 
     def format(self, record: logging.LogRecord) -> str:
         """Write a record."""
-        text = super().format(record)
+        is_finished = isinstance(record, _Finished)
+        text = self.formatMessage(record) if is_finished else super().format(record)
         return _with_priority(record, text) if self._in_journal else text
 
 
@@ -115,9 +123,11 @@ def _stamp(seconds: int) -> str:
 
 
 def _plain(value: object) -> str:
-    if type(value) is int:
-        return str(value)
-    text = "-" if value is None or value == "" else str(value)
+    return "-" if value is None or value == "" else _quoted(str(value))
+
+
+@lru_cache(maxsize=1024)  # ids, operations and clients come again
+def _quoted(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
@@ -153,6 +163,7 @@ class _Finished(logging.LogRecord):
         self.created = now = time.time()
         self.msecs = now * 1000 % 1000
         self.levelno, self.levelname = level, logging.getLevelName(level)
+        self.message = self.msg
         self.process = _pid()
         vars(self)[FIELDS] = told
 

@@ -8,7 +8,7 @@ bounded by the back-end timeout. One ``Backend`` serves one request, on one thre
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import Image, ImageInfo
@@ -29,8 +29,7 @@ class Intent(Enum):
     INSPECT = auto()  # size and abilities, within a second
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """What a slot is claimed for, shown to operators."""
 
     transfer: str

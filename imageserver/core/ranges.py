@@ -12,7 +12,7 @@ The header is inclusive, everything behind it is half-open. Parsing knows no ima
 """
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imageserver.core.bounds import cut_short
 from imageserver.core.errors import BadRequest, RangeOutsideImage
@@ -23,8 +23,7 @@ _RANGE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Bytes ``start`` up to but excluding ``stop`` of an image of ``size`` bytes."""
 
     start: int
@@ -47,8 +46,7 @@ def whole(size: int) -> Span:
     return Span(0, size, size)
 
 
-@dataclass(frozen=True, slots=True)
-class ByteRange:
+class ByteRange(NamedTuple):
     """One range: ``first`` to ``last`` inclusive (None: to the end), or the last ``suffix``."""
 
     first: int = 0
@@ -95,8 +93,7 @@ _CONTENT_RANGE = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ContentRange:
+class ContentRange(NamedTuple):
     """Where a body belongs (docs/api.md): ``length`` bytes from ``first``, of ``size`` if said."""
 
     first: int

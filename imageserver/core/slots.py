@@ -30,7 +30,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
 from typing import NamedTuple
 
 VERSION = 3
@@ -56,7 +56,7 @@ _ALONE_AT, _SHARED, _ALONE, _TOGETHER = 20, 0, 1, 2  # how its owner has a recor
 _PID = _STATIC_AT // 8
 
 
-class Kind(Enum):
+class Kind(IntEnum):
     """What a record is for. The values are the table's state bytes: never renumber."""
 
     READ = 1
@@ -72,16 +72,14 @@ _HOLDING = re.compile(b"[\1-\3]")
 _EACH = {kind: re.compile(b"%c" % kind.value, re.DOTALL) for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """A process: its pid and its start time in clock ticks since boot (proc(5), field 22)."""
 
     pid: int
     start: int
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(NamedTuple):
     """What a record says. ``started_ns``: monotonic clock; ``image``: ``locks.image_key``."""
 
     kind: Kind

@@ -21,7 +21,7 @@ from imageserver.core.slots import Holder, IncompatibleTable, Kind, Occupant, Ow
 from imageserver.runtime import tablefile
 from imageserver.runtime.directory import RuntimeDirectory
 from imageserver.runtime.mapping import WHAT, ClaimedSlot, Mapping
-from imageserver.runtime.private import own_files
+from imageserver.runtime.private import own_files, unusable
 from imageserver.runtime.processes import (
     EXIT_SECONDS,
     EXIT_STEP_SECONDS,
@@ -86,7 +86,6 @@ class SharedTable:
                 self._mapping = Mapping(self._runtime, _GUARD_SECONDS)
             return self._mapping
 
-    @own_files(WHAT)
     def claim(
         self, kind: Kind, ticket: Ticket, *, alone: bool = False, together: bool = False
     ) -> ClaimedSlot:
@@ -100,26 +99,20 @@ class SharedTable:
             StateUnavailable: the table is not the one that the next server would find, another
                 process keeps the guard, or the system has no descriptor.
         """
-        mapping = self._open()
-        # A worker's row limits nothing, and a worker that replaces a dead one must start.
-        if kind is not Kind.WORKER and not mapping.is_in_place():
-            raise StateUnavailable(
-                f"the slot table in {self._runtime.path} was removed or replaced"
-            )
-        holder = Holder(
-            kind,
-            mapping.owner,
-            ticket.transfer,
-            ticket.operation,
-            ticket.image,
-            ticket.client,
-            time.monotonic_ns(),
-            alone=alone,
-            together=together,
-        )
-        got = self._claim(mapping, holder)
-        if isinstance(got, NoSlot):
-            got = self._claim_at_last(mapping, holder, got)
+        try:
+            mapping = self._open()
+            # A worker's row limits nothing, and a worker that replaces a dead one must start.
+            if kind is not Kind.WORKER and not mapping.is_in_place():
+                raise StateUnavailable(
+                    f"the slot table in {self._runtime.path} was removed or replaced"
+                )
+            now = time.monotonic_ns()
+            holder = Holder(kind, mapping.owner, *ticket, now, 0, 0, alone, together)
+            got = self._claim(mapping, holder)
+            if isinstance(got, NoSlot):
+                got = self._claim_at_last(mapping, holder, got)
+        except OSError as exc:
+            raise unusable(WHAT, exc) from exc
         return got
 
     def _claim_at_last(self, mapping: Mapping, holder: Holder, lack: NoSlot) -> ClaimedSlot:
@@ -157,9 +150,11 @@ class SharedTable:
         deadline = 0.0
         while True:
             got, others = self._look_and_claim(mapping, holder)
+            if not (others or isinstance(got, ImageBusy)):
+                return got
             lives: set[Life] = set()
             try:
-                lives = {self._life(mapping, other) for other in others} or {Life.LIVING}
+                lives = {self._life(mapping, other) for other in others}
             finally:
                 if isinstance(got, ClaimedSlot) and lives != {Life.LIVING}:
                     got.release()
@@ -177,7 +172,7 @@ class SharedTable:
 
     def _look_and_claim(
         self, mapping: Mapping, holder: Holder
-    ) -> tuple[ClaimedSlot | ImageBusy | NoSlot, list[Occupant | None]]:
+    ) -> tuple[ClaimedSlot | NoSlot | ImageBusy, list[Occupant | None]]:
         """Claim, or say why not; return who else has the image.
 
         A reader that wants the image neither alone nor together has none: its record names the
@@ -189,7 +184,7 @@ class SharedTable:
         guard.acquire()
         try:
             others = table.on_image(holder.image) if has_image else []
-            if self._is_in_the_way(holder, others):
+            if others and self._is_in_the_way(holder, others):
                 return ImageBusy(), others
             if most is not None and table.count_on(holder.image, kind) >= most:
                 return NoImageSlot(kind), others

@@ -3,7 +3,8 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from imageserver.core.errors import StateUnavailable, UnknownImage
 from imageserver.core.ports import Activities, Activity, Owned, Transfers
@@ -11,8 +12,7 @@ from imageserver.core.transfer import Transfer, has_expired, is_valid_id
 from imageserver.transfers.fileage import FileAge
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(NamedTuple):
     """A transfer that counts now; ``activity`` where it can expire."""
 
     transfer: Transfer

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot table's rules over a plain buffer: exact limits, owners, progress, sweeps."""
 
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -147,7 +146,7 @@ def test_holders_are_those_of_the_kinds_asked_for(table: SlotTable) -> None:
 
 
 def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
-    mine = replace(FULL, image="a" * 32, alone=True)
+    mine = FULL._replace(image="a" * 32, alone=True)
     theirs = Holder(Kind.OTHER, OTHER, image="a" * 32)
     whole = Holder(Kind.READ, OTHER, image="a" * 32, alone=True)
     for held in (
@@ -155,11 +154,11 @@ def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
         mine,
         Holder(Kind.READ, ME, image=""),
         Holder(Kind.READ, ME, image="a" * 32),
-        replace(whole, image="b" * 32),
+        whole._replace(image="b" * 32),
         whole,
-        replace(whole, alone=False, together=True),
+        whole._replace(alone=False, together=True),
         theirs,
-        replace(FULL, image=""),
+        FULL._replace(image=""),
     ):
         table.claim(held, 8)
 
@@ -171,8 +170,8 @@ def test_who_has_an_image_is_found_by_its_key(table: SlotTable) -> None:
 
 def test_records_of_a_kind_are_counted_by_the_image_that_they_name(table: SlotTable) -> None:
     one, other = "a" * 32, "a" * 31 + "b"
-    held = [table.claim(replace(READER, image=one), 99) for _ in range(4)]
-    for holder in (replace(READER, image=other), READER, replace(FULL, image=one)):
+    held = [table.claim(READER._replace(image=one), 99) for _ in range(4)]
+    for holder in (READER._replace(image=other), READER, FULL._replace(image=one)):
         table.claim(holder, 99)
     assert held[2] is not None
     table.release(held[2], ME, 0)
@@ -194,7 +193,7 @@ def test_a_damaged_record_counts_for_the_image_that_it_names_until_it_is_swept()
 
 
 def test_who_had_an_image_alone_may_share_it(table: SlotTable) -> None:
-    index = table.claim(replace(FULL, alone=True), 1)
+    index = table.claim(FULL._replace(alone=True), 1)
     assert index is not None
     table.share(index)
 
@@ -215,7 +214,7 @@ def test_deaths_are_counted_before_the_dead_are_freed(table: SlotTable) -> None:
     """Whoever does not find the record any more must find the count."""
     first = table.deaths()
     for owner in (OTHER, OTHER, ME):
-        table.claim(replace(FULL, owner=owner), 3)
+        table.claim(FULL._replace(owner=owner), 3)
     seen = []
 
     def is_alive(owner: Owner) -> bool:
@@ -305,6 +304,6 @@ def test_any_history_holds_exactly_what_a_dictionary_would(
 
 
 def test_an_age_is_never_negative() -> None:
-    held = replace(READER, started_ns=5_000_000_000)
+    held = READER._replace(started_ns=5_000_000_000)
 
     assert [held.age(now) for now in (7_500_000_000, 5_000_000_000, 0)] == [2.5, 0, 0]

@@ -3,7 +3,6 @@
 
 import struct
 import zlib
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -85,7 +84,7 @@ def test_the_layout_is_that_of_version_3() -> None:
     buffer = bytearray(SIZE)
     format_table(memoryview(buffer), BOOT, 0xF0000001F0000002, 0xFEDCBA9876543210)
     table = SlotTable(memoryview(buffer), BOOT, 0xF0000001F0000002)
-    table.claim(replace(FULL, alone=True), 1)
+    table.claim(FULL._replace(alone=True), 1)
     table.count_death()
     static = struct.pack(
         "=QQQ16s32s64s256s", 100, 7, FULL.started_ns, b"put", b"0" * 32, b"[2001:db8::1]:54321",

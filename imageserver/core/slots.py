@@ -25,10 +25,9 @@ pid and never waits: see ``runtime/slottable.py``. Each worker has a record, too
 see ``workers.py``), so that one mechanism finds the dead.
 """
 
-import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -66,10 +65,9 @@ class Kind(IntEnum):
     WORKER = 4
 
 
-_KINDS = {kind.value: kind for kind in Kind}
+_KINDS = {int(kind): kind for kind in Kind}
 #: The kinds of those who may hold an image.
-_HOLDING = re.compile(b"[\1-\3]")
-_EACH = {kind: re.compile(b"%c" % kind.value, re.DOTALL) for kind in Kind}
+_HOLDING = (Kind.READ, Kind.WRITE, Kind.OTHER)
 
 
 class Owner(NamedTuple):
@@ -190,16 +188,16 @@ class SlotTable:
 
     def count(self, kind: Kind) -> int:
         """Return how many records of ``kind`` are held."""
-        return bytes(self._states).count(kind.value)
+        return bytes(self._states).count(kind)
 
     def claim(self, holder: Holder, limit: int) -> int | None:
         """Write ``holder`` to a free record and return its index; None where ``limit`` are held."""
         states = bytes(self._states)
         index = states.find(0)
-        if index < 0 or states.count(holder.kind.value) >= limit:
+        if index < 0 or states.count(holder.kind) >= limit:
             return None
         self._write(index, holder)
-        self._states[index] = holder.kind.value
+        self._states[index] = holder.kind
         return index
 
     def on_image(self, image: str, kind: Kind | None = None) -> list[Occupant | None]:
@@ -207,25 +205,29 @@ class SlotTable:
 
         Readers do only if alone or together. With a kind: whose records of it name the image.
         """
-        indices = self._having(image, _EACH[kind] if kind else _HOLDING)
+        indices = sorted(self._having(image, (kind,) if kind else _HOLDING))
         found = ((self._occupant(at), at) for at in indices if kind or self._has_image(at))
         # Not one released meanwhile.
         return [occupant for occupant, at in found if occupant is not None or self._states[at]]
 
     def _has_image(self, index: int) -> bool:
         alone = self._buffer[_RECORDS + index * RECORD + _ALONE_AT]
-        return self._states[index] != Kind.READ.value or alone != _SHARED
+        return self._states[index] != Kind.READ or alone != _SHARED
 
     def count_on(self, image: str, kind: Kind) -> int:
         """Return how many records of ``kind`` are held that name an image, by its key."""
-        return sum(1 for _ in self._having(image, _EACH[kind]))
+        return sum(1 for _ in self._having(image, (kind,)))
 
-    def _having(self, image: str, kinds: re.Pattern[bytes]) -> Iterator[int]:
+    def _having(self, image: str, kinds: Iterable[Kind]) -> Iterator[int]:
         wanted = _fit(image, 32).ljust(32, b"\0")
-        for match in kinds.finditer(bytes(self._states)):
-            at = _RECORDS + match.start() * RECORD
-            if self._buffer[at + _IMAGE.start : at + _IMAGE.stop] == wanted:
-                yield match.start()
+        states = bytes(self._states)
+        for kind in kinds:
+            index = states.find(kind)
+            while index >= 0:
+                at = _RECORDS + index * RECORD
+                if self._buffer[at + _IMAGE.start : at + _IMAGE.stop] == wanted:
+                    yield index
+                index = states.find(kind, index + 1)
 
     def deaths(self) -> Deaths:
         """Return what is known of the dead now."""
@@ -270,7 +272,7 @@ class SlotTable:
 
     def holders(self, *kinds: Kind) -> Iterator[Holder]:
         """Yield what is held now, of these kinds. A snapshot: safe without the guard."""
-        wanted = {kind.value for kind in kinds}
+        wanted = set(kinds)
         for index, state in enumerate(bytes(self._states)):
             if state in wanted:
                 holder = self._read(index)
@@ -302,7 +304,7 @@ class SlotTable:
             *(_fit(holder.operation, 16), _fit(holder.image, 32)),
             *(_fit(holder.client, 64), _fit(holder.transfer, 256)),
         )
-        crc = zlib.crc32(static, holder.kind.value)
+        crc = zlib.crc32(static, holder.kind)
         at = _RECORDS + index * RECORD
         how = _TOGETHER if holder.together else _ALONE if holder.alone else _SHARED
         _PROGRESS.pack_into(self._buffer, at, holder.done, holder.expected, crc, how)
@@ -331,7 +333,7 @@ class SlotTable:
         at = _RECORDS + index * RECORD
         record = bytes(self._buffer[at : at + _USED])
         _, _, crc, _ = _PROGRESS.unpack_from(record)
-        if kind and crc != zlib.crc32(record[_STATIC_AT:], kind.value):
+        if kind and crc != zlib.crc32(record[_STATIC_AT:], kind):
             kind = None
         return kind, record
 

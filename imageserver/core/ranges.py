@@ -79,13 +79,12 @@ def parse_range(header: str) -> ByteRange:
     match = _RANGE.fullmatch(header.strip(" \t"))
     if match is None:
         raise BadRequest("invalid Range header")
-    if match["suffix"] is not None:
-        suffix = cut_short(match["suffix"])
-        if suffix == 0:
-            raise BadRequest("invalid Range header")
-        return ByteRange(suffix=suffix)
-    last = match["last"]
-    return ByteRange(cut_short(match["first"]), None if last is None else cut_short(last))
+    first, last, suffix = match.groups()
+    if suffix is None:
+        return ByteRange(cut_short(first), None if last is None else cut_short(last))
+    if cut_short(suffix) == 0:
+        raise BadRequest("invalid Range header")
+    return ByteRange(suffix=cut_short(suffix))
 
 
 _CONTENT_RANGE = re.compile(

@@ -22,8 +22,6 @@ from imageserver.core.entry import FIELDS, Entry
 
 #: What logfmt readers take without quotes.
 _PLAIN = re.compile(r"[!#-<>-~]+")
-#: They need no quotes.
-_NUMBERS = (int, float)
 #: RFC 5424 section 6.2.1, by the level that a priority begins at.
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 #: Load balancers ask for these many times a second; the metrics count failures.
@@ -65,11 +63,10 @@ class _Text(logging.Formatter):
         message = record.message
         if record.name.startswith("imageserver"):  # gunicorn's may have several lines on purpose
             message = _printable(message)
-        pairs = "".join(
-            [
-                f" {key}={value if type(value) in _NUMBERS else _plain(value)}"
-                for key, value in _fields_of(record).items()
-            ]
+        pairs = (
+            _pairs_of(vars(record)[FIELDS])
+            if isinstance(record, _Finished)
+            else "".join([f" {key}={_plain(value)}" for key, value in _fields_of(record).items()])
         )
         return f"{stamp}[{record.process}] [{record.levelname}] {message}{pairs}"
 
@@ -101,8 +98,8 @@ class _Json(logging.Formatter):
 
 
 def _fields_of(record: logging.LogRecord) -> Mapping[str, object]:
-    found: Mapping[str, object] = getattr(record, FIELDS, {})
-    return found
+    found: Mapping[str, object] | Entry = getattr(record, FIELDS, {})
+    return _told(found) if isinstance(found, Entry) else found
 
 
 def _printable(text: str) -> str:
@@ -126,7 +123,7 @@ def _plain(value: object) -> str:
     return "-" if value is None or value == "" else _quoted(str(value))
 
 
-@lru_cache(maxsize=1024)  # ids, operations and clients come again
+@lru_cache(maxsize=1024)  # transfers, operations and clients come again
 def _quoted(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
@@ -149,7 +146,7 @@ class OperationLog:
         if entry.status in _SERIOUS or entry.error in _SERIOUS_ERRORS:
             level = logging.WARNING
         if log.isEnabledFor(level):
-            log.handle(_Finished(level, _told(entry)))
+            log.handle(_Finished(level, entry))
 
 
 class _Finished(logging.LogRecord):
@@ -158,14 +155,14 @@ class _Finished(logging.LogRecord):
     logging takes longer over these than over all else of a line.
     """
 
-    def __init__(self, level: int, told: Mapping[str, object]) -> None:
+    def __init__(self, level: int, entry: Entry) -> None:
         vars(self).update(_BLANK)
         self.created = now = time.time()
         self.msecs = now * 1000 % 1000
         self.levelno, self.levelname = level, logging.getLevelName(level)
         self.message = self.msg
         self.process = _pid()
-        vars(self)[FIELDS] = told
+        vars(self)[FIELDS] = entry
 
 
 #: What every such record has.
@@ -178,6 +175,19 @@ def _pid() -> int:
 
 
 os.register_at_fork(after_in_child=_pid.cache_clear)
+
+
+def _pairs_of(entry: Entry) -> str:
+    """Return ``_told`` as ``_Text`` writes it, but for what is always plain."""
+    _, transfer, op, _, span, done, status, error, detail, seconds, client, request = entry
+    return (
+        f" transfer={_plain(transfer)} op={_plain(op)}"
+        f" range={f'{span.start}-{span.stop - 1}' if span and span.length else '-'}"
+        f" bytes={done} status={status}"
+        f" seconds={round(seconds, 6)} rate={round(done / seconds) if seconds else 0}"
+        f" worker={_pid()} client={_plain(client)} request={request or '-'}"
+        + (f" error={_plain(error)} detail={_plain(detail)}" if error else "")
+    )
 
 
 def _told(entry: Entry) -> dict[str, object]:

@@ -24,6 +24,8 @@ _FIELDS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [ \t\x21-\x7e\x80-\xff]*\
 #: Statuses below are interim answers.
 _FINAL = 200
 _NO_CONTENT, _NOT_MODIFIED = 204, 304
+_LENGTH = "content-length: "
+_BLANK = " \t"
 
 Send = Callable[..., None]
 _Error = tuple[type[BaseException], BaseException, TracebackType]
@@ -86,16 +88,15 @@ class ImageResponse:
         self._length = None
         lines: list[str] = []
         for name, value in headers:
-            lower = name.lower()
-            if lower in hop_headers:  # and Server, and Date
-                continue
-            if lower == "content-length":
+            begin = _begin(name)
+            if len(begin) == len(_LENGTH) and begin.lower() == _LENGTH:
                 if self._code < _FINAL or self._code == _NO_CONTENT:
                     continue  # RFC 9110 section 8.6
                 self._length = int(value)
-            lines += name, ": ", value.strip(" \t"), "\r\n"
+            if begin:
+                lines.append(f"{begin}{value.strip(_BLANK)}\r\n")
         self._fields = "".join(lines)
-        if not _FIELDS.fullmatch(self._fields) or self._fields.count("\n") != len(lines) // 4:
+        if not _FIELDS.fullmatch(self._fields) or self._fields.count("\n") != len(lines):
             raise ValueError("invalid header in an answer")
 
     def collect(self) -> list[bytes]:
@@ -156,6 +157,12 @@ class ImageResponse:
             end = b"0\r\n\r\n" if self._is_chunked else b""
         if end or not self.headers_sent:
             self._send(self._head(), end)
+
+
+@lru_cache(maxsize=64)
+def _begin(name: str) -> str:
+    """Return how a field's line begins; empty: it is not the application's to send."""
+    return "" if name.lower() in hop_headers else f"{name}: "  # and Server, and Date
 
 
 @lru_cache(maxsize=1)

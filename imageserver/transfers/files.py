@@ -85,11 +85,11 @@ class TransferFiles:
             Exhausted: no descriptor is free.
             StateUnavailable: the machine is out of memory, or the disk cannot be read.
         """
-        if not is_valid_id(transfer_id):
-            raise UnknownImage(transfer_id)
         cached = self._cached(transfer_id)
         if cached:
             return cached
+        if not is_valid_id(transfer_id):
+            raise UnknownImage(transfer_id)
         try:
             directory = self._open_directory()
         except FileNotFoundError as exc:

@@ -24,5 +24,11 @@ def set_encoded(resp: falcon.Response, body: bytes) -> None:
     resp.data = body
 
 
+def written(length: int, *, flushed: bool | None = None) -> bytes:
+    """Say how much was written, and whether it was flushed where that was asked for."""
+    more = "" if flushed is None else f',"flushed":{"true" if flushed else "false"}'
+    return f'{{"ok":true,"bytes_written":{length}{more}}}'.encode()
+
+
 #: What is said where there is nothing else to say.
 OK = to_json({"ok": True})

@@ -16,8 +16,8 @@ def read_range(req: falcon.Request) -> ByteRange | None:
 
     With ``If-Range`` the image must be open to tell: see ``image_resource``.
     """
-    header = req.get_header("Range")
-    if header is None or req.get_header("If-Range") is not None:
+    header = req.env.get("HTTP_RANGE")
+    if header is None or "HTTP_IF_RANGE" in req.env:
         return None
     return parse_range(header)
 
@@ -56,6 +56,8 @@ def read_close(req: falcon.Request) -> bool:
 
 
 def _read_y_or_n(req: falcon.Request, name: str) -> bool | None:
+    if not req.query_string:
+        return None  # most requests, at once
     values = req.get_param_as_list(name)
     if values is None:
         return None

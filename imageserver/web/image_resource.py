@@ -29,7 +29,7 @@ from imageserver.images import operations, sessions
 from imageserver.images.operations import READ_ONLY_METHODS, check_writable
 from imageserver.images.probing import MEMORY_SECONDS, Asking, Inspector
 from imageserver.images.sessions import Session, Sessions
-from imageserver.web.answers import OK, set_encoded, set_json, to_json
+from imageserver.web.answers import OK, set_encoded, to_json, written
 from imageserver.web.body import ASKING, StreamedBody, read_all, source_of
 from imageserver.web.conditions import answer_not_modified, read_conditions, say_state
 from imageserver.web.headers import (
@@ -145,14 +145,14 @@ class ImageResource:
         close_if_asked(req)
         flush = read_flush(req)
         if req.get_header("Content-Range") and transfer.image.kind.writes_ranges:
-            answer = self._put_range(req, transfer, flush=flush)
+            length, flushed = self._put_range(req, transfer, flush=flush)
         else:
-            answer = self._put_whole(req, transfer, flush=flush)
-        set_json(resp, answer)
+            length, flushed = self._put_whole(req, transfer, flush=flush)
+        set_encoded(resp, written(length, flushed=None if flush is None else flushed))
 
     def _put_whole(
         self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
-    ) -> dict[str, object]:
+    ) -> tuple[int, bool]:
         length = full_body_length(req)
         expected = read_digests(req, is_whole=True)
         conditions = read_conditions(req)
@@ -165,11 +165,11 @@ class ImageResource:
             conditions.check(session.info.state)
             with closing(source_of(req, length, expected)) as source:
                 done = operations.replace(session, length, source, flush=self._flushes(flush))
-        return _written(length, flush, done)
+        return length, done
 
     def _put_range(
         self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
-    ) -> dict[str, object]:
+    ) -> tuple[int, bool]:
         if req.get_header("Range") is not None:
             raise BadRequest("Range/Content-Range not supported; full writes only")
         wanted = parse_content_range(
@@ -184,7 +184,7 @@ class ImageResource:
             conditions.check(session.info.state)
             with closing(source_of(req, span.length, expected)) as source:
                 done = operations.write(session, span, source, flush=self._flushes(flush))
-        return _written(span.length, flush, done)
+        return span.length, done
 
     def _flushes(self, asked: bool | None) -> bool:  # noqa: FBT001
         return self._put_flushes if asked is None else asked
@@ -196,7 +196,7 @@ class ImageResource:
             set_encoded(resp, OK)
         elif req.get_header("Range") is not None:
             length = self._patch_range(req, transfer)
-            set_json(resp, {"ok": True, "bytes_written": length})
+            set_encoded(resp, written(length))
         else:
             raise UnsupportedMediaType(
                 "PATCH requires Content-Type: application/json (for zero/flush) "
@@ -292,11 +292,6 @@ class ServerResource:
     def on_options(self, _req: falcon.Request, resp: falcon.Response) -> None:
         """Answer from the settings alone: what a load balancer probes."""
         self._announcer.announce(resp, self._everything)
-
-
-def _written(length: int, flush: bool | None, flushed: bool) -> dict[str, object]:  # noqa: FBT001
-    answer: dict[str, object] = {"ok": True, "bytes_written": length}
-    return answer if flush is None else answer | {"flushed": flushed}
 
 
 def _check_bound(length: int) -> None:

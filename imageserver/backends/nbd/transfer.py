@@ -213,7 +213,9 @@ def _fill_pieces(
 
 def _read_edges(link: Link, start: int, stop: int) -> dict[int, bytes]:
     """Return the blocks that a write covers only in part, as the export holds them."""
-    edges = {}
+    edges: dict[int, bytes] = {}
+    if link.align == 1:
+        return edges
     for at in (start, stop):
         block = at // link.align * link.align
         if block != at and block not in edges:

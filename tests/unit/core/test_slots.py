@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slot table's rules over a plain buffer: exact limits, owners, progress, sweeps."""
 
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

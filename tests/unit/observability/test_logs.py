@@ -139,6 +139,30 @@ def test_an_operation_is_one_json_object(stream: io.StringIO) -> None:
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"span": None, "transfer": "", "backend": "", "request": "", "client": ""},
+        {"span": Span(5, 5, 9), "seconds": 0.0, "done": 0},
+        {"error": "ImageBusy", "detail": "", "transfer": 'a "b"', "operation": "x y"},
+        {"error": "BackendError", "detail": "a b=c", "seconds": 0.00001234567, "client": "::1%a b"},
+    ],
+)
+def test_text_has_the_fields_of_json(stream: io.StringIO, entry: dict[str, object]) -> None:
+    _operation("text", **entry)
+    _operation("json", **entry)
+
+    line, json_line = stream.getvalue().splitlines()
+    fields = json.loads(json_line.partition(">")[2])
+    del fields["level"], fields["message"]
+    order = ["transfer", "op", "range", "bytes", "status", "seconds", "rate", "worker", "client"]
+    order += [key for key in ("request", "error", "detail") if key in fields]
+    told = "".join(f" {key}={logs._plain(fields.pop(key))}" for key in order)
+    assert not fields
+    assert line.partition(" finished")[2] == told
+
+
+@pytest.mark.parametrize(
     ("transfer", "written"),
     [
         ("a b", '"a b"'),

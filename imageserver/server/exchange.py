@@ -29,7 +29,7 @@ from imageserver.server.request import BadHost, parse_head
 from imageserver.server.response import ImageResponse
 from imageserver.server.wire import BLOCKED, RequestInput, Wire, refusal, refused_head
 from imageserver.web.body import ASKING, ZERO_COPY
-from imageserver.web.requests import FORCE_CLOSE, IS_GONE
+from imageserver.web.requests import AFTERWARDS, FORCE_CLOSE, IS_GONE
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +86,17 @@ def serve(  # noqa: PLR0913 - what a request needs
     environ[IS_GONE] = presence.is_gone
     environ[FORCE_CLOSE] = resp.force_close
     environ[ASKING] = asking
+    afterwards: list[Callable[[], None]] = []
+    environ[AFTERWARDS] = afterwards
     try:
         _answer(conn, resp, environ, app)
     except WouldWait:
         conn.buffer[:0] = head
         conn.requests -= 1
         raise
+    finally:
+        for tell in afterwards:
+            tell()
     return not resp.should_close()
 
 

@@ -9,7 +9,7 @@ import itertools
 import re
 import secrets
 import socket
-from collections.abc import MutableSet, Sequence
+from collections.abc import Callable, MutableSet, Sequence
 from functools import partial
 
 import falcon
@@ -24,6 +24,8 @@ from imageserver.web.headers import read_close
 IS_GONE = "imageserver.is_gone"
 #: ... and here is what ends the connection with this answer.
 FORCE_CLOSE = "imageserver.force_close"
+#: ... and here a list of what to call once the answer is sent, or cannot be.
+AFTERWARDS = "imageserver.afterwards"
 #: An id that a client or proxy has chosen: what is safe in a header and in a log line.
 _REQUEST_ID = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}")
 
@@ -71,8 +73,13 @@ class RequestMiddleware:
         """End the account of an answer that is whole."""
         request = request_of(req)
         request.answered(resp.status_code)
-        if resp.stream is None:
+        if resp.stream is not None:
+            return
+        afterwards: list[Callable[[], None]] | None = req.env.get(AFTERWARDS)
+        if afterwards is None:
             request.end()
+        else:  # the client need not wait for the log
+            afterwards.append(request.end)
 
 
 def request_of(req: falcon.Request) -> Request:

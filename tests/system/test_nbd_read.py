@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Answer, Server, exchange, nbdkit, qemu_img, qemu_nbd, repeatable
+from tests.system.harness import (
+    Answer,
+    Server,
+    exchange,
+    nbdkit,
+    qemu_img,
+    qemu_nbd,
+    repeatable,
+    wait_until,
+)
 
 #: The smallest that the server takes, so that small images span many pieces.
 CHUNK = 4096
@@ -270,7 +279,8 @@ def test_an_unreachable_back_end_is_an_error(
     op = {"/extents": "extents", "/flush": "flush"}.get(
         target, "head" if method == "HEAD" else "read"
     )
-    lines = [line for line in server.log.splitlines() if f"transfer={kind} op={op} " in line]
+    told = f"transfer={kind} op={op} "
+    lines = wait_until(lambda: [line for line in server.log.splitlines() if told in line])
     assert "[WARNING]" in lines[-1]
     assert " status=500 " in lines[-1]
     assert " error=BackendError " in lines[-1]

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from imageserver.core.errors import ClientGone
 from imageserver.images.probing import Asking, WouldWait
 from imageserver.web.body import ASKING, ZERO_COPY
+from imageserver.web.requests import AFTERWARDS
 from tests.unit.exchanges import App, Line, put
 
 # Framing
@@ -59,6 +61,29 @@ def test_an_answer_without_content_has_no_length(line: Line) -> None:
     first, headers, body = line.answer()
     assert (first, body) == ("HTTP/1.1 204 No Content", b"")
     assert headers.keys().isdisjoint({"Content-Length", "Transfer-Encoding"})
+
+
+# What the client need not wait for
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_what_is_for_afterwards_is_done_once_the_answer_is_sent(line: Line, is_gone: bool) -> None:
+    arrived: list[bool] = []
+
+    def look(environ: dict[str, Any]) -> None:
+        environ[AFTERWARDS].append(
+            lambda: arrived.append(bool(select.select([line.client], [], [], 0)[0]))
+        )
+
+    if is_gone:
+        line.client.close()
+        line.client = line.conn.sock  # which has nothing to read but the end
+        with pytest.raises(ClientGone):
+            line.ask(App(look=look, pieces=[b"abc"]))
+    else:
+        assert line.ask(App(look=look, pieces=[b"abc"]))
+
+    assert arrived == [True]
 
 
 # Probes that have to wait

@@ -13,6 +13,7 @@ from falcon import testing
 from imageserver.core.entry import Entry
 from imageserver.core.errors import BackendError, ClientGone, ImageBusy
 from imageserver.core.ranges import Span
+from imageserver.web.requests import AFTERWARDS
 from tests.unit.fakes import World
 from tests.unit.webapp import Call, app_over
 
@@ -251,3 +252,16 @@ def test_an_id_that_will_not_do_is_replaced(given: str) -> None:
     answer = client.simulate_options("/images/*", headers={"X-Request-Id": given})
 
     assert re.fullmatch("[0-9a-f]{16}", answer.headers["X-Request-Id"])
+
+
+def test_where_the_server_says_when_an_answer_is_sent_journals_are_told_then(
+    journal: Journal,
+) -> None:
+    afterwards: list[Callable[[], None]] = []
+
+    _ask(journal, "OPTIONS", "/images/*", extras={AFTERWARDS: afterwards})
+    assert journal.entries == []
+
+    for tell in afterwards:
+        tell()
+    assert [entry.operation for entry in journal.entries] == ["options"]

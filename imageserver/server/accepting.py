@@ -2,11 +2,14 @@
 """Listening sockets on the worker's loop: which clients are let in, and when.
 
 All workers accept from the same sockets. A busy one leaves a new connection for a moment to the
-others, who hear of it too: otherwise the kernel gives most of them to one worker.
+others, who hear of it too: otherwise the kernel gives most of them to one worker. So does one that
+has just accepted and does not know yet how busy that will make it: the connections of one client,
+which come together, would all be its own, for it is awake.
 """
 
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +19,12 @@ from imageserver.core.errors import NO_DESCRIPTOR
 from imageserver.observability.metrics.counted import Metrics
 from imageserver.server.connection import Connection
 from imageserver.server.loop import Loop
+from imageserver.server.states import State
 from imageserver.server.tls import forget_errors
+
+#: For how long a connection without a request counts as just accepted.
+_FRESH_SECONDS = 0.005
+_WITHOUT_REQUEST = {State.HANDSHAKE, State.HEAD}
 
 
 def _admit_all(_client: socket.socket) -> bool:
@@ -37,8 +45,20 @@ class AcceptPolicy:
 class Acceptors:
     """The listening sockets of a worker; on the loop's thread."""
 
-    def __init__(self, loop: Loop, accept_delay: Callable[[], float], metrics: Metrics) -> None:
-        """``accept_delay``: for how many seconds to leave a new connection to other workers."""
+    def __init__(
+        self,
+        loop: Loop,
+        accept_delay: Callable[[bool], float],
+        metrics: Metrics,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``accept_delay``: for how many seconds to leave a new connection to other workers.
+
+        It is told whether this one has just accepted one and not heard of a request yet.
+        """
+        self._now = now
+        self._latest: Connection | None = None
+        self._accepted_at = 0.0
         self._loop = loop
         self._accept_delay = accept_delay
         self._metrics = metrics
@@ -58,12 +78,21 @@ class Acceptors:
         self._listeners.clear()
 
     def _on_client(self, listener: Any, policy: AcceptPolicy) -> None:
-        seconds = self._accept_delay() if policy.spreads else 0.0
+        seconds = self._accept_delay(self._has_fresh()) if policy.spreads else 0.0
         if seconds:
             accept = partial(self._accept, listener, policy)
             self._loop.pause(listener.fileno(), seconds, accept)
         else:
             self._accept(listener, policy)
+
+    def _has_fresh(self) -> bool:
+        latest = self._latest
+        return (
+            latest is not None
+            and latest.requests == 0
+            and latest.state in _WITHOUT_REQUEST
+            and self._now() < self._accepted_at + _FRESH_SECONDS
+        )
 
     def _accept(self, listener: Any, policy: AcceptPolicy) -> None:
         try:
@@ -86,6 +115,8 @@ class Acceptors:
             except OSError:
                 forget_errors()
                 return  # the client has gone
+        conn = Connection(sock, address or "unix", listener.getsockname())
         if policy.spreads:
             self._metrics.accepted()
-        self._loop.add(Connection(sock, address or "unix", listener.getsockname()))
+            self._latest, self._accepted_at = conn, self._now()
+        self._loop.add(conn)

@@ -47,6 +47,8 @@ APPLICATION = "imageserver.process:create()"
 #: How long a busier worker leaves a new connection to a less busy one, per request of difference.
 _YIELD_SECONDS = 0.01
 _MAX_YIELD_SECONDS = 0.05
+#: ... and one that has just accepted another, to all others that are no busier.
+_MOMENT_SECONDS = 0.001
 #: How long an idle connection survives a stop when no other worker takes over.
 _STOP_IDLE_SECONDS = 1.0
 #: How long threads get to notice that their connections were cut, before the process ends.
@@ -189,11 +191,16 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         state = WorkerState.ACCEPTING if self.alive else WorkerState.DRAINING
         self._row.progress(self._pools.busy(), state.value)
 
-    def _accept_delay(self) -> float:
-        """Return for how many seconds to leave a new connection to less busy workers."""
+    def _accept_delay(self, has_fresh: bool) -> float:  # noqa: FBT001
+        """Return for how many seconds to leave a new connection to less busy workers.
+
+        ``has_fresh``: this one has just accepted another, which does not make it busy yet.
+        """
         accepting = WorkerState.ACCEPTING
         busy = [row.done for row in self._workers() if WorkerState.of(row) is accepting]
         excess = self._pools.busy() - min(busy, default=0)
+        if excess == 0 and has_fresh and len(busy) > 1:
+            return _MOMENT_SECONDS
         return min(max(0.0, excess * _YIELD_SECONDS), _MAX_YIELD_SECONDS)
 
     # Stopping

@@ -26,10 +26,11 @@ class _World:
         #: Seconds for which the worker leaves new connections to others; how often it was asked.
         self.delay = 0.0
         self.asked = 0
+        self.fresh: list[bool] = []
         self.counted: list[str] = []
         metrics = cast("Metrics", self)
         self.loop = Loop(Timeouts(8, 20), lambda _: None, metrics, lambda: self.seconds)
-        self.acceptors = Acceptors(self.loop, self._accept_delay, metrics)
+        self.acceptors = Acceptors(self.loop, self._accept_delay, metrics, lambda: self.seconds)
         self.listener = socket.create_server(str(path), family=socket.AF_UNIX)
         self.clients: list[socket.socket] = []
 
@@ -39,8 +40,9 @@ class _World:
     def turned_away(self, reason: str) -> None:
         self.counted.append(reason)
 
-    def _accept_delay(self) -> float:
+    def _accept_delay(self, has_fresh: bool) -> float:
         self.asked += 1
+        self.fresh.append(has_fresh)
         return self.delay
 
     def listen(self, **policy: Any) -> None:
@@ -91,6 +93,22 @@ def test_a_busy_worker_leaves_a_connection_to_others_once_and_takes_it_then(
     world.seconds += 0.06
     world.loop.step()
     assert (len(world.waiting), world.asked) == (1, 1)
+
+
+def test_a_worker_that_has_just_accepted_says_so_until_a_request_comes_or_5_ms_are_over(
+    world: _World,
+) -> None:
+    world.listen()
+    world.connect()
+    world.connect()
+    world.connect()
+    (*_, latest) = world.waiting
+    latest.requests = 1
+    world.connect()
+    world.seconds += 0.006
+    world.connect()
+
+    assert world.fresh == [False, True, True, False, False]
 
 
 def test_what_another_worker_took_meanwhile_is_no_error(world: _World) -> None:

@@ -51,7 +51,7 @@ class _World:
             lambda: self.seconds,
         )
         self.listener = socket.create_server(str(path), family=socket.AF_UNIX)
-        self.acceptors = Acceptors(self.loop, lambda: 0.0, cast("Metrics", self.counted))
+        self.acceptors = Acceptors(self.loop, lambda _: 0.0, cast("Metrics", self.counted))
         self.acceptors.listen(self.listener, AcceptPolicy(spreads=False))
         self.client = socket.socket(socket.AF_UNIX)
         self.client.settimeout(5)

@@ -49,7 +49,7 @@ class _World:
         metrics = cast("Metrics", Counted())
         self.pools = Pools(THREADS, 60.0, lambda: None, metrics)
         self._loop = Loop(Timeouts(60.0, 60.0), self.pools.dispatch, metrics)
-        self._acceptors = Acceptors(self._loop, lambda: 0.0, metrics)
+        self._acceptors = Acceptors(self._loop, lambda _: 0.0, metrics)
         listener = socket.create_server(str(path), family=socket.AF_UNIX)
         self._acceptors.listen(listener, AcceptPolicy())
         cfg = Config()

@@ -82,7 +82,7 @@ class World:
             cast("Any", self.counted),
             lambda: self.seconds,
         )
-        self.acceptors = Acceptors(self.loop, lambda: 0.0, cast("Any", self.counted))
+        self.acceptors = Acceptors(self.loop, lambda _: 0.0, cast("Any", self.counted))
         self.path = path
         self.listener = Full(socket.create_server(str(path), family=socket.AF_UNIX), 0)
         self.acceptors.listen(self.listener, AcceptPolicy(spreads=False))

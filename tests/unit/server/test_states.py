@@ -71,7 +71,7 @@ class _World:
         self.loop = Loop(
             Timeouts(CLIENT_TIMEOUT, KEEPALIVE), self._dispatch, metrics, lambda: self.seconds
         )
-        self.acceptors = Acceptors(self.loop, lambda: 0.0, metrics)
+        self.acceptors = Acceptors(self.loop, lambda _: 0.0, metrics)
         listener = socket.create_server(("127.0.0.1", 0))
         self.acceptors.listen(listener, AcceptPolicy(context))
         cfg = Config()

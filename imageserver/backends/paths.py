@@ -14,7 +14,11 @@ _LOOKS = 10
 
 def resolved(path: str) -> bytes:
     """Return a path without links. What is missing at its end is no error."""
-    name = path_bytes(path)
+    return resolved_name(path_bytes(path))
+
+
+def resolved_name(name: bytes) -> bytes:
+    """Return a path without links, as ``resolved``."""
     found = _resolved_by_kernel(name)
     if found:
         return found

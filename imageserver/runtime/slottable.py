@@ -160,7 +160,7 @@ class SharedTable:
                     got.release()
             if lives == {Life.LIVING}:
                 if isinstance(got, ImageBusy):
-                    raise got
+                    raise ImageBusy
                 return got
             deadline = deadline or time.monotonic() + EXIT_SECONDS
             if time.monotonic() > deadline:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from imageserver.backends.descriptors import close_fd
 from imageserver.backends.file.failures import failure
 from imageserver.backends.file.kind import FileImage
+from imageserver.backends.paths import resolved_name
 from imageserver.core.errors import FileAccessError
 from imageserver.core.transfer import path_bytes, path_text
 
@@ -166,7 +167,7 @@ def find(path: bytes, roots: tuple[bytes, ...]) -> Place:
         FileAccessError: it lies outside of all roots, in /proc or /sys, or is the root directory.
         OSError: a directory on the way cannot be opened, or has become a link.
     """
-    real = os.path.realpath(path)
+    real = resolved_name(path)
     name = os.path.basename(real)
     if not name:
         raise FileAccessError(f"{path_text(path)} is a directory")

@@ -86,7 +86,7 @@ def test_a_directory_that_lacks_is_an_error(root: Path, missing: str) -> None:
 @pytest.fixture
 def after_resolving(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
     """Return what makes something happen between looking at a path's links and opening it."""
-    resolve = os.path.realpath
+    resolve = places.resolved_name
 
     def then(what: Callable[[], object]) -> None:
         def resolve_then(path: bytes) -> bytes:
@@ -94,7 +94,7 @@ def after_resolving(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], o
             what()
             return real
 
-        monkeypatch.setattr(places.os.path, "realpath", resolve_then)
+        monkeypatch.setattr(places, "resolved_name", resolve_then)
 
     return then
 

@@ -24,6 +24,12 @@ from imageserver.backends.ring import Ring, Side, fill, leave_buffer, take_buffe
 from imageserver.core.errors import ShortBody
 from imageserver.core.sources import Source
 
+#: Bytes per request of a transfer that one buffer holds, at least: a part is sent to the client
+#: while the NBD server works for the next.
+_STEP = 256 * 1024
+#: ... which is a multiple of this, and of a block.
+_UNIT = 64 * 1024
+
 
 @dataclass(slots=True)
 class _Piece:
@@ -34,34 +40,41 @@ class _Piece:
     low: int
     high: int
     buffer: bytearray = field(default_factory=bytearray)
+    at: int = 0
+    """Where the request's part of the buffer begins."""
     cookie: int = 0
 
     def whole(self) -> memoryview:
         """Return the buffer as far as the request reaches."""
-        return memoryview(self.buffer)[: self.stop - self.start]
+        return memoryview(self.buffer)[self.at : self.at + self.stop - self.start]
 
     def wanted(self) -> memoryview:
         """Return the part that the client reads or writes."""
-        return memoryview(self.buffer)[self.low - self.start : self.high - self.start]
+        begin = self.at - self.start
+        return memoryview(self.buffer)[begin + self.low : begin + self.high]
 
     def surround(self, edges: dict[int, bytes]) -> None:
         """Put around the wanted part what blocks, by their offset in the image, have there.
 
         Only once the wanted part has come: the source says when a buffer may be written to.
         """
+        begin = self.at - self.start
         for offset, block in edges.items():
             for start, stop in ((self.start, self.low), (self.high, self.stop)):
                 first, last = max(start, offset), min(stop, offset + len(block))
                 if first < last:
                     part = block[first - offset : last - offset]
-                    self.buffer[first - self.start : last - self.start] = part
+                    self.buffer[begin + first : begin + last] = part
 
 
-def _cut(link: Link, start: int, stop: int) -> Iterator[_Piece]:
-    """Cut [start, stop) at multiples of the chunk size, each piece widened to whole blocks."""
-    low = start
+def _cut(link: Link, start: int, stop: int, step: int = 0, origin: int = 0) -> Iterator[_Piece]:
+    """Cut [start, stop) at ``origin`` and each ``step`` from it, each piece widened to blocks.
+
+    By default: at multiples of the chunk size.
+    """
+    low, step = start, step or link.chunk
     while low < stop:
-        high = min(stop, (low // link.chunk + 1) * link.chunk)
+        high = min(stop, low + step - (low - origin) % step)
         first = low // link.align * link.align
         last = min(-(-high // link.align) * link.align, link.size)
         yield _Piece(first, last, low, high)
@@ -86,22 +99,41 @@ def _stopping(link: Link, wake: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _is_one(link: Link, start: int, length: int) -> bool:
-    """Tell whether the transfer is one request."""
-    return start // link.chunk == (start + length - 1) // link.chunk and length > 0
+def _fits(link: Link, start: int, length: int) -> bool:
+    """Tell whether one buffer holds the transfer, and the rest of the blocks at its edges."""
+    blocks = -(-(start + length) // link.align) - start // link.align
+    return length > 0 and blocks * link.align <= link.chunk
+
+
+def _parts(link: Link, start: int, length: int, buffer: bytearray) -> list[_Piece]:
+    """Cut what one buffer holds into requests, each with its part of the buffer.
+
+    They are as many as may be in flight, but none is small.
+    """
+    unit = max(_UNIT // link.align, 1) * link.align
+    least = max(_STEP, -(-link.chunk // link.depth))
+    first = start // link.align * link.align
+    pieces = list(_cut(link, start, start + length, -(-least // unit) * unit, first))
+    for piece in pieces:
+        piece.buffer, piece.at = buffer, piece.start - first
+    return pieces
 
 
 def read(link: Link, start: int, length: int) -> Generator[memoryview]:
     """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""
-    return (_read_one if _is_one(link, start, length) else _read_several)(link, start, length)
+    return (_read_one if _fits(link, start, length) else _read_several)(link, start, length)
 
 
 def _read_one(link: Link, start: int, length: int) -> Generator[memoryview]:
-    piece, owner = next(_cut(link, start, start + length)), (link.name, link.server)
-    piece.buffer = take_buffer(link.chunk, owner)
-    link.wait(link.pread(piece.whole(), piece.start))
-    yield piece.wanted()
-    leave_buffer(piece.buffer, owner)
+    owner = link.name, link.server
+    buffer = take_buffer(link.chunk, owner)
+    pieces = _parts(link, start, length, buffer)
+    for piece in pieces:
+        piece.cookie = link.pread(piece.whole(), piece.start)
+    for piece in pieces:
+        link.wait(piece.cookie)
+        yield piece.wanted()
+    leave_buffer(buffer, owner)
 
 
 def _read_several(link: Link, start: int, length: int) -> Generator[memoryview]:
@@ -162,7 +194,7 @@ def _read_ahead(link: Link, pieces: Iterator[_Piece], ring: Ring) -> Generator[_
 
 def write(link: Link, start: int, length: int, source: Source) -> Generator[int]:
     """Write ``length`` bytes from ``source``: see ``ports.Backend``."""
-    write_pieces = _write_one if _is_one(link, start, length) else _write_several
+    write_pieces = _write_one if _fits(link, start, length) else _write_several
     try:
         yield from write_pieces(link, start, length, source)
         link.settled = True
@@ -172,15 +204,20 @@ def write(link: Link, start: int, length: int, source: Source) -> Generator[int]
 
 def _write_one(link: Link, start: int, length: int, source: Source) -> Generator[int]:
     edges = _read_edges(link, start, start + length)
-    piece, owner = next(_cut(link, start, start + length)), (link.name, link.server)
-    piece.buffer = take_buffer(link.chunk, owner)
-    filled = fill(source, piece.wanted())
-    if filled < length:
-        raise ShortBody(filled)
-    piece.surround(edges)
-    link.wait(link.pwrite(piece.whole(), piece.start))
-    leave_buffer(piece.buffer, owner)
-    yield length
+    owner = link.name, link.server
+    buffer = take_buffer(link.chunk, owner)
+    pieces = _parts(link, start, length, buffer)
+    for piece in pieces:
+        wanted = piece.wanted()
+        filled = fill(source, wanted)
+        if filled < len(wanted):
+            raise ShortBody(piece.low - start + filled)
+        piece.surround(edges)
+        piece.cookie = link.pwrite(piece.whole(), piece.start)
+    for piece in pieces:
+        link.wait(piece.cookie)
+        yield piece.high - start
+    leave_buffer(buffer, owner)
 
 
 def _write_several(link: Link, start: int, length: int, source: Source) -> Generator[int]:

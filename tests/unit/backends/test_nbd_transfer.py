@@ -81,6 +81,27 @@ def test_a_read_has_the_bytes_of_its_range(span: tuple[int, int], align: int, ch
     assert fake.most_in_flight <= fake.depth
 
 
+@pytest.mark.parametrize("span", [(0, 8192), (100, 8000), (3, 1), (4095, 2), (SIZE - 1000, 1000)])
+@pytest.mark.parametrize("align", [1, 512])
+def test_what_one_buffer_holds_is_moved_in_parts_that_are_under_way_together(
+    monkeypatch: pytest.MonkeyPatch, span: tuple[int, int], align: int
+) -> None:
+    monkeypatch.setattr(transfer, "_STEP", 2048)
+    monkeypatch.setattr(transfer, "_UNIT", 1024)
+    fake, (start, length) = _fake(align=align, chunk=8192, depth=3), span
+    body = random.Random(8).randbytes(length)  # noqa: S311 - no secret
+
+    read = [bytes(piece) for piece in transfer.read(fake.link, start, length)]
+    reads, fake.requests[:] = fake.sent("read"), []
+    written = list(transfer.write(fake.link, start, length, _Source(body, piece=999)))
+
+    assert b"".join(read) == CONTENT[start : start + length]
+    assert bytes(fake.content) == CONTENT[:start] + body + CONTENT[start + length :]
+    assert (written[-1], fake.settled) == (length, True)
+    assert len(reads) == len(fake.sent("write")) == -(-length // 3072)
+    assert fake.most_in_flight == max(1, len(reads))
+
+
 def test_a_long_read_keeps_as_many_requests_in_flight_as_it_may() -> None:
     fake = _fake(depth=4)
     for _ in transfer.read(fake.link, 0, SIZE):

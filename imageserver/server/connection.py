@@ -17,7 +17,7 @@ MAX_HEAD = 64 * 1024
 #: A head ends with an empty line (RFC 9112 section 2.2). One made with bare LF is complete
 #: too, so that the parser gets to refuse it at once.
 _END = b"\r\n\r\n"
-_ENDS = (_END, b"\n\n", b"\n\r\n")
+_ENDS = (b"\n\n", b"\n\r\n")
 #: Heads have a few hundred bytes. What comes along of a body is copied once more, so it is little.
 _AT_ONCE = 8 * 1024
 #: Over TLS, all that was decrypted has to be read: no poll tells of it.
@@ -128,7 +128,8 @@ class Connection:
             del buffer[: 2 if buffer[0] == 13 else 1]  # noqa: PLR2004 - CR
         start = max(0, self._scanned - 3)
         self._scanned = len(buffer)
-        if len(buffer) > MAX_HEAD or any(buffer.find(end, start) >= 0 for end in _ENDS):
+        has_end = buffer.find(_END, start) >= 0 or any(buffer.find(e, start) >= 0 for e in _ENDS)
+        if has_end or len(buffer) > MAX_HEAD:
             self._scanned = 0
             return True
         return False

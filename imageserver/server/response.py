@@ -24,7 +24,6 @@ _FIELDS = re.compile(r"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [ \t\x21-\x7e\x80-\xff]*\
 #: Statuses below are interim answers.
 _FINAL = 200
 _NO_CONTENT, _NOT_MODIFIED = 204, 304
-_LENGTH = "content-length: "
 _BLANK = " \t"
 
 Send = Callable[..., None]
@@ -88,8 +87,8 @@ class ImageResponse:
         self._length = None
         lines: list[str] = []
         for name, value in headers:
-            begin = _begin(name)
-            if len(begin) == len(_LENGTH) and begin.lower() == _LENGTH:
+            begin, is_length = _begin(name)
+            if is_length:
                 if self._code < _FINAL or self._code == _NO_CONTENT:
                     continue  # RFC 9110 section 8.6
                 self._length = int(value)
@@ -160,9 +159,14 @@ class ImageResponse:
 
 
 @lru_cache(maxsize=64)
-def _begin(name: str) -> str:
-    """Return how a field's line begins; empty: it is not the application's to send."""
-    return "" if name.lower() in hop_headers else f"{name}: "  # and Server, and Date
+def _begin(name: str) -> tuple[str, bool]:
+    """Return how a field's line begins, and if it is Content-Length.
+
+    Empty: it is not the application's to send.
+    """
+    lower = name.lower()
+    begin = "" if lower in hop_headers else f"{name}: "  # and Server, and Date
+    return begin, lower == "content-length"
 
 
 @lru_cache(maxsize=1)

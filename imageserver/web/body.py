@@ -6,7 +6,7 @@ the environ with ``ZERO_COPY``, accepts memoryviews as pieces of a body, and its
 ``wsgi.input`` has ``readinto``. Under any other WSGI server pieces are copied into bytes.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import falcon
@@ -85,7 +85,7 @@ def read_all(req: falcon.Request, length: int) -> bytes:
     return body
 
 
-class StreamedBody(Iterable[bytes]):
+class StreamedBody:
     """A body that owns its session until its last piece, an error, or ``close()``.
 
     Making one asks for the first piece, so that what fails before the first byte still gets

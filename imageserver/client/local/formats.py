@@ -86,7 +86,7 @@ def open_image(  # noqa: PLR0913 - options of one image
     chain = Chain.open(path, writable=writable, backing=backing, ours=ours)
     try:
         if not damaged:
-            require_sound(chain)
+            require_sound(chain, int(writable))
     except BaseException:
         chain.close()
         raise
@@ -116,7 +116,7 @@ def create_image(  # noqa: PLR0913, PLR0917 - options of one image
     chain = Chain.open(base[0], base[1] or "raw")
     try:
         _require_base(chain, base[1], size)
-        require_sound(chain)
+        require_sound(chain, 0)
     except BaseException:
         chain.close()
         raise

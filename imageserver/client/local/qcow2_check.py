@@ -5,8 +5,10 @@ QEMU reads zeros behind the end of a file, so a truncated image is read without 
 image of a chain must have
 
     header      marked neither corrupt nor dirty
-    metadata    that ``qemu-img check`` finds consistent; a few leaked clusters do no harm (a crash
-                leaves some), many are those of a table that is gone
+    metadata    that ``qemu-img check`` finds consistent; in an image that is written, a few leaked
+                clusters do no harm (a crash leaves some), many are those of a table that is gone;
+                a source has none: an entry of a table that is gone is a cluster leaked, too
+    size        no clusters behind the end of its disk
     length      a file, or data file, that reaches to the end of every cluster in use;
                 ``qemu-img check`` accepts any part of the last cluster
     raw         the length of the image above it: nothing else tells that its end is missing
@@ -42,18 +44,22 @@ _WINDOW_BITS = -12
 LOCKED = re.compile("Failed to get .* lock")
 
 
-def require_sound(chain: Chain) -> None:
+def require_sound(chain: Chain, first_source: int | None = None) -> None:
     """Check all images of a chain.
+
+    From number ``first_source`` on they are read only for what is in them: there no leaked cluster
+    is put down to a crash.
 
     Raises:
         Damaged: one is incomplete or inconsistent, or cannot be checked.
         LocalFailure: one is in use.
     """
     above: Header | None = None
-    for member in chain.members:
+    for number, member in enumerate(chain.members):
         if member.header is not None:
+            is_source = first_source is not None and number >= first_source
             _require_marks(member, member.header)
-            _require_consistent(member, chain.objects)
+            _require_consistent(member, chain.objects, is_source=is_source)
             _require_length(member, member.header)
         elif above is not None:
             _require_raw_length(member, above)
@@ -71,7 +77,7 @@ def _require_marks(member: Member, header: Header) -> None:
         )
 
 
-def _require_consistent(member: Member, objects: list[str]) -> None:
+def _require_consistent(member: Member, objects: list[str], *, is_source: bool) -> None:
     names = {file.fd: file.path for file in member.files()}
     arguments = ["check", *objects, "--output=json", as_filename(member.node())]
     status, output, said = run("qemu-img", arguments, names)
@@ -82,14 +88,19 @@ def _require_consistent(member: Member, objects: list[str]) -> None:
     if LOCKED.search(said):
         raise LocalFailure(f"{path} is being written by another program, as its lock tells")
     if status == _LEAKED:
-        _require_few_leaks(path, output)
+        _require_few_leaks(path, output, is_source=is_source)
     elif status != _SOUND:
         raise Damaged(f"{path} cannot be checked: {reason(said, names) or 'qemu-img failed'}")
 
 
-def _require_few_leaks(path: str, output: str) -> None:
+def _require_few_leaks(path: str, output: str, *, is_source: bool) -> None:
     found = json.loads(output)
     leaks, used = found.get("leaks", 0), found.get("allocated-clusters", 0)
+    if is_source:
+        raise Damaged(
+            f"{path} may be damaged: no table names {leaks} of its clusters; if a crash has left "
+            f"them, qemu-img check -r leaks removes them, but what a lost table named is zeros now"
+        )
     if leaks > used or leaks >= _MANY_LEAKS:
         raise Damaged(
             f"{path} is damaged: no table names {leaks} of its clusters, more than a crash "
@@ -119,12 +130,26 @@ def _require_length(member: Member, header: Header) -> None:
     content = member.data_file or member.file
     length = content.length()
     for first, table in _tables(member, header):
+        _require_within(member, header, first, table)
         for number, entry in _late(table, header, length):
             end = _end(entry, first + number * header.cluster_bytes, header, table, number)
             if end > length:
                 raise _cut(content.path, length, f"a cluster of it ends at {end}")
         for entry in _compressed_late(table, header, length):
             _require_unpacked(member, header, entry, length)
+
+
+def _require_within(member: Member, header: Header, first: int, table: "array[int]") -> None:
+    """Require the table in which a disk ends to name nothing behind the end: its size was lost.
+
+    The state of a machine that a snapshot has kept lies behind, in tables of its own.
+    """
+    inside = -(-(header.size - first) // header.cluster_bytes) * _words(header)
+    if inside > 0 and any(table[inside:]):
+        raise Damaged(
+            f"{member.file.path} is damaged: its disk has {header.size} bytes, as its header says, "
+            "and a table names clusters behind them"
+        )
 
 
 def _compressed_late(table: "array[int]", header: Header, length: int) -> list[int]:

@@ -22,11 +22,11 @@ def qemu_img(*arguments: object) -> None:
     subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
 
 
-def look(path: Path) -> int:
+def look(path: Path, first_source: int = 0) -> int:
     """Check an image and what it is based on; return how many those are."""
     chain = Chain.open(str(path))
     try:
-        require_sound(chain)
+        require_sound(chain, first_source)
         return len(chain.members)
     finally:
         chain.close()
@@ -122,7 +122,32 @@ def test_a_table_that_is_gone_is_no_crash(tmp_path: Path):
     table = int.from_bytes(text[first : first + 8], "big") & 0x00FFFFFFFFFFFE00
     text[table : table + 64 * KIB] = bytes(64 * KIB)
     image.write_bytes(text)
-    with pytest.raises(Damaged, match=f"{image} is damaged: no table names 17 of its clusters"):
+    for first_source, what in ((0, "may be damaged"), (1, "is damaged")):
+        with pytest.raises(Damaged, match=f"{image} {what}: no table names 17 of its clusters"):
+            look(image, first_source)
+
+
+@pytest.mark.parametrize("at", [0, 8, 16 * 8], ids=["first", "second", "last"])
+def test_an_entry_that_is_gone_is_a_crash_only_where_the_image_is_written(tmp_path: Path, at: int):
+    image = converted(tmp_path / "image")
+    text = bytearray(image.read_bytes())
+    first = int.from_bytes(text[40:48], "big")
+    table = int.from_bytes(text[first : first + 8], "big") & 0x00FFFFFFFFFFFE00
+    text[table + at : table + at + 8] = bytes(8)
+    image.write_bytes(text)
+    assert look(image, first_source=1) == 1
+    with pytest.raises(Damaged, match=f"{image} may be damaged: no table names 1 of its clusters"):
+        look(image)
+
+
+@pytest.mark.parametrize("kind", ["full", "subclusters", "compressed"])
+def test_a_disk_that_ends_before_its_clusters_is_found_out(tmp_path: Path, kind: str):
+    image = tmp_path / "image"
+    KINDS[kind](image)
+    text = bytearray(image.read_bytes())
+    text[24:32] = (SIZE // 2).to_bytes(8, "big")
+    image.write_bytes(text)
+    with pytest.raises(Damaged, match=f"its disk has {SIZE // 2} bytes, as its header says"):
         look(image)
 
 

@@ -17,6 +17,7 @@ from lab.processes import LabFailed, run
 
 from benchmark import (
     report,
+    rows_checksum,
     rows_costs,
     rows_cpu,
     rows_data,
@@ -51,6 +52,8 @@ ROWS: dict[str, Callable[[World], list[Figure]]] = {
     "extents": rows_costs.extents,
     "qcow2": rows_qcow2.qcow2,
     "zero": rows_costs.zero,
+    "checksum": rows_checksum.checksum,
+    "digests": rows_checksum.digests,
     "memory": rows_costs.memory,
     "spread": rows_costs.spread,
     "imagectl-download": rows_imagectl.imagectl_download,

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """imagectl checksum: the same hex of an image here, on our server and on oVirt's."""
 
+import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lab.ovirt import OvirtDaemon, ovirt_daemon
 from ovirt_imageio import client
 
+from imageserver.client.failures import Different, Failed
 from imageserver.client.http.access import Access
 from imageserver.client.http.remote import Remote
+from imageserver.client.moving import verify
 from imageserver.client.moving.checksum import Wanted, checksum_of_file, checksum_of_image
+from imageserver.client.moving.download import Result as Fetched
+from imageserver.client.moving.download import download
+from imageserver.client.moving.upload import Wanted as Upload
+from imageserver.client.moving.upload import upload
+from imageserver.client.moving.wanted import Wanted as Download
 from imageserver.client.showing.progress import Silent
 from tests.clients.ovirt import LEAVES_A_CONNECTION, collected  # noqa: F401 - fixture
 from tests.system.flipping import flipping
@@ -127,21 +136,21 @@ def disk(workplace: Path) -> Path:
     return filled(workplace / "source.raw", DISK, (0, 12 * MIB), (20 * MIB, DISK))
 
 
+def fetch(url: str, copy: Path, **wanted: Any) -> Fetched:
+    return download(Remote(Access(url)), Download(str(copy), verify=True, **wanted), Silent())
+
+
 @pytest.mark.parametrize("fmt", ["raw", "qcow2"])
 def test_a_bit_that_changes_in_a_download_is_found_and_named(
     server: Server, disk: Path, home: Path, fmt: str
 ) -> None:
-    copy = home / "copy"
+    copy, told = home / "copy", "^bytes 4194304-8388607 differ; the next run fetches all again$"
     with qemu_nbd(disk, "--read-only") as sock:
         url = offer(server, sock)
-        with flipping(url, OFFSET, "GET") as flip:
-            asked = ("download", flip.url, copy, "--format", fmt, "--verify")
-            said = imagectl(*asked, status=4).stderr
-            assert said == (
-                "imagectl: bytes 4194304-8388607 differ; the next run fetches all again\n"
-            )
-        told = json.loads(imagectl("download", url, *asked[2:], "--json").stdout)
-    assert (told["moved"], told["verified_by"]) == (16 * MIB, "checksum")
+        with flipping(url, OFFSET, "GET") as flip, pytest.raises(Different, match=told):
+            fetch(flip.url, copy, format=fmt, connections=4)
+        result = fetch(url, copy, format=fmt)
+    assert (result.moved, result.verified_by) == (16 * MIB, "checksum")
     assert "identical" in qemu_img("compare", "-f", "raw", "-F", fmt, disk, copy)
 
 
@@ -169,31 +178,27 @@ def test_a_bit_that_changes_in_an_increment_is_found_and_named(
     qemu_img("bitmap", "--add", image, "b0")
     qemu_io(image, "qcow2", f"write -P 7 {5 * MIB} 128k", f"write -z {21 * MIB} 64k")
     copy = old if fmt == "raw" else home / "copy"
-    more = () if fmt == "raw" else ("--base", old)
+    wanted = {"incremental": True, "format": fmt, "base": None if fmt == "raw" else str(old)}
     with qemu_nbd(image, "--read-only", "--bitmap=b0", fmt="qcow2") as sock:
-        name = f"increment-{fmt}"
-        path = server.add(name, socket=str(sock), export_bitmap="b0")
-        url = f"http://127.0.0.1:{server.port}{path}"
-        with flipping(url, OFFSET, "GET") as flip:
-            asked = ("download", flip.url, copy, "--incremental", *more, "--verify")
-            said = imagectl(*asked, status=4).stderr
-            assert "bytes 5242880-5373951 differ; the next run" in said
-        told = json.loads(imagectl(asked[0], url, *asked[2:], "--json").stdout)
-        assert (told["moved"], told["verified_by"]) == (128 * 1024, "checksum")
+        path = server.add(f"increment-{fmt}", socket=str(sock), export_bitmap="b0")
+        url, told = f"http://127.0.0.1:{server.port}{path}", "^bytes 5242880-5373951 differ; the"
+        with flipping(url, OFFSET, "GET") as flip, pytest.raises(Different, match=told):
+            fetch(flip.url, copy, **wanted)
+        result = fetch(url, copy, **wanted)
+    assert (result.moved, result.verified_by) == (128 * 1024, "checksum")
     assert "identical" in qemu_img("compare", "-f", "qcow2", "-F", fmt, image, copy)
 
 
 def test_ovirts_checksum_is_compared_and_a_bit_that_changes_is_found(
     daemon: OvirtDaemon, disk: Path, home: Path
 ) -> None:
-    target = filled(home / "target.raw", DISK)
+    target, told = filled(home / "target.raw", DISK), "is that of other bytes than it serves"
     with qemu_nbd(target) as sock:
         url = daemon.add_nbd(sock, DISK)
-        told = json.loads(imagectl("upload", disk, url, "--verify", "--json").stdout)
-        assert told["verified_by"] == "checksum"
-        with flipping(url, OFFSET, "GET") as flip:
-            said = imagectl("download", flip.url, home / "copy", "--verify", status=4).stderr
-    assert "the server's checksum is that of other bytes than it serves" in said
+        result = upload(Remote(Access(url)), Upload(str(disk), verify=True), Silent())
+        assert result.verified_by == "checksum"
+        with flipping(url, OFFSET, "GET") as flip, pytest.raises(Different, match=told):
+            fetch(flip.url, home / "copy")
 
 
 #: An NBD server whose disk is not what was written to it, or sometimes not what is read.
@@ -228,9 +233,42 @@ def test_a_bit_that_an_nbd_server_changes_is_found(
     (home / "evil.py").write_text("API_VERSION = 2\n" + _EVIL.replace("WHEN", repr(when)))
     with nbdkit(home / "evil.sock", "python", home / "evil.py") as sock:
         url = offer(server, sock)
-        if when == "write":
-            said = imagectl("upload", disk, url, "--verify", status=4).stderr
-        else:
-            imagectl("upload", disk, url)
-            said = imagectl("download", url, home / "copy", "--verify", status=4).stderr
-    assert said.startswith("imagectl: bytes 4194304-8388607 differ")
+        wanted = Upload(str(disk), verify=when == "write")
+        found = pytest.raises(Different, match=r"^bytes 4194304-8388607 differ")
+        with found if when == "write" else contextlib.nullcontext():
+            upload(Remote(Access(url)), wanted, Silent())
+        with found if when == "read" else contextlib.nullcontext():
+            fetch(url, home / "copy")
+
+
+class _Breaking(Remote):
+    """Fails where half of the disk has come."""
+
+    def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
+        for data in super().read(start, stop):
+            if start >= DISK // 2:
+                raise Failed("half of it has come")
+            yield data
+            start += len(data)
+
+
+def test_what_a_disk_forgets_between_two_runs_of_a_download_is_found(
+    server: Server, disk: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_SAMPLES", 0)
+    copy, part = home / "copy", home / "copy.part"
+    with qemu_nbd(disk, "--read-only") as sock:
+        access = Access(offer(server, sock))
+        with pytest.raises(Failed, match="half of it"):
+            download(_Breaking(access), Download(str(copy), connections=1), Silent())
+        with part.open("r+b") as file:
+            file.seek(OFFSET)
+            (was,) = file.read(1)
+            file.seek(OFFSET)
+            file.write(bytes([was ^ 1]))
+        wanted = Download(str(copy), verify=True)
+        with pytest.raises(Different, match="bytes 4194304-8388607 differ; the next run"):
+            download(Remote(access), wanted, Silent())
+        result = download(Remote(access), wanted, Silent())
+    assert (result.verified_by, result.resumed) == ("checksum", 0)
+    assert_same(disk, copy)

@@ -71,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_OPTIONS(self) -> None:
         features = ["extents", "zero", "flush", "digest"]
+        if self.image.lie.startswith("checksums"):  # without, it is verified in other ways
+            features.append("checksum")
         limits = {"max_readers": 4, "max_writers": 2, "unix_socket": None}
         self.answer(200, {"features": features, **limits}, Allow="GET, HEAD, PUT, PATCH, OPTIONS")
 
@@ -85,6 +87,9 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if path.endswith("/extents"):
             self.list(query)
+            return
+        if path.endswith("/checksum"):
+            self.checksum(dict(part.split("=") for part in query.split("&")))
             return
         text = self.headers.get("Range")
         if text is None or (self.headers.get("If-Range") and self.image.lie != "If-Range matches"):
@@ -118,6 +123,19 @@ class _Handler(BaseHTTPRequestHandler):
             status = 500 if self.image.reads > 2 else 206
         total = SIZE + (lie == "the size in Content-Range is wrong")
         self.answer(status, data, Content_Range=f"bytes {start}-{stop - 1}/{total}")
+
+    def checksum(self, asked: dict[str, str]) -> None:
+        start = int(asked["start"])
+        if self.image.lie == "checksums of whole images":
+            start = 0
+        if start >= SIZE:
+            self.refuse(416)
+            return
+        data = self.image.bytes[start : start + int(asked["length"])]
+        if self.image.lie == "checksums are wrong":
+            data = data[1:]
+        told = hashlib.sha256(hashlib.sha256(data).digest()).hexdigest()
+        self.answer(200, {"algorithm": "sha256", "block_size": 4 << 20, "checksum": told})
 
     def list(self, query: str) -> None:
         fields = dict(part.split("=") for part in query.split("&"))

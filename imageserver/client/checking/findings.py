@@ -11,6 +11,7 @@ A check is a function that returns what it has seen, or raises what it found ins
 """
 
 import contextlib
+import functools
 import re
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +23,7 @@ from imageserver.client.checking.probe import Connection, Reply, Request
 from imageserver.client.failures import Busy, ClientError, Unreachable
 from imageserver.client.http.access import Access
 from imageserver.client.http.remote import Remote
+from imageserver.core.checksums import DEFAULT_BLOCK_SIZE
 from imageserver.core.extents import Extent
 
 #: Bytes read where some are enough.
@@ -135,6 +137,15 @@ class Subject:
         """
         reply = self.range(f"{start}-{stop - 1}")
         return partial(reply, start, stop, self.size)
+
+    def checksum(self, length: int) -> str | None:
+        """Return the SHA-256 block hash of the first bytes; None: there is none of spans."""
+        with contextlib.closing(Remote(self.access, 1)) as remote:
+            retried_while_busy(remote.abilities, self._seconds)  # tell who answers
+            if not retried_while_busy(lambda: remote.has_spans(self.size), self._seconds):
+                return None
+            ask = functools.partial(remote.checksum, "sha256", DEFAULT_BLOCK_SIZE, (0, length))
+            return retried_while_busy(ask, self._seconds)
 
     def extents(self, context: str) -> Generator[Extent]:
         """Yield the extents; ``Failed`` where they have a gap."""

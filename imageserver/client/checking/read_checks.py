@@ -2,6 +2,7 @@
 """The checks that change nothing: one function for each promise of docs/api.md, in one table."""
 
 import contextlib
+import hashlib
 import json
 
 from imageserver.client.checking.extent_checks import EXTENT_CHECKS
@@ -173,6 +174,22 @@ def _connections(subject: Subject) -> str:
     raise Wrong(f"statuses {sorted(set(statuses))}")
 
 
+# Checksums
+
+
+def _checksum(subject: Subject) -> str:
+    subject.needs("checksum")
+    subject.needs_bytes()
+    length = min(SAMPLE, subject.size)
+    told = subject.checksum(length)
+    if told is None:
+        raise Differs("of whole images, not of spans")
+    block = hashlib.sha256(subject.bytes_at(0, length)).digest()
+    if told != hashlib.sha256(block).hexdigest():
+        raise Wrong(f"the first {size_text(length)} have another")
+    return f"that of the first {size_text(length)}"
+
+
 # Errors and flush
 
 
@@ -221,6 +238,7 @@ CHECKS = (
     Check("keep-alive", _keep_alive),
     Check("several connections", _connections),
     *EXTENT_CHECKS,
+    Check("checksum", _checksum),
     Check("unknown id", _errors),
     Check("unknown method", _methods),
     Check("flush", _flush),

@@ -112,11 +112,13 @@ def validators_of(found: Attributes, now_ns: int) -> Validators:
     told = modified if found.st_mtime_ns <= now_ns else None
     if now_ns - found.st_ctime_ns < SETTLED_NS:
         return Validators(None, told)
-    facts = b"%d %d %d %d %d" % (
-        *(found.st_dev, found.st_ino, found.st_size),
-        *(found.st_mtime_ns, found.st_ctime_ns),
-    )
-    return Validators(f'"{hashlib.blake2b(facts, digest_size=16).hexdigest()}"', told)
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return Validators(_tag(found.st_dev, found.st_ino, found.st_size, *times), told)
+
+
+@lru_cache(maxsize=256)  # clients ask for one range of a file after the other
+def _tag(*facts: int) -> str:
+    return f'"{hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()}"'
 
 
 @lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ from imageserver.core.errors import BadRequest
 from imageserver.core.qcow2_layout import Layout, shaped
 from imageserver.core.ranges import parse_range, whole
 from imageserver.core.transfer import Transfer
+from imageserver.core.validators import UNKNOWN_STATE, Validators
 from imageserver.images import sessions
 from imageserver.images.probing import Asking, WouldTransfer
 from imageserver.images.qcow2_stream import stream, survey
@@ -31,7 +32,8 @@ class _File:
     layout: Layout
     bitmap: str | None
     """Of what is dirty; None: everything is in the file, which stands alone."""
-    etag: str
+    etag: str | None
+    """None: the image is a file that has just been changed, and has none itself."""
 
     @property
     def is_overlay(self) -> bool:
@@ -73,7 +75,7 @@ class Qcow2Answers:
         session = self._open(req, transfer, wanted)
         try:
             file = _look_at(session, transfer, wanted)
-            if condition not in {None, file.etag}:
+            if condition is not None and condition != file.etag:
                 part = None
             span = part.resolve(file.layout.length) if part else whole(file.layout.length)
             pieces = stream(session, file.layout, span, overlay=file.is_overlay)
@@ -100,19 +102,22 @@ def _look_at(session: Session, transfer: Transfer, wanted: Qcow2Wanted) -> _File
     backing = (None, None) if bitmap is None else (wanted.backing, wanted.backing_format)
     shape = shaped(session.size, wanted.cluster_size, *backing)
     layout = survey(session, shape, overlay=bitmap is not None)
-    return _File(layout, bitmap, _etag(transfer, bitmap, layout))
+    state = session.info.state or UNKNOWN_STATE
+    is_young = state.modified is not None and state.etag is None
+    etag = None if is_young else _etag(transfer, bitmap, layout, state)
+    return _File(layout, bitmap, etag)
 
 
-def _etag(transfer: Transfer, bitmap: str | None, layout: Layout) -> str:
+def _etag(transfer: Transfer, bitmap: str | None, layout: Layout, state: Validators) -> str:
     """Return a validator of the file, as far as one can be had.
 
     Beside layout and parameters it covers which image the transfer names, and which server answers
-    for that: both may change under an id.
+    for that: both may change under an id; and, of an image that has one, the state of its bytes.
     """
     image, shape = transfer.image, layout.shape
     told = (
         *(image.kind.name, *image.identity(), image.stamp()),
-        *(bitmap, shape.backing, shape.backing_format, layout.digest()),
+        *(bitmap, shape.backing, shape.backing_format, layout.digest(), state.etag),
     )
     return f'"{hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()}"'
 
@@ -127,4 +132,5 @@ def _describe(
     if wanted.dirty:
         say_bitmap(req, resp, transfer, file.bitmap)
     resp.content_type = "application/octet-stream"
-    resp.set_header("ETag", file.etag)
+    if file.etag is not None:
+        resp.set_header("ETag", file.etag)

@@ -9,6 +9,8 @@ import pytest
 from falcon import testing
 
 from imageserver.core.errors import BackendError, ClientGone
+from imageserver.core.kinds import ImageInfo
+from imageserver.core.validators import Validators
 from imageserver.images.probing import Asking, WouldTransfer
 from imageserver.web.body import ASKING
 from imageserver.web.requests import IS_GONE
@@ -119,6 +121,18 @@ def test_the_etag_changes_with_layout_parameters_image_and_server(
     assert same == tags[0], "the same clusters"
     assert tags.pop(6) == tags[5], "another right to the same image"
     assert len(set(tags)) == len(tags)
+
+
+def test_the_etag_of_a_files_qcow2_file_changes_with_the_files(
+    client: testing.TestClient, world: World
+) -> None:
+    found = []
+    for state in (Validators('"a"', 1), Validators('"b"', 1), Validators(None, 1)):
+        world.info = ImageInfo(10, False, True, True, multi_conn=True, state=state)
+        found.append(get(client).headers.get("etag"))
+
+    assert found[2] is None, "it has just been changed"
+    assert len(set(found)) == 3
 
 
 def test_an_overlay_has_what_is_dirty_and_names_its_backing_file(

@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
+from imageserver.core import checksums
 from imageserver.core.checksums import ALGORITHMS, Block, Recipe, Splitter
 from imageserver.core.errors import BadRequest
 from imageserver.core.extents import Extent
@@ -106,3 +107,14 @@ def _expected(algorithm: str, data: bytes) -> str:
 def test_what_cannot_be_computed_is_refused(algorithm: str, size: int | None, message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         Recipe(algorithm, size)
+
+
+def test_what_has_no_hole_costs_no_hash_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hashed(_algorithm: str, _length: int) -> bytes:
+        raise AssertionError
+
+    monkeypatch.setattr(checksums, "_zero_part", hashed)
+    recipe = Recipe("sha256", None)
+    recipe.add(hashlib.sha256(b"data").digest())
+    wanted = hashlib.sha256(hashlib.sha256(b"data").digest()).hexdigest()
+    assert recipe.answer()["checksum"] == wanted

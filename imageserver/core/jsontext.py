@@ -29,7 +29,9 @@ def parse_json(text: bytes) -> object:
     try:
         decoded = text.decode("utf-8")
         _refuse_depth(decoded)
-        return json.loads(decoded, parse_int=_integer, parse_constant=_refuse_constant)
+        if decoded.startswith("\ufeff"):
+            return json.loads(decoded)  # which refuses it (RFC 8259 section 8.1)
+        return _DECODER.decode(decoded)
     except UnicodeDecodeError as exc:
         raise InvalidJson(f"not UTF-8 at byte {exc.start}") from exc
     except json.JSONDecodeError as exc:
@@ -52,3 +54,6 @@ def _integer(digits: str) -> int:
 
 def _refuse_constant(name: str) -> object:
     raise InvalidJson(f"{name} is not a JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_refuse_constant)

@@ -6,6 +6,7 @@ booleans are JSON's own: ``true`` is no number, ``1.0`` is no integer, ``"1"`` i
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from imageserver.core.errors import BadRequest
 from imageserver.core.jsontext import InvalidJson, parse_json
@@ -39,6 +40,7 @@ class Flush:
     """Bring the image's data to stable storage."""
 
 
+@lru_cache(maxsize=8)  # one flush is like another, byte by byte
 def parse_patch(body: bytes) -> Zero | Flush:
     """Parse a JSON PATCH body.
 

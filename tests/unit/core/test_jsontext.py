@@ -28,3 +28,15 @@ def test_a_string_without_an_end_takes_no_longer():
     with pytest.raises(InvalidJson):
         parse_json(text)
     assert time.monotonic() - began < 5  # in quadratic time, hours
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xef\xbb\xbf{}", b"", b"{", b'{"a":1,}', b"[1 2]", b"{} {}", b"'a'"]
+)
+def test_what_is_no_json_is_refused_in_the_parsers_words(text: bytes):
+    with pytest.raises(json.JSONDecodeError) as theirs:
+        json.loads(text.decode())
+    with pytest.raises(InvalidJson) as ours:
+        parse_json(text)
+
+    assert str(ours.value) == f"{theirs.value.msg} at character {theirs.value.pos}"

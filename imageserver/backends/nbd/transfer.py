@@ -9,7 +9,8 @@ first. The image's lock makes that safe; where writers share it, such edges neve
 A long transfer has a thread for the NBD side (``ring``), so that receiving from one socket
 and sending to the other overlap: on 2 cores that is about twice what one thread moves in
 turns. A short one fits into the ring at once and is done on the spot; there a thread costs
-more than it saves.
+more than it saves. What one buffer holds needs no ring: it is cut into smaller requests, so that
+one part is sent while the server works for the next.
 """
 
 from collections import deque

@@ -206,6 +206,7 @@ def _handshake(
         _negotiate(handle, name, server, attempt, deadline)
         if not handle.aio_is_ready():
             raise BackendError(f"{name}: closed the connection during the handshake")
+        _size(handle, name)  # is refused here, where what refers to the connection ends
     except nbd.Error as exc:
         raise _refused(exc, handle, name) from exc.with_traceback(None)
     except OSError as exc:

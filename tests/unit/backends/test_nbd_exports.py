@@ -8,6 +8,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
+from lab.processes import wait_until
 
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import BackendError, ClientGone, Exhausted
@@ -48,8 +49,11 @@ def _extents(liar: Liar, start: int, stop: int) -> list[Extent]:
 def test_a_size_that_no_offset_reaches_is_an_error(liar: Liar, size: int, intent: Intent) -> None:
     liar.size = size
 
-    with pytest.raises(BackendError, match=r"announces a size of 2\^63 bytes or more"):
+    with pytest.raises(BackendError, match=r"announces a size of 2\^63 bytes or more") as refused:
         _open(liar, intent)
+    # Whoever keeps the error keeps no place at the server.
+    wait_until(lambda: not any(t.name.startswith("client ") for t in threading.enumerate()))
+    assert refused.value
 
 
 def test_a_connection_that_finds_no_descriptor_is_no_failure_of_the_server(liar: Liar) -> None:

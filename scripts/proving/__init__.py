@@ -3,6 +3,8 @@
 
 calls      each call of the C library that an operation on files makes fails once
 exports    each NBD request fails once, and each call of libnbd
+power      the power fails at any moment; ``lab.powercut`` says what is left
+evil       each byte that an NBD server sends is another one, or the last one
 world      a server in one process, but for its sockets; what it has left behind
 nth        an nbdkit plugin whose Nth request fails
 

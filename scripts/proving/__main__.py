@@ -7,16 +7,17 @@ import errno
 import itertools
 import logging
 import os
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from lab import faults
 
-from proving import calls, exports
+from proving import calls, evil, exports, power
 
 #: What the test suite has time for.
 _QUICK = ("PUT", "register", "slot table", "metrics")
@@ -38,7 +39,20 @@ def _exports(names: list[str], *, quick: bool) -> Iterator[tuple[str, list[str]]
             yield fault.what, fault.wrong
 
 
-_PROOFS = {"calls": _calls, "exports": _exports}
+def _power(names: list[str], *, quick: bool) -> Iterator[tuple[str, list[str]]]:
+    for seed in range(1 if quick else 20):
+        yield from power.run(seed, tuple(names))
+
+
+def _evil(names: list[str], *, quick: bool) -> Iterator[tuple[str, list[str]]]:
+    with tempfile.TemporaryDirectory(prefix="is-proof-") as place:
+        kinds = (evil.CUT, 0x80) if quick else evil.KINDS
+        wanted = names or (("GET",) if quick else ())
+        for fault in evil.run(Path(place), kinds, wanted, step=13 if quick else 1):
+            yield fault.what, fault.wrong
+
+
+_PROOFS = {"calls": _calls, "exports": _exports, "power": _power, "evil": _evil}
 
 
 def main() -> int:
@@ -47,11 +61,11 @@ def main() -> int:
     parser.add_argument("proof", choices=_PROOFS)
     parser.add_argument("names", nargs="*", help="only these operations")
     parser.add_argument("--quick", action="store_true", help="what the test suite has time for")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if not faults.is_loaded():
-        return _with_faults()
-    # Not for the programs that are started here.
-    del os.environ[faults.VARIABLE]
+        _with_faults()
+    # It is loaded, and not for the programs that are started here.
+    shutil.rmtree(Path(os.environ.pop(faults.VARIABLE)).parent)
     logging.disable(logging.CRITICAL)  # thousands of failures are what is wanted
     counted: collections.Counter[str] = collections.Counter()
     failures = []
@@ -66,12 +80,11 @@ def main() -> int:
     return 1 if failures or not counted else 0
 
 
-def _with_faults() -> int:
-    """Run this again, with the library."""
-    with tempfile.TemporaryDirectory(prefix="is-proof-") as place:
-        environ = os.environ | faults.build(Path(place))
-        command = [sys.executable, "-m", "proving", *sys.argv[1:]]
-        return subprocess.run(command, env=environ, check=False).returncode
+def _with_faults() -> NoReturn:
+    """Become this program again, with the library."""
+    environ = os.environ | faults.build(Path(tempfile.mkdtemp(prefix="is-proof-")))
+    command = [sys.executable, "-m", "proving", *sys.argv[1:]]
+    os.execve(sys.executable, command, environ)  # noqa: S606 - there is none to go through
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ descriptor and no file is left behind, no lock and no slot is held, and the next
 """
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -117,9 +118,14 @@ def _control(text: str) -> Callable[[World], Answer]:
     return run
 
 
-_REGISTERED = '{"backend":"file","file":"/images/%s"}'
-_REGISTER = '{"action":"register","transfer_id":"r","config":' + _REGISTERED + "}"
-_UNREGISTER = _control('{"action":"unregister","transfer_id":"r"}')
+def register(name: str) -> Callable[[World], Answer]:
+    """Return what registers a transfer ``r``, an image of this name."""
+    config = {"backend": "file", "file": f"/images/{name}"}
+    command = {"action": "register", "transfer_id": "r", "config": config}
+    return _control(json.dumps(command))
+
+
+unregister = _control('{"action":"unregister","transfer_id":"r"}')
 
 
 def _registered(world: World) -> str:
@@ -216,23 +222,19 @@ OPERATIONS = (
     Operation("flush", lambda w: w.ask("POST", "/images/image/flush"), _any, _old),
     Operation(
         "register",
-        _control(_REGISTER % "new"),
+        register("new"),
         _is_registered(""),
-        afterwards=_UNREGISTER,
+        afterwards=unregister,
     ),
     Operation(
         "register anew",
-        _control(_REGISTER % "new"),
+        register("new"),
         _is_registered("old"),
-        _control(_REGISTER % "old"),
-        _UNREGISTER,
+        register("old"),
+        unregister,
     ),
-    Operation(
-        "unregister", _UNREGISTER, _is_unregistered, _control(_REGISTER % "old"), _UNREGISTER
-    ),
-    Operation(
-        "list", _control('{"action":"list"}'), _any, _control(_REGISTER % "old"), _UNREGISTER
-    ),
+    Operation("unregister", unregister, _is_unregistered, register("old"), unregister),
+    Operation("list", _control('{"action":"list"}'), _any, register("old"), unregister),
     Operation("slot", _claim, _any),
     Operation("slot table", _map, _any),
     Operation("locks pruned", _prune, _any),
@@ -265,7 +267,9 @@ def once(world: World, faults: Injector, operation: Operation, nth: int, error: 
     wrong += _next(world, operation)
     operation.afterwards(world)
     return Fault(
-        f"{operation.name}: {name} ({nth}) fails with {errno.errorcode[error]}", name, wrong
+        f"{operation.name}: {name} ({nth}) fails with {errno.errorcode.get(error, f'{error:#x}')}",
+        name,
+        wrong,
     )
 
 
@@ -294,10 +298,15 @@ def _with_image() -> Iterator[World]:
 
 
 def sweep(
-    operation: Operation, error: int, faults: Injector, worlds: Worlds = _with_image
+    operation: Operation,
+    error: int,
+    faults: Injector,
+    worlds: Worlds = _with_image,
+    *,
+    step: int = 1,
 ) -> Iterator[Fault]:
-    """Let each call of an operation fail in turn."""
-    nth, goes_on = 0, True
+    """Let each call of an operation, or each ``step``-th, fail in turn."""
+    nth, goes_on = 1 - step, True
     while goes_on:
         with worlds() as world:  # another one where something was left behind
             for _ in range(2):  # what is imported or opened once is not part of it
@@ -307,7 +316,7 @@ def sweep(
             list(world.left())
             world.settle()
             while True:
-                nth += 1
+                nth += step
                 fault = once(world, faults, operation, nth, error)
                 goes_on = bool(fault.call)
                 if goes_on:

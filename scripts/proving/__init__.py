@@ -5,6 +5,7 @@ calls      each call of the C library that an operation on files makes fails onc
 exports    each NBD request fails once, and each call of libnbd
 power      the power fails at any moment; ``lab.powercut`` says what is left
 evil       each byte that an NBD server sends is another one, or the last one
+parsers    what haproxy passes on is read here as haproxy has read it; odd, the requests
 world      a server in one process, but for its sockets; what it has left behind
 nth        an nbdkit plugin whose Nth request fails
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from lab import faults
 
-from proving import calls, evil, exports, power
+from proving import calls, evil, exports, parsers, power
 
 #: What the test suite has time for.
 _QUICK = ("PUT", "register", "slot table", "metrics")
@@ -52,14 +52,27 @@ def _evil(names: list[str], *, quick: bool) -> Iterator[tuple[str, list[str]]]:
             yield fault.what, fault.wrong
 
 
-_PROOFS = {"calls": _calls, "exports": _exports, "power": _power, "evil": _evil}
+def _parsers(names: list[str], *, quick: bool) -> Iterator[tuple[str, list[str]]]:
+    """Take each name as a seed."""
+    for seed in names or (["1"] if quick else map(str, range(20))):
+        with tempfile.TemporaryDirectory(prefix="is-proof-") as place:
+            yield from parsers.run(Path(place), seed, 1000 if quick else 3000)
+
+
+_PROOFS = {
+    "calls": _calls,
+    "exports": _exports,
+    "power": _power,
+    "evil": _evil,
+    "parsers": _parsers,
+}
 
 
 def main() -> int:
     """Run one proof."""
     parser = argparse.ArgumentParser("scripts/prove", description="Every fault of a kind in turn.")
     parser.add_argument("proof", choices=_PROOFS)
-    parser.add_argument("names", nargs="*", help="only these operations")
+    parser.add_argument("names", nargs="*", help="only these operations; of parsers: these seeds")
     parser.add_argument("--quick", action="store_true", help="what the test suite has time for")
     arguments = parser.parse_intermixed_args()
     if not faults.is_loaded():

@@ -10,7 +10,7 @@ import pytest
 from tests.system.harness import ROOT
 
 
-@pytest.mark.parametrize("proof", ["calls", "exports", "power", "evil"])
+@pytest.mark.parametrize("proof", ["calls", "exports", "power", "evil", "parsers"])
 def test_whatever_fails_once_leaves_nothing_wrong_and_nothing_held(proof):
     done = subprocess.run(
         [sys.executable, "-m", "proving", proof, "--quick"],

@@ -2,12 +2,16 @@
 """Arguments in, verdict out: exit status 0, or 1 with the seed and what led to the failure."""
 
 import argparse
+import contextlib
 import secrets
+import subprocess
 import sys
+
+from lab.processes import ROOT
 
 from soaking import reloading
 from soaking.chaos import Trace
-from soaking.storm import Storm
+from soaking.storm import SETTINGS, Storm
 
 
 def main() -> int:
@@ -20,7 +24,9 @@ def main() -> int:
     parser.add_argument("--reload", action="store_true", help="only reload, once a second")
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 32) if arguments.seed is None else arguments.seed
-    sys.stdout.write(f"soak: seed {seed}, {arguments.minutes:g} minutes\n")
+    options = vars(arguments) | {"seed": seed, "commit": _commit()} | SETTINGS
+    told = ", ".join(f"{name} {value}" for name, value in options.items())
+    sys.stdout.write(f"soak: {told}\n")
     sys.stdout.flush()
     trace = Trace()
     if arguments.reload:
@@ -39,6 +45,16 @@ def main() -> int:
         return 1
     sys.stdout.write("ok\n")
     return 0
+
+
+def _commit() -> str:
+    """Return the commit of these files, with a "+" where they have been changed."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return "unknown"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """Starts everything, runs the storm, and checks that all was given back at its end."""
 
 import contextlib
+import math
 import subprocess
 import tempfile
 import time
@@ -25,6 +26,7 @@ from soaking.clients import (
     Writer,
     end,
 )
+from soaking.healing import Healing
 
 READERS = 8
 #: What the server is told; short, so that a soak sees every timeout many times.
@@ -45,7 +47,10 @@ MUST_HAPPEN = (
     "flush 200",
     "zero 200",
     "workers killed that held",
+    "healed",
 )
+#: How long a storm lasts at most, before everything is looked at.
+STORM_SECONDS = 60.0
 #: Nothing runs any more, and a refused upload lingers for 10 s at most.
 STOP_SECONDS = 20
 
@@ -60,24 +65,37 @@ class Storm:
         self.seen: dict[str, Any] = {}
         self._seed = str(seed)
         self._probers: list[Prober] = []
+        self._spare = [f"spare{number}" for number in range(writers + 1)]
 
     def run(self, seconds: float, pace: float) -> None:
-        """Run for ``seconds``; failures are in ``trace``."""
+        """Run for ``seconds``, in storms of a minute at most; failures are in ``trace``."""
         with tempfile.TemporaryDirectory(prefix="soak-") as name, self._world(Path(name)) as world:
             server, images = world
-            nbd = [image for image in images if isinstance(image, NbdImage)]
-            chaos = Chaos(server, nbd, self.trace, f"{self._seed} chaos", pace)
-            clients = self._clients(server, images)
-            for thread in (*clients, chaos):
-                thread.start()
-            last(seconds, self.trace, lambda: time.sleep(0.1))
-            chaos.stop()
-            end(clients, self.trace)
-            for image in images:
-                self._check_image(server, image)
-            for failure in remains(server):
-                self.trace.fail(failure)
+            storms = math.ceil(seconds / STORM_SECONDS)
+            for number in range(storms):
+                self._storm(server, images, f"{self._seed} {number}", seconds / storms, pace)
+                if self.trace.failures:
+                    return
             self.trace.expect(*MUST_HAPPEN)
+
+    def _storm(
+        self, server: Server, images: list[Image], seed: str, seconds: float, pace: float
+    ) -> None:
+        """Let it rage; then look whether all is right, all was given back, and all can be had."""
+        nbd = [image for image in images if isinstance(image, NbdImage)]
+        chaos = Chaos(server, nbd, self.trace, f"{seed} chaos", pace)
+        clients = self._clients(server, images, seed)
+        for thread in (*clients, chaos):
+            thread.start()
+        last(seconds, self.trace, lambda: time.sleep(0.1))
+        chaos.stop()
+        end(clients, self.trace)
+        healing = Healing(server.port, images, self._spare, f"{seed} healing")
+        for image in images:
+            self._check_image(server, image)
+        for failure in remains(server):
+            self.trace.fail(failure)
+        healing.check(self.trace, READERS)
 
     @contextlib.contextmanager
     def _world(self, home: Path) -> Iterator[tuple[Server, list[Image]]]:
@@ -92,6 +110,8 @@ class Storm:
             stack.callback(self._stop, server)
             for image in images:
                 server.add(image.name, **image.transfer())
+            for name in self._spare:
+                server.add(name, backend="file", file=str(home / name))
             yield server, images
             self._stop(server)
             self.seen = proxy.report()
@@ -101,15 +121,16 @@ class Storm:
                 if not peak:  # as if the proxy did not understand what passes
                     self.trace.fail(f"nothing was tested: the NBD servers saw no {kind}")
 
-    def _clients(self, server: Server, images: list[Image]) -> list[Client]:
-        fixed = (server.port, self.trace, self._seed)
+    def _clients(self, server: Server, images: list[Image], seed: str) -> list[Client]:
+        fixed = (server.port, self.trace, seed)
         nbd = [image for image in images if image.is_nbd]
-        self._probers = [Prober(f"prober{n}", *fixed, images) for n in range(2)]
+        probers = [Prober(f"prober{n}", *fixed, images) for n in range(2)]
+        self._probers += probers
         return [
             *(Reader(f"reader{n}", *fixed, images) for n in range(10)),
             *(Writer(f"writer of {image.name}", *fixed, [image]) for image in images),
             Surveyor("surveyor", *fixed, nbd),
-            *self._probers,
+            *probers,
         ]
 
     def _check_image(self, server: Server, image: Image) -> None:

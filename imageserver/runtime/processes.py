@@ -10,6 +10,7 @@ from enum import Enum, auto
 from pathlib import Path
 
 from imageserver.core.slots import Owner
+from imageserver.runtime.private import close_fd
 
 #: proc(5), field 9: the kernel is ending the process, though its last thread may not be done yet.
 _PF_EXITING = 0x4
@@ -68,7 +69,7 @@ def _status(pid: int) -> list[bytes] | None:
         try:
             line = os.read(fd, _STATUS_SIZE)
         finally:
-            os.close(fd)
+            close_fd(fd)
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name, in parentheses, may hold anything: fields count from the last ")".

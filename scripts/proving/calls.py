@@ -30,6 +30,14 @@ _OLD = b"old" * 30_000
 _NEW = bytes(65_536) + b"new" * 30_000
 #: Some counter.
 _PLACE = 7
+#: A raw file: data, a hole, data; and a part of it.
+_RAW_OLD = b"old!" * 16_384 + bytes(65_536) + b"raw." * 16_384
+_RAW_NEW = b"new?" * (len(_RAW_OLD) // 4)
+_SPAN, _SIZE = slice(50_000, 150_000), 100_000
+_ZERO: dict[str, object] = {"op": "zero", "offset": _SPAN.start, "size": _SIZE, "flush": True}
+_RANGE = {"Range": f"bytes={_SPAN.start}-{_SPAN.stop - 1}"}
+_JSON = {"Content-Type": "application/json"}
+_BLOCK = 4096
 _OK = 200
 _DONE = {_OK, 206}
 
@@ -93,6 +101,54 @@ def _reads(expected: bytes) -> Callable[[World, Answer], Iterator[str]]:
             yield f"{answer.status} with {len(answer.body)} wrong bytes"
 
     return check
+
+
+def _raw_old(world: World) -> None:
+    (world.images / "raw").write_bytes(_RAW_OLD)
+
+
+def _raw_writes(wanted: bytes) -> Callable[[World, Answer], Iterator[str]]:
+    """A raw file is written in place: where that fails, each byte is the old or the new one."""
+
+    def check(world: World, answer: Answer) -> Iterator[str]:
+        now = (world.images / "raw").read_bytes()
+        if answer.status == _OK and now != wanted:
+            yield "200, and not all of it was written"
+        if not mixes(now, _RAW_OLD, wanted):
+            yield f"{answer.status}, and there is what nobody has written"
+
+    return check
+
+
+def mixes(now: bytes, *either: bytes) -> bool:
+    """Tell whether each byte is one of those that either of these has in its place."""
+    if not len(now) == len(either[0]) == len(either[1]):
+        return False
+    for at in range(0, len(now), _BLOCK):
+        found, *known = (data[at : at + _BLOCK] for data in (now, *either))
+        if found not in known and any(
+            byte not in pair for byte, *pair in zip(found, *known, strict=True)
+        ):
+            return False
+    return True
+
+
+def _raw_maps(_world: World, answer: Answer) -> Iterator[str]:
+    if answer.status != _OK or answer.cut:
+        return
+    at = 0
+    for extent in answer.json or []:
+        if extent["start"] != at or (extent["zero"] and any(_RAW_OLD[at : at + extent["length"]])):
+            yield f"a wrong extent: {extent}"
+        at += extent["length"]
+    if at != len(_RAW_OLD):
+        yield f"extents end at {at}"
+
+
+def _patch_raw(fields: dict[str, object]) -> Callable[[World], Answer]:
+    """Return what sends a JSON PATCH to the raw file."""
+    text = json.dumps(fields).encode()
+    return lambda world: world.ask("PATCH", "/images/raw", text, _JSON)
 
 
 def _any(_world: World, _answer: Answer) -> Iterator[str]:
@@ -235,6 +291,28 @@ OPERATIONS = (
     ),
     Operation("unregister", unregister, _is_unregistered, register("old"), unregister),
     Operation("list", _control('{"action":"list"}'), _any, register("old"), unregister),
+    Operation(
+        "raw PUT",
+        lambda w: w.ask("PUT", "/images/raw?flush=y", _RAW_NEW),
+        _raw_writes(_RAW_NEW),
+        _raw_old,
+    ),
+    Operation(
+        "raw PATCH",
+        lambda w: w.ask("PATCH", "/images/raw", _RAW_NEW[_SPAN], _RANGE),
+        _raw_writes(_RAW_OLD[: _SPAN.start] + _RAW_NEW[_SPAN] + _RAW_OLD[_SPAN.stop :]),
+        _raw_old,
+    ),
+    Operation(
+        "raw zero",
+        _patch_raw(_ZERO),
+        _raw_writes(_RAW_OLD[: _SPAN.start] + bytes(_SIZE) + _RAW_OLD[_SPAN.stop :]),
+        _raw_old,
+    ),
+    Operation(
+        "raw flush", lambda w: w.ask("POST", "/images/raw/flush"), _raw_writes(_RAW_OLD), _raw_old
+    ),
+    Operation("raw extents", lambda w: w.ask("GET", "/images/raw/extents"), _raw_maps, _raw_old),
     Operation("slot", _claim, _any),
     Operation("slot table", _map, _any),
     Operation("locks pruned", _prune, _any),
@@ -281,7 +359,7 @@ def _next(world: World, operation: Operation) -> Iterator[str]:
     if answer.status not in _DONE or answer.wrong:
         yield f"the next one fails: {answer.status} {answer.body!r} {answer.wrong}"
     yield from operation.check(world, answer)
-    if left := {path.name for path in world.images.iterdir()} - {"image"}:
+    if left := {path.name for path in world.images.iterdir()} - {"image", "raw"}:
         yield f"files are left: {left}"
     if left := world.registrations() - {"r"}:
         yield f"files are left: {left}"
@@ -294,6 +372,7 @@ Worlds = Callable[[], AbstractContextManager[World]]
 def _with_image() -> Iterator[World]:
     with World() as world:
         world.add("image", backend="file", file=str(world.images / "image"))
+        world.add("raw", backend="file", file=str(world.images / "raw"), format="raw")
         yield world
 
 

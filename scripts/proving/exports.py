@@ -16,7 +16,7 @@ from pathlib import Path
 from lab.faults import Faults
 from lab.servers import nbdkit
 
-from proving.calls import Fault, Operation, sweep
+from proving.calls import Fault, Operation, mixes, sweep
 from proving.world import Answer, World
 
 SIZE = 1 << 20
@@ -29,7 +29,6 @@ _NEW = _OLD[::-1]
 _SPAN = slice(100_000, 400_000)
 _ZEROED = _OLD[: _SPAN.start] + bytes(300_000) + _OLD[_SPAN.stop :]
 _PATCHED = _OLD[: _SPAN.start] + _NEW[_SPAN] + _OLD[_SPAN.stop :]
-_BLOCK = 4096
 _OK = 200
 
 
@@ -78,16 +77,10 @@ def _writes(wanted: bytes) -> Callable[[World, Answer], Iterator[str]]:
         now = _content(world)
         if answer.status == _OK and now != wanted:
             yield "200, and not all of it was written"
-        if not all(_is_mixed(now, wanted, at) for at in range(0, SIZE, _BLOCK)):
+        if not mixes(now, _OLD, wanted):
             yield f"{answer.status}, and there is what nobody has written"
 
     return check
-
-
-def _is_mixed(now: bytes, wanted: bytes, at: int) -> bool:
-    """Tell whether each byte of a block is the old or the wanted one."""
-    found, *both = (data[at : at + _BLOCK] for data in (now, _OLD, wanted))
-    return found in both or all(byte in pair for byte, *pair in zip(found, *both, strict=True))
 
 
 def _maps(_world: World, answer: Answer) -> Iterator[str]:

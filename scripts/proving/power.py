@@ -5,6 +5,7 @@ A file is the old one or the new one at each moment, and the new one once a requ
 so is a registration.
 """
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from lab.faults import Faults
 from lab.powercut import Disk, cuts, say
 
 from imageserver.core.transfer import id_hash
-from proving.calls import register, unregister
+from proving.calls import mixes, register, unregister
 from proving.world import Answer, World
 
 _OLD = b"old" * 60_000
 _NEW = bytes(65_536) + b"new" * 60_000
+_ZERO: dict[str, object] = {"op": "zero", "offset": 10_000, "size": 100_000, "flush": True}
 _OK = 200
 
 
@@ -30,6 +32,8 @@ class Case:
     path: str
     run: Callable[[World], Answer]
     prepare: Callable[[World], object]
+    in_place: bool = False
+    """Until it is answered, each byte may be the old or the new one."""
 
 
 def _image(content: bytes | None) -> Callable[[World], None]:
@@ -53,12 +57,40 @@ def _put(path: str) -> Callable[[World], Answer]:
     return lambda world: world.ask("PUT", path, _NEW)
 
 
+def _raw(world: World) -> None:
+    (world.images / "raw").write_bytes(_OLD)
+    world.add("raw", backend="file", file=str(world.images / "raw"), format="raw")
+
+
+def _put_raw(world: World) -> Answer:
+    return world.ask("PUT", "/images/raw?flush=y", _NEW[: len(_OLD)])
+
+
+def _patch(fields: dict[str, object]) -> Callable[[World], Answer]:
+    text = json.dumps(fields).encode()
+    headers = {"Content-Type": "application/json"}
+    return lambda world: world.ask("PATCH", "/images/raw", text, headers)
+
+
+def _patch_and_flush(world: World) -> Answer:
+    """Write two ranges, by two requests, and have both synced by a third."""
+    for start in (50_000, 120_000):
+        span = {"Range": f"bytes={start}-{start + 9_999}"}
+        answer = world.ask("PATCH", "/images/raw", _NEW[-10_000:], span)
+        if answer.status != _OK:
+            return answer
+    return world.ask("POST", "/images/raw/flush")
+
+
 _REGISTRATION = f"run/registered/{id_hash('r')}"
 CASES = (
     Case("PUT", "images/image", _put("/images/image"), _image(_OLD)),
     Case("PUT with flush=y", "images/image", _put("/images/image?flush=y"), _image(_OLD)),
     Case("PUT of a new file", "images/image", _put("/images/image?flush=y"), _image(None)),
     Case("PUT through a link", "images/image", _put("/images/image"), _linked),
+    Case("raw PUT", "images/raw", _put_raw, _raw, in_place=True),
+    Case("raw PATCH and flush", "images/raw", _patch_and_flush, _raw, in_place=True),
+    Case("raw zero with flush", "images/raw", _patch(_ZERO), _raw, in_place=True),
     Case("register", _REGISTRATION, register("new"), lambda _world: None),
     Case("register anew", _REGISTRATION, register("new"), register("old")),
     Case("unregister", _REGISTRATION, unregister, register("old")),
@@ -85,9 +117,11 @@ def run(seed: int = 1, names: tuple[str, ...] = ()) -> Iterator[tuple[str, list[
             if old == new:
                 yield f"{case.name}: end", ["nothing has changed"]
             for said, moment, disk in cuts(before, record, seed):
-                allowed = [new] if said else [old, new]
                 found = disk.read(path)
-                wrong = [] if found in allowed else [f"{_shown(found)} is there"]
+                is_right = found in ([new] if said else [old, new])
+                if case.in_place and not said and found and old and new:
+                    is_right = mixes(found, old, new)
+                wrong = [] if is_right else [f"{_shown(found)} is there"]
                 yield f"{case.name}: cut after {moment}", wrong
 
 

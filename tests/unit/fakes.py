@@ -69,16 +69,26 @@ class World:
         if what in self.fail:
             raise self.fail[what]
 
+    def _stamp(self, image: Image) -> object:
+        _key(image)
+        return self.stamp
+
     def sessions(self, *, shares_lock: bool = False, counts_readers: bool = False) -> Sessions:
         return Sessions(
             FakeLocks(self),
             FakeSlots(self),
             FakeBackends(self),
-            lambda _: "key",
+            _key,
             shares_lock=shares_lock,
             counts_readers=counts_readers,
-            stamp=lambda _: self.stamp,
+            stamp=self._stamp,
         )
+
+
+def _key(image: Image) -> str:
+    """Return what all images have for an identity here; what is no image has none."""
+    assert image.kind
+    return "key"
 
 
 class FakeLocks:
@@ -154,7 +164,9 @@ class FakeBackends:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def settle(self, image: Image, _check: object = None) -> None:
+    def settle(self, image: Image, check: object = no_client) -> None:
+        assert callable(check)
+        assert check is not no_client
         self._world.images.append(image)
         self._world.note("settle")
 

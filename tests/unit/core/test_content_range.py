@@ -65,6 +65,8 @@ def test_a_content_range_says_where_the_body_belongs(
         pytest.param("bytes 0x0-0x9/*", id="hexadecimal"),
         pytest.param("bytes 0-9/1e2", id="exponent"),
         pytest.param("bytes 0-9/**", id="two-stars"),
+        pytest.param("Xbytes 0-9/*X", id="letters-around"),
+        pytest.param("bytes 10-9/*", id="nothing"),
         pytest.param("bytes \u0660-\u0669/*", id="arabic-digits"),
         pytest.param("bytes 0-9/\u0661", id="arabic-size"),
         pytest.param("bytes 0-9/*\n", id="newline"),

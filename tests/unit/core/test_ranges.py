@@ -142,6 +142,7 @@ def test_a_range_without_a_byte_of_the_image_says_the_size(header: str, size: in
         pytest.param("bytes=0-5\x0b", id="vertical-tab"),
         pytest.param("\xa0bytes=0-5", id="no-break-space"),
         pytest.param("bytes=0-5\0", id="nul"),
+        pytest.param("Xbytes=0-5X", id="letters-around"),
         pytest.param("bytes=\u22125", id="minus-sign"),
         pytest.param("bytes=0\u20135", id="en-dash"),
         pytest.param(

@@ -192,6 +192,7 @@ def test_a_damaged_record_counts_for_the_image_that_it_names_until_it_is_swept()
 
 
 def test_who_had_an_image_alone_may_share_it(table: SlotTable) -> None:
+    table.claim(READER, 1)  # so that it is not the first record's
     index = table.claim(FULL._replace(alone=True), 1)
     assert index is not None
     table.share(index)

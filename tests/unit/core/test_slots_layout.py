@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from imageserver.core.slots import (
     CAPACITY,
+    NOTES,
     RECORD,
     SIZE,
     ForeignTable,
@@ -164,3 +165,12 @@ def _use_every_method(table: SlotTable) -> None:
     table.claim(FULL, CAPACITY)
     assert len(table.sweep(lambda _: True)) <= CAPACITY
     assert sum(counts(table)) == len(everyone(table))
+
+
+def test_the_latest_notes_are_known_and_older_ones_make_room() -> None:
+    table = opened(formatted())
+
+    assert all(table.note(key) for key in range(1, NOTES + 2))
+    assert not any(table.note(key) for key in range(2, NOTES + 2))
+    assert table.note(1)
+    assert counts(table) == [0, 0, 0, 0]

@@ -122,6 +122,32 @@ def test_the_ticket_says_who_does_what(need: Need) -> None:
 
     key = "key" if need.locked else ""
     assert world.tickets == [Ticket("t1", need.operation, key, CLIENT)]
+    assert world.transfers == ["t1"]
+
+
+def test_the_account_says_what_was_wanted_and_what_went_wrong_in_the_session() -> None:
+    request, failure = a_request(), BackendError("it is gone")
+
+    with (
+        pytest.raises(BackendError),
+        World().sessions().open(TRANSFER, sessions.EXTENTS, request),
+    ):
+        raise failure
+
+    assert (request._operation, request.kind, request._error) == ("extents", Kind.OTHER, failure)
+
+
+def test_another_link_is_one_to_the_image_that_was_locked_and_is_closed_with_the_session() -> None:
+    world = World()
+
+    with world.sessions().open(TRANSFER, sessions.CHECKSUM, a_request()) as session:
+        session.open_link(lambda: None)
+
+    image = TRANSFER.image.pinned()
+    assert world.images == [image, image]
+    assert [note for note in world.journal if note.startswith(("open", "close"))] == [
+        *("open EXTENTS", "open INSPECT", "close", "close"),
+    ]
 
 
 def test_a_reader_names_its_image_where_the_readers_of_each_are_counted(tmp_path: Path) -> None:

@@ -153,8 +153,10 @@ def test_another_server_at_the_socket_is_asked_anew() -> None:
     sessions_ = world.sessions(shares_lock=True)
     sessions_.open(TRANSFER, sessions.WRITE, a_request()).close()
     world.info, world.stamp = None, "another"
+    world.journal.clear()
 
     assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
+    assert world.journal[0] == "lock briefly"
 
 
 def test_who_has_an_export_alone_and_finds_multi_conn_lets_others_in() -> None:

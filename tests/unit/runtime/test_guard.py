@@ -127,6 +127,16 @@ def test_a_guard_stuck_long_ago_counts_for_nothing(
     del stopped
 
 
+def test_a_guard_found_held_again_long_after_is_waited_for_anew(
+    guard: Guard, clock: _Clock, stopped: _Stopped
+) -> None:
+    assert _waited(guard, clock) == pytest.approx(5.0, abs=0.01)
+    clock.now += 3600
+    assert _waited(guard, clock, 1.0) == pytest.approx(1.0, abs=0.01)
+    assert _waited(guard, clock) == pytest.approx(4.0, abs=0.01)
+    del stopped
+
+
 def test_who_finds_the_guard_held_for_a_moment_waits_hardly_longer(
     fd: int, clock: _Clock, stopped: _Stopped
 ) -> None:

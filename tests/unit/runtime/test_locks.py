@@ -203,6 +203,39 @@ def test_lock_files_in_recent_use_are_kept(directory: Path, images: ImageLocks) 
     assert (images.prune(), len(list(directory.iterdir()))) == (0, 1)
 
 
+def test_idle_lock_files_are_pruned_whatever_lies_among_them(
+    directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images.acquire(DISK).release()
+    age(directory, 3601)
+    (idle,) = os.listdir(directory)
+    images.acquire(OTHER).release()
+    (recent,) = set(os.listdir(directory)) - {idle}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", lambda _: ["gone.lock", recent, idle])
+        assert images.prune() == 1
+    assert [file.name for file in directory.iterdir()] == [recent]
+
+
+def test_a_link_in_a_lock_files_place_is_not_followed(directory: Path, images: ImageLocks) -> None:
+    images.acquire(DISK).release()
+    (file,) = directory.iterdir()
+    file.rename(directory / "elsewhere")
+    file.symlink_to("elsewhere")
+
+    with pytest.raises(StateUnavailable, match="the lock files cannot be used now"):
+        images.acquire(DISK)
+
+
+def test_a_lock_file_says_what_every_version_reads(directory: Path, images: ImageLocks) -> None:
+    lock = images.acquire(DISK)
+    lock.settle(Deaths(1, 42))
+    lock.release()
+
+    (file,) = directory.iterdir()
+    assert file.read_bytes() == b"settled 000000000000002a".ljust(64)
+
+
 def test_lock_files_that_say_what_is_settled_are_pruned(
     directory: Path, images: ImageLocks
 ) -> None:

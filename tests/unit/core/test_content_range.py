@@ -2,7 +2,7 @@
 """Content-Range of a body (docs/api.md): where it belongs, and the exact refusal of all else."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from imageserver.core.errors import BadRequest, RangeOutsideImage
@@ -135,6 +135,7 @@ def test_a_client_that_believes_in_another_size_is_refused(size: int) -> None:
     last_is_said=st.booleans(),
     size_is_said=st.booleans(),
 )
+@example(size=10, first=3, length=7, last_is_said=True, size_is_said=True)
 def test_any_body_lies_where_it_says_or_is_refused(
     size: int, first: int, length: int, last_is_said: bool, size_is_said: bool
 ) -> None:

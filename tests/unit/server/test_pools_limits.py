@@ -12,6 +12,7 @@ from imageserver.images.probing import Asking
 from imageserver.server import pools as module
 from imageserver.web.body import ASKING
 from tests.unit.server.test_pools import THREADS, _until, _World, world
+from tests.unit.shortages import no_threads
 
 __all__ = ["world"]
 
@@ -99,3 +100,27 @@ def test_connections_of_a_reserved_listener_have_threads_of_their_own(world: _Wo
     with world.send("GET", "/x") as client:
         assert _answer(client)[1][b"Connection"] == b"close"
     assert (names, world.asked) == (["admin"], [])
+
+
+def test_a_transfer_that_no_thread_can_be_made_for_leaves_no_trace(world: _World) -> None:
+    with no_threads(), world.send("GET", "/x") as client:
+        assert _answer(client)[0].startswith(b"HTTP/1.1 503 ")
+    _until(world.pools.is_empty)
+
+    assert world.pools.busy() == 0
+    assert world.seconds("GET", "/x") < 1
+
+
+def test_a_transfer_waits_for_a_thread_that_only_waits_for_its_next_request(
+    world: _World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_LONG_WAIT_MS", "_SHORT_WAIT_MS"):
+        monkeypatch.setattr(module, name, 300)
+    with contextlib.ExitStack() as stack:
+        for _ in range(THREADS):
+            client = stack.enter_context(world.send("GET", "/x"))
+            assert _answer(client)[2] == b"ok"
+        _until(lambda: len(world.pools._transfers.between_requests) == THREADS)
+
+        assert world.seconds("GET", "/x") < 2
+    assert _reasons(world) == []

@@ -25,7 +25,7 @@ from typing import Self
 
 try:
     import nbd
-except ModuleNotFoundError:  # only qcow2 needs it
+except ImportError:  # missing, or of no use here; only qcow2 needs it
     _HAS_LIBNBD = False
 else:
     _HAS_LIBNBD = True

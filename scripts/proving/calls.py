@@ -320,6 +320,10 @@ OPERATIONS = (
 )
 
 
+class NotPrepared(Exception):
+    """A request that meets no fault has failed; ``str()`` is its answer."""
+
+
 class Injector(Protocol):
     """What makes one thing fail: ``Faults``, or an NBD server's."""
 
@@ -354,7 +358,11 @@ def once(world: World, faults: Injector, operation: Operation, nth: int, error: 
 def _next(world: World, operation: Operation) -> Iterator[str]:
     """Yield what is wrong about the next request, which meets no fault."""
     operation.afterwards(world)
-    operation.prepare(world)
+    try:
+        operation.prepare(world)
+    except NotPrepared as exc:
+        yield f"the next one fails: {exc}"
+        return
     answer = operation.run(world)
     if answer.status not in _DONE or answer.wrong:
         yield f"the next one fails: {answer.status} {answer.body!r} {answer.wrong}"

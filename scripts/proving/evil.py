@@ -17,7 +17,7 @@ from typing import Self
 
 from lab.servers import nbdkit
 
-from proving.calls import Fault, Operation, sweep
+from proving.calls import Fault, NotPrepared, Operation, sweep
 from proving.world import Answer, World
 
 SIZE = 512
@@ -112,8 +112,9 @@ def _hang_up(sock: socket.socket) -> None:
 
 
 def _old(world: World) -> None:
-    if world.ask("PUT", "/images/disk", _OLD).status != _OK:
-        raise AssertionError("the image cannot be prepared")
+    answer = world.ask("PUT", "/images/disk", _OLD)
+    if answer.status != _OK:
+        raise NotPrepared(f"{answer.status} {answer.body!r}")
 
 
 def _has_its_length(_world: World, answer: Answer) -> Iterator[str]:

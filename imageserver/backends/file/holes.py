@@ -5,7 +5,9 @@
     lseek(SEEK_HOLE)   the next hole, or the end
 
 What a file system calls a hole reads as zeros, allocated or not. One that knows no holes calls
-everything data, and so do we where it refuses to answer (block devices, some of FUSE's).
+everything data, and so do we where it refuses to answer (block devices, some of FUSE's). What it
+calls data only since it was read is a hole again here (``unwritten``): two looks at a file that
+nobody writes to must find the same.
 """
 
 import errno
@@ -13,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 
+from imageserver.backends.file.unwritten import Unwritten
 from imageserver.core.extents import STATE_HOLE, Extent, Merger, Piece
 
 #: Extents in a list: few enough that a client that has gone is noticed soon.
@@ -31,7 +34,7 @@ def list_extents(
     raises something if it has.
 
     Raises:
-        OSError: lseek(2) failed.
+        OSError: lseek(2) or ioctl(2) failed.
     """
     merger = Merger(start)
     pieces: list[Piece] = []
@@ -47,7 +50,7 @@ def list_extents(
 def _pieces(
     fd: int, start: int, stop: int, check: Callable[[], None]
 ) -> Generator[tuple[int, int]]:
-    at = start
+    at, unwritten = start, Unwritten(fd, stop)
     while at < stop:
         data = _next_data(fd, at, stop)
         if data >= stop:
@@ -56,7 +59,8 @@ def _pieces(
         if data >= stop:
             return
         at = min(_next_hole(fd, data, stop), stop)
-        yield at - data, 0
+        for length, is_zero in unwritten.cut(data, at):
+            yield length, STATE_HOLE if is_zero else 0
 
 
 def _next_data(fd: int, at: int, stop: int) -> int:

@@ -1,191 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``imageserver`` command: serve, share files, say whether it could, print settings.
+"""Starts ``imageserver``: imports nothing before Ctrl-C is taken care of."""
 
-Every setting is a flag of ``serve``, ``check`` and ``config show``, and wins over its variable in
-the environment. An upgrade (SIGUSR2) executes the same command line, so flags survive it.
-"""
-
-import argparse
-import io
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
-from typing import Any, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING
 
-from imageserver import __version__
-from imageserver.server import cloudstack
-from imageserver.server.configuration import ImageApplication
-from imageserver.server.preconditions import CannotStart, check
-from imageserver.server.startup import in_force, read_settings
-from imageserver.settings import Settings, as_text, flag_of, variable_of
-from imageserver.sharing import command as sharing
+from imageserver.client import interrupts
 
-_SAMPLE_HEAD = """\
-# SPDX-License-Identifier: Apache-2.0
-# The server's settings, printed by `imageserver config sample`.
-#
-# Every setting with its default; uncomment a line to change it. One VARIABLE=value a line, as
-# systemd reads it (EnvironmentFile= of imageserver.service). A wrong value stops the server at
-# start with a sentence that names the variable. Settings are read once: after a change, restart.
-# imageserver.service sets IMAGESERVER_CONFIG_DIR and IMAGESERVER_RUNTIME_DIR; a line here wins.
-"""
+if TYPE_CHECKING:
+    from imageserver.server.commandline import Share
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; return the exit status."""
-    command_line = parser()
-    parsed = command_line.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not fit the locale
-        sys.stdout.reconfigure(errors="surrogateescape")
-    if parsed.question and parsed.run:
-        command_line.error("a command excludes --check, --show-config and --sample-config")
-    try:
-        parsed.agent_flags = cloudstack.flags_in(parsed)
-    except ValueError as exc:
-        command_line.error(str(exc))
-    run: Callable[[argparse.Namespace], int] | None = parsed.run or parsed.question
-    if parsed.agent_flags is not None:
-        if run not in {None, _show}:
-            command_line.error("--listen and the flags beside it allow --show-config only")
-        run = run or _serve_agent
-    if run is None:
-        command_line.print_help()
-        return 0
-    return run(parsed)
+    return interrupts.run("imageserver", load)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Refuses a command line in one sentence, as wrong settings are refused."""
+def load() -> Callable[[], int]:
+    """Import all commands; return what runs one."""
+    from imageserver.server import commandline  # noqa: PLC0415 - it imports the rest
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"imageserver: {message}; see {self.prog} --help.\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's grammar."""
-    root = _Parser(
-        prog="imageserver",
-        description="Serve virtual disks, NBD exports and image files, over HTTP.",
-        allow_abbrev=False,
-    )
-    root.set_defaults(run=None, question=None)
-    root.add_argument("--version", action="version", version=__version__)
-    older = root.add_mutually_exclusive_group()
-    for flag, run, command in (
-        ("--check", _check, "check"),
-        ("--show-config", _show, "config show"),
-        ("--sample-config", _sample, "config sample"),
-    ):
-        older.add_argument(
-            flag, dest="question", action="store_const", const=run, help=f"the same as {command}"
-        )
-    cloudstack.add_flags(root)
-    commands = root.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    _add(commands, "serve", _serve, "serve, in the foreground, until SIGTERM")
-    share = commands.add_parser("share", help="share image files until Ctrl-C", allow_abbrev=False)
-    share.set_defaults(run=_share)
-    sharing.add_arguments(share)
-    _add(commands, "check", _check, "check whether the server can start with these settings")
-    config = commands.add_parser("config", help="print settings", allow_abbrev=False)
-    questions = config.add_subparsers(metavar="COMMAND", parser_class=_Parser, required=True)
-    _add(questions, "show", _show, "print the settings in force, as variables")
-    _add(questions, "sample", _sample, "print every setting with its default", flags=False)
-    return root
+    return partial(commandline.main, share_command())
 
 
-def _add(
-    commands: Any,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    explained: str,
-    *,
-    flags: bool = True,
-) -> None:
-    described = explained[0].upper() + explained[1:] + "."
-    command = commands.add_parser(name, help=explained, description=described, allow_abbrev=False)
-    command.set_defaults(run=run)
-    if flags:
-        group = command.add_argument_group(
-            "settings", "Each also has a variable; --bind is IMAGESERVER_BIND. The flag wins."
-        )
-        for field in fields(Settings):
-            group.add_argument(
-                flag_of(field.name),
-                metavar="VALUE",
-                default=argparse.SUPPRESS,
-                help=_with_default(field).replace("%", "%%"),
-            )
+def share_command() -> "Share":
+    """Return the command that stands above the server, and is passed to it."""
+    from imageserver.server import commandline  # noqa: PLC0415 - as above
+    from imageserver.server.startup import read_settings  # noqa: PLC0415
+    from imageserver.sharing import command  # noqa: PLC0415
 
-
-def _settings(parsed: argparse.Namespace) -> Settings:
-    if parsed.agent_flags is not None:
-        return cloudstack.settings_of(parsed.agent_flags)
-    given = vars(parsed)
-    return read_settings(
-        {field.name: given[field.name] for field in fields(Settings) if field.name in given}
-    )
-
-
-def _serve(parsed: argparse.Namespace) -> int:
-    ImageApplication(_settings(parsed)).run()
-    return 0
-
-
-def _serve_agent(parsed: argparse.Namespace) -> int:
-    settings = _settings(parsed)
-    cloudstack.prepare(settings)
-    ImageApplication(settings).run()
-    return 0
-
-
-def _share(parsed: argparse.Namespace) -> int:
-    return sharing.share(
-        parsed, sharing.Server(read_settings, lambda settings: ImageApplication(settings).run())
-    )
-
-
-def _check(parsed: argparse.Namespace) -> int:
-    try:
-        warnings = check(_settings(parsed))
-    except CannotStart as exc:
-        print(f"imageserver: {exc}", file=sys.stderr)
-        return 1
-    for warning in warnings:
-        print(f"warning: {warning}")
-    print("ok")
-    return 0
-
-
-def _show(parsed: argparse.Namespace) -> int:
-    for variable, text in in_force(_settings(parsed)).items():
-        print(f"{variable}={text}")
-    return 0
-
-
-def _sample(_parsed: argparse.Namespace) -> int:
-    """Print an environment file that names every setting and changes none."""
-    print(_SAMPLE_HEAD, end="")
-    for field in fields(Settings):
-        explained = _explained(field)
-        print(f"\n# {explained[0].upper()}{explained[1:]}")
-        print(f"#{variable_of(field.name)}={_default(field)}")
-    return 0
-
-
-def _explained(field: Field[Any]) -> str:
-    shown = field.metadata["shown"]
-    return f"{field.metadata['help']}" + (f" (default: {shown})" if shown else "")
-
-
-def _with_default(field: Field[Any]) -> str:
-    default = _default(field)
-    return _explained(field) + (f" (default: {default})" if default else "")
-
-
-def _default(field: Field[Any]) -> str:
-    """Write the default as its variable takes it; nothing where it depends on the machine."""
-    is_plain = field.default is not MISSING and not field.metadata["shown"]
-    return as_text(field.default) if is_plain else ""
+    server = command.Server(read_settings, commandline.serve)
+    return commandline.Share(command.add_arguments, lambda parsed: command.share(parsed, server))
 
 
 if __name__ == "__main__":

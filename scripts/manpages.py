@@ -18,8 +18,9 @@ from pathlib import Path
 import click
 
 import imageserver
-from imageserver import __main__ as server
+from imageserver.__main__ import share_command
 from imageserver.client.commands.cli import imagectl
+from imageserver.server import commandline as server
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "man"
@@ -207,7 +208,7 @@ def pages() -> dict[str, str]:
             ".BR imageserver (1)",
         ),
         "imageserver.1": page(
-            of_argparse(server.parser()),
+            of_argparse(server.parser(share_command())),
             "serve virtual disks over HTTP",
             ".BR imagectl (1)",
         ),

@@ -8,6 +8,7 @@
     backoff plan         when to try again; extents to pieces of one request each
     pace                 the least rate of an answer
     failures             what can go wrong, with exit statuses
+    interrupts           Ctrl-C at any moment of a command
 
 Imports only point down (``pyproject.toml``). Of the server it imports ``core`` and the table
 of kinds, so that it talks to any server like it.

@@ -5,6 +5,9 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
+
+from imageserver.client import interrupts
 
 #: The oldest major version of urllib3 that works; older click and rich than pyproject.toml's do.
 _URLLIB3 = 2
@@ -15,17 +18,21 @@ def main() -> int:
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr's
         os.set_inheritable(fd, True)  # noqa: FBT003 # a closed one: no other file may get its number
     os.close(fd)
+    return interrupts.run("imagectl", _load)
+
+
+def _load() -> Callable[[], int]:
     if lack := _lack():
         print(  # noqa: T201 - its answer
             f"imagectl: {lack}; in imageserver's source, pip install '.[client]' "
             "or scripts/install --with-client brings it.",
             file=sys.stderr,
         )
-        return 5
+        return lambda: 5
     from imageserver.client.commands import cli, outputs  # noqa: PLC0415 - they import the rest
 
     outputs.replace_outputs()
-    return cli.main()
+    return cli.main
 
 
 def _lack() -> str | None:

@@ -3,14 +3,17 @@
 
 import argparse
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from imageserver import __main__ as cli
 from imageserver import __version__
-from imageserver.__main__ import main
+from imageserver.__main__ import share_command
+from imageserver.server import commandline as cli
 from imageserver.settings import Settings, flag_of
+
+main = partial(cli.main, share_command())
 
 
 @pytest.fixture
@@ -163,7 +166,7 @@ def test_what_is_shown_is_what_the_flags_make_of_it(capsys: pytest.CaptureFixtur
 def test_the_help_of_each_command_names_every_setting() -> None:
     (commands,) = (
         action.choices
-        for action in cli.parser()._actions
+        for action in cli.parser(share_command())._actions
         if isinstance(action, argparse._SubParsersAction)
     )
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from imageserver.__main__ import main
+from imageserver.__main__ import share_command
+from imageserver.server.commandline import main
 from imageserver.settings import Settings, variable_of
 
 SAMPLE = Path(__file__).parents[3] / "conf" / "imageserver.env"
 
 
 def test_the_file_is_what_the_settings_declare(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "sample"]) == 0
+    assert main(share_command(), ["config", "sample"]) == 0
     assert capsys.readouterr().out == SAMPLE.read_text(encoding="utf-8")
 
 
@@ -39,7 +40,7 @@ def test_a_sample_is_printed_even_where_the_settings_are_wrong(
 ) -> None:
     monkeypatch.setenv("IMAGESERVER_WORKERS", "many")
 
-    assert main(["config", "sample"]) == 0
+    assert main(share_command(), ["config", "sample"]) == 0
     assert "\n# Image reads at once, over all workers\n#IMAGESERVER_MAX_READERS=8\n" in (
         capsys.readouterr().out
     )

@@ -9,6 +9,7 @@
 Whatever is refused here is a ``LocalFailure``, before anything has been started.
 """
 
+import errno
 import json
 import os
 import re
@@ -152,7 +153,16 @@ def _direct_path(name: str) -> str | None:
     return path if is_text and path == path.strip() else None
 
 
+def _require_readable(name: str) -> None:
+    try:
+        os.close(os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as exc:
+        raise LocalFailure(f"{name}: {exc.strerror}") from exc
+
+
 def _refuse_unwritable(name: str, wanted: Wanted) -> None:
+    if os.path.exists(name) and not os.access(name, os.R_OK):
+        raise LocalFailure(f"{name}: {os.strerror(errno.EACCES)}")
     if not wanted.read_only and os.path.exists(name) and not os.access(name, os.W_OK):
         raise LocalFailure(f"{name} cannot be written: --read-only shares it for reading")
 
@@ -192,8 +202,8 @@ def _require_passphrase(name: str, kind: str, chain: Chain) -> None:
     is_luks = kind == "luks" or any(header.is_luks for header in headers)
     if is_luks and chain.secret_file is None:
         raise LocalFailure(f"{name} is encrypted (LUKS): --secret-file names its passphrase's file")
-    if is_luks and not os.access(str(chain.secret_file), os.R_OK):
-        raise LocalFailure(f"the passphrase in {chain.secret_file} cannot be read")
+    if is_luks:
+        _require_readable(str(chain.secret_file))
 
 
 def _node(kind: str, chain: Chain, directory: str) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def cut() -> str:
         (with_bitmap, ["--bitmap", "x"], "disk.qcow2 has no bitmap 'x': it has monday."),
         (cut, [], "disk.qcow2 is damaged: "),
         (encrypted, [], "disk.qcow2 is encrypted (LUKS): --secret-file names "),
-        (encrypted, ["--secret-file", "none"], "the passphrase in none cannot be read."),
+        (encrypted, ["--secret-file", "none"], "none: No such file or directory."),
         (lambda: "https://host/disk", [], "https://host/disk is no file here: --allow-remote "),
         (
             lambda: qcow2("top", "-u", "-b", "nbd://host/x", "-F", "raw"),

@@ -98,6 +98,25 @@ def test_a_command_line_that_makes_no_sense_is_one_sentence_and_serves_nothing(
     assert line.endswith(" --help.")
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["share", "disk.raw", "--read"], "imageserver share"),
+        (["config", "sample", "--workers", "3"], "imageserver config sample"),
+        (["--bogus", "check"], "imageserver"),
+    ],
+)
+def test_an_unknown_flag_leads_to_the_help_of_its_command(
+    capsys: pytest.CaptureFixture[str], words: list[str], command: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+
+    said = capsys.readouterr().err
+    assert said.startswith("imageserver: unrecognized arguments: --")
+    assert said.endswith(f"; see {command} --help.\n")
+
+
 def test_the_words_of_cloudstacks_agent_serve_with_what_it_expects(
     served: list[Settings], tmp_path: Path
 ) -> None:

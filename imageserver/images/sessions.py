@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Self
 
+from imageserver.core.errors import FileAccessError
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import (
     Backend,
@@ -112,9 +113,14 @@ class Session:
 
         Only while the session is open, which its thread sees to. Raises what ``Backends.open`` does
         within a second or so.
+
+        Raises:
+            FileAccessError: another file has come to the image's place.
         """
         link = self._opener(check)
         self._links.append(link)
+        if link.info.file != self.info.file:
+            raise FileAccessError("another file has come to its place")
         return link
 
     def close(self) -> None:

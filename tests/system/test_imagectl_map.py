@@ -150,7 +150,7 @@ def test_info_shows_size_and_abilities(image):
     )
     assert shown == {
         "size": "8 MiB (8388608 bytes)",
-        "features": "checksum, digest, extents, flush, zero",
+        "features": "checksum, digest, extents, flush, qcow2, zero",
         "methods": "GET, HEAD, OPTIONS, PATCH, PUT",
         "readers": "up to 8",
         "writers": "up to 2",

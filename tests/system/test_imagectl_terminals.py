@@ -76,7 +76,8 @@ def on_terminal(columns: int, *arguments: object, term: str = "xterm") -> str:
             [
                 "size         8 MiB (8388608 bytes)",
                 "features     checksum, digest,",
-                "             extents, flush, zero",
+                "             extents, flush, qcow2,",
+                "             zero",
                 "methods      GET, HEAD, OPTIONS,",
                 "             PATCH, PUT",
                 "readers      up to 8",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from imageserver.backends.file.kind import FileImage
+from imageserver.backends.file.raw import RawFiles
 from imageserver.core.errors import (
     BackendError,
     BackendTimeout,
@@ -20,8 +21,8 @@ from imageserver.core.ranges import Span
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
 from imageserver.images import sessions
-from imageserver.images.sessions import Need
-from tests.unit.fakes import TRANSFER, World, a_request
+from imageserver.images.sessions import Need, Sessions
+from tests.unit.fakes import TRANSFER, FakeLocks, FakeSlots, World, a_request
 
 CLIENT = "192.0.2.1"
 NEEDS = [
@@ -148,6 +149,21 @@ def test_another_link_is_one_to_the_image_that_was_locked_and_is_closed_with_the
     assert [note for note in world.journal if note.startswith(("open", "close"))] == [
         *("open EXTENTS", "open INSPECT", "close", "close"),
     ]
+
+
+def test_a_link_to_another_file_that_was_renamed_over_the_image_is_refused(tmp_path: Path) -> None:
+    disk, other = tmp_path / "disk", tmp_path / "other"
+    for path in (disk, other):
+        path.write_bytes(b"0123456789")
+    world = World()
+    opened = Sessions(FakeLocks(world), FakeSlots(world), RawFiles(4096), lambda _: "key")
+    transfer = Transfer("t1", FileImage(str(disk), raw=True))
+
+    with opened.open(transfer, sessions.CHECKSUM, a_request()) as session:
+        session.open_link(lambda: None)
+        other.rename(disk)
+        with pytest.raises(FileAccessError):
+            session.open_link(lambda: None)
 
 
 def test_a_reader_names_its_image_where_the_readers_of_each_are_counted(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from imageserver.sharing.nbd import NbdServer
 from imageserver.sharing.place import LOOPBACK, Address, private_directory
 from imageserver.sharing.progress import Progress, is_shown
 from imageserver.sharing.serving import ImageServer
-from imageserver.sharing.session import Session, Signals, write
+from imageserver.sharing.session import Session, Signals, end_output, write
 from imageserver.sharing.shown import Shared, copy_names
 from imageserver.sharing.sources import FORMATS, Source, Wanted, open_sources
 
@@ -123,6 +123,8 @@ def share(parsed: argparse.Namespace, server: Server) -> int:
     except ClientError as exc:
         write(f"imageserver: {plain_text(str(exc))}.\n", errors=True)
         return exc.status
+    finally:
+        end_output()
 
 
 def _share(

@@ -139,9 +139,7 @@ int close(int fd) {
 
 #define OPEN(name, params, call, dir) \
     int name params { \
-        static int (*real)(); \
-        if (!real) \
-            real = (int (*)())dlsym(RTLD_NEXT, #name); \
+        REAL(int, name, params); \
         va_list more; \
         va_start(more, flags); \
         mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(more, mode_t) : 0; \

@@ -171,7 +171,7 @@ def test_a_client_is_offered_more_than_one_connection_to_what_the_agent_exports(
 def test_unregistering_while_a_client_reads_ends_neither_its_request_nor_the_server(
     agent: Agent,
 ) -> None:
-    command = agent.curl_command("down", "-f", "--limit-rate", "8M", "-o", "/root/slow.raw")
+    command = agent.curl_command("down", "-f", "--limit-rate", "1M", "-o", "/root/slow.raw")
     with subprocess.Popen(agent.machine.command(*command)) as slow:
         wait_until(
             lambda: agent.ask({"action": "status", "transfer_id": "down"})["requests_in_flight"]
@@ -181,7 +181,7 @@ def test_unregistering_while_a_client_reads_ends_neither_its_request_nor_the_ser
         assert answer == {"status": "ok", "active_transfers": 1, "busy": True}
         assert time.monotonic() - began < 4
         assert agent.status_of("down") == "404"
-        assert slow.wait(20) == 0
+        assert slow.wait(40) == 0
     assert agent.machine.path("/root/slow.raw").read_bytes() == DATA
     assert agent.is_active()
 

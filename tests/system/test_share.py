@@ -241,6 +241,17 @@ def on_terminal(home: Path, *words: object) -> Iterator[tuple[int, Callable[[str
         os.close(fd)
 
 
+def test_a_remote_disk_that_qemu_nbd_opens_is_shared(home: Path) -> None:
+    (home / "far").mkdir()
+    image = filled(home / "disk.raw", 4 * MIB, (MIB, 2 * MIB))
+    with (
+        sharing(home, image) as near,
+        sharing(home / "far", "--allow-remote", "--read-only", near.url(0)) as far,
+    ):
+        assert fetched(far.url(0)) == image.read_bytes()
+        assert refused(far.url(0), bytes(4 * MIB), "PUT") == 405
+
+
 @pytest.mark.filterwarnings("ignore:.*forkpty:DeprecationWarning")
 def test_a_terminal_shows_transfers_and_its_end_ends_all(home: Path) -> None:
     raw = filled(home / "disk.raw", 64 * MIB, (0, MIB))

@@ -16,6 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from lab.processes import LabFailed, free_port, process
+from lab.servers import listens
 
 _DAEMON = Path(sys.executable).with_name("ovirt-imageio")
 #: Above any test's time.
@@ -81,7 +82,9 @@ def ovirt_daemon(home: Path) -> Iterator[OvirtDaemon]:
     configuration = home / "conf.d" / "50-test.conf"
     configuration.parent.mkdir(parents=True)
     configuration.write_text(_CONFIGURATION.format(home=home, port=port))
-    with process([str(_DAEMON), "--conf-dir", str(home)], (home / "control").exists) as running:
+    with process(
+        [str(_DAEMON), "--conf-dir", str(home)], lambda: listens(home / "control")
+    ) as running:
         yield OvirtDaemon(home, port, running.pid)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lab.model import Model
 from lab.processes import wait_until
-from lab.servers import QemuNbd, qemu_img
+from lab.servers import QemuNbd, listens, qemu_img
 
 SIZE = 8 << 20
 _PROXY = Path(__file__).with_name("proxy.py")
@@ -76,7 +76,7 @@ class Proxy:
         command = [sys.executable, str(_PROXY), f"--readers={readers}", f"--writers={writers}"]
         command += [f"{image.front}={image.server.socket}" for image in images]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        wait_until(lambda: all(image.front.exists() for image in images))
+        wait_until(lambda: all(listens(image.front) for image in images))
 
     def report(self) -> dict[str, Any]:
         """End it; return what it has seen."""

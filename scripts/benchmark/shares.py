@@ -39,6 +39,8 @@ PARTS = {
     "imageserver/observability/": "log and counters",
     "imageserver/runtime/": "lock and slot",
     "imageserver/server/": "receiving and sending",
+    "imageserver/server/commonhead": "parsing",
+    "imageserver/server/environ": "parsing",
     "imageserver/server/pools": "threads",
     "imageserver/server/request": "parsing",
     "imageserver/server/threads": "threads",

@@ -23,7 +23,7 @@ class ImageInfo:
     multi_conn: bool = False  # several connections may write at once
     flushes_image: bool = False  # a flush covers what other connections have written
     state: Validators | None = UNKNOWN_STATE  # None: there is no image yet
-    file: tuple[int, int] | None = None  # device and inode; None: no other can come to its place
+    identity: tuple[int, ...] = ()  # of the file or server that is open; another may take its place
 
 
 class Image(Protocol):

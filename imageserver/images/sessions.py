@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Self
 
-from imageserver.core.errors import FileAccessError
+from imageserver.core.errors import BackendError
 from imageserver.core.kinds import Image, ImageInfo
 from imageserver.core.ports import (
     Backend,
@@ -115,12 +115,12 @@ class Session:
         within a second or so.
 
         Raises:
-            FileAccessError: another file has come to the image's place.
+            BackendError: another file or server has taken the image's place.
         """
         link = self._opener(check)
         self._links.append(link)
-        if link.info.file != self.info.file:
-            raise FileAccessError("another file has come to its place")
+        if link.info.identity != self.info.identity:
+            raise BackendError("another file or server has taken the image's place")
         return link
 
     def close(self) -> None:

@@ -117,7 +117,7 @@ class RawFile:
             multi_conn=True,
             flushes_image=True,
             state=state,
-            file=(file.found.st_dev, file.found.st_ino),
+            identity=(file.found.st_dev, file.found.st_ino),
         )
 
     def _open_to_write(self, file: Reached) -> bool:

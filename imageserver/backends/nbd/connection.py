@@ -98,6 +98,7 @@ class Connection:
             can_flush=bool(self.handle.can_flush()),
             multi_conn=multi_conn,
             flushes_image=multi_conn,
+            identity=self.server,
         )
 
     @cached_property

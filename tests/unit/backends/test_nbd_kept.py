@@ -3,6 +3,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -194,3 +195,20 @@ def test_what_is_kept_is_of_the_socket_it_is_kept_for_though_a_link_is_moved_to_
     assert not places
     assert [number for number, *_ in liar.got][:1] == [0]
     assert not other.got
+
+
+def test_a_server_that_has_taken_the_place_of_another_is_told_from_it(
+    liar: Liar, tmp_path: Path
+) -> None:
+    """A checksum opens an image several times: it must not be made of two."""
+    exports, image = exports_of(), NbdImage(str(liar.path))
+
+    def opened() -> Backend:
+        return exports.open(image, Intent.INSPECT, no_client, "x")
+
+    with lying(Liar(tmp_path / "other")) as other, closing(opened()) as first:
+        with closing(opened()) as again:
+            assert again.info.identity == first.info.identity
+        other.path.rename(liar.path)
+        with closing(opened()) as second:
+            assert second.info.identity != first.info.identity

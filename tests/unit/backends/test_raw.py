@@ -313,9 +313,9 @@ def test_what_cannot_be_opened_to_write_is_read_only(
 def test_a_disk_that_may_be_written_can_do_everything(disk: Path) -> None:
     for intent in Intent:
         with _open(disk, intent) as opened:
-            told = replace(opened.info, file=None)
+            told = replace(opened.info, identity=())
             assert told == replace(RAW.assumed, size=SIZE, state=told.state)
-            assert opened.info.file == (disk.stat().st_dev, disk.stat().st_ino)
+            assert opened.info.identity == (disk.stat().st_dev, disk.stat().st_ino)
 
 
 @pytest.mark.parametrize("intent", Intent, ids=lambda intent: intent.name.lower())

@@ -162,7 +162,7 @@ def test_a_link_to_another_file_that_was_renamed_over_the_image_is_refused(tmp_p
     with opened.open(transfer, sessions.CHECKSUM, a_request()) as session:
         session.open_link(lambda: None)
         other.rename(disk)
-        with pytest.raises(FileAccessError):
+        with pytest.raises(BackendError):
             session.open_link(lambda: None)
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from imageserver.client.commands.outputs import drop_output
 from imageserver.client.failures import Interrupted
 from imageserver.sharing.nbd import NbdServer
 from imageserver.sharing.progress import Progress
@@ -201,11 +202,8 @@ def end_output() -> None:
 
     What nobody takes goes to /dev/null: Python would try again at exit, and exit with 120.
     """
-    for stream in sys.stdout, sys.stderr:
+    for fd, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
             stream.flush()
         except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
+            drop_output(fd)

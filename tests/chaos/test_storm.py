@@ -22,7 +22,7 @@ def soak(*arguments: str) -> None:
 
 
 def test_a_storm_of_kills_reloads_and_outages_costs_no_byte_no_lock_and_no_slot():
-    soak("--minutes", "0.12", "--seed", "4", "--pace", "0.4")
+    soak("--minutes", "0.15", "--seed", "4", "--pace", "0.4")
 
 
 def test_a_reload_every_second_costs_no_connection_and_no_request():

@@ -181,7 +181,7 @@ def test_unregistering_while_a_client_reads_ends_neither_its_request_nor_the_ser
         assert answer == {"status": "ok", "active_transfers": 1, "busy": True}
         assert time.monotonic() - began < 4
         assert agent.status_of("down") == "404"
-        assert slow.wait(40) == 0
+        assert slow.wait(20) == 0
     assert agent.machine.path("/root/slow.raw").read_bytes() == DATA
     assert agent.is_active()
 

@@ -249,7 +249,7 @@ OK = {200, 206}
 def test_who_has_the_last_byte_never_meets_its_own_lock_or_slot(single, name, kept_alive):
     expected = {"refused after the lock": {400}, "416": {416}}.get(name, OK)
     with contextlib.closing(single.connect()) as connection:
-        for _ in range(60):
+        for _ in range(150):
             if kept_alive:
                 answer = exchange(connection, *SEQUENCES[name])
             else:

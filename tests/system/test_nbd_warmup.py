@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,10 @@ def _reads(log: Path) -> list[tuple[int, int]]:
     found = re.findall(r" Read id=\d+ offset=0x([0-9a-f]+) count=0x([0-9a-f]+)", log.read_text())
     log.write_text("")
     told = [(int(offset, 16), int(count, 16)) for offset, count in found]
-    reads = [read for read in told if read[1] > MIB]
-    start = stop = None
-    for offset, count in sorted(read for read in told if read[1] <= MIB):
-        assert stop in {None, offset}, told
-        start, stop = offset if start is None else start, offset + count
-    return reads if start is None or stop is None else [*reads, (start, stop - start)]
+    pieces = sorted(read for read in told if read[1] <= MIB)
+    assert all(sum(one) == other[0] for one, other in pairwise(pieces)), told
+    wanted = [(pieces[0][0], sum(count for _, count in pieces))] if pieces else []
+    return [read for read in told if read[1] > MIB] + wanted
 
 
 def _get(server: Server, path: str, start: int, length: int) -> bytes:

@@ -47,9 +47,9 @@ def replace_outputs() -> None:
         setattr(sys, name, text)
 
 
-def drop_output() -> None:
-    """Send what is still in stdout's buffer to /dev/null: at exit it would fail again."""
+def drop_output(fd: int = 1) -> None:
+    """Send what is still in a stream's buffer to /dev/null: at exit it would fail again."""
     with contextlib.suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
+        os.dup2(null, fd)
         os.close(null)

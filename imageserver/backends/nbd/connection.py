@@ -19,6 +19,7 @@ from functools import cached_property
 import nbd
 
 from imageserver.backends.descriptors import close_fd
+from imageserver.backends.nbd.busypoll import BusyPoll
 from imageserver.backends.nbd.failures import TryAgain, TurnedAway, translated
 from imageserver.backends.nbd.kind import NbdImage, stamp_of
 from imageserver.core.errors import (
@@ -75,6 +76,7 @@ class Connection:
         #: The meta contexts that were asked for, whether or not the server has them.
         self.contexts = frozenset(contexts)
         self.opened = time.monotonic()
+        self.busy_poll = BusyPoll()
         self.timeout = tuning.timeout
         self.depth = tuning.queue_depth
         self.size = _size(handle, name)

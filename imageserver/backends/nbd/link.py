@@ -36,6 +36,7 @@ class Link:
         self.size, self.align = connection.size, connection.align
         self.chunk, self.maximum = connection.chunk, connection.maximum
         self.depth, self.timeout = connection.depth, connection.timeout
+        self._busy_poll = connection.busy_poll
         self._check = check
         #: A request that is quick is answered before its client is looked at.
         self._check_at = time.monotonic() + _STOP_SECONDS
@@ -176,7 +177,7 @@ class Link:
             self._is_silent = True
             raise BackendTimeout(f"{self.name}: completed nothing in {self.timeout:g} s")
         try:
-            self._handle.poll(milliseconds(min(left, _STOP_SECONDS)))
+            self._busy_poll.wait(self._handle.poll, milliseconds(min(left, _STOP_SECONDS)))
         except nbd.Error as exc:
             raise self._failed(exc) from exc.with_traceback(None)
 

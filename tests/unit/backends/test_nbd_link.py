@@ -7,7 +7,7 @@ from collections.abc import Callable
 import nbd
 import pytest
 
-from imageserver.backends.nbd import connection, link
+from imageserver.backends.nbd import busypoll, connection, link
 from imageserver.backends.nbd.connection import DISCONNECT_SECONDS, Connection, Tuning, close_all
 from imageserver.backends.nbd.failures import NotSupported, Stopped, TryAgain, translated
 from imageserver.backends.nbd.link import Link
@@ -64,7 +64,7 @@ class _Handle:
         if self.error and self.completes == NEVER:
             raise self.error
         self.seconds += milliseconds / 1000
-        return 1
+        return int(milliseconds > 0)
 
     def aio_disconnect(self) -> None:
         if self.error:
@@ -80,6 +80,8 @@ def handle(monkeypatch: pytest.MonkeyPatch) -> _Handle:
     made = _Handle()
     monkeypatch.setattr(link, "time", made)
     monkeypatch.setattr(connection, "time", made)
+    # No time passes while a thread looks: here it sleeps.
+    monkeypatch.setattr(busypoll, "_SPIN_SECONDS", -1.0)
     return made
 
 

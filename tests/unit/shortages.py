@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that have used up their threads or descriptors."""
+"""Processes that have used up their threads or descriptors, and what they have open."""
 
 import contextlib
 import gc
@@ -21,6 +21,15 @@ def no_threads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         yield
+
+
+def open_descriptors() -> set[str]:
+    """Return this process's descriptors, but for those that other tests have left to be collected.
+
+    One of those may be closed at any time, as soon as something is collected.
+    """
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
 
 
 @contextlib.contextmanager

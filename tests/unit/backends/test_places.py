@@ -11,13 +11,14 @@ from imageserver.backends.file import places
 from imageserver.backends.file.places import find
 from imageserver.core.errors import FileAccessError
 from imageserver.core.transfer import path_text
+from tests.unit.shortages import open_descriptors
 
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_open() -> Iterator[None]:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert open_descriptors() <= before
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from imageserver.backends.file.raw import RawFile, RawFiles
 from imageserver.core.errors import FileAccessError, NoSpace, ShortBody
 from imageserver.core.ports import Intent
 from tests.unit.fakes import Bytes
+from tests.unit.shortages import open_descriptors
 
 #: The smallest chunk; and what file systems usually allocate.
 KIB, BLOCK = 1024, 4096
@@ -41,10 +42,10 @@ def disk(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield
     assert [each for each in threading.enumerate() if each.name == "image"] == []
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert open_descriptors() <= before
 
 
 def _open(disk: Path, intent: Intent = Intent.WRITE, *, sparse: bool = True) -> closing[RawFile]:

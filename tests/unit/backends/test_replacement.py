@@ -12,16 +12,17 @@ import pytest
 
 from imageserver.backends.file import replacement
 from imageserver.backends.file.replacement import NewFile, check_target, copy_attributes, sweep
+from tests.unit.shortages import open_descriptors
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[int]:
     """An open, empty directory, with nothing left open behind the test."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     fd = os.open(tmp_path, os.O_RDONLY)
     yield fd
     os.close(fd)
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert open_descriptors() <= before
 
 
 @pytest.fixture(params=["O_TMPFILE", "named"])

@@ -19,6 +19,7 @@ from imageserver.runtime.private import (
 from imageserver.runtime.processes import boot_id, namespace, owner_of
 from imageserver.runtime.slottable import SharedTable
 from tests.unit.processes import LIMITS, TICKET, holder, python
+from tests.unit.shortages import open_descriptors
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_strangers_table_in_use_is_refused_and_left_alone(
     (tmp_path / "slots").write_bytes(text)
     user = open_private(str(tmp_path), "slots.use")
     fcntl.flock(user, fcntl.LOCK_SH)
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
 
     with pytest.raises(IncompatibleTable, match=_USED):
         tablefile.examine(str(tmp_path))
@@ -98,7 +99,7 @@ def test_a_strangers_table_in_use_is_refused_and_left_alone(
 
     assert (tmp_path / "slots").read_bytes() == text
     table.close()
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
     os.close(user)
     table.open()
 
@@ -180,13 +181,13 @@ def test_a_table_in_use_by_our_like_is_shared(tmp_path: Path, table: SharedTable
 
 
 def test_closing_leaves_no_descriptor_open(table: SharedTable) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
 
     table.claim(Kind.READ, TICKET)
     table.close()
     table.close()
 
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 def test_what_one_process_has_said_no_other_says_again(tmp_path: Path, table: SharedTable) -> None:

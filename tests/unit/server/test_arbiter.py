@@ -23,6 +23,7 @@ from imageserver.server import arbiter as master
 from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.worker import STOPPING, ImageWorker
 from tests.unit.masters import begin, die_holding_a_slot, new_arbiter, settle, writers
+from tests.unit.shortages import open_descriptors
 
 
 @pytest.fixture(autouse=True)
@@ -76,11 +77,11 @@ def test_what_a_dead_worker_held_is_free_at_once(place: Path, arbiter: ImageArbi
 
 def test_a_sweep_in_the_master_leaves_no_descriptor_behind(arbiter: ImageArbiter) -> None:
     begin(arbiter)
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
 
     arbiter.free_slots(None)
 
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 def test_a_sweep_that_fails_is_logged_and_stops_nothing(

@@ -26,7 +26,7 @@ from imageserver.server.loop import MOST_WAITING, Loop, Timeouts
 from imageserver.server.pools import Pools
 from imageserver.server.shortage import LimitedWarnings, Reserve
 from imageserver.server.worker import most_waiting
-from tests.unit.shortages import no_descriptors, no_threads
+from tests.unit.shortages import no_descriptors, no_threads, open_descriptors
 
 if TYPE_CHECKING:
     from imageserver.server.connection import Connection
@@ -224,9 +224,9 @@ def test_a_file_that_finds_no_descriptor_is_not_called_unusable(tmp_path, intent
     for free in range(1 if intent is Intent.READ else 2):
         with no_descriptors(free), pytest.raises(Exhausted):
             files.open(image, intent)
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     files.open(image, intent).close()
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 # Requests where threads run out
@@ -269,10 +269,10 @@ def test_a_replaced_file_is_freed_though_no_thread_is_to_be_had(tmp_path):
     path.write_bytes(b"image")
     file = ImageFiles(1 << 20).open(FileImage(str(path)), Intent.READ)
     path.unlink()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     with no_threads():
         file.close()
-    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert len(open_descriptors()) == before - 1
 
 
 # What is held back, and what is told

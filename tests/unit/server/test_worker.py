@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from imageserver.server.worker import ImageWorker
+from tests.unit.shortages import open_descriptors
 
 
 def _worker(ppid: int) -> ImageWorker:
@@ -47,10 +48,10 @@ def test_a_worker_whose_master_died_during_the_fork_drains_at_once(
 
 
 def test_another_process_with_the_pid_of_a_dead_master_is_not_taken_for_it() -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     worker = _worker(os.getpid())
 
     worker._watch_master()
 
     assert not worker.alive
-    assert (worker._loop.watched, os.listdir("/proc/self/fd")) == ([], before)
+    assert (worker._loop.watched, open_descriptors()) == ([], before)

@@ -108,6 +108,11 @@ class Connection:
         """Whether the server takes several clients, and a flush covers them all."""
         return bool(self.handle.can_multi_conn())
 
+    @cached_property
+    def can_fast_zero(self) -> bool:
+        """Whether the server refuses to zero at once where it would have to write."""
+        return bool(self.handle.can_fast_zero())
+
     def is_alive(self) -> bool:
         """Tell whether the server has kept a connection on which nothing is under way."""
         try:

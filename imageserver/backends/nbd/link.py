@@ -61,7 +61,7 @@ class Link:
 
     def can_fast_zero(self) -> bool:
         """Tell whether ``zero`` may ask for ``fast``."""
-        return bool(self._handle.can_fast_zero())
+        return self.connection.can_fast_zero
 
     def has_context(self, name: str) -> bool:
         """Tell whether the server agreed to a meta context."""

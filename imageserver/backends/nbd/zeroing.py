@@ -35,13 +35,17 @@ def zero(link: Link, start: int, length: int, *, hole: bool = True) -> Iterator[
     if not link.info.can_zero or first >= last:
         yield from write(link, start, length, _Zeros())
         return
-    for _ in write(link, start, first - start, _Zeros()):
-        pass
+    _write_edge(link, start, first)
     for at in _zero_blocks(link, first, last, hole=hole):
         yield at - start
-    for _ in write(link, last, stop - last, _Zeros()):
-        pass
+    _write_edge(link, last, stop)
     yield length
+
+
+def _write_edge(link: Link, start: int, stop: int) -> None:
+    if start < stop:
+        for _ in write(link, start, stop - start, _Zeros()):
+            pass
 
 
 def _zero_blocks(link: Link, start: int, stop: int, *, hole: bool) -> Iterator[int]:

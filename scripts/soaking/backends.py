@@ -72,8 +72,9 @@ class NbdImage(Image):
 class Proxy:
     """The proxy in front of all NBD images."""
 
-    def __init__(self, images: list[NbdImage], readers: int, writers: int) -> None:
+    def __init__(self, images: list[NbdImage], readers: int, writers: int, chunk: int) -> None:
         command = [sys.executable, str(_PROXY), f"--readers={readers}", f"--writers={writers}"]
+        command.append(f"--chunk={chunk}")
         command += [f"{image.front}={image.server.socket}" for image in images]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         wait_until(lambda: all(listens(image.front) for image in images))

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an NBD server sees of us: a proxy in front of real ones that counts and can be slow.
 
-Run as a process of its own (``python proxy.py --readers 8 --writers 1 LISTEN=UPSTREAM ...``);
-on SIGTERM it prints one JSON line of what it has seen, and ends. It reads the requests that
-pass and their replies (NBD protocol, "Transmission phase") and checks, over all its sockets:
+Run as a process of its own (``python proxy.py --readers 8 --writers 1 --chunk 262144
+LISTEN=UPSTREAM ...``); on SIGTERM it prints one JSON line of what it has seen, and ends. It reads
+the requests that pass and their replies (NBD protocol, "Transmission phase") and checks, over all
+its sockets:
 
-- connections with a read under way, whose client lives, are never more than readers;
+- connections with a read under way, whose client lives, are never more than readers (longer reads
+  than a chunk do not count: of a server that is new, a write makes one, too);
 - those with a write or zero under way are never more than writers;
 - nobody writes an export while a connection of a dead client may still write there.
 
@@ -117,8 +119,12 @@ class Watch:
 class Link:
     """One connection: the client's side, and the server's."""
 
-    def __init__(self, client: socket.socket, export: str, watch: Watch, lag: float) -> None:
+    def __init__(
+        self, client: socket.socket, export: str, watch: Watch, *, chunk: int, lag: float
+    ) -> None:
+        """``chunk``: no client's read is longer, in bytes."""
         self.export = export
+        self._chunk = chunk
         self._client = client
         self._upstream = socket.socket(socket.AF_UNIX)
         self._watch = watch
@@ -232,7 +238,8 @@ class Link:
         _, flags, kind, cookie, _, length = layout.unpack(head)
         if kind == _READ:
             self._lengths[cookie] = length
-            self._watch.uses(self, "readers", cookie)
+            if length <= self._chunk:
+                self._watch.uses(self, "readers", cookie)
         elif kind in {_WRITE, _ZERO}:
             self._watch.uses(self, "writers", cookie)
         elif kind == _DISCONNECT:
@@ -265,7 +272,7 @@ class Stream:
         return taken
 
 
-def _listen(path: str, upstream: str, watch: Watch, lag: float) -> None:
+def _listen(path: str, upstream: str, watch: Watch, chunk: int, lag: float) -> None:
     Path(path).unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -275,7 +282,8 @@ def _listen(path: str, upstream: str, watch: Watch, lag: float) -> None:
     def accept() -> None:
         while True:
             client, _ = listener.accept()
-            link = Link(client, upstream, watch, lag * jitter.random() if lag < 1 else lag)
+            pause = lag * jitter.random() if lag < 1 else lag
+            link = Link(client, upstream, watch, chunk=chunk, lag=pause)
             threading.Thread(target=link.run, daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
@@ -286,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("proxy.py")
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--writers", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=1 << 20, help="bytes")
     parser.add_argument("--lag", type=float, default=0.05, help="seconds; below 1: at most")
     parser.add_argument("pairs", nargs="+", metavar="LISTEN=UPSTREAM")
     arguments = parser.parse_args()
@@ -293,7 +302,7 @@ def main() -> None:
     watch = Watch(arguments.readers, arguments.writers)
     for pair in arguments.pairs:
         listen, _, upstream = pair.partition("=")
-        _listen(listen, upstream, watch, arguments.lag)
+        _listen(listen, upstream, watch, arguments.chunk, arguments.lag)
     signal.sigwait({signal.SIGTERM})
     sys.stdout.write(watch.report() + "\n")
 

@@ -103,7 +103,7 @@ class Storm:
         nbd.append(NbdImage("qcow2", home, fmt="qcow2"))
         images: list[Image] = [*nbd, Image("file", home)]
         with served(images), contextlib.ExitStack() as stack:
-            proxy = Proxy(nbd, READERS, self._writers)
+            proxy = Proxy(nbd, READERS, self._writers, SETTINGS["chunk_size"])
             stack.callback(proxy.stop)
             settings = SETTINGS | {"max_writers": self._writers, "admin_bind": f"unix:{home}/admin"}
             server = Server(home, **settings).start()

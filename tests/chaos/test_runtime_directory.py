@@ -15,7 +15,7 @@ from tests.chaos.world import Nbd
 from tests.system.clients import putting, read_answer
 from tests.system.controlling import Control, controlled
 from tests.system.disks import refill
-from tests.system.harness import Server, free_port, repeatable, wait_until
+from tests.system.harness import Server, free_port, remove, repeatable, wait_until
 from tests.system.killing import is_running
 from tests.system.test_start import CHECK, SERVE, assert_one_sentence, run
 from tests.system.watching import Admin
@@ -68,7 +68,7 @@ def test_a_removed_directory_lets_nobody_in_and_what_runs_ends_well(server, home
     assert server.request("GET", "/images/known").body == DATA
     refill(nbd.image, bytes(SIZE))
     with putting(server, "/images/disk", SIZE, DATA) as (writer, stream):
-        shutil.rmtree(server.runtime)
+        remove(server.runtime)
 
         assert refused(server) == {LOST}
         assert server.request("GET", "/images/known").refusal == LOST  # not 404: it is known
@@ -90,7 +90,7 @@ def test_without_its_directory_a_server_survives_reload_upgrade_and_the_death_of
     server, admin
 ):
     workers = set(server.worker_pids())
-    shutil.rmtree(server.runtime)
+    remove(server.runtime)
     server.process.send_signal(signal.SIGHUP)
     wait_until(lambda: "reload refused, the workers go on: IMAGESERVER_RUNTIME_DIR" in server.log)
     server.process.send_signal(signal.SIGUSR2)
@@ -111,7 +111,7 @@ def test_a_directory_that_was_moved_away_and_back_is_used_again(server, home):
     server.runtime.rename(home / "away")
     shutil.copytree(home / "away", server.runtime)  # the same files, but others
     assert refused(server) == {LOST}
-    shutil.rmtree(server.runtime)
+    remove(server.runtime)
     (home / "away").rename(server.runtime)
 
     assert server.request("GET", "/images/disk").status == 200
@@ -134,7 +134,7 @@ def _move(path: Path) -> None:
 @pytest.mark.parametrize(
     ("lose", "kills_master"),
     [
-        pytest.param(shutil.rmtree, False, id="removed"),
+        pytest.param(remove, False, id="removed"),
         pytest.param(_move, True, id="moved, and its master killed"),
     ],
 )

@@ -5,10 +5,12 @@ Imports nothing of the package, but for what ``lab`` says.
 """
 
 import contextlib
+import errno
 import http.client
 import json
 import os
 import random
+import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -35,10 +37,26 @@ __all__ = [
     "qemu_img",
     "qemu_io",
     "qemu_nbd",
+    "remove",
     "repeatable",
     "wait_until",
     "with_sbin",
 ]
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory in which a server may make a file at the same moment."""
+
+    def is_removed() -> bool:
+        try:
+            shutil.rmtree(directory)
+        except OSError as exc:
+            if exc.errno != errno.ENOTEMPTY:
+                raise
+            return False
+        return True
+
+    wait_until(is_removed)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 """Files of counts that are removed, cut short or without room: images are served all the same."""
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.disks import fill, runtime_of, with_runtime_of_2_mib
-from tests.system.harness import Server, free_port, wait_until
+from tests.system.harness import Server, free_port, remove, wait_until
 from tests.system.killing import is_running
 from tests.system.skips import needs
 from tests.system.watching import Admin
@@ -54,7 +53,7 @@ def kill_one(server: Server) -> None:
 def test_a_directory_that_was_removed_is_made_again(server, admin, then):
     assert serves(server)
     wait_until(lambda: admin.metrics().get(OPERATIONS) == 1)
-    shutil.rmtree(server.runtime / "metrics")
+    remove(server.runtime / "metrics")
     assert admin.ask("/metrics").status == 200
     then(server)
     assert serves(server)

@@ -4,10 +4,9 @@
 A core that goes idle takes 20 to 60 µs to come back, most in a virtual machine, which is as long as
 a server needs for a small request. So a thread that expects its answer within ``_SPIN_SECONDS``
 does not sleep, as in QEMU's event loop (``poll-max-ns``). It expects what the last waits on the
-connection took.
+connection took. Between two looks it offers the core to others (sched_yield(2)).
 
-Between two looks it offers the core to others (sched_yield(2)). It sleeps where another thread of
-the process waits for a server, too: then there is other work for the core.
+For requests that are alone in their process (``link.py``): else there is other work for the core.
 """
 
 import os
@@ -20,8 +19,6 @@ _SPIN_SECONDS = 0.0002
 _WEIGHT = 0.25
 #: No wait counts for more, so that one does not stop the next hundred.
 _MOST_SECONDS = 4 * _SPIN_SECONDS
-#: Those whose threads wait now, in this process.
-_waiting: set["BusyPoll"] = set()
 
 
 class BusyPoll:
@@ -40,19 +37,15 @@ class BusyPoll:
             nbd.Error: whatever ``poll`` raises.
         """
         began = time.monotonic()
-        _waiting.add(self)
-        try:
-            if self._expected > _SPIN_SECONDS or not _finds(poll, began + _SPIN_SECONDS):
-                poll(milliseconds)
-        finally:
-            _waiting.discard(self)
+        if self._expected > _SPIN_SECONDS or not _finds(poll, began + _SPIN_SECONDS):
+            poll(milliseconds)
         took = min(time.monotonic() - began, _MOST_SECONDS)
         self._expected += _WEIGHT * (took - self._expected)
 
 
 def _finds(poll: Callable[[int], int], until: float) -> bool:
-    """Look until there is something, somebody else waits, too, or it has taken too long."""
-    while len(_waiting) == 1 and time.monotonic() < until:
+    """Look until there is something, or it has taken too long."""
+    while time.monotonic() < until:
         if poll(0):
             return True
         os.sched_yield()

@@ -24,10 +24,17 @@ from imageserver.core.ports import Check, no_client
 
 #: How soon ``stop``, or that the client has gone, is noticed while the server is silent.
 _STOP_SECONDS = 0.1
+#: For how long two requests that have met are not taken to be alone.
+_ALONE_SECONDS = 0.05
+#: The links that requests of this process have now.
+_in_use: set["Link"] = set()
 
 
 class Link:
     """A connected export."""
+
+    #: When a request began last while another of this process had a link.
+    _met_at = -_ALONE_SECONDS
 
     def __init__(self, connection: Connection, check: Check = no_client) -> None:
         self.connection = connection
@@ -36,10 +43,10 @@ class Link:
         self.size, self.align = connection.size, connection.align
         self.chunk, self.maximum = connection.chunk, connection.maximum
         self.depth, self.timeout = connection.depth, connection.timeout
-        self._busy_poll = connection.busy_poll
         self._check = check
+        now = time.monotonic()
         #: A request that is quick is answered before its client is looked at.
-        self._check_at = time.monotonic() + _STOP_SECONDS
+        self._check_at = now + _STOP_SECONDS
         self._stopped = False
         #: False while a write or zero may still be under way.
         self.settled = True
@@ -48,6 +55,12 @@ class Link:
         self._has_failed = False
         #: Requests that nobody has seen complete.
         self._pending = 0
+        _in_use.add(self)
+        if len(_in_use) > 1:
+            Link._met_at = now
+        #: No other request of this process has had a link at the same time, or a moment ago: the
+        #: cores are free.
+        self.is_alone = now > Link._met_at + _ALONE_SECONDS
 
     @property
     def info(self) -> ImageInfo:
@@ -177,12 +190,17 @@ class Link:
             self._is_silent = True
             raise BackendTimeout(f"{self.name}: completed nothing in {self.timeout:g} s")
         try:
-            self._busy_poll.wait(self._handle.poll, milliseconds(min(left, _STOP_SECONDS)))
+            longest = milliseconds(min(left, _STOP_SECONDS))
+            if self.is_alone:
+                self.connection.busy_poll.wait(self._handle.poll, longest)
+            else:
+                self._handle.poll(longest)
         except nbd.Error as exc:
             raise self._failed(exc) from exc.with_traceback(None)
 
     def let_go(self) -> Connection:
         """End this use of the connection, which another request may have. May be called twice."""
+        _in_use.discard(self)
         self.__dict__.pop("_handle", None)  # a connection ends with the last reference to it
         return self.connection
 

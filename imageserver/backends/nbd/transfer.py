@@ -10,7 +10,8 @@ A long transfer has a thread for the NBD side (``ring``), so that receiving from
 and sending to the other overlap: on 2 cores that is about twice what one thread moves in
 turns. A short one fits into the ring at once and is done on the spot; there a thread costs
 more than it saves. What one buffer holds needs no ring: it is cut into smaller requests, so that
-one part is sent while the server works for the next.
+one part is sent while the server works for the next. Where other requests of the process are under
+way, they have the cores meanwhile: less is cut, and fewer threads are started.
 """
 
 from collections import deque
@@ -30,6 +31,8 @@ from imageserver.core.sources import Source
 _STEP = 256 * 1024
 #: ... which is a multiple of this, and of a block.
 _UNIT = 64 * 1024
+#: A read up to this size has no thread of its own beside other requests, in bytes.
+_THREADED = 8 << 20
 
 
 @dataclass(slots=True)
@@ -92,6 +95,11 @@ def _is_short(link: Link, length: int) -> bool:
     return length <= link.chunk * (link.depth - 1)
 
 
+def _needs_no_thread(link: Link, length: int) -> bool:
+    """Tell whether a read is done on the spot."""
+    return _is_short(link, length) or (length <= _THREADED and not link.is_alone)
+
+
 @contextmanager
 def _stopping(link: Link, wake: Callable[[], None]) -> Iterator[None]:
     """Make the thread at the link give up, wherever it waits."""
@@ -109,10 +117,10 @@ def _fits(link: Link, start: int, length: int) -> bool:
 def _parts(link: Link, start: int, length: int, buffer: bytearray) -> list[_Piece]:
     """Cut what one buffer holds into requests, each with its part of the buffer.
 
-    They are as many as may be in flight, but none is small.
+    They are as many as may be in flight, but none is small; one, beside other requests.
     """
     unit = max(_UNIT // link.align, 1) * link.align
-    least = max(_STEP, -(-link.chunk // link.depth))
+    least = max(_STEP, -(-link.chunk // link.depth)) if link.is_alone else link.chunk
     first = start // link.align * link.align
     pieces = list(_cut(link, start, start + length, -(-least // unit) * unit, first))
     for piece in pieces:
@@ -140,7 +148,7 @@ def _read_one(link: Link, start: int, length: int) -> Generator[memoryview]:
 def _read_several(link: Link, start: int, length: int) -> Generator[memoryview]:
     with _ring(link, length) as ring:
         pieces = _read_pieces(link, _cut(link, start, start + length), ring)
-        if not _is_short(link, length):
+        if not _needs_no_thread(link, length):
             pieces = _read_ahead(link, pieces, ring)
         yield from _wanted(pieces, ring)
 

@@ -51,6 +51,7 @@ class FakeLink:
     on_wait: Callable[[Request], object] = lambda _: None
     #: Waiting for such a request takes until the link is stopped.
     hangs: Callable[[Request], bool] = lambda _: False
+    is_alone: bool = True
     size: int = -1
     name: str = "export"
     server: tuple[int, ...] = (1, 2, 3)

@@ -85,24 +85,10 @@ def test_a_server_that_is_quick_again_is_looked_at_again(server: Server) -> None
     assert set(waits[-1]) == {0}
 
 
-def test_who_waits_beside_another_sleeps(server: Server) -> None:
-    first, second = BusyPoll(), BusyPoll()
-    beside: list[list[int]] = []
-
-    def poll(_milliseconds: int) -> int:
-        beside.append(server.wait(second))  # another thread's, meanwhile
-        return 1
-
-    server.answers_in = 1e-5
-    first.wait(poll, MILLISECONDS)
-    assert beside == [[MILLISECONDS]]
-    assert set(server.wait(second)) == {0}  # alone again
-
-
-def test_a_connection_that_breaks_is_waited_for_no_more(server: Server) -> None:
+@pytest.mark.usefixtures("server")
+def test_a_connection_that_breaks_ends_the_wait() -> None:
     def breaks(_milliseconds: int) -> int:
         raise nbd.Error("reset", 104)
 
     with pytest.raises(nbd.Error):
         BusyPoll().wait(breaks, MILLISECONDS)
-    assert not busypoll._waiting

@@ -82,6 +82,8 @@ def handle(monkeypatch: pytest.MonkeyPatch) -> _Handle:
     monkeypatch.setattr(connection, "time", made)
     # No time passes while a thread looks: here it sleeps.
     monkeypatch.setattr(busypoll, "_SPIN_SECONDS", -1.0)
+    monkeypatch.setattr(link, "_in_use", set())
+    monkeypatch.setattr(Link, "_met_at", 0.0)
     return made
 
 
@@ -112,6 +114,38 @@ def test_a_request_is_of_whole_blocks_and_as_large_as_configured_or_taken(
     handle.blocks = {nbd.SIZE_MINIMUM: minimum, nbd.SIZE_MAXIMUM: maximum}
     link = _link(handle, chunk_size=chunk_size)
     assert (link.align, link.chunk, link.maximum) == found
+
+
+def test_a_request_is_alone_where_none_has_met_another_for_a_moment(handle: _Handle) -> None:
+    first = _link(handle)
+    second = _link(handle)
+    second.let_go()
+    handle.seconds += 0.04
+    third = _link(handle)
+    first.let_go()
+    third.let_go()
+    third.let_go()
+    handle.seconds += 0.04
+    fourth = _link(handle)
+    fourth.let_go()
+    handle.seconds += 0.06
+    links = [first, second, third, fourth, _link(handle)]
+    assert [each.is_alone for each in links] == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_request_that_is_alone_is_looked_at_without_sleeping(
+    handle: _Handle, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(
+        busypoll.BusyPoll, "wait", lambda _self, poll, longest: looks.append(poll(longest))
+    )
+    other = _link(handle) if not is_alone else None
+    handle.completes = handle.seconds + 0.1
+    _link(handle).wait(1)
+    assert looks == [1] * is_alone
+    del other
 
 
 def test_a_request_is_waited_for(handle: _Handle) -> None:

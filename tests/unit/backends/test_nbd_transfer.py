@@ -102,6 +102,47 @@ def test_what_one_buffer_holds_is_moved_in_parts_that_are_under_way_together(
     assert fake.most_in_flight == max(1, len(reads))
 
 
+@pytest.mark.parametrize("span", [(0, 8192), (100, 8000), (4095, 2)])
+def test_beside_other_requests_what_one_buffer_holds_is_one_request(
+    monkeypatch: pytest.MonkeyPatch, span: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(transfer, "_STEP", 2048)
+    monkeypatch.setattr(transfer, "_UNIT", 1024)
+    fake, (start, length) = _fake(chunk=8192, is_alone=False), span
+    body = random.Random(8).randbytes(length)  # noqa: S311 - no secret
+
+    read = b"".join(map(bytes, transfer.read(fake.link, start, length)))
+    list(transfer.write(fake.link, start, length, _Source(body)))
+
+    assert read == CONTENT[start : start + length]
+    assert bytes(fake.content) == CONTENT[:start] + body + CONTENT[start + length :]
+    assert fake.sent("read") == fake.sent("write") == [span]
+
+
+@pytest.mark.parametrize(
+    ("is_alone", "most", "threads"),
+    [
+        pytest.param(True, SIZE, True, id="alone"),
+        pytest.param(False, SIZE, False, id="beside-others"),
+        pytest.param(False, SIZE - 1, True, id="too-long"),
+    ],
+)
+def test_beside_other_requests_a_read_of_some_buffers_starts_no_thread(
+    monkeypatch: pytest.MonkeyPatch, is_alone: bool, most: int, threads: bool
+) -> None:
+    monkeypatch.setattr(transfer, "_THREADED", most)
+    started: list[object] = []
+    side = transfer.Side
+    monkeypatch.setattr(transfer, "Side", lambda *a, **k: started.append(a) or side(*a, **k))
+    fake = _fake(is_alone=is_alone)
+
+    read = b"".join(map(bytes, transfer.read(fake.link, 0, SIZE)))
+
+    assert read == CONTENT
+    assert bool(started) is threads
+    assert fake.most_in_flight == fake.depth
+
+
 def test_a_long_read_keeps_as_many_requests_in_flight_as_it_may() -> None:
     fake = _fake(depth=4)
     for _ in transfer.read(fake.link, 0, SIZE):

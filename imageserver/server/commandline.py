@@ -7,10 +7,12 @@ the environment. An upgrade (SIGUSR2) executes the same command line, so flags s
 
 import argparse
 import io
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from imageserver import __version__
 from imageserver.server import cloudstack
@@ -66,6 +68,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"imageserver: {message}; see {self.prog} --help.\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        _write(message, file or sys.stderr)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse what this command does not know: the root would name its own help."""
@@ -165,26 +170,46 @@ def _check(parsed: argparse.Namespace) -> int:
     except CannotStart as exc:
         print(f"imageserver: {exc}", file=sys.stderr)
         return 1
-    for warning in warnings:
-        print(f"warning: {warning}")
-    print("ok")
+    _tell([*(f"warning: {warning}" for warning in warnings), "ok"])
     return 0
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    for variable, text in in_force(_settings(parsed)).items():
-        print(f"{variable}={text}")
+    _tell(f"{variable}={text}" for variable, text in in_force(_settings(parsed)).items())
     return 0
 
 
 def _sample(_parsed: argparse.Namespace) -> int:
     """Print an environment file that names every setting and changes none."""
-    print(_SAMPLE_HEAD, end="")
+    lines = _SAMPLE_HEAD.splitlines()
     for field in fields(Settings):
         explained = _explained(field)
-        print(f"\n# {explained[0].upper()}{explained[1:]}")
-        print(f"#{variable_of(field.name)}={_default(field)}")
+        lines += ["", f"# {explained[0].upper()}{explained[1:]}"]
+        lines.append(f"#{variable_of(field.name)}={_default(field)}")
+    _tell(lines)
     return 0
+
+
+def _tell(lines: Iterable[str]) -> None:
+    _write("".join(f"{line}\n" for line in lines), sys.stdout)
+
+
+def _write(text: str, file: TextIO | None) -> None:
+    """Write an answer; where that cannot be done, end the process, as SIGPIPE would.
+
+    A message on stderr may be lost. None is a stream that was closed from the start.
+    """
+    if not file:
+        return
+    try:
+        file.write(text)
+        file.flush()
+    except OSError as exc:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # at exit it would fail again
+        if isinstance(exc, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        if file is sys.stdout:
+            sys.exit(f"imageserver: the output cannot be written: {exc.strerror}")
 
 
 def _explained(field: Field[Any]) -> str:

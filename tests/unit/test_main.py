@@ -2,6 +2,8 @@
 """The ``imageserver`` command, as far as nothing is served."""
 
 import argparse
+import subprocess
+import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -192,3 +194,25 @@ def test_the_help_of_each_command_names_every_setting() -> None:
     for name in ("serve", "check"):
         text = commands[name].format_help()
         assert [f.name for f in fields(Settings) if flag_of(f.name) not in text] == []
+
+
+LOST = "imageserver: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("config sample | :", 141, ""),
+        ("--version | :", 141, ""),
+        ("config show >/dev/full", 1, LOST),
+        ("check --help >/dev/full", 1, LOST),
+        ("config >/dev/full 2>/dev/full", 2, ""),
+        ("config show >&-", 0, ""),
+    ],
+)
+def test_an_answer_that_cannot_be_written_is_a_sentence_or_a_status(
+    words: str, status: int, said: str
+) -> None:
+    text = f"{sys.executable} -m imageserver {words}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)

@@ -6,6 +6,8 @@ exports    each NBD request fails once, and each call of libnbd
 power      the power fails at any moment; ``lab.powercut`` says what is left
 evil       each byte that an NBD server sends is another one, or the last one
 parsers    what haproxy passes on is read here as haproxy has read it; odd, the requests
+operations what is done to files, registrations and tables, and what is right afterwards
+sweep      one thing after another fails in an operation
 world      a server in one process, but for its sockets; what it has left behind
 nth        an nbdkit plugin whose Nth request fails
 

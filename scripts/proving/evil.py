@@ -17,7 +17,7 @@ from typing import Self
 
 from lab.servers import nbdkit
 
-from proving.calls import Fault, NotPrepared, Operation, sweep
+from proving.sweep import Fault, NotPrepared, Operation, sweep
 from proving.world import Answer, World
 
 SIZE = 512

@@ -16,7 +16,8 @@ from pathlib import Path
 from lab.faults import Faults
 from lab.servers import nbdkit, qemu_nbd
 
-from proving.calls import Fault, NotPrepared, Operation, mixes, sweep
+from proving.operations import mixes
+from proving.sweep import Fault, NotPrepared, Operation, sweep
 from proving.world import Answer, World
 
 SIZE = 1 << 20

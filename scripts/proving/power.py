@@ -15,7 +15,7 @@ from lab.faults import Faults
 from lab.powercut import Disk, cuts, say
 
 from imageserver.core.transfer import id_hash
-from proving.calls import mixes, register, unregister
+from proving.operations import mixes, register, unregister
 from proving.world import Answer, World
 
 _OLD = b"old" * 60_000

@@ -6,7 +6,8 @@
 //   faults_record(fd)      each change of a file becomes a line there; -1: none does
 //
 // A call that fails has not happened. But close(2) closes all the same, as it does on Linux, and
-// what fails to be synced is not known to be on the disk.
+// what fails to be synced is not known to be on the disk: sync_file_range(2) has two names here, for
+// where it waits it tells what fsync(2) would have told, and fsync(2) is silent about it then.
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -20,9 +21,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/xattr.h>
@@ -166,11 +169,44 @@ OPEN(openat64, (int at, const char *path, int flags, ...), (at, path, flags, mod
 FCNTL(fcntl)
 FCNTL(fcntl64)
 
-void *mmap64(void *at, size_t size, int prot, int flags, int fd, off64_t offset) {
-    REAL(void *, mmap64, (void *, size_t, int, int, int, off64_t));
-    // Memory for Python's own objects may be needed anywhere.
-    int counts = !(flags & MAP_ANONYMOUS);
-    return counts && fails("mmap") ? MAP_FAILED : real(at, size, prot, flags, fd, offset);
+// Memory for Python's own objects may be needed anywhere.
+#define MMAP(name, type) \
+    void *name(void *at, size_t size, int prot, int flags, int fd, type offset) { \
+        REAL(void *, name, (void *, size_t, int, int, int, type)); \
+        int counts = !(flags & MAP_ANONYMOUS); \
+        return counts && fails("mmap") ? MAP_FAILED : real(at, size, prot, flags, fd, offset); \
+    }
+MMAP(mmap, off_t)
+MMAP(mmap64, off64_t)
+
+int ioctl(int fd, unsigned long request, ...) {
+    REAL(int, ioctl, (int, unsigned long, ...));
+    va_list more;
+    va_start(more, request);
+    void *argument = va_arg(more, void *);
+    va_end(more);
+    return fails("ioctl") ? -1 : real(fd, request, argument);
+}
+
+// cachestat(2) has no function in the C library of Debian 12; other calls made so are not counted.
+#define CACHESTAT 451
+long syscall(long number, ...) {
+    REAL(long, syscall, (long, ...));
+    long with[6];
+    va_list more;
+    va_start(more, number);
+    for (int i = 0; i < 6; i++)
+        with[i] = va_arg(more, long);
+    va_end(more);
+    if (number == CACHESTAT && fails("cachestat"))
+        return -1;
+    return real(number, with[0], with[1], with[2], with[3], with[4], with[5]);
+}
+
+int sync_file_range(int fd, off64_t at, off64_t size, unsigned flags) {
+    REAL(int, sync_file_range, (int, off64_t, off64_t, unsigned));
+    int waits = flags & (SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WAIT_AFTER);
+    return fails(waits ? "sync_file_range_wait" : "sync_file_range") ? -1 : real(fd, at, size, flags);
 }
 
 ssize_t write(int fd, const void *data, size_t size) {
@@ -232,6 +268,11 @@ CALL(ssize_t, -1, fgetxattr, (int fd, const char *n, void *v, size_t s), (fd, n,
 CALL(int, -1, fsetxattr, (int fd, const char *n, const void *v, size_t s, int f), (fd, n, v, s, f))
 CALL(ssize_t, -1, flistxattr, (int fd, char *l, size_t s), (fd, l, s))
 CALL(int, -1, fremovexattr, (int fd, const char *n), (fd, n))
+CALL(int, -1, mincore, (void *a, size_t n, unsigned char *v), (a, n, v))
+CALL(int, -1, madvise, (void *a, size_t n, int w), (a, n, w))
+CALL(int, -1, access, (const char *p, int m), (p, m))
+CALL(int, -1, faccessat, (int d, const char *p, int m, int f), (d, p, m, f))
+CALL(int, -1, fstatfs, (int fd, struct statfs *s), (fd, s))
 CALL(int, -1, munmap, (void *a, size_t n), (a, n))
 CALL(DIR *, NULL, opendir, (const char *p), (p))
 CALL(DIR *, NULL, fdopendir, (int fd), (fd))
@@ -255,6 +296,11 @@ int posix_fallocate64(int fd, off64_t at, off64_t size) {
     if (done == 0)
         told("grow", fd, at, size);
     return done;
+}
+
+int posix_fadvise64(int fd, off64_t at, off64_t size, int advice) {
+    REAL(int, posix_fadvise64, (int, off64_t, off64_t, int));
+    return fails("posix_fadvise") ? (int)error : real(fd, at, size, advice);
 }
 
 int pthread_create(pthread_t *to, const pthread_attr_t *how, void *(*what)(void *), void *with) {

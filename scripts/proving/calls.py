@@ -6,16 +6,23 @@ descriptor and no file is left behind, no lock and no slot is held, and the next
 """
 
 import errno
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lab.faults import Faults
 
 from proving.operations import OPERATIONS
-from proving.sweep import Fault, sweep
+from proving.qcow2_streams import Qcow2Streams
+from proving.sweep import Fault, Operation, Worlds, sweep
 from proving.world import World
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EINTR, errno.ENOMEM, errno.EMFILE)
+#: A disk of data, a hole, and data so far away that it is looked for, and read, by itself.
+_FAR = 66 << 20
+_DISK = (b"disk" * 17_000).ljust(_FAR, b"\0") + b"end." * 17_000
+_SMALL_CLUSTERS = "&cluster_size=4096"
 
 
 @contextmanager
@@ -26,9 +33,36 @@ def _with_image() -> Iterator[World]:
         yield world
 
 
+@contextmanager
+def _with_disk(path: Path) -> Iterator[World]:
+    """Yield a world with a raw file that has been there before it, and stays."""
+    with World() as world:
+        world.add("disk", backend="file", file=str(path), format="raw")
+        yield world
+
+
+def _write_sparsely(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for at in range(0, len(content), 4096):
+            if any(content[at : at + 4096]):
+                file.seek(at)
+                file.write(content[at : at + 4096])
+
+
 def run(errors: Iterable[int] = ERRORS, names: Iterable[str] = ()) -> Iterator[Fault]:
     """Sweep all operations, or those of these names."""
-    for operation in OPERATIONS:
-        if not names or operation.name in names:
-            for error in errors:
-                yield from sweep(operation, error, Faults(), _with_image)
+    faults, errors = Faults(), tuple(errors)
+
+    def swept(operations: Iterable[Operation], worlds: Worlds) -> Iterator[Fault]:
+        for operation in operations:
+            if not names or operation.name in names:
+                for error in errors:
+                    yield from sweep(operation, error, faults, worlds)
+
+    yield from swept(OPERATIONS, _with_image)
+    with tempfile.TemporaryDirectory(prefix="is-proof-") as place:
+        disk = Path(place, "disk")
+        _write_sparsely(disk, _DISK)
+        streams = Qcow2Streams("/images/disk", _DISK, _SMALL_CLUSTERS)
+        yield from swept(streams.operations("raw "), lambda: _with_disk(disk))

@@ -148,6 +148,7 @@ def _sums(world: World, answer: Answer) -> Iterator[str]:
 
 _ZERO = json.dumps({"op": "zero", "offset": 0, "size": SIZE, "flush": True}).encode()
 _JSON = {"Content-Type": "application/json"}
+_QCOW2 = "/images/disk?format=qcow2&cluster_size=4096"
 OPERATIONS = (
     Operation("GET", lambda w: w.ask("GET", "/images/disk"), _has_its_length, _old),
     Operation("PUT", lambda w: w.ask("PUT", "/images/disk?flush=y", _NEW), _writes(_NEW), _old),
@@ -157,6 +158,7 @@ OPERATIONS = (
     Operation("extents", lambda w: w.ask("GET", "/images/disk/extents"), _has_its_length, _old),
     Operation("checksum", lambda w: w.ask("GET", "/images/disk/checksum"), _sums, _old),
     Operation("OPTIONS", lambda w: w.ask("OPTIONS", "/images/disk"), _has_its_length, _old),
+    Operation("qcow2", lambda w: w.ask("GET", _QCOW2), _has_its_length, _old),
 )
 
 

@@ -17,6 +17,7 @@ from lab.faults import Faults
 from lab.servers import nbdkit, qemu_nbd
 
 from proving.operations import mixes
+from proving.qcow2_streams import Qcow2Streams
 from proving.sweep import Fault, NotPrepared, Operation, sweep
 from proving.world import Answer, World
 
@@ -128,6 +129,7 @@ OPERATIONS = (
     Operation("flush", lambda w: w.ask("POST", "/images/disk/flush"), _writes(_OLD), _old),
     Operation("extents", lambda w: w.ask("GET", "/images/disk/extents"), _maps, _old),
     Operation("checksum", lambda w: w.ask("GET", _SHA256), _sums, _old),
+    *Qcow2Streams("/images/disk", _OLD, prepare=_old).operations(),
 )
 
 

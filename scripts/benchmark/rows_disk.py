@@ -12,7 +12,7 @@ from benchmark.clients import Outcome
 from benchmark.figures import MIB, Figure, Rounds, shown
 from benchmark.verify import digest, expect
 from benchmark.world import ImageServer, World
-from imageserver.backends.file.pagecache import find_cached
+from imageserver.backends.file.pagecalls import find_cached
 
 #: On a disk, as a rule, where /tmp may be none.
 _DISK = "/var/tmp"  # noqa: S108 - made private by TemporaryDirectory

@@ -21,21 +21,18 @@ Where the kernel, the file system or a seccomp filter lacks a call, or the kerne
 user what is cached (``find_cached``), that part is left out: the cache then keeps more. tmpfs has
 no cache to leave.
 
-sync_file_range is no fsync: it writes no metadata and asks no disk to empty its own cache. But it
-reports, once for each open file, that pages could not be written (errseq in Linux's
-Documentation/core-api/errseq.rst): fsync on the same descriptor would then be silent about it. So
-such an error is never ignored here.
+What the kernel is asked for all that, and which of its errors may be ignored: ``pagecalls``.
 """
 
-import ctypes
-import errno
-import functools
+import contextlib
 import os
 import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Self
+
+from imageserver.backends.file.pagecalls import PAGE, drop, find_cached, pages, write_back
 
 MIB = 1 << 20
 #: What is asked about, written back and dropped at once.
@@ -51,22 +48,8 @@ _READ_AHEAD = 16 * MIB
 _SECONDS, _REMEMBERED = 30.0, 64
 #: Shorter streams leave the cache as the kernel has it. Asking and dropping takes 0.1 ms a stream.
 LEAST = 4 * MIB
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 #: The most that the kernel keeps, and drops, as one (a huge page).
 _FOLIO = 2 * MIB
-#: The call is not there, not allowed, or of no use for this file.
-_CANNOT = {
-    *(errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.ESPIPE, errno.ENODEV, errno.EACCES),
-    *(errno.ENOMEM, errno.EOPNOTSUPP, errno.EAGAIN),
-}
-#: The system call's number on every architecture but alpha; no C library of Debian 12 has it.
-_CACHESTAT = 451
-#: sync_file_range(2).
-_WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4
-#: mmap(2).
-_PROT_NONE, _MAP_SHARED = 0, 1
-_MAP_FAILED = ctypes.c_void_p(-1).value
-
 _ABSENT = re.compile(rb"\0+")
 
 #: Writes all of a piece at an offset of the file.
@@ -85,7 +68,9 @@ class PageCache:
         """Return the passage of a read of [start, stop)."""
         if self._keeps or stop - start < LEAST:
             return _UNNOTICED
-        return _ReadingPassage(fd, start, stop, self._ahead)
+        with contextlib.suppress(OSError):
+            return _ReadingPassage(fd, start, stop, self._ahead)
+        return _UNNOTICED
 
     def writing(self, fd: int, start: int, stop: int, *, is_new: bool = False) -> "Passage":
         """Return the passage of a write; ``is_new``: of a new file, of which nothing is cached."""
@@ -143,7 +128,7 @@ class _Passage(Passage):
         self, fd: int, start: int, stop: int, *, keeps: bool, is_new: bool = False
     ) -> None:
         self._fd = fd
-        self._next, self._stop = start // _PAGE * _PAGE, stop
+        self._next, self._stop = start // PAGE * PAGE, stop
         self._keeps, self._is_new = keeps, is_new
         self._dropped: tuple[int, int] = (0, 0)
         self._windows: deque[_Window] = deque()
@@ -175,9 +160,7 @@ class _Passage(Passage):
         self._next = stop
         cached: bytes | None = None
         if not self._keeps:
-            cached = (
-                bytes(_pages(stop - start)) if self._is_new else self._find(start, stop - start)
-            )
+            cached = bytes(pages(stop - start)) if self._is_new else self._find(start, stop - start)
         self._windows.append(_Window(start, stop, cached))
 
     def _find(self, start: int, length: int) -> bytes | None:
@@ -194,16 +177,11 @@ class _Passage(Passage):
         if window.cached is None:
             return
         for run in _ABSENT.finditer(window.cached):
-            start, stop = window.start + run.start() * _PAGE, window.start + run.end() * _PAGE
+            start, stop = window.start + run.start() * PAGE, window.start + run.end() * PAGE
             before, self._dropped = self._dropped, (start, stop)
             if start == before[1]:  # no folio is dropped in halves
                 start = max(before[0], start - _FOLIO)
-            try:
-                os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
-            except OSError as exc:
-                if exc.errno not in _CANNOT:
-                    raise
-                return
+            drop(self._fd, start, stop)
 
 
 class _ReadingPassage(_Passage):
@@ -220,7 +198,7 @@ class _ReadingPassage(_Passage):
         super()._ask()
         if self._next >= self._stop and not self._has_looked_beyond:
             self._has_looked_beyond = True
-            start = _pages(self._stop) * _PAGE
+            start = pages(self._stop) * PAGE
             beyond = _Window(start, start + _READ_AHEAD, self._find(start, _READ_AHEAD))
             self._ahead.append(_ReadAhead(time.monotonic(), *self._file, beyond))
 
@@ -237,18 +215,20 @@ class _WritingPassage(_Passage):
     """Of a write, whose pages must be on the disk before they can be dropped."""
 
     def __init__(self, *args: int, keeps: bool, is_new: bool) -> None:
-        self._under_way: _Window | None = None
+        self._under_way: tuple[_Window, bool] | None = None
         super().__init__(*args, keeps=keeps, is_new=is_new)
 
     def _leave(self, window: _Window) -> None:
-        _write_back(self._fd, window, _WRITE)
+        has_begun = write_back(self._fd, window.start, window.stop)
         self._settle()
-        self._under_way = window
+        self._under_way = window, has_begun
 
     def _settle(self) -> None:
-        window, self._under_way = self._under_way, None
-        if window:
-            _write_back(self._fd, window, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+        if under_way := self._under_way:
+            self._under_way = None
+            window, has_begun = under_way
+            if has_begun:
+                write_back(self._fd, window.start, window.stop, waits=True)
             self._drop(window)
 
     def _finish(self) -> None:
@@ -258,7 +238,7 @@ class _WritingPassage(_Passage):
 
 def _without(cached: bytes, start: int, before: bytes, first: int) -> bytes:
     """Return what of ``cached`` was there ``before``; these begin at ``start`` and at ``first``."""
-    at = (first - start) // _PAGE
+    at = (first - start) // PAGE
     low, high = max(at, 0), min(at + len(before), len(cached))
     if low >= high:
         return cached
@@ -276,75 +256,3 @@ def neighbours(spans: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int
         near.append(span)
     if near:
         yield near
-
-
-def _pages(length: int) -> int:
-    return -(-length // _PAGE)
-
-
-def find_cached(fd: int, start: int, length: int) -> bytes | None:
-    """Return, for each page from ``start``, 1 where it is in the page cache, else 0.
-
-    ``start`` must be a multiple of the page size. None: it cannot be told.
-
-    cachestat(2) (Linux 6.5) takes 2 us for a window, mincore 100, but only counts. Both are for
-    those who own the file or may write to it: mincore tells others, since Linux 5.2, that every
-    page is there. (Reads that must not wait, RWF_NOWAIT, tell everybody, but newer kernels begin
-    to read ahead for them.)
-    """
-    pages = _pages(length)
-    count = _cachestat(fd, start, length)
-    if count in {0, pages}:
-        return bytes(pages) if count == 0 else b"\1" * pages
-    return _mincore(fd, start, length) if _may_ask(fd) else None
-
-
-def _may_ask(fd: int) -> bool:
-    user = os.geteuid()
-    return user in {0, os.fstat(fd).st_uid} or os.access(f"/proc/self/fd/{fd}", os.W_OK)
-
-
-def _cachestat(fd: int, start: int, length: int) -> int | None:
-    """Return how many pages are in the cache; None: it cannot be told."""
-    counts = (ctypes.c_uint64 * 5)()  # struct cachestat; the first are those in the cache
-    span = (ctypes.c_uint64 * 2)(start, length)
-    if _libc().syscall(_CACHESTAT, fd, ctypes.byref(span), ctypes.byref(counts), 0):
-        return None
-    return int(counts[0])
-
-
-def _mincore(fd: int, start: int, length: int) -> bytes | None:
-    libc = _libc()
-    address = libc.mmap(None, length, _PROT_NONE, _MAP_SHARED, fd, start)
-    if address == _MAP_FAILED:
-        return None
-    try:
-        cached = (ctypes.c_ubyte * _pages(length))()
-        if libc.mincore(address, length, cached):
-            return None
-    finally:
-        libc.munmap(address, length)
-    return bytes(cached)
-
-
-def _write_back(fd: int, window: _Window, flags: int) -> None:
-    libc = _libc()
-    if libc.sync_file_range(fd, window.start, window.stop - window.start, flags):
-        number = ctypes.get_errno()
-        if number not in _CANNOT:
-            raise OSError(number, os.strerror(number))
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    offset, size = ctypes.c_int64, ctypes.c_size_t
-    # An offset has 64 bits where the C library has no other, as on every machine of 64 bits.
-    libc.mmap.argtypes = (ctypes.c_void_p, size, *(ctypes.c_int,) * 3, ctypes.c_long)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.munmap.argtypes = (ctypes.c_void_p, size)
-    libc.mincore.argtypes = (ctypes.c_void_p, size, ctypes.c_void_p)
-    libc.syscall.argtypes = (ctypes.c_long, ctypes.c_int, *(ctypes.c_void_p,) * 2, ctypes.c_uint)
-    libc.syscall.restype = ctypes.c_long
-    libc.sync_file_range.argtypes = (ctypes.c_int, offset, offset, ctypes.c_uint)
-    return libc

@@ -6,16 +6,19 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from imageserver.backends.file import pagecache
+from imageserver.backends.file import pagecalls
 from imageserver.backends.file.image import ImageFiles
 from imageserver.backends.file.kind import FILE, FileImage
-from imageserver.backends.file.pagecache import LEAST, WINDOW, PageCache, find_cached
+from imageserver.backends.file.pagecache import LEAST, WINDOW, PageCache
+from imageserver.backends.file.pagecalls import find_cached
 from imageserver.backends.file.raw import RawFiles
+from imageserver.core.errors import FileAccessError
 from imageserver.core.ports import Intent
 from imageserver.core.sources import HasFileno
 from tests.system.skips import needs
@@ -101,7 +104,7 @@ def test_what_was_cached_before_stays_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, fd: int, move: Callable[..., None], *, has_cachestat: bool
 ) -> None:
     if not has_cachestat:
-        monkeypatch.setattr(pagecache, "_cachestat", lambda *_: None)
+        monkeypatch.setattr(pagecalls, "_cachestat", lambda *_: None)
     touch(fd, SOMEBODYS)
     before = cached(fd)
     assert before >= SOMEBODYS
@@ -136,8 +139,8 @@ def test_a_stream_that_is_given_up_leaves_nothing_either(fd: int) -> None:
 def test_what_the_kernel_does_not_tell_is_taken_for_cached(
     monkeypatch: pytest.MonkeyPatch, fd: int
 ) -> None:
-    monkeypatch.setattr(pagecache, "_cachestat", lambda *_: None)
-    monkeypatch.setattr(pagecache, "_may_ask", lambda _: False)
+    monkeypatch.setattr(pagecalls, "_cachestat", lambda *_: None)
+    monkeypatch.setattr(pagecalls, "_may_ask", lambda _: False)
 
     assert find_cached(fd, 0, WINDOW) is None
     read(fd)
@@ -156,17 +159,27 @@ def test_what_is_read_ahead_of_a_range_is_dropped_behind_the_next_one(fd: int) -
     assert cached(fd) == set()
 
 
-class Calls:
-    """Stands in for the C library: what sync_file_range is told, and what it says."""
+#: sync_file_range(2): begins to write; waits until all is written.
+BEGINS, WAITS = 2, 7
 
-    def __init__(self, number: int = 0) -> None:
+
+class Calls:
+    """Stands in for the C library: what sync_file_range is told, and what it says.
+
+    ``numbers``: what calls fail with, in turn, the last one for ever; ``flags``: only these calls.
+    """
+
+    def __init__(self, *numbers: int, flags: int | None = None) -> None:
         self.told: list[tuple[int, int, int]] = []
-        self._number = number
+        self._numbers, self._flags = list(numbers) or [0], flags
 
     def sync_file_range(self, _fd: int, start: int, length: int, flags: int) -> int:
         self.told.append((start, length, flags))
-        ctypes.set_errno(self._number)
-        return -1 if self._number else 0
+        if self._flags not in {None, flags}:
+            return 0
+        number = self._numbers.pop(0) if len(self._numbers) > 1 else self._numbers[0]
+        ctypes.set_errno(number)
+        return -1 if number else 0
 
     def syscall(self, *_: object) -> int:
         return -1
@@ -179,7 +192,7 @@ def test_a_new_file_is_written_back_behind_the_stream_two_windows_at_most(
     monkeypatch: pytest.MonkeyPatch, fd: int
 ) -> None:
     calls = Calls()
-    monkeypatch.setattr(pagecache, "_libc", lambda: calls)
+    monkeypatch.setattr(pagecalls, "_libc", lambda: calls)
     with PageCache(keeps=True).writing(fd, 0, 3 * WINDOW, is_new=True) as passage:
         passage.passed(WINDOW - 1)
         assert calls.told == []
@@ -199,10 +212,64 @@ def test_a_new_file_is_written_back_behind_the_stream_two_windows_at_most(
 def test_what_could_not_be_stored_is_never_kept_from_fsync(
     monkeypatch: pytest.MonkeyPatch, fd: int, number: int
 ) -> None:
-    monkeypatch.setattr(pagecache, "_libc", lambda: Calls(number))
+    monkeypatch.setattr(pagecalls, "_libc", lambda: Calls(number))
     with pytest.raises(OSError) as caught:  # noqa: PT011 - the number is what counts
         write(fd)
     assert caught.value.errno == number
+
+
+#: With what a device's driver, or a server of files, may say that it has not stored what it got.
+UNSTORED = (errno.EIO, errno.ENOMEM, errno.ENODEV, errno.EACCES, errno.EAGAIN, errno.EOPNOTSUPP)
+
+
+@pytest.mark.parametrize("number", UNSTORED)
+@pytest.mark.parametrize("fields", [{}, {"format": "raw"}], ids=["file", "raw"])
+def test_whatever_a_wait_says_fails_the_write_for_fsync_would_not_say_it_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fields: dict[str, str], number: int
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(b"")
+    os.truncate(path, SIZE)
+    image = FILE.parse({"file": str(path), **fields})
+    assert isinstance(image, FileImage)
+    backend = (RawFiles if fields else ImageFiles)(MIB).open(image, Intent.REPLACE)
+    monkeypatch.setattr(pagecalls, "_libc", lambda: Calls(number, flags=WAITS))
+
+    with closing(backend), pytest.raises(FileAccessError):
+        list(backend.replace(SIZE, Ones()))
+
+
+@pytest.mark.parametrize("flags", [BEGINS, WAITS])
+def test_a_call_that_is_interrupted_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, fd: int, flags: int
+) -> None:
+    calls = Calls(errno.EINTR, errno.EINTR, 0, flags=flags)
+    monkeypatch.setattr(pagecalls, "_libc", lambda: calls)
+    write(fd)
+    assert calls.told.count((0, WINDOW, flags)) == 3
+
+
+def test_nobody_waits_for_what_could_not_be_begun(monkeypatch: pytest.MonkeyPatch, fd: int) -> None:
+    calls = Calls(errno.ENOMEM, 0, flags=BEGINS)
+    monkeypatch.setattr(pagecalls, "_libc", lambda: calls)
+    write(fd)
+    assert (0, WINDOW, WAITS) not in calls.told
+    assert (WINDOW, WINDOW, WAITS) in calls.told
+
+
+@pytest.mark.parametrize("name", ["fstat", "posix_fadvise"])
+@pytest.mark.parametrize("move", [read, write])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.ENOMEM, errno.EMFILE])
+def test_advice_that_fails_fails_no_stream(
+    monkeypatch: pytest.MonkeyPatch, fd: int, move: Callable[..., None], name: str, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    touch(fd, SOMEBODYS)  # so that the kernel is asked for each page
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, fail)
+        move(fd)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
@@ -210,7 +277,7 @@ def test_what_could_not_be_stored_is_never_kept_from_fsync(
 def test_calls_that_the_host_lacks_or_forbids_are_done_without(
     monkeypatch: pytest.MonkeyPatch, fd: int, move: Callable[..., None], number: int
 ) -> None:
-    monkeypatch.setattr(pagecache, "_libc", lambda: Calls(number))
+    monkeypatch.setattr(pagecalls, "_libc", lambda: Calls(number))
 
     move(fd)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lab.faults import Faults
 
-from proving.operations import OPERATIONS
+from proving import cached_files, operations
 from proving.qcow2_streams import Qcow2Streams
 from proving.sweep import Fault, Operation, Worlds, sweep
 from proving.world import World
@@ -54,13 +54,14 @@ def run(errors: Iterable[int] = ERRORS, names: Iterable[str] = ()) -> Iterator[F
     """Sweep all operations, or those of these names."""
     faults, errors = Faults(), tuple(errors)
 
-    def swept(operations: Iterable[Operation], worlds: Worlds) -> Iterator[Fault]:
-        for operation in operations:
+    def swept(done: Iterable[Operation], worlds: Worlds, *more: int) -> Iterator[Fault]:
+        for operation in done:
             if not names or operation.name in names:
-                for error in errors:
+                for error in (*errors, *more):
                     yield from sweep(operation, error, faults, worlds)
 
-    yield from swept(OPERATIONS, _with_image)
+    yield from swept(operations.OPERATIONS, _with_image)
+    yield from swept(cached_files.OPERATIONS, cached_files.with_windows, errno.ENOSYS)
     with tempfile.TemporaryDirectory(prefix="is-proof-") as place:
         disk = Path(place, "disk")
         _write_sparsely(disk, _DISK)

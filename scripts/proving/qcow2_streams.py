@@ -71,11 +71,15 @@ class Qcow2Streams:
     def operations(self, prefix: str = "") -> tuple[Operation, ...]:
         """Return all that is done; the names begin with ``prefix``."""
         return (
-            Operation(f"{prefix}qcow2", self._get, self._check_whole, self._prepare),
+            self.whole(prefix),
             Operation(f"{prefix}qcow2 HEAD", self._head, self._check_head, self._prepare),
             Operation(f"{prefix}qcow2 range", self._get_part, self._check_part, self._prepare),
             Operation(f"{prefix}qcow2 resumed", self._resume, self._check_rest, self._prepare_tag),
         )
+
+    def whole(self, prefix: str = "") -> Operation:
+        """Return the first of them: all of the file."""
+        return Operation(f"{prefix}qcow2", self._get, self._check_whole, self._prepare)
 
     def _prepare(self, world: World) -> None:
         self._prepare_image(world)
@@ -111,7 +115,12 @@ class Qcow2Streams:
         return world.ask("GET", self._target, headers=rest)
 
     def _check_whole(self, _world: World, answer: Answer) -> Iterator[str]:
-        if answer.status == _OK:
+        """Where a file system once tells no holes, there is another file, which is whole or cut."""
+        told = int(answer.headers.get("content-length", 0))
+        if answer.status == _OK and told > len(self._file):
+            if not answer.cut and (len(answer.body), disk_of(answer.body)) != (told, self._disk):
+                yield f"{answer.status} with another disk"
+        elif answer.status == _OK:
             yield from _compared(answer, self._file)
 
     def _check_head(self, _world: World, answer: Answer) -> Iterator[str]:

@@ -27,6 +27,8 @@ class Operation:
     check: Callable[[World, Answer], Iterable[str]]
     prepare: Callable[[World], object] = lambda _world: None
     afterwards: Callable[[World], object] = lambda _world: None
+    owes: Callable[[World, Answer, str, int], Iterable[str]] = lambda *_: ()
+    """Yields what is wrong, since it was this call that has failed, with this error."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ def once(world: World, faults: Injector, operation: Operation, nth: int, error: 
     finally:
         name = faults.disarm()
     wrong = [*operation.check(world, answer), *world.left()]
+    if name:
+        wrong += operation.owes(world, answer, name, error)
     wrong += [answer.wrong] if answer.wrong else []
     wrong += _next(world, operation)
     operation.afterwards(world)

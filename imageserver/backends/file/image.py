@@ -138,7 +138,9 @@ class ImageFile:
 
     def is_unchanged(self) -> bool:
         """Tell whether the file has not been written to since it was opened."""
-        return self._found is not None and is_unchanged(self._fd, self._found)
+        if self._found is None:
+            return False
+        return is_unchanged(self._place.path, self._fd, self._found)
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""

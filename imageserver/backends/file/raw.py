@@ -142,7 +142,7 @@ class RawFile:
 
     def is_unchanged(self) -> bool:
         """Tell whether the file has not been written to since it was opened."""
-        return is_unchanged(self._fd, self._found)
+        return is_unchanged(self._path, self._fd, self._found)
 
     def read(self, start: int, length: int) -> Generator[memoryview]:
         """Yield ``length`` bytes from ``start``: see ``ports.Backend``."""

@@ -5,6 +5,7 @@ import os
 import stat
 import time
 
+from imageserver.backends.file.failures import failure
 from imageserver.core.validators import UNKNOWN_STATE, Validators, validators_of
 
 
@@ -24,10 +25,16 @@ def size_and_validators(fd: int, found: os.stat_result | None) -> tuple[int, Val
     return os.lseek(fd, 0, os.SEEK_END), UNKNOWN_STATE
 
 
-def is_unchanged(fd: int, found: os.stat_result) -> bool:
+def is_unchanged(path: bytes, fd: int, found: os.stat_result) -> bool:
     """Tell whether a file has not been written to since it was found with these attributes.
 
     Its ctime does not count: that changes, too, when another file is renamed over this one.
+
+    Raises:
+        FileAccessError: it cannot be told; or another error that ``failure`` returns.
     """
-    now = os.fstat(fd)
+    try:
+        now = os.fstat(fd)
+    except OSError as exc:
+        raise failure(path, exc) from exc
     return found.st_mtime_ns == now.st_mtime_ns and found.st_size == now.st_size

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state that files are opened in, of both kinds: what has validators, what has changed."""
 
+import errno
+import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from imageserver.backends.file import state
 from imageserver.backends.file.image import ImageFiles
 from imageserver.backends.file.kind import FILE, RAW, FileImage
 from imageserver.backends.file.raw import RawFiles
+from imageserver.core.errors import FileAccessError
 from imageserver.core.kinds import ImageKind
 from imageserver.core.ports import Backend, Intent
 
@@ -66,3 +70,16 @@ def test_a_file_is_changed_by_writes_and_not_by_what_takes_its_place(
         file.write(b"more")
     assert not backend.is_unchanged()
     backend.close()
+
+
+@kinds
+def test_where_it_cannot_be_told_whether_a_file_has_changed_the_error_is_ours(
+    image: Path, monkeypatch: pytest.MonkeyPatch, kind: ImageKind
+) -> None:
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with closing(opened(kind, image)) as backend, monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", fail)
+        with pytest.raises(FileAccessError, match="Input/output error"):
+            backend.is_unchanged()

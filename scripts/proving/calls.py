@@ -16,13 +16,16 @@ from lab.faults import Faults
 from proving import cached_files, operations
 from proving.qcow2_streams import Qcow2Streams
 from proving.sweep import Fault, Operation, Worlds, sweep
-from proving.world import World
+from proving.world import Answer, World
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EINTR, errno.ENOMEM, errno.EMFILE)
 #: A disk of data, a hole, and data so far away that it is looked for, and read, by itself.
 _FAR = 66 << 20
 _DISK = (b"disk" * 17_000).ljust(_FAR, b"\0") + b"end." * 17_000
 _SMALL_CLUSTERS = "&cluster_size=4096"
+_OK, _PARTIAL = 200, 206
+#: A part of it that is read in three pieces.
+_PART = slice(10_000, 600_000)
 
 
 @contextmanager
@@ -35,8 +38,9 @@ def _with_image() -> Iterator[World]:
 
 @contextmanager
 def _with_disk(path: Path) -> Iterator[World]:
-    """Yield a world with a raw file that has been there before it, and stays."""
+    """Yield a world with a file that has been there before it, and stays, in two ways."""
     with World() as world:
+        world.add("plain", backend="file", file=str(path))
         world.add("disk", backend="file", file=str(path), format="raw")
         yield world
 
@@ -48,6 +52,27 @@ def _write_sparsely(path: Path, content: bytes) -> None:
             if any(content[at : at + 4096]):
                 file.seek(at)
                 file.write(content[at : at + 4096])
+
+
+def _one_state(name: str, path: str) -> Operation:
+    """Read a part of a file that has an ETag: all bytes must be of the state that has it."""
+    etag = ""
+
+    def prepare(world: World) -> None:
+        nonlocal etag
+        etag = etag or world.etag(path)
+
+    def read(world: World) -> Answer:
+        part = f"bytes={_PART.start}-{_PART.stop - 1}"
+        return world.ask("GET", path, headers={"Range": part, "If-Range": etag})
+
+    def check(_world: World, answer: Answer) -> Iterator[str]:
+        if answer.status in {_OK, _PARTIAL}:
+            expected = _DISK if answer.status == _OK else _DISK[_PART]
+            if not (expected.startswith(answer.body) if answer.cut else answer.body == expected):
+                yield f"{answer.status} with {len(answer.body)} wrong bytes"
+
+    return Operation(name, read, check, prepare)
 
 
 def run(errors: Iterable[int] = ERRORS, names: Iterable[str] = ()) -> Iterator[Fault]:
@@ -66,4 +91,5 @@ def run(errors: Iterable[int] = ERRORS, names: Iterable[str] = ()) -> Iterator[F
         disk = Path(place, "disk")
         _write_sparsely(disk, _DISK)
         streams = Qcow2Streams("/images/disk", _DISK, _SMALL_CLUSTERS)
-        yield from swept(streams.operations("raw "), lambda: _with_disk(disk))
+        parts = (_one_state("part", "/images/plain"), _one_state("raw part", "/images/disk"))
+        yield from swept((*parts, *streams.operations("raw ")), lambda: _with_disk(disk))

@@ -4,6 +4,7 @@
 An image is the old one or the new one, and the new one where the answer says so.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ _SPAN, _SIZE = slice(50_000, 150_000), 100_000
 _ZERO: dict[str, object] = {"op": "zero", "offset": _SPAN.start, "size": _SIZE, "flush": True}
 _RANGE = {"Range": f"bytes={_SPAN.start}-{_SPAN.stop - 1}"}
 _JSON = {"Content-Type": "application/json"}
+_SHA256 = "/images/raw/checksum?algorithm=whole-sha256"
 _BLOCK = 4096
 _OK = 200
 _DONE = {_OK, 206}
@@ -116,6 +118,12 @@ def _raw_maps(_world: World, answer: Answer) -> Iterator[str]:
         at += extent["length"]
     if at != len(_RAW_OLD):
         yield f"extents end at {at}"
+
+
+def _sums(_world: World, answer: Answer) -> Iterator[str]:
+    wanted = hashlib.sha256(_RAW_OLD).hexdigest()
+    if answer.status == _OK and not answer.cut and answer.json["checksum"] != wanted:
+        yield f"a wrong checksum: {answer.body!r}"
 
 
 def _patch_raw(fields: dict[str, object]) -> Callable[[World], Answer]:
@@ -286,6 +294,7 @@ OPERATIONS = (
         "raw flush", lambda w: w.ask("POST", "/images/raw/flush"), _raw_writes(_RAW_OLD), _raw_old
     ),
     Operation("raw extents", lambda w: w.ask("GET", "/images/raw/extents"), _raw_maps, _raw_old),
+    Operation("raw checksum", lambda w: w.ask("GET", _SHA256), _sums, _raw_old),
     Operation("slot", _claim, _any),
     Operation("slot table", _map, _any),
     Operation("locks pruned", _prune, _any),

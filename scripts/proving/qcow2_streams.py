@@ -7,7 +7,6 @@ docs/interop/qcow2.txt), and every other answer is compared with it.
 """
 
 import struct
-import time
 from collections.abc import Callable, Iterator
 
 from proving.sweep import NotPrepared, Operation
@@ -21,8 +20,6 @@ _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _ENTRY = 8
 #: A disk in a qcow2 file is whole sectors.
 _SECTOR = 512
-#: A file has a validator when it was left alone for 2 s.
-_PATIENCE_SECONDS = 10
 
 
 def disk_of(file: bytes) -> bytes:
@@ -93,12 +90,7 @@ class Qcow2Streams:
 
     def _prepare_tag(self, world: World) -> None:
         self._prepare(world)
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not self._etag:
-            self._etag = self._head(world).headers.get("etag", "")
-            if time.monotonic() > deadline:
-                raise NotPrepared("no ETag")
-            time.sleep(0.05)
+        self._etag = self._etag or world.etag(self._target)
 
     def _get(self, world: World) -> Answer:
         return world.ask("GET", self._target)

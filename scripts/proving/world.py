@@ -30,6 +30,8 @@ from imageserver.settings import Settings
 
 #: A thread that closes a descriptor may take so long.
 _PATIENCE_SECONDS = 0.5
+#: A file has an ETag when it was left alone for 2 s.
+_ETAG_SECONDS = 10
 _PREFIX = "IMAGESERVER_"
 
 
@@ -114,6 +116,19 @@ class World:
         if answer.body == b'{"error":"internal error"}':
             answer.wrong = "a traceback, and 500 internal error"
         return answer
+
+    def etag(self, target: str) -> str:
+        """Return the ETag of a target, as soon as it has one.
+
+        Raises:
+            TimeoutError: it gets none.
+        """
+        deadline = time.monotonic() + _ETAG_SECONDS
+        while not (etag := self.ask("HEAD", target).headers.get("etag", "")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{target} has no ETag")
+            time.sleep(0.05)
+        return etag
 
     def settle(self) -> None:
         """Remember which descriptors are open now: as many may be later."""

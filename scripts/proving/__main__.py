@@ -20,7 +20,7 @@ from lab import faults
 from proving import calls, evil, exports, parsers, power
 
 #: What the test suite has time for.
-_QUICK = ("PUT", "register", "slot table", "metrics")
+_QUICK = ("PUT", "register", "slot table", "metrics", "cached raw PATCH", "raw qcow2")
 _QUICK_EXPORTS = ("GET", "PUT", "zero", "extents")
 
 

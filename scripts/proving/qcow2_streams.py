@@ -85,7 +85,8 @@ class Qcow2Streams:
         answer = self._get(world)
         if answer.status != _OK or answer.cut or disk_of(answer.body) != self._disk:
             raise NotPrepared(f"{answer.status}, or another disk")
-        self._world, self._file, self._etag = world, answer.body, ""
+        self._world, self._file = world, answer.body
+        self._etag = answer.headers.get("etag", "")
         self._span = slice(len(answer.body) // 3, len(answer.body) - 70_000)
 
     def _prepare_tag(self, world: World) -> None:
@@ -107,19 +108,23 @@ class Qcow2Streams:
         return world.ask("GET", self._target, headers=rest)
 
     def _check_whole(self, _world: World, answer: Answer) -> Iterator[str]:
-        """Where a file system once tells no holes, there is another file, which is whole or cut."""
-        told = int(answer.headers.get("content-length", 0))
-        if answer.status == _OK and told > len(self._file):
+        if answer.status == _OK and self._is_another(answer):
+            told = int(answer.headers["content-length"])
             if not answer.cut and (len(answer.body), disk_of(answer.body)) != (told, self._disk):
                 yield f"{answer.status} with another disk"
         elif answer.status == _OK:
             yield from _compared(answer, self._file)
 
     def _check_head(self, _world: World, answer: Answer) -> Iterator[str]:
-        if answer.status != _OK:
+        if answer.status != _OK or self._is_another(answer):
             return
         if (told := answer.headers.get("content-length")) != str(len(self._file)):
             yield f"a wrong length: {told}"
+
+    def _is_another(self, answer: Answer) -> bool:
+        """Tell whether this is the file of a disk of which the file system has told no holes."""
+        is_longer = int(answer.headers.get("content-length", 0)) > len(self._file)
+        return is_longer and not (self._etag and answer.headers.get("etag") == self._etag)
 
     def _check_part(self, _world: World, answer: Answer) -> Iterator[str]:
         if answer.status == _OK:

@@ -7,6 +7,7 @@ power           the power fails at any moment; ``lab.powercut`` says what is lef
 evil            each byte that an NBD server sends is another one, or the last one
 parsers         what haproxy passes on is read here as haproxy has read it; odd, the requests
 operations      what is done to files, registrations and tables, and what is right afterwards
+cached_files    files moved past the page cache, and what a failed call there obliges to
 qcow2_streams   an image asked for as a qcow2 file, and which answers are right
 sweep           one thing after another fails in an operation
 world           a server in one process, but for its sockets; what it has left behind

@@ -89,14 +89,15 @@ class Session:
     """An open image and the right to use it. Close it; closing twice is harmless."""
 
     def __init__(
-        self, backend: Backend, held: Held, request: Request, opener: Callable[[Check], Backend]
+        self, image: Image, held: Held, request: Request, opener: Callable[[Check], Backend]
     ) -> None:
-        self.backend = backend
-        self.size = backend.size
+        assert held.backend  # noqa: S101 - it was opened
+        self.backend = held.backend
+        self.size = self.backend.size
         #: Others may write to the image at the same time, elsewhere in it.
         self.shared = held.is_shared
         #: The kind of image can say what of it is data.
-        self.has_extents = True
+        self.has_extents = not image.kind.extents_refusal
         #: The account, to which operations tell their progress.
         self.request = request
         self._held: Held | None = held
@@ -156,10 +157,10 @@ class Sessions:
         backends: Backends[Image],
         key: Callable[[Image], str],
         *,
-        shares_lock: bool = False,
-        counts_readers: bool = False,
+        shares_lock: bool,
+        counts_readers: bool,
+        meter: Meter,
         stamp: Callable[[Image], object] = lambda image: image.stamp(),
-        meter: Meter | None = None,
     ) -> None:
         """``shares_lock``: range writes, zero and flush of one export may run side by side.
 
@@ -201,14 +202,10 @@ class Sessions:
         except BaseException:
             request.leave()
             raise
-        assert held.backend  # noqa: S101 - else that had raised
-        if self._meter:
-            request.counts(self._meter.meter(need.operation, image.kind.name))
+        request.counts(self._meter.meter(need.operation, image.kind.name))
         # INSPECT: a server without room for one more link must not be waited for.
         opener = partial(self._backends.open, image, Intent.INSPECT)
-        session = Session(held.backend, held, request, opener)
-        session.has_extents = not image.kind.extents_refusal
-        return session
+        return Session(image, held, request, opener)
 
     def _take_or_share(self, wanted: "_Wanted") -> Held:
         """Take what the session holds."""

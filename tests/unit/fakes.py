@@ -51,14 +51,16 @@ class World:
     on_lock: Callable[[], None] = lambda: None
     on_open: Callable[[], None] = lambda: None
     stamp: object = "first"
-    settled_at: int | None = None
+    settled_at: dict[Image, int] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     journal: list[str] = field(default_factory=list)
     opened: list["FakeBackend"] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+    locked: list[Image] = field(default_factory=list)
     transfers: list[str] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
+    metered: list[tuple[str, str, int]] = field(default_factory=list)
 
     @property
     def activities(self) -> "FakeActivities":
@@ -68,6 +70,9 @@ class World:
         self.journal.append(what)
         if what in self.fail:
             raise self.fail[what]
+
+    def meter(self, operation: str, backend: str) -> Callable[[int], None]:
+        return lambda moved: self.metered.append((operation, backend, moved))
 
     def _stamp(self, image: Image) -> object:
         _key(image)
@@ -81,6 +86,7 @@ class World:
             _key,
             shares_lock=shares_lock,
             counts_readers=counts_readers,
+            meter=self,
             stamp=self._stamp,
         )
 
@@ -98,16 +104,17 @@ class FakeLocks:
         self._world = world
         self._held = False
 
-    def acquire(self, _image: Image) -> "FakeLocks":
-        return self._acquire("lock")
+    def acquire(self, image: Image) -> "FakeLocks":
+        return self._acquire("lock", image)
 
-    def acquire_briefly(self, _image: Image) -> "FakeLocks":
-        return self._acquire("lock briefly")
+    def acquire_briefly(self, image: Image) -> "FakeLocks":
+        return self._acquire("lock briefly", image)
 
-    def settled_at(self, _image: Image) -> int | None:
-        return self._world.settled_at
+    def settled_at(self, image: Image) -> int | None:
+        return self._world.settled_at.get(image)
 
-    def _acquire(self, how: str) -> "FakeLocks":
+    def _acquire(self, how: str, image: Image) -> "FakeLocks":
+        self._world.locked.append(image)
         self._world.note(how)
         self._world.on_lock()
         lock = FakeLocks(self._world)

@@ -15,7 +15,7 @@ from imageserver.core.ranges import Span, whole
 from imageserver.images.held import Held
 from imageserver.images.qcow2_stream import stream, survey
 from imageserver.images.sessions import Session
-from tests.unit.fakes import a_request
+from tests.unit.fakes import DISK, a_request
 
 #: How many extents the back end tells of at once.
 _BATCH = 3
@@ -86,7 +86,9 @@ def _pattern(start: int, stop: int, seed: int) -> bytes:
 
 def session_of(disk: Any) -> Session:
     """Return a session in which a disk is open."""
-    return Session(disk, Held(), a_request(), lambda _: disk)
+    held = Held()
+    held.backend = disk
+    return Session(DISK, held, a_request(), lambda _: disk)
 
 
 def layout_of(

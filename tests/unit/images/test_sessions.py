@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from imageserver.backends.file.kind import FileImage
-from imageserver.backends.file.raw import RawFiles
 from imageserver.core.errors import (
     BackendError,
     BackendTimeout,
@@ -16,13 +15,14 @@ from imageserver.core.errors import (
     NoSlot,
     StateUnavailable,
 )
+from imageserver.core.kinds import Image
 from imageserver.core.ports import Ticket
 from imageserver.core.ranges import Span
 from imageserver.core.slots import Kind
 from imageserver.core.transfer import Transfer
 from imageserver.images import sessions
-from imageserver.images.sessions import Need, Sessions
-from tests.unit.fakes import TRANSFER, FakeLocks, FakeSlots, World, a_request
+from imageserver.images.sessions import Need
+from tests.unit.fakes import DEATHS, DISK, TRANSFER, World, a_request
 
 CLIENT = "192.0.2.1"
 NEEDS = [
@@ -38,15 +38,24 @@ NEEDS = [
         id="dirty-extents",
     ),
 ]
-TOGETHER = ["lock briefly", "slot READ together", "unlock"]
+TOGETHER = "slot READ together"
 
 
+@pytest.mark.parametrize(
+    ("settled_at", "taken"),
+    [
+        pytest.param({}, ["lock briefly", TOGETHER, "unlock"], id="unsettled"),
+        pytest.param({DISK: DEATHS.count}, [TOGETHER], id="settled"),
+    ],
+)
 @pytest.mark.parametrize("need", [sessions.QCOW2, sessions.DIRTY_QCOW2], ids=["qcow2", "dirty"])
-def test_who_has_an_image_together_with_others_keeps_its_slot_alone(need: Need) -> None:
-    world = World()
+def test_who_has_an_image_together_with_others_keeps_its_slot_alone(
+    need: Need, settled_at: dict[Image, int], taken: list[str]
+) -> None:
+    world = World(settled_at=settled_at)
     world.sessions().open(TRANSFER, need, a_request()).close()
 
-    assert world.journal == [*TOGETHER, f"open {need.intent.name}", "close", "free"]
+    assert world.journal == [*taken, f"open {need.intent.name}", "close", "free"]
 
 
 @pytest.mark.parametrize(("need", "taken"), NEEDS)
@@ -124,6 +133,8 @@ def test_the_ticket_says_who_does_what(need: Need) -> None:
     key = "key" if need.locked else ""
     assert world.tickets == [Ticket("t1", need.operation, key, CLIENT)]
     assert world.transfers == ["t1"]
+    # Who names no image follows its links only once: when it is opened.
+    assert (world.images[0] is TRANSFER.image) is not need.locked
 
 
 def test_the_account_says_what_was_wanted_and_what_went_wrong_in_the_session() -> None:
@@ -136,34 +147,6 @@ def test_the_account_says_what_was_wanted_and_what_went_wrong_in_the_session() -
         raise failure
 
     assert (request._operation, request.kind, request._error) == ("extents", Kind.OTHER, failure)
-
-
-def test_another_link_is_one_to_the_image_that_was_locked_and_is_closed_with_the_session() -> None:
-    world = World()
-
-    with world.sessions().open(TRANSFER, sessions.CHECKSUM, a_request()) as session:
-        session.open_link(lambda: None)
-
-    image = TRANSFER.image.pinned()
-    assert world.images == [image, image]
-    assert [note for note in world.journal if note.startswith(("open", "close"))] == [
-        *("open EXTENTS", "open INSPECT", "close", "close"),
-    ]
-
-
-def test_a_link_to_another_file_that_was_renamed_over_the_image_is_refused(tmp_path: Path) -> None:
-    disk, other = tmp_path / "disk", tmp_path / "other"
-    for path in (disk, other):
-        path.write_bytes(b"0123456789")
-    world = World()
-    opened = Sessions(FakeLocks(world), FakeSlots(world), RawFiles(4096), lambda _: "key")
-    transfer = Transfer("t1", FileImage(str(disk), raw=True))
-
-    with opened.open(transfer, sessions.CHECKSUM, a_request()) as session:
-        session.open_link(lambda: None)
-        other.rename(disk)
-        with pytest.raises(BackendError):
-            session.open_link(lambda: None)
 
 
 def test_a_reader_names_its_image_where_the_readers_of_each_are_counted(tmp_path: Path) -> None:
@@ -180,7 +163,7 @@ def test_a_reader_names_its_image_where_the_readers_of_each_are_counted(tmp_path
     assert [found.identity()[0] for found in world.images] == [f"{tmp_path}/image".encode()]
 
 
-def test_progress_goes_to_the_slot() -> None:
+def test_progress_goes_to_the_slot_and_to_the_meter() -> None:
     world = World()
 
     request = a_request()
@@ -189,6 +172,7 @@ def test_progress_goes_to_the_slot() -> None:
     request.progress(3)
 
     assert world.progress == [(0, 10), (3, 10)]
+    assert world.metered == [("read", "nbd", 3)]
     assert (request.span, request.done) == (Span(0, 10, 20), 3)
 
 

@@ -14,7 +14,7 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.transfer import Transfer
 from imageserver.images import sessions
 from imageserver.images.sessions import Need
-from tests.unit.fakes import DEATHS, FILE_TRANSFER, TRANSFER, World, a_request
+from tests.unit.fakes import DEATHS, DISK, FILE_TRANSFER, TRANSFER, World, a_request
 
 SHARING = [
     pytest.param(sessions.WRITE, id="write"),
@@ -28,9 +28,12 @@ ALONE = [
 ]
 
 
+@pytest.mark.parametrize("stamp", ["first", None])
 @pytest.mark.parametrize("need", SHARING)
-def test_who_shares_has_the_lock_only_until_its_slot_shows_it(need: Need) -> None:
-    world = World(others={"write", "zero", "flush"})
+def test_who_shares_has_the_lock_only_until_its_slot_shows_it(
+    need: Need, stamp: str | None
+) -> None:
+    world = World(others={"write", "zero", "flush"}, stamp=stamp)
 
     world.sessions(shares_lock=True).open(TRANSFER, need, a_request()).close()
 
@@ -42,7 +45,7 @@ def test_who_shares_has_the_lock_only_until_its_slot_shows_it(need: Need) -> Non
 
 @pytest.mark.parametrize("need", SHARING)
 def test_who_shares_needs_no_lock_where_nobody_has_died_since_it_was_had(need: Need) -> None:
-    world = World(others={"write"}, settled_at=DEATHS.count)
+    world = World(others={"write"}, settled_at={DISK: DEATHS.count})
 
     session = world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
 
@@ -53,7 +56,7 @@ def test_who_shares_needs_no_lock_where_nobody_has_died_since_it_was_had(need: N
 
 @pytest.mark.parametrize("need", SHARING)
 def test_who_shares_takes_the_lock_first_where_somebody_has_died_since(need: Need) -> None:
-    world = World(others={"write"}, settled_at=DEATHS.count - 1, abandoned=True)
+    world = World(others={"write"}, settled_at={DISK: DEATHS.count - 1}, abandoned=True)
     slot = f"slot {need.kind.name}"
 
     world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
@@ -64,7 +67,7 @@ def test_who_shares_takes_the_lock_first_where_somebody_has_died_since(need: Nee
 
 
 def test_who_shares_without_the_lock_is_refused_by_who_has_the_image_alone() -> None:
-    world = World(others={"replace"}, settled_at=DEATHS.count)
+    world = World(others={"replace"}, settled_at={DISK: DEATHS.count})
 
     with pytest.raises(ImageBusy):
         world.sessions(shares_lock=True).open(TRANSFER, sessions.WRITE, a_request())
@@ -119,6 +122,7 @@ def test_an_export_without_multi_conn_is_given_back_unwritten_and_taken_alone(ne
     session = world.sessions(shares_lock=True).open(TRANSFER, need, a_request())
 
     assert not session.shared
+    assert world.locked == [DISK, DISK]
     assert world.journal == [
         *("lock briefly", f"slot {need.kind.name}", "unlock", opened, "close", "free"),
         *("lock briefly", f"slot {need.kind.name} alone", opened),
@@ -169,6 +173,36 @@ def test_who_has_an_export_alone_and_finds_multi_conn_lets_others_in() -> None:
     assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
     assert world.journal == ["lock", "slot WRITE alone", "open WRITE", "share", "unlock"]
     assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
+    assert world.journal[5:] == ["lock briefly", "slot WRITE", "unlock", "open WRITE"]
+
+
+def test_of_two_that_find_multi_conn_one_after_the_other_each_lets_others_in() -> None:
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    sessions_.open(TRANSFER, sessions.WRITE, a_request()).close()
+    world.info = None
+
+    def overtake() -> None:
+        world.on_lock = lambda: None
+        sessions_.open(TRANSFER, sessions.WRITE, a_request()).close()
+
+    world.on_lock = overtake
+
+    assert sessions_.open(TRANSFER, sessions.WRITE, a_request()).shared
+
+
+def test_what_is_remembered_of_exports_is_forgotten_where_they_are_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sessions, "_MOST_SINGLE", 2)
+    world = World(info=ONE_WRITER)
+    sessions_ = world.sessions(shares_lock=True)
+    for export in ("a", "b", "b", "c", "b"):
+        transfer = Transfer("t1", NbdImage("/run/disk.sock", export))
+        sessions_.open(transfer, sessions.WRITE, a_request()).close()
+
+    asked_anew = world.journal.count("slot WRITE")
+    assert (asked_anew, len(sessions_._single)) == (4, 2)
 
 
 def test_a_request_to_an_export_without_multi_conn_leaves_once() -> None:
@@ -217,5 +251,6 @@ def test_what_is_opened_is_the_image_that_was_locked_wherever_links_lead_meanwhi
     sessions_.open(Transfer("t1", image(str(link))), sessions.WRITE, a_request()).close()
 
     first = f"{tmp_path}/first".encode()
-    assert [found.identity()[0] for found in world.images] == [first, first]
+    used = [*world.locked, *world.images]
+    assert [found.identity()[0] for found in used] == [first, first, first]
     assert world.images[0] == image(str(link))

@@ -2,7 +2,9 @@
 """Connections that wait, over socket pairs and a clock that is set: none waits for ever."""
 
 import contextlib
+import logging
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,9 +16,13 @@ from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.connection import LINGER_SECONDS, Connection
 from imageserver.server.loop import Loop, Timeouts
 from imageserver.server.states import State
+from tests.unit.logged import told
+from tests.unit.server.test_tls import context, pki
 
 if TYPE_CHECKING:
     from imageserver.observability.metrics.counted import Metrics
+
+__all__ = ["context", "pki"]
 
 HEAD_SECONDS, IDLE_SECONDS = 8.0, 20.0
 REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -25,13 +31,16 @@ LARGE = bytes(range(256)) * 4096
 
 
 class Counted:
-    """Metrics that count nothing but what was refused."""
+    """Metrics that count nothing but what was refused, and TLS that failed."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
     def refused(self, reason: str) -> None:
         self.reasons.append(reason)
+
+    def tls_failed(self) -> None:
+        self.reasons.append("TLS")
 
     def __getattr__(self, _name: str) -> Any:
         return lambda *_: None
@@ -40,7 +49,7 @@ class Counted:
 class _World:
     """A loop, one accepted connection, and its client."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tls: ssl.SSLContext | None = None) -> None:
         self.seconds = 1000.0
         self.counted = Counted()
         self.dispatched: list[Connection] = []
@@ -52,7 +61,7 @@ class _World:
         )
         self.listener = socket.create_server(str(path), family=socket.AF_UNIX)
         self.acceptors = Acceptors(self.loop, lambda _: 0.0, cast("Metrics", self.counted))
-        self.acceptors.listen(self.listener, AcceptPolicy(spreads=False))
+        self.acceptors.listen(self.listener, AcceptPolicy(tls, spreads=False))
         self.client = socket.socket(socket.AF_UNIX)
         self.client.settimeout(5)
         self.client.connect(str(path))
@@ -190,6 +199,14 @@ def test_a_client_that_takes_a_little_now_and_then_is_not_cut_off(world: _World)
     assert world.is_open()
 
 
+def test_a_refusal_that_finds_no_client_any_more_is_dropped(world: _World) -> None:
+    world.says(REQUEST)
+    world.client.close()
+    world.loop.refuse(world.dispatched.pop(), LARGE)
+
+    assert (world.conn.state, world.conn.unsent) == (State.LINGER, b"")
+
+
 def test_a_client_that_vanishes_while_it_is_sent_an_answer_is_forgotten(world: _World) -> None:
     world.says(REQUEST)
     world.answers(LARGE)
@@ -286,3 +303,46 @@ def test_a_worker_that_ends_closes_what_is_idle_and_no_answer_under_way(world: _
     world.loop.close_idle()
 
     assert not world.is_open()
+
+
+# Clients that break TLS
+
+
+@pytest.mark.parametrize(
+    ("shakes_hands", "counted", "details"),
+    [
+        (False, ["TLS"], {"HTTP_REQUEST"}),
+        (True, [], {"WRONG_VERSION_NUMBER", "BAD_RECORD_TYPE"}),  # by version
+    ],
+)
+def test_who_breaks_tls_is_logged_and_in_the_handshake_counted_too(
+    context: ssl.SSLContext,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    shakes_hands: bool,
+    counted: list[str],
+    details: set[str],
+) -> None:
+    caplog.set_level(logging.INFO, module.__name__)
+    with contextlib.closing(_World(tmp_path / "socket", context)) as world:
+        if shakes_hands:
+            _shake_hands(world)
+        world.says(REQUEST)
+
+        assert (world.conn.state, world.conn.unsent) == (State.LINGER, b"")
+    assert world.counted.reasons == counted
+    said = [("TLS failed", {"client": "unix", "detail": detail}) for detail in details]
+    assert [told(record) in said for record in caplog.records] == [True]
+
+
+def _shake_hands(world: _World) -> None:
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting.wrap_bio(came, goes)
+    while world.conn.state is State.HANDSHAKE:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.do_handshake()
+        world.says(goes.read())
+        if world.conn.state is State.HANDSHAKE:
+            came.write(world.client.recv(1 << 16))

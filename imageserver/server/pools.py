@@ -66,12 +66,12 @@ class _Pool:
 
     app: Application
 
-    def __init__(self, name: str, threads: int, room: int) -> None:
+    def __init__(self, name: str, threads: int, room: int, *, answers_once: bool = False) -> None:
         self._threads = Threads(name, threads)
         self.threads = threads
         self.room = room
         #: Each answer is the last on its connection.
-        self.answers_once = False
+        self.answers_once = answers_once
         self.connections: set[Connection] = set()
         #: Those of them that wait for their next request: their threads are free in a moment.
         self.between_requests: set[Connection] = set()
@@ -128,9 +128,9 @@ class Pools:
 
     def reserve(self, listener: object, app: Application) -> None:
         """Give a listener's connections, by its name, their own threads and application."""
-        pool = self._admin[listener] = _Pool("admin", _ADMIN_THREADS, _ADMIN_BACKLOG)
+        pool = _Pool("admin", _ADMIN_THREADS, _ADMIN_BACKLOG, answers_once=True)
+        self._admin[listener] = pool
         pool.app = app
-        pool.answers_once = True
         pool.start()
 
     def busy(self) -> int:

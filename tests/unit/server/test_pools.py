@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -17,8 +18,11 @@ from imageserver.server import pools as module
 from imageserver.server.accepting import Acceptors, AcceptPolicy
 from imageserver.server.loop import Loop, Timeouts
 from imageserver.server.pools import ASKING_THREADS, PROBE_THREADS, Pools
+from imageserver.server.threads import NoThread
 from imageserver.web.body import ASKING
-from tests.unit.server.test_loop import Counted
+from tests.unit.exchanges import Line
+from tests.unit.server.test_loop import REQUEST, Counted
+from tests.unit.shortages import no_threads
 
 if TYPE_CHECKING:
     from imageserver.observability.metrics.counted import Metrics
@@ -78,11 +82,11 @@ class _World:
             assert self.go_on.wait(20)
         return str(environ[ASKING].name).encode()
 
-    def send(self, method: str, path: str, times: int = 1) -> socket.socket:
+    def send(self, method: str, path: str, times: int = 1, extra: str = "") -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
         client.settimeout(10)
         client.connect(str(self._path))
-        client.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * times)
+        client.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\n{extra}\r\n".encode() * times)
         return client
 
     def seconds(self, method: str, path: str) -> float:
@@ -111,6 +115,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_World]:
     made = _World(tmp_path / "socket")
     yield made
     made.close()
+
+
+def _thread(_environ: dict[str, Any]) -> bytes:
+    """Answer with what the thread is called."""
+    return threading.current_thread().name.partition("_")[0].encode()
 
 
 def _body(client: socket.socket) -> bytes:
@@ -152,15 +161,20 @@ def test_a_probe_that_waits_is_answered_by_a_thread_that_may(world: _World) -> N
         assert _body(client) == b"ok"
 
 
-def test_a_probe_that_takes_long_is_answered_by_a_thread_that_transfers(world: _World) -> None:
-    def walk(environ: dict[str, Any]) -> bytes:
-        if environ[ASKING] is not Asking.NOW:
-            raise WouldTransfer
-        return threading.current_thread().name.partition("_")[0].encode()
+@pytest.mark.parametrize(
+    ("put_off", "thread"), [(None, b"probe"), (WouldWait, b"asking"), (WouldTransfer, b"transfer")]
+)
+def test_a_probe_is_answered_by_a_thread_that_may_take_as_long(
+    world: _World, put_off: type[Exception] | None, thread: bytes
+) -> None:
+    def probe(environ: dict[str, Any]) -> bytes:
+        if put_off and environ[ASKING] is not Asking.NOW:
+            raise put_off
+        return _thread(environ)
 
-    world.paths["/walk"] = walk
-    with world.send("OPTIONS", "/walk") as client:
-        assert _body(client) == b"transfer"
+    world.paths["/probe"] = probe
+    with world.send("OPTIONS", "/probe") as client:
+        assert _body(client) == thread
 
 
 def test_the_next_probe_is_made_where_the_last_one_was_asked_for(world: _World) -> None:
@@ -225,3 +239,40 @@ def test_threads_wait_longer_for_clients_only_where_half_of_them_are_free(
     pool.connections = {cast("Any", number) for number in range(connections)}
 
     assert pool.wait_ms() == milliseconds
+
+
+@pytest.mark.parametrize(
+    ("room", "between", "waits"), [(2, 0, False), (2, 1, True), (3, 0, True), (3, 1, True)]
+)
+def test_work_waits_for_a_thread_that_is_there_where_room_or_such_a_thread_is_kept_for_it(
+    room: int, between: int, waits: bool
+) -> None:
+    pool, go_on = module._Pool("test", 2, room), threading.Event()
+    pool.submit(go_on.wait, 10)
+    pool.between_requests = {cast("Any", number) for number in range(between)}
+
+    with no_threads(), contextlib.nullcontext() if waits else pytest.raises(NoThread):
+        pool.submit(int)
+    go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("connections", "is_last", "sent", "has_next"),
+    [
+        pytest.param(1, False, REQUEST, True, id="whole"),
+        pytest.param(1, False, REQUEST[:9], False, id="a-part"),
+        pytest.param(1, False, b"", False, id="not-even-a-record"),
+        pytest.param(2, False, REQUEST, False, id="wanted-elsewhere"),
+        pytest.param(1, True, REQUEST, False, id="draining"),
+    ],
+)
+def test_a_thread_goes_on_with_a_whole_head_unless_it_is_wanted_elsewhere_or_drains(
+    line: Line, connections: int, is_last: bool, sent: bytes, has_next: bool
+) -> None:
+    pools = Pools(1, 60.0, lambda: None, cast("Metrics", Counted()))
+    pools.last = is_last
+    pools._transfers.connections = {cast("Any", number) for number in range(connections)}
+    line.client.sendall(sent)
+    arrival = cast("Any", SimpleNamespace(poll=lambda _: True))
+
+    assert pools._has_next(pools._transfers, line.conn, arrival) is has_next

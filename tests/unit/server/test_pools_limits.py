@@ -2,8 +2,10 @@
 """What the threads do where there is no room, a defect, or an end: over a real loop and sockets."""
 
 import contextlib
+import logging
 import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from imageserver.images.probing import Asking
 from imageserver.server import pools as module
 from imageserver.web.body import ASKING
+from tests.unit.logged import told
 from tests.unit.server.test_pools import THREADS, _until, _World, world
 from tests.unit.shortages import no_threads
 
@@ -27,19 +30,48 @@ def _answer(client: socket.socket) -> tuple[bytes, dict[bytes, bytes], bytes]:
     return first, dict(line.split(b": ", 1) for line in lines), body
 
 
-def test_a_transfer_that_finds_no_thread_is_refused_and_counted(world: _World) -> None:
+def test_a_transfer_that_finds_no_thread_is_refused_logged_and_counted(
+    world: _World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     world.paths["/endless"] = lambda _: str(world.go_on.wait(20)).encode()
     with contextlib.ExitStack() as stack:
         for _ in range(THREADS):
             stack.enter_context(world.send("GET", "/endless"))
         world.wait_for(THREADS, "/endless")
         first, fields, body = _answer(stack.enter_context(world.send("GET", "/one-more")))
+        assert len(world.pools._handovers) == THREADS  # each ends by itself
 
     assert first == b"HTTP/1.1 503 Service Unavailable"
     assert (fields[b"Retry-After"], fields[b"Connection"]) == (b"1", b"close")
     assert body == b'{"error":"server busy"}'
     assert _reasons(world) == ["server_busy"]
+    said = {"client": "unix", "status": 503, "detail": "server busy"}
+    assert [told(record) for record in caplog.records] == [("head refused", said)]
     assert "/one-more" not in world.asked
+
+
+def test_a_body_is_read_from_its_client_who_has_the_client_timeout_for_it(world: _World) -> None:
+    def read(environ: dict[str, Any]) -> bytes:
+        body = environ["wsgi.input"]
+        return bytes(body.read()) + b" %d" % body._wire.timeout
+
+    world.paths["/body"] = read
+    with world.send("PUT", "/body", extra="Content-Length: 3\r\n") as client:
+        world.wait_for(1, "/body")
+        client.sendall(b"abc")
+        assert _answer(client)[2] == b"abc 60"
+
+
+def test_an_abort_ends_as_soon_as_the_threads_have_given_back_what_they_had(world: _World) -> None:
+    world.paths["/body"] = lambda environ: bytes(environ["wsgi.input"].read())
+    with world.send("PUT", "/body", extra="Content-Length: 3\r\n") as client:
+        world.wait_for(1, "/body")
+        began = time.monotonic()
+        world.pools.abort(10)
+        assert time.monotonic() - began < 1
+        assert world.pools.is_empty()
+        assert client.recv(1) == b""
 
 
 def test_a_head_that_is_none_is_refused_and_counted(world: _World) -> None:

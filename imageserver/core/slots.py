@@ -123,7 +123,7 @@ class ForeignTable(IncompatibleTable):
     """A table of another PID namespace: its pids name other processes here."""
 
 
-def format_table(buffer: memoryview, boot: bytes, namespace: int = 0, first: int = 0) -> None:
+def format_table(buffer: memoryview, boot: bytes, namespace: int, first: int) -> None:
     """Make ``buffer``, SIZE bytes, an empty table.
 
     ``boot`` (16 bytes) and ``namespace`` (64 bits) say where its pids and start times count.
@@ -151,7 +151,7 @@ def _next(count: int) -> int:
 class SlotTable:
     """The rules over one buffer. Callers serialize ``claim``, ``sweep``, ``note``, ``mend``..."""
 
-    def __init__(self, buffer: memoryview, boot: bytes, namespace: int = 0) -> None:
+    def __init__(self, buffer: memoryview, boot: bytes, namespace: int) -> None:
         """Take a formatted buffer.
 
         Raises:
@@ -160,7 +160,7 @@ class SlotTable:
         """
         if len(buffer) < SIZE:
             raise IncompatibleTable("too small")
-        found = _HEADER.unpack_from(buffer, 0)
+        found = _HEADER.unpack_from(buffer)
         expected = (_MAGIC, VERSION, CAPACITY, RECORD, 0, boot, namespace)
         if found[:-1] == expected[:-1] and found != expected:
             raise ForeignTable(f"made in namespace {found[-1]:#x}, not {namespace:#x}")
@@ -219,7 +219,7 @@ class SlotTable:
         return sum(1 for _ in self._having(image, (kind,)))
 
     def _having(self, image: str, kinds: Iterable[Kind]) -> Iterator[int]:
-        wanted = _fit(image, 32).ljust(32, b"\0")
+        wanted = struct.pack("32s", _encoded(image))
         states = bytes(self._states)
         for kind in kinds:
             index = states.find(kind)
@@ -301,8 +301,8 @@ class SlotTable:
     def _write(self, index: int, holder: Holder) -> None:
         static = _STATIC.pack(
             *(holder.owner.pid, holder.owner.start, holder.started_ns),
-            *(_fit(holder.operation, 16), _fit(holder.image, 32)),
-            *(_fit(holder.client, 64), _fit(holder.transfer, 256)),
+            *(_encoded(holder.operation), _encoded(holder.image)),
+            *(_encoded(holder.client), _encoded(holder.transfer)),
         )
         crc = zlib.crc32(static, holder.kind)
         at = _RECORDS + index * RECORD
@@ -342,8 +342,8 @@ def _word(index: int) -> int:
     return index * RECORD // 8  # where a record begins, in 8-byte words
 
 
-def _fit(text: str, size: int) -> bytes:
-    return text.encode(errors="replace")[:size]
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="replace")  # cut where it is packed
 
 
 def _text(field: bytes) -> str:

@@ -21,12 +21,12 @@ FULL = Holder(
 
 def formatted() -> bytearray:
     buffer = bytearray(SIZE)
-    format_table(memoryview(buffer), BOOT)
+    format_table(memoryview(buffer), BOOT, 0, 0)
     return buffer
 
 
 def opened(buffer: bytearray) -> SlotTable:
-    return SlotTable(memoryview(buffer), BOOT)
+    return SlotTable(memoryview(buffer), BOOT, 0)
 
 
 def counts(table: SlotTable) -> list[int]:

@@ -184,10 +184,11 @@ def test_the_position_counts_the_extent_that_is_still_open() -> None:
 
 
 def test_finishing_twice_gives_the_last_extent_once() -> None:
-    merger = Merger()
+    merger = Merger(100)
     list(merger.add([(5, DATA, 0)]))
 
-    assert [list(merger.finish()), list(merger.finish())] == [[(0, 5, False, False)], []]
+    assert [list(merger.finish()), list(merger.finish())] == [[(100, 5, False, False)], []]
+    assert merger.position == 105
 
 
 def test_merging_pulls_one_piece_at_a_time() -> None:

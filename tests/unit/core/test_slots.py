@@ -35,10 +35,27 @@ def table() -> SlotTable:
     return opened(formatted())
 
 
-def test_what_was_claimed_is_shown_whole(table: SlotTable) -> None:
-    table.claim(FULL, 1)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"alone": True},
+        {"together": True},
+        {"transfer": "X" * 8, "client": "\u20ac"},
+        {"operation": "", "client": ""},
+    ],
+)
+def test_what_was_claimed_is_shown_whole(table: SlotTable, changed: dict[str, object]) -> None:
+    holder = FULL._replace(**changed)
+    table.claim(holder, 1)
 
-    assert everyone(table) == [FULL]
+    assert everyone(table) == [holder]
+
+
+def test_a_text_that_is_not_utf_8_is_shown_as_well_as_it_can_be(table: SlotTable) -> None:
+    table.claim(FULL._replace(transfer="disk\udcff"), 1)
+
+    assert everyone(table) == [FULL._replace(transfer="disk?")]
 
 
 def test_another_view_of_the_buffer_sees_it_too() -> None:
@@ -208,6 +225,28 @@ def test_a_damaged_record_may_be_of_any_image_that_it_names() -> None:
     buffer[buffer.index(b"put")] ^= 1
 
     assert table.on_image(FULL.image) == [None]
+
+
+def test_one_that_lets_go_while_it_is_looked_at_is_no_damaged_one(
+    table: SlotTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, left = table._whole, [FULL]
+
+    def late(index: int) -> tuple[Kind | None, bytes]:
+        if left:
+            assert table.release(index, ME, left.pop().started_ns)
+        return really(index)
+
+    first = table.deaths()
+    for holder in (FULL, FULL._replace(owner=OTHER)):
+        table.claim(holder, 2)
+    monkeypatch.setattr(table, "_whole", late)
+
+    assert table.on_image(FULL.image) == [Occupant(OTHER, alone=False)]
+    assert table.deaths() == first
+    table.claim(FULL, 2)
+    left.append(FULL)
+    assert table.sweep(lambda _: False) == [FULL._replace(owner=OTHER)]
 
 
 def test_deaths_are_counted_before_the_dead_are_freed(table: SlotTable) -> None:

@@ -28,7 +28,7 @@ STATES, RECORDS = 64, 64 + CAPACITY
 def test_formatting_wipes_what_was_there() -> None:
     buffer = bytearray(b"\xff" * (SIZE + 8))
 
-    format_table(memoryview(buffer), BOOT)
+    format_table(memoryview(buffer), BOOT, 0, 0)
 
     assert counts(opened(buffer)) == [0, 0, 0, 0]
     assert buffer[SIZE:] == b"\xff" * 8
@@ -57,8 +57,8 @@ def test_another_header_is_not_our_table(change: tuple[int, bytes]) -> None:
 
 
 def test_a_table_of_another_boot_is_not_our_table() -> None:
-    with pytest.raises(IncompatibleTable):
-        SlotTable(memoryview(formatted()), BOOT[::-1])
+    with pytest.raises(IncompatibleTable, match=r"^header is \(b'imgslots', 3, .*, b'0123"):
+        SlotTable(memoryview(formatted()), BOOT[::-1], 0)
 
 
 def test_a_table_of_another_namespace_is_told_from_other_strangers() -> None:
@@ -68,7 +68,7 @@ def test_a_table_of_another_namespace_is_told_from_other_strangers() -> None:
 
 @pytest.mark.parametrize("size", [0, 63, SIZE - 1])
 def test_a_buffer_too_small_is_not_our_table(size: int) -> None:
-    with pytest.raises(IncompatibleTable):
+    with pytest.raises(IncompatibleTable, match=r"^too small$"):
         opened(formatted()[:size])
 
 
@@ -87,6 +87,8 @@ def test_the_layout_is_that_of_version_3() -> None:
     table = SlotTable(memoryview(buffer), BOOT, 0xF0000001F0000002)
     table.claim(FULL._replace(alone=True), 1)
     table.count_death()
+    table.note(7)
+    table.note(8)
     static = struct.pack(
         "=QQQ16s32s64s256s", 100, 7, FULL.started_ns, b"put", b"0" * 32, b"[2001:db8::1]:54321",
         FULL.transfer.encode(),
@@ -98,7 +100,9 @@ def test_the_layout_is_that_of_version_3() -> None:
     assert buffer[48:64] == struct.pack("=QQ", 0xFEDCBA9876543210, 0xFEDCBA9876543211)
     assert buffer[64:RECORDS] == b"\2" + bytes(CAPACITY - 1)
     assert buffer[RECORDS : RECORDS + 24] == struct.pack("=QQII", 5, 100 << 40, crc, 1)
-    assert buffer[RECORDS + 24 :] == static + bytes(SIZE - RECORDS - 24 - len(static))
+    notes = struct.pack("=QQQ", 2, 7, 8).ljust(8 * (1 + NOTES), b"\0")
+    unused = bytes(SIZE - RECORDS - 24 - len(static) - len(notes))
+    assert buffer[RECORDS + 24 :] == static + unused + notes
 
 
 _TEXT_SIZES = {"operation": 16, "image": 32, "client": 64, "transfer": 256}

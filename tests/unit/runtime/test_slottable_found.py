@@ -40,7 +40,7 @@ def test_what_was_held_is_still_held_after_reopening(tmp_path: Path, table: Shar
 def _strangers(boot: bytes, version: int, where: int = namespace()) -> bytes:
     """Return a whole table of another boot, version or namespace, with a reader."""
     buffer = bytearray(slots.SIZE)
-    slots.format_table(memoryview(buffer), boot, where)
+    slots.format_table(memoryview(buffer), boot, where, 0)
     owner = owner_of(os.getpid())
     assert owner is not None
     slots.SlotTable(memoryview(buffer), boot, where).claim(slots.Holder(Kind.READ, owner), 1)

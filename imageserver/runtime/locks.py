@@ -73,15 +73,14 @@ class ImageLock:
         self._fd = self._open()
         try:
             while not self._is_taken():
-                close_fd(self._fd)  # pruned between open(2) and flock(2)
-                self._fd = -1
+                self.release()  # pruned between open(2) and flock(2)
                 self._fd = self._open()
         except BaseException:
             self.release()
             raise
 
     def _open(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(self._name, flags, 0o600, dir_fd=self._directory.fileno())
 
     def _is_taken(self) -> bool:
@@ -89,7 +88,7 @@ class ImageLock:
         if not lock_descriptor(self._fd, blocking=False):
             raise ImageBusy
         try:
-            found = os.stat(self._name, dir_fd=self._directory.fileno(), follow_symlinks=False)
+            found = os.lstat(self._name, dir_fd=self._directory.fileno())
         except FileNotFoundError:
             return False
         return os.path.samestat(found, os.fstat(self._fd))
@@ -203,7 +202,7 @@ class ImageLocks:
         directory = self._directory.fileno()
         for name in os.listdir(directory):
             with contextlib.suppress(FileNotFoundError, ImageBusy):
-                found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                found = os.lstat(name, dir_fd=directory)
                 # Where the system's clock has been set, an idle file is pruned at a later start,
                 # and one in use is kept by its lock.
                 if time.time() - found.st_mtime < _IDLE_SECONDS:

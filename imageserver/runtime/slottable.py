@@ -237,11 +237,11 @@ class SharedTable:
 
     def is_first(self, text: str) -> bool:
         """Tell whether no process of the server has logged this lately; now it has."""
-        key = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")
+        key = int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8])
         try:
-            with own_files(WHAT), self._open().guard(_NOTE_SECONDS) as table:
+            with self._open().guard(_NOTE_SECONDS) as table:
                 return table.note(key)
-        except StateUnavailable:
+        except (OSError, StateUnavailable):
             return True  # better logged twice than never, or late
 
     @own_files(WHAT)

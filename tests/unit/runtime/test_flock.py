@@ -4,12 +4,13 @@
 import fcntl
 import itertools
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from imageserver.runtime import flock
 from imageserver.runtime.flock import steps, try_flock, wait_flock
 
 
@@ -36,14 +37,28 @@ def test_a_shared_lock_has_several(pair: tuple[int, int]) -> None:
     assert not try_flock(two)
 
 
-def test_a_lock_that_becomes_free_in_time_is_taken(pair: tuple[int, int]) -> None:
+@pytest.mark.parametrize("operation", [fcntl.LOCK_EX, fcntl.LOCK_SH])
+def test_a_lock_that_becomes_free_in_time_is_taken_as_was_asked(
+    pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch, operation: int
+) -> None:
     one, two = pair
     assert try_flock(one)
-    release = threading.Timer(0.01, fcntl.flock, (one, fcntl.LOCK_UN))
-    release.start()
+    clock = SimpleNamespace(
+        monotonic=lambda: 1000.0, sleep=lambda _: fcntl.flock(one, fcntl.LOCK_UN)
+    )
+    monkeypatch.setattr(flock, "time", clock)
 
-    assert wait_flock(two, 30)
-    release.join()
+    assert wait_flock(two, 30, operation)
+    assert try_flock(one, fcntl.LOCK_SH) is (operation == fcntl.LOCK_SH)
+
+
+def test_who_has_no_time_tries_once(pair: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = pair
+    assert try_flock(one)
+    clock = SimpleNamespace(monotonic=lambda: 1000.0, sleep=lambda _: pytest.fail("it has waited"))
+    monkeypatch.setattr(flock, "time", clock)
+
+    assert not wait_flock(two, 0)
 
 
 def test_a_lock_that_is_held_for_microseconds_is_tried_again_soon_and_others_at_leisure() -> None:

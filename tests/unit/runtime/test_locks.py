@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image locks on real files: exclusion between threads and processes, pruning."""
+"""Image locks on real files: exclusion between threads and processes."""
 
 import errno
 import os
-import shutil
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from imageserver.core.errors import Exhausted, ImageBusy, StateFull, StateUnavailable
-from imageserver.core.slots import Deaths
 from imageserver.runtime import locks
-from imageserver.runtime.directory import KeptDirectory
 from imageserver.runtime.locks import ImageLocks, image_key
-from tests.unit.lockers import DISK, OTHER, age, holder, is_busy, locks_in
+from tests.unit.lockers import DISK, OTHER, holder, is_busy, locks_in
+from tests.unit.shortages import open_descriptors
 
 
 @pytest.fixture
@@ -84,6 +81,40 @@ def test_releasing_twice_does_not_take_the_next_holders_lock(images: ImageLocks)
 
     assert is_busy(images)
     second.release()
+
+
+def test_a_lock_that_was_let_go_closes_no_descriptor_of_others(images: ImageLocks) -> None:
+    lock = images.acquire(DISK)
+    before = open_descriptors()
+    lock.release()
+    lock.release()
+
+    assert len(before - open_descriptors()) == 1
+
+
+def test_a_lock_whose_descriptor_is_0_is_let_go_like_any(images: ImageLocks) -> None:
+    """A server may be started with its standard input closed."""
+    images.acquire(DISK).release()
+    stdin = os.dup(0)
+    try:
+        os.close(0)
+        images.acquire(DISK).release()
+        assert not is_busy(images)
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+
+
+def test_a_file_that_cannot_be_unlocked_is_let_go_all_the_same(
+    images: ImageLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_fd: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(locks, "unlock_descriptor", refuse)
+    images.acquire(DISK).release()
+
+    assert not is_busy(images)
 
 
 def test_another_process_holds_an_image_until_it_lets_go(
@@ -176,165 +207,4 @@ def test_nobody_waits_for_a_moment_for_ever(
 
     with pytest.raises(ImageBusy):
         images.acquire_briefly(DISK)
-    held.release()
-
-
-def test_lock_files_are_private(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release()
-
-    assert [file.stat().st_mode & 0o777 for file in directory.iterdir()] == [0o600]
-
-
-# Pruning
-
-
-def test_idle_lock_files_are_pruned(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release()
-    images.acquire(OTHER).release()
-    age(directory, 3601)
-
-    assert (images.prune(), list(directory.iterdir())) == (2, [])
-
-
-def test_lock_files_in_recent_use_are_kept(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release()
-    age(directory, 3500)
-
-    assert (images.prune(), len(list(directory.iterdir()))) == (0, 1)
-
-
-def test_idle_lock_files_are_pruned_whatever_lies_among_them(
-    directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images.acquire(DISK).release()
-    age(directory, 3601)
-    (idle,) = os.listdir(directory)
-    images.acquire(OTHER).release()
-    (recent,) = set(os.listdir(directory)) - {idle}
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "listdir", lambda _: ["gone.lock", recent, idle])
-        assert images.prune() == 1
-    assert [file.name for file in directory.iterdir()] == [recent]
-
-
-def test_a_link_in_a_lock_files_place_is_not_followed(directory: Path, images: ImageLocks) -> None:
-    images.acquire(DISK).release()
-    (file,) = directory.iterdir()
-    file.rename(directory / "elsewhere")
-    file.symlink_to("elsewhere")
-
-    with pytest.raises(StateUnavailable, match="the lock files cannot be used now"):
-        images.acquire(DISK)
-
-
-def test_a_lock_file_says_what_every_version_reads(directory: Path, images: ImageLocks) -> None:
-    lock = images.acquire(DISK)
-    lock.settle(Deaths(1, 42))
-    lock.release()
-
-    (file,) = directory.iterdir()
-    assert file.read_bytes() == b"settled 000000000000002a".ljust(64)
-
-
-def test_lock_files_that_say_what_is_settled_are_pruned(
-    directory: Path, images: ImageLocks
-) -> None:
-    lock = images.acquire(DISK)
-    lock.settle(Deaths(1, 2))
-    lock.release()
-    age(directory, 3601)
-
-    assert (images.prune(), list(directory.iterdir())) == (1, [])
-
-
-def test_lock_files_with_the_mark_of_an_older_version_are_kept_however_old(
-    directory: Path, images: ImageLocks
-) -> None:
-    images.acquire(DISK).release()
-    (file,) = directory.iterdir()
-    file.write_bytes(b"123 456 shared".ljust(64))
-    age(directory, 1e6)
-
-    assert (images.prune(), list(directory.iterdir())) == (0, [file])
-
-
-def test_held_lock_files_are_kept_however_old(directory: Path, images: ImageLocks) -> None:
-    held = images.acquire(DISK)
-    age(directory, 1e6)
-
-    assert images.prune() == 0
-    assert is_busy(images)
-    held.release()
-
-
-def test_an_image_is_exclusive_again_after_its_file_was_pruned(
-    directory: Path, images: ImageLocks
-) -> None:
-    images.acquire(DISK).release()
-    age(directory, 3601)
-    images.prune()
-    held = images.acquire(DISK)
-
-    assert is_busy(images)
-    held.release()
-
-
-# A directory that others have removed
-
-
-def test_locks_of_a_removed_directory_are_refused_and_no_other_is_made(
-    directory: Path, images: ImageLocks
-) -> None:
-    held = images.acquire(DISK)
-    shutil.rmtree(directory)
-
-    with pytest.raises(StateUnavailable, match=f"^{directory} was removed or replaced$"):
-        images.acquire(OTHER)
-    assert not directory.exists()
-    held.release()
-
-
-def test_a_directory_removed_at_the_last_moment_is_not_made_either(
-    directory: Path, images: ImageLocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images.acquire(DISK).release()
-    monkeypatch.setattr(KeptDirectory, "require", lambda _: shutil.rmtree(directory))
-
-    with pytest.raises(StateUnavailable):
-        images.acquire(OTHER)
-    assert not directory.exists()
-
-
-def _remove(file: Path) -> None:
-    file.unlink()
-
-
-def _rename(file: Path) -> None:
-    file.rename(file.with_name("away"))
-
-
-def _replace(file: Path) -> None:
-    _rename(file)
-    file.touch()
-
-
-@pytest.mark.parametrize("spoil", [_remove, _rename, _replace])
-def test_a_file_that_loses_its_name_before_it_is_locked_is_no_lock(
-    directory: Path,
-    images: ImageLocks,
-    monkeypatch: pytest.MonkeyPatch,
-    spoil: Callable[[Path], None],
-) -> None:
-    really, left = locks.lock_descriptor, [1]
-
-    def late(fd: int, *, blocking: bool) -> bool:
-        if left[0]:
-            left[0] -= 1
-            spoil(directory / f"{image_key(DISK)}.lock")
-        return really(fd, blocking=blocking)
-
-    monkeypatch.setattr(locks, "lock_descriptor", late)
-    held = images.acquire(DISK)
-
-    assert is_busy(images)
     held.release()

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,11 @@ from imageserver.core.ports import Ticket
 from imageserver.core.slots import Kind, Owner
 from imageserver.runtime import slottable
 from imageserver.runtime.private import open_private
-from imageserver.runtime.processes import is_alive, owner_of
+from imageserver.runtime.processes import _Forks, is_alive, owner_of
 from imageserver.runtime.slottable import SharedTable
 from tests.system.skips import needs
 from tests.unit.logged import told
-from tests.unit.processes import LIMITS, TICKET, holder, python
+from tests.unit.processes import LIMITS, TICKET, holder, python, stopped_in_guard
 
 #: Claims until it has had a slot 200 times, and three were in at once. A file of its own
 #: counts who is in, independently.
@@ -230,6 +231,16 @@ def test_a_forked_child_has_a_guard_and_a_name_of_its_own(tmp_path: Path) -> Non
     assert out == "0\n"
 
 
+def test_a_forked_process_maps_the_table_once(
+    table: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parents = table._open()
+    monkeypatch.setattr(_Forks, "count", _Forks.count + 1)
+
+    assert table._open() is table._open() is not parents
+    parents.close()
+
+
 def test_a_guard_that_is_never_let_go_is_an_error_not_a_hang(
     table: SharedTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,11 +260,10 @@ def test_a_line_in_the_log_does_not_wait_for_a_guard_that_is_never_let_go(
 ) -> None:
     monkeypatch.setattr(slottable, "_NOTE_SECONDS", 0.01)
     assert [table.is_first("x"), table.is_first("x")] == [True, False]
-    stopped = open_private(str(tmp_path), "slots")
-    fcntl.flock(stopped, fcntl.LOCK_EX)
-
-    assert table.is_first("x")
-    os.close(stopped)
+    with stopped_in_guard(tmp_path):
+        began = time.monotonic()
+        assert table.is_first("x")
+        assert time.monotonic() - began < 1
 
 
 @pytest.mark.parametrize("what", ["claim", "sweep", "living"])
@@ -289,10 +299,18 @@ def test_a_slot_can_be_given_back_while_the_guard_is_held(table: SharedTable) ->
 
 def test_a_dying_holder_is_waited_for(table: SharedTable, monkeypatch: pytest.MonkeyPatch) -> None:
     dying = table.claim(Kind.WRITE, TICKET)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            dying.release()
+
     monkeypatch.setattr(slottable, "is_exiting", lambda _: True)
-    monkeypatch.setattr(slottable.time, "sleep", lambda _: dying.release())
+    monkeypatch.setattr(slottable.time, "sleep", sleep)
 
     table.claim(Kind.WRITE, TICKET).release()
+    assert len(waits) == 3
 
 
 def test_a_holder_that_does_not_end_its_dying_is_believed(

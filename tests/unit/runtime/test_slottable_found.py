@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A slot table that is found: used, replaced, refused, or mended."""
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -13,9 +14,8 @@ from imageserver.core import slots
 from imageserver.core.errors import NoSlot, StateUnavailable
 from imageserver.core.slots import IncompatibleTable, Kind
 from imageserver.runtime import slottable, tablefile
-from imageserver.runtime.private import (
-    open_private,
-)
+from imageserver.runtime.directory import RuntimeDirectory
+from imageserver.runtime.private import open_private
 from imageserver.runtime.processes import boot_id, namespace, owner_of
 from imageserver.runtime.slottable import SharedTable
 from tests.unit.processes import LIMITS, TICKET, holder, python
@@ -190,14 +190,23 @@ def test_closing_leaves_no_descriptor_open(table: SharedTable) -> None:
     assert open_descriptors() == before
 
 
+def test_a_directory_that_is_lent_stays_open(tmp_path: Path) -> None:
+    with contextlib.closing(RuntimeDirectory(str(tmp_path))) as runtime:
+        table = SharedTable(runtime, LIMITS)
+        table.claim(Kind.WRITE, TICKET)
+        table.close()
+
+        (tmp_path / "slots").unlink()
+        assert SharedTable(runtime, LIMITS).count(Kind.WRITE) == 1  # by its descriptor
+
+
 def test_what_one_process_has_said_no_other_says_again(tmp_path: Path, table: SharedTable) -> None:
     script = 'print(table.is_first("here"), table.is_first("there"))'
     out, _ = python(script, tmp_path).communicate(timeout=30)
 
     assert out == "True True\n"
-    assert [table.is_first(text) for text in ("here", "there", "nowhere", "nowhere")] == [
-        *(False, False, True, False)
-    ]
+    told = ("here", "there", "\udcff", "\udcff")
+    assert [table.is_first(text) for text in told] == [False, False, True, False]
 
 
 # What is damaged

@@ -146,11 +146,32 @@ def test_who_dies_with_another_image_is_not_waited_for(
     assert len(asked) == 2  # who has the image
 
 
+def test_nobody_looks_again_for_the_dead_where_the_living_were_quicker(
+    table: SharedTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = [Life.EXITING, Life.LIVING]
+    looks: list[bool] = []
+
+    def sweep(_table: SharedTable) -> int:
+        looks.append(True)
+        return 1
+
+    monkeypatch.setattr(SharedTable, "_life", lambda *_: lives[len(looks)])
+    monkeypatch.setattr(SharedTable, "sweep", sweep)
+    for _ in range(2):
+        table.claim(Kind.READ, ticket())
+
+    with pytest.raises(NoImageSlot):
+        table.claim(Kind.READ, ticket())
+    assert looks == [True]
+
+
 @KINDS
 def test_nobody_looks_for_the_dead_where_the_living_have_all_that_the_image_may_have(
     table: SharedTable, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
     monkeypatch.delattr(SharedTable, "sweep")
+    monkeypatch.delattr(slottable, "life_of")  # this process lives
     for image in (KEY, "other", KEY):
         table.claim(kind, ticket(image))
 

@@ -266,6 +266,10 @@ def test_a_line_in_the_log_does_not_wait_for_a_guard_that_is_never_let_go(
         assert time.monotonic() - began < 1
 
 
+def test_a_line_is_logged_where_there_is_no_table(tmp_path: Path) -> None:
+    assert SharedTable(str(tmp_path / "missing"), LIMITS).is_first("x")
+
+
 @pytest.mark.parametrize("what", ["claim", "sweep", "living"])
 def test_a_table_that_cannot_be_looked_through_is_an_error_of_ours(
     table: SharedTable, monkeypatch: pytest.MonkeyPatch, what: str

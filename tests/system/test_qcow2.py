@@ -123,6 +123,7 @@ def test_a_download_is_not_resumed_where_the_extents_have_changed(
     cut_off(url, home / "part")
     begun = (home / "part").read_bytes()
     etag = tag_of(server, disk + QCOW2)
+    wait_until(lambda: not server.holders())
     zero(server, disk, bytearray(SIZE), 2 * MIB, MIB)
 
     resume = "-C", "-", "-H", f"If-Range: {etag}", "-o", home / "part", url

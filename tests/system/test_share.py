@@ -21,7 +21,7 @@ import pytest
 from lab.processes import children
 
 from tests.system.clients import reading
-from tests.system.harness import ROOT, qemu_img, qemu_io, wait_until
+from tests.system.harness import ROOT, qemu_img, qemu_io, qemu_nbd, wait_until
 from tests.system.moving import MIB, filled
 
 SHARE = [sys.executable, "-m", "imageserver", "share"]
@@ -220,10 +220,11 @@ def _qcow2(path: Path) -> Path:
 
 def test_a_remote_image_is_shared_when_asked(home: Path) -> None:
     raw = filled(home / "disk.raw", MIB, (0, MIB))
-    with sharing(home, raw) as first:
-        words = ("--allow-remote", "--read-only", first.url(0))
-        with sharing(home, *words) as second:
-            assert fetched(second.url(0)) == raw.read_bytes()
+    # By NBD: QEMU's driver for http loses a wake-up now and then, and hangs (7.2).
+    with qemu_nbd(raw, sock=home / "remote.sock") as sock:
+        words = ("--allow-remote", "--read-only", f"nbd+unix:///?socket={sock}")
+        with sharing(home, *words) as shared:
+            assert fetched(shared.url(0)) == raw.read_bytes()
 
 
 @contextlib.contextmanager

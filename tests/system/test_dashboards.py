@@ -137,6 +137,8 @@ def watched(workplace: Path) -> Iterator[Prometheus]:
         wait_until(lambda: sum(seen.values("up")) == 2, 30)
         work(server)
         refuse(server)
+        # A worker that is killed takes with it what it has counted within the last 0.25 s.
+        wait_until(lambda: conflicts(Admin(plain)) == 400)
         kill_a_worker(server, Admin(plain))
         fail_handshakes(other)
         (server.runtime / "metrics" / "counter_9999.db").write_bytes(b"\xff" * 4096)
@@ -179,6 +181,12 @@ def refuse(server: Server) -> None:
             assert exchange(connection, "GET", "/images/file").status == 503
         for _ in range(400):  # more than one a second, over the five minutes of the alert
             assert exchange(connection, "POST", "/images/big/flush").status == 409
+
+
+def conflicts(admin: Admin) -> float:
+    """Return how many requests have met a lock that was held."""
+    found = admin.metrics().items()
+    return sum(count for name, count in found if name.startswith("lock_conflicts_total"))
 
 
 def kill_a_worker(server: Server, admin: Admin) -> None:

@@ -191,7 +191,7 @@ class Link:
             raise BackendTimeout(f"{self.name}: completed nothing in {self.timeout:g} s")
         try:
             longest = milliseconds(min(left, _STOP_SECONDS))
-            if self.is_alone:
+            if self.is_alone and len(_in_use) == 1:  # nobody has come since
                 self.connection.busy_poll.wait(self._handle.poll, longest)
             else:
                 self._handle.poll(longest)

@@ -133,19 +133,25 @@ def test_a_request_is_alone_where_none_has_met_another_for_a_moment(handle: _Han
     assert [each.is_alone for each in links] == [True, False, False, False, True]
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
+@pytest.mark.parametrize("others", ["none", "before", "since", "gone"])
 def test_a_request_that_is_alone_is_looked_at_without_sleeping(
-    handle: _Handle, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+    handle: _Handle, monkeypatch: pytest.MonkeyPatch, others: str
 ) -> None:
     looks: list[int] = []
     monkeypatch.setattr(
         busypoll.BusyPoll, "wait", lambda _self, poll, longest: looks.append(poll(longest))
     )
-    other = _link(handle) if not is_alone else None
+    before = _link(handle) if others == "before" else None
+    link = _link(handle)
+    since = _link(handle) if others in {"since", "gone"} else None
+    if since and others == "gone":
+        since.let_go()
     handle.completes = handle.seconds + 0.1
-    _link(handle).wait(1)
-    assert looks == [1] * is_alone
-    del other
+
+    link.wait(1)
+
+    assert looks == [1] * (others in {"none", "gone"})
+    del before, since
 
 
 def test_a_request_is_waited_for(handle: _Handle) -> None:

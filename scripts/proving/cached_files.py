@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from imageserver.backends.file import pagecache
-from proving.operations import mixes
+from proving.operations import mixes, reads
 from proving.qcow2_streams import Qcow2Streams
 from proving.sweep import Operation
 from proving.world import Answer, World
@@ -108,19 +108,6 @@ def _mapped(world: World) -> Iterator[tuple[int, int, str]]:
             yield start, stop, path
 
 
-def _reads(expected: bytes) -> Callable[[World, Answer], Iterator[str]]:
-    def check(_world: World, answer: Answer) -> Iterator[str]:
-        if answer.status not in _DONE:
-            return
-        if answer.cut:
-            if not expected.startswith(answer.body):
-                yield "wrong bytes before the cut"
-        elif answer.body != expected:
-            yield f"{answer.status} with {len(answer.body)} wrong bytes"
-
-    return check
-
-
 def _writes(name: str, wanted: bytes) -> Callable[[World, Answer], Iterator[str]]:
     """A plain file is the old or the new one, and each byte of a raw one is."""
 
@@ -140,19 +127,19 @@ OPERATIONS = tuple(
         Operation(
             "cached GET",
             lambda w: w.ask("GET", "/images/image"),
-            _reads(_OLD),
+            reads(_OLD),
             _prepared("image"),
         ),
         Operation(
             "cached raw GET",
             lambda w: w.ask("GET", "/images/raw"),
-            _reads(_OLD),
+            reads(_OLD),
             _prepared("raw"),
         ),
         Operation(
             "cached raw range",
             lambda w: w.ask("GET", "/images/raw", headers=_RANGE),
-            _reads(_OLD[_SPAN]),
+            reads(_OLD[_SPAN]),
             _prepared("raw"),
         ),
         Operation(

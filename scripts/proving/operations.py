@@ -65,7 +65,9 @@ def _replaced(before: bytes | None) -> Callable[[World, Answer], Iterator[str]]:
     return check
 
 
-def _reads(expected: bytes) -> Callable[[World, Answer], Iterator[str]]:
+def reads(expected: bytes) -> Callable[[World, Answer], Iterator[str]]:
+    """Return what checks that an answer has these bytes, or their beginning where it is cut."""
+
     def check(_world: World, answer: Answer) -> Iterator[str]:
         if answer.status not in _DONE:
             return
@@ -120,10 +122,15 @@ def _raw_maps(_world: World, answer: Answer) -> Iterator[str]:
         yield f"extents end at {at}"
 
 
-def _sums(_world: World, answer: Answer) -> Iterator[str]:
-    wanted = hashlib.sha256(_RAW_OLD).hexdigest()
-    if answer.status == _OK and not answer.cut and answer.json["checksum"] != wanted:
-        yield f"a wrong checksum: {answer.body!r}"
+def sums(expected: bytes) -> Callable[[World, Answer], Iterator[str]]:
+    """Return what checks that an answer, if it is whole, has these bytes' SHA-256."""
+    wanted = hashlib.sha256(expected).hexdigest()
+
+    def check(_world: World, answer: Answer) -> Iterator[str]:
+        if answer.status == _OK and not answer.cut and answer.json["checksum"] != wanted:
+            yield f"a wrong checksum: {answer.body!r}"
+
+    return check
 
 
 def _patch_raw(fields: dict[str, object]) -> Callable[[World], Answer]:
@@ -253,7 +260,7 @@ def _has_counted(world: World, _answer: Answer) -> Iterator[str]:
 OPERATIONS = (
     Operation("PUT", _put, _replaced(_OLD), _old),
     Operation("PUT of a new file", _put, _replaced(None), _none),
-    Operation("GET", lambda w: w.ask("GET", "/images/image"), _reads(_OLD), _old),
+    Operation("GET", lambda w: w.ask("GET", "/images/image"), reads(_OLD), _old),
     Operation("HEAD", lambda w: w.ask("HEAD", "/images/image"), _any, _old),
     Operation("OPTIONS", lambda w: w.ask("OPTIONS", "/images/image"), _any, _old),
     Operation("flush", lambda w: w.ask("POST", "/images/image/flush"), _any, _old),
@@ -294,7 +301,7 @@ OPERATIONS = (
         "raw flush", lambda w: w.ask("POST", "/images/raw/flush"), _raw_writes(_RAW_OLD), _raw_old
     ),
     Operation("raw extents", lambda w: w.ask("GET", "/images/raw/extents"), _raw_maps, _raw_old),
-    Operation("raw checksum", lambda w: w.ask("GET", _SHA256), _sums, _raw_old),
+    Operation("raw checksum", lambda w: w.ask("GET", _SHA256), sums(_RAW_OLD), _raw_old),
     Operation("slot", _claim, _any),
     Operation("slot table", _map, _any),
     Operation("locks pruned", _prune, _any),

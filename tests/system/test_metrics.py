@@ -26,6 +26,8 @@ SMALL = 1 << 20
 #: Method, path, body and header fields of a request, and the status of its answer.
 Question = tuple[str, str, bytes | None, dict[str, str], int]
 OCTETS = {"Content-Type": "application/octet-stream", "Range": "bytes=0-9"}
+#: Of another body.
+ANOTHERS = {"Content-Digest": f"sha-256=:{'A' * 43}=:"}
 JSON = {"Content-Type": "application/json"}
 ZERO = b'{"op":"zero","offset":0,"size":4096}'
 #: What every worker is asked.
@@ -38,6 +40,7 @@ ASKED: list[Question] = [
     ("POST", "/images/big/flush", None, {}, 200),
     ("GET", "/images/big/extents", None, {}, 200),
     ("OPTIONS", "/images/big", None, {}, 200),
+    ("PATCH", "/images/big", bytes(10), OCTETS | ANOTHERS, 400),
     ("GET", "/images/none", None, {}, 404),
     ("GET", "/images/dead", None, {}, 500),
     ("GET", "/images/big", None, {"Range": f"bytes={BIG}-"}, 416),
@@ -59,21 +62,23 @@ COUNTED = {
     'requests_total{method="PUT",status="409"}': 3,
     'requests_total{method="PUT",status="503"}': 3,
     'requests_total{method="PATCH",status="200"}': 6,
+    'requests_total{method="PATCH",status="400"}': 3,
     'requests_total{method="POST",status="200"}': 3,
     'requests_total{method="OPTIONS",status="200"}': 3,
     'image_bytes_total{backend="file",direction="read"}': 3 * SMALL,
     'image_bytes_total{backend="nbd",direction="read"}': 3 * 10,
     'image_bytes_total{backend="file",direction="write"}': 3 * SMALL,
-    'image_bytes_total{backend="nbd",direction="write"}': 3 * 10,
+    'image_bytes_total{backend="nbd",direction="write"}': 6 * 10,
     'image_bytes_total{backend="nbd",direction="zero"}': 3 * 4096,
     'refusals_total{reason="unknown_image"}': 3,
     'refusals_total{reason="range_not_satisfiable"}': 3,
+    'refusals_total{reason="digest_mismatch"}': 3,
     'refusals_total{reason="image_busy"}': 3,
     'refusals_total{reason="no_write_slot"}': 3,
     'lock_conflicts_total{operation="replace"}': 3,
     'backend_errors_total{backend="nbd",kind="error"}': 3,
     'request_duration_seconds_count{operation="read"}': 12,
-    'request_duration_seconds_count{operation="write"}': 3,
+    'request_duration_seconds_count{operation="write"}': 6,
     'request_duration_seconds_count{operation="replace"}': 10,
     'request_duration_seconds_count{operation="zero"}': 3,
     'request_duration_seconds_count{operation="flush"}': 3,

@@ -163,6 +163,7 @@ def test_to_count_makes_no_system_call_but_when_it_is_due(
         ("NoImageSlot", "zero", ["refusals_total{no_write_slot_of_image}"]),
         ("UnknownImage", "get", ["refusals_total{unknown_image}"]),
         ("RangeOutsideImage", "read", ["refusals_total{range_not_satisfiable}"]),
+        ("DigestMismatch", "write", ["refusals_total{digest_mismatch}"]),
         ("BackendTimeout", "read", ["backend_errors_total{nbd,timeout}"]),
         ("TurnedAway", "read", ["backend_errors_total{nbd,other}"]),
         ("ClientGone", "extents", ["clients_gone_total{extents}"]),

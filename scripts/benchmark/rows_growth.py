@@ -36,23 +36,26 @@ def growth(world: World) -> list[Figure]:
     unix, idle = ("unix", sockets), (world.parallel.port, connections)
     figures = _compare(world, f"{sockets} Unix sockets elsewhere", plain, plain, *unix)
     figures += _compare(world, f"{connections} idle connections", plain, plain, *idle)
-    for what, workers, fill in (
-        (f"{files} transfer files", 2, partial(_add_files, files)),
-        (f"{registered} registrations", 2, partial(_register, registered)),
-        (f"{_WORKERS} workers", _WORKERS, partial(_add_files, 0)),
-    ):
-        with _server(world, workers) as server:
-            grown = replace(plain, port=server.port, path=server.add_nbd(socks["reference"]))
-            fill(server)
-            figures += _compare(world, what, plain, grown)
+    with _server(world, "bare", 2) as server:
+        bare = replace(plain, port=server.port, path=server.add_nbd(socks["ours"]))
+        for what, workers, fill in (
+            (f"{files} transfer files", 2, partial(_add_files, files)),
+            (f"{registered} registrations", 2, partial(_register, registered)),
+            (f"{_WORKERS} workers", _WORKERS, partial(_add_files, 0)),
+        ):
+            with _server(world, "grown", workers) as other:
+                grown = replace(plain, port=other.port, path=other.add_nbd(socks["reference"]))
+                fill(other)
+                figures += _compare(world, what, bare, grown)
     return figures
 
 
 @contextlib.contextmanager
-def _server(world: World, workers: int) -> Iterator[ImageServer]:
-    control = world.directory / "control"
+def _server(world: World, name: str, workers: int) -> Iterator[ImageServer]:
+    """Run a server where transfers can be registered: each look-up asks for those first."""
+    control = world.directory / f"{name}.control"
     settings = {"workers": workers, "max_writers": MAX_WRITERS, "control_socket": control}
-    with world.image_server("grown", **settings) as server:
+    with world.image_server(name, **settings) as server:
         yield server
 
 

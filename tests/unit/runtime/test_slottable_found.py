@@ -5,7 +5,7 @@ import contextlib
 import fcntl
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -210,6 +210,50 @@ def test_what_one_process_has_said_no_other_says_again(tmp_path: Path, table: Sh
 
 
 # What is damaged
+
+
+def _cut_short(path: Path) -> None:
+    os.truncate(path, slots.SIZE - 1)
+
+
+def _damage(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(bytes(64))
+
+
+def _replace(path: Path) -> None:
+    (path.parent / "new").write_bytes(path.read_bytes())
+    (path.parent / "new").rename(path)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        pytest.param(os.unlink, "the file slots in {} is another, or gone", id="gone"),
+        pytest.param(_replace, "the file slots in {} is another, or gone", id="another"),
+        pytest.param(_cut_short, "the file slots in {} was cut short", id="short"),
+        pytest.param(_damage, "its header is damaged", id="damaged"),
+    ],
+)
+def test_a_table_is_proved_until_it_is_harmed(
+    tmp_path: Path, table: SharedTable, harm: Callable[[Path], None], said: str
+) -> None:
+    table.prove()
+    assert table.holders(*Kind) == []
+
+    harm(tmp_path / "slots")
+    with pytest.raises(IncompatibleTable) as raised:
+        table.prove()
+    assert str(raised.value) == said.format(tmp_path)
+
+
+def test_a_full_table_proves_nothing(table: SharedTable) -> None:
+    nobodys = TICKET._replace(image="")
+    held = [table.claim(Kind.OTHER, nobodys) for _ in range(slots.CAPACITY)]
+    with pytest.raises(NoSlot):
+        table.prove()
+    held[0].release()
+    table.prove()
 
 
 def test_a_damaged_header_is_mended_by_who_uses_the_table(

@@ -211,11 +211,11 @@ class Link:
     # From the client
 
     def _request(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a client may die in the midst of a request
             for data in self._pieces():
                 self._linger()
                 self._upstream.sendall(data)
-            self._linger()
+        self._linger()
         with contextlib.suppress(OSError):
             self._upstream.shutdown(socket.SHUT_WR)
 

@@ -84,7 +84,8 @@ class _World:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(10)
         sock.connect(str(self._path))
-        sock.sendall(data)
+        if data:  # the server may have hung up by now
+            sock.sendall(data)
         return sock
 
     def ask(self, data: bytes = STATUS) -> Any:

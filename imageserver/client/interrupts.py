@@ -7,10 +7,12 @@ A command imports most of what it needs after this: that takes most of a second.
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _INTERRUPTED = 130
+#: Longer than any wait that begins anew, whole, in C: libnbd's poll(), half a second in local/.
+_LOOK_SECONDS = 1.0
 
 
 def run(program: str, load: Callable[[], Callable[[], int]]) -> int:
@@ -38,6 +40,23 @@ def run(program: str, load: Callable[[], Callable[[], int]]) -> int:
         return _INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python's own end would show a traceback
+
+
+@contextlib.contextmanager
+def seen_while_waiting() -> Iterator[None]:
+    """Let no signal's handler wait for longer than a second. For the main thread.
+
+    A signal that comes just before the main thread blocks in a system call does not interrupt it.
+    SIGALRM does, again and again; Python runs the handlers, and calls again (PEP 475).
+    """
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    timer = signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def _tell(program: str) -> None:

@@ -19,6 +19,7 @@ import click
 from imageserver import __version__
 from imageserver.client.commands.outputs import drop_output
 from imageserver.client.failures import ClientError, Interrupted, OutputLost, OutputUnread
+from imageserver.client.interrupts import seen_while_waiting
 from imageserver.client.showing.units import plain_text
 
 #: Each is a module beside this one, imported when the command is used, and has NAME_command.
@@ -74,7 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` has SIGINT ignored
         signal.signal(number, _interrupt)
     try:
-        status = imagectl.main(words, prog_name="imagectl", standalone_mode=False)
+        with seen_while_waiting():
+            status = imagectl.main(words, prog_name="imagectl", standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - the last to see any

@@ -61,7 +61,9 @@ def slow(path: Path, *errors: str) -> Iterator[Disk]:
     sock, pid, rate = (path.with_suffix(suffix) for suffix in (".sock", ".pid", ".rate"))
     limits = (f"rate={8 * _SLOW}", f"rate-file={rate}", "burstiness=0.1")
     filters = ("--filter=rate", "--filter=error")[: 1 + bool(errors)]
-    with nbdkit(sock, *filters, f"--pidfile={pid}", "file", str(path), *limits, *errors):
+    # One thread for each connection: nbdkit 1.32 aborts where a client hangs up on two.
+    options = ("--threads=1", *filters, f"--pidfile={pid}")
+    with nbdkit(sock, *options, "file", str(path), *limits, *errors):
         # nbdkit listens before it writes the file.
         yield Disk(path, sock, int(wait_until(lambda: pid.exists() and pid.read_text())), rate)
 

@@ -23,6 +23,7 @@ from tests.system.clients import putting
 from tests.system.disks import sparse
 from tests.system.harness import ROOT, Server, listens, wait_until
 from tests.system.killing import kill_worker
+from tests.unit.nbd_liar import DISCONNECT, WRITE, Liar, Peer, lying
 
 SIZE = 8 << 20
 OLD, NEW = b"o" * SIZE, b"n" * SIZE
@@ -148,3 +149,41 @@ def test_readers_need_not_wait_for_the_dead(server, disk):
         began = time.monotonic()
         assert len(server.request("GET", "/images/disk").body) == SIZE
         assert time.monotonic() - began < LAG * 0.8
+
+
+class Garbler(Liar):
+    """Answers its first write with nonsense, and carries out the others a while later."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, SIZE)
+        self.image = bytearray(SIZE)
+        self.is_first = True
+
+    def _serve(self, peer: Peer, number: int) -> None:
+        peer.send(b"NBDMAGICIHAVEOPT", (3).to_bytes(2, "big"))
+        peer.take(">I")
+        self._negotiate(peer)
+        while True:
+            _, _, command, cookie, offset, length = peer.take(">IHHQQI")
+            if command == DISCONNECT:
+                return
+            if command == WRITE:
+                data = peer.stream.read(length)
+                if self.is_first:
+                    self.is_first = False
+                    peer.send(bytes(16))
+                    time.sleep(LAG)
+                    continue
+                self.image[offset : offset + length] = data
+            with contextlib.suppress(OSError):  # this client has gone
+                self.answer(peer, command, cookie, offset, length)
+
+
+def test_the_successor_waits_for_writes_of_a_connection_that_was_given_up(server, workplace):
+    """Nobody has died: libnbd breaks a connection off, and forgets what it had in flight."""
+    with lying(Garbler(workplace / "garbler")) as nbd:
+        server.add("disk", socket=str(nbd.path))
+        assert server.request("PUT", "/images/disk", OLD).refusal == (500, "backend error")
+        assert server.request("PUT", "/images/disk", NEW).status == 200
+    # All that any connection has brought was carried out by now.
+    assert nbd.image == NEW

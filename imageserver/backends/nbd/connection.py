@@ -120,6 +120,11 @@ class Connection:
         except nbd.Error:
             return False
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether requests without an answer will get none, though the server may have them."""
+        return bool(self.handle.aio_is_dead() or self.handle.aio_is_closed())
+
     def close(self) -> None:
         """Disconnect, and wait within bounds until the server has closed the connection.
 

@@ -166,8 +166,9 @@ class Link:
             while self._handle.aio_in_flight():
                 self._poll(deadline)
         except (ImageServerError, nbd.Error):
-            return  # dead or hanging: the image's lock stays marked
-        self.settled = True
+            return  # broken or hanging: writes may still land, and the next one waits for them
+        # Where libnbd gives a connection up, nothing is in flight, though nothing was answered.
+        self.settled = not self.connection.is_broken
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:

@@ -23,8 +23,9 @@ _HEAD = struct.Struct("=QQIIII")
 _EXTENT = struct.Struct("=QQQ16xI12x")
 _SYNC = 0x1
 _UNWRITTEN = 0x800
-#: Extents in one answer.
-_MOST = 256
+#: Extents in one answer. The call may wait for a disk: with a longer buffer, fcntl.ioctl would keep
+#: the interpreter's lock meanwhile, and no other thread could run.
+_MOST = (1024 - _HEAD.size) // _EXTENT.size
 #: The file system has no map, the device is none, or a filter forbids the call.
 _CANNOT = frozenset(
     (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EBADR)

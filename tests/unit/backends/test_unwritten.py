@@ -47,7 +47,7 @@ def _extents(tmp_path: Path) -> list[Extent]:
         return [each for batch in opened.extents(0, opened.size, dirty=False) for each in batch]
 
 
-@pytest.mark.parametrize("most", [256, 2], ids=["at-once", "in-parts"])
+@pytest.mark.parametrize("most", [17, 2], ids=["at-once", "in-parts"])
 def test_what_was_only_read_is_zero_and_what_was_written_is_not(
     disk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
@@ -55,6 +55,23 @@ def test_what_was_only_read_is_zero_and_what_was_written_is_not(
     os.pread(disk, STEPS * STEP, 0)
 
     assert _extents(tmp_path) == EXPECTED
+
+
+def test_other_threads_run_while_the_disk_is_waited_for(
+    disk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fcntl.ioctl lets them with 1024 bytes at most."""
+    sizes: list[int] = []
+    ioctl = fcntl.ioctl
+
+    def measured(fd: int, request: int, answer: bytearray) -> int:
+        sizes.append(len(answer))
+        return ioctl(fd, request, answer)
+
+    monkeypatch.setattr(fcntl, "ioctl", measured)
+    list(unwritten.Unwritten(disk, STEPS * STEP).cut(0, STEPS * STEP))
+    assert sizes
+    assert max(sizes) <= 1024
 
 
 def test_what_is_written_between_two_looks_is_data_at_once(disk: int, tmp_path: Path) -> None:

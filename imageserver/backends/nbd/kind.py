@@ -5,12 +5,11 @@ Read by imagectl too: libnbd is imported only when the server opens exports.
 """
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from imageserver.backends.paths import resolved, resolved_name
+from imageserver.backends.paths import resolved
 from imageserver.core.extents import dirty_context
 from imageserver.core.kinds import ImageInfo, ImageKind
 from imageserver.core.transfer import (
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 MAX_SOCKET_PATH = 107
 #: NBD protocol, "String values": names are at most 4096 bytes.
 MAX_NAME = 4096
-#: For how long a path without links, at which the same socket is, is taken to have none still.
-_STRAIGHT_SECONDS = 1.0
-_MOST_STRAIGHT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +65,10 @@ class NbdImage:
         return self.at or resolved(self.socket), self.export.encode()
 
     def pinned(self) -> "NbdImage":
-        """Return the image at the socket to which links lead now.
-
-        Where none did, that holds for a second, as long as the same socket is there: only a
-        directory above it can have become a link. The path leads to the image then as before, and
-        whoever had the image has it by its old name in any case.
-        """
-        name, now = path_bytes(self.socket), time.monotonic()
-        known = _straight.get(self)
-        if known and now < known.until and known.stamp == _stamp_at(name):
-            return known.image
-        stamp, at = _stamp_at(name), resolved_name(name)
+        """Return the image at the socket to which links lead now."""
+        at = resolved(self.socket)
         flushes, sparse = self.flushes_image, self.sparse
-        image = NbdImage(self.socket, self.export, self.bitmap, flushes, sparse, at)
-        if at == name and stamp:
-            if len(_straight) >= _MOST_STRAIGHT:
-                _straight.clear()
-            _straight[self] = _Straight(image, stamp, now + _STRAIGHT_SECONDS)
-        return image
+        return NbdImage(self.socket, self.export, self.bitmap, flushes, sparse, at)
 
     @property
     def path(self) -> bytes:
@@ -95,29 +77,14 @@ class NbdImage:
 
     def stamp(self) -> tuple[int, int, int] | None:
         """Return which socket it is now; another server at the same path has another one."""
-        return _stamp_at(self.path)
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return stamp_of(found)
 
     def __str__(self) -> str:
         return f"nbd:{self.socket}" + (f" {self.export}" if self.export else "")
-
-
-class _Straight(NamedTuple):
-    """An image whose socket's path has no links."""
-
-    image: NbdImage
-    stamp: tuple[int, int, int]
-    until: float
-
-
-#: By what a transfer says of them.
-_straight: dict[NbdImage, _Straight] = {}
-
-
-def _stamp_at(path: bytes) -> tuple[int, int, int] | None:
-    try:
-        return stamp_of(os.stat(path))
-    except OSError:
-        return None
 
 
 def stamp_of(found: os.stat_result) -> tuple[int, int, int]:

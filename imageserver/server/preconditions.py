@@ -8,6 +8,7 @@ import os
 import ssl
 import tempfile
 
+from imageserver.backends.nbd.peers import require_sock_diag
 from imageserver.core.slots import SIZE, IncompatibleTable
 from imageserver.process import Process
 from imageserver.runtime import tablefile
@@ -37,7 +38,7 @@ def check(settings: Settings) -> list[str]:
     _check_libnbd()
     tls_context(settings)
     _check_heartbeats()
-    warnings = _check_directories(settings) + _limits_without_effect(settings)
+    warnings = _check_directories(settings) + _limits_without_effect(settings) + _check_peers()
     try:
         addresses.check(settings)
     except UnusableAddress as exc:
@@ -110,6 +111,17 @@ def _check_libnbd() -> None:
             "(apt install python3-libnbd, dnf install python3-libnbd) for the Python that "
             "runs this server, in a virtual environment made with --system-site-packages."
         ) from exc
+
+
+def _check_peers() -> list[str]:
+    """Return a warning where nobody can tell whether a dead worker's writes may still land."""
+    try:
+        require_sock_diag()
+    except OSError as exc:
+        told = f"the kernel does not tell of Unix sockets (sock_diag(7): {exc.strerror})"
+        then = "once a worker has died, writes to NBD images fail until the host is booted again"
+        return [f"{told}: {then}; allow AF_NETLINK (RestrictAddressFamilies=, seccomp)"]
+    return []
 
 
 def _check_directories(settings: Settings) -> list[str]:

@@ -43,19 +43,27 @@ def has_orphans(path: str, at: bytes | None = None) -> bool:
     False where that cannot be known, because the server lives in another network namespace.
 
     Raises:
-        OSError: the kernel does not answer.
+        OSError: there is no socket now, but it may have been moved away for a moment; or the
+            kernel does not answer.
     """
-    name = path_bytes(path)
-    try:
-        found = os.stat(at or name)
-    except OSError:
-        return False  # nobody listens there any more
+    names = {path_bytes(path), at}
+    found = os.stat(at or path_bytes(path))
     file = _file(found.st_dev, found.st_ino)
     return any(
         attributes.get(_PEER) == bytes(4)
-        and (attributes.get(_VFS) == file or attributes.get(_NAME, b"").rstrip(b"\0") == name)
+        and (attributes.get(_VFS) == file or attributes.get(_NAME, b"").rstrip(b"\0") in names)
         for attributes in map(_attributes, _sockets(_ESTABLISHED, _SHOW_NAME_VFS_PEER))
     )
+
+
+def require_sock_diag() -> None:
+    """Prove that the kernel tells of Unix sockets.
+
+    Raises:
+        OSError: it does not: AF_NETLINK is forbidden, or the kernel lacks it.
+    """
+    for _ in _sockets(_LISTEN, 0):
+        pass
 
 
 def crowded(servers: Collection[tuple[int, ...]]) -> set[tuple[int, ...]]:

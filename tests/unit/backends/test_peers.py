@@ -115,8 +115,31 @@ def test_a_new_server_at_the_path_is_told_from_the_one_that_was_moved_away(place
         assert not has_orphans(str(place / "s"))
 
 
-def test_nobody_listening_means_no_orphans(place: Path) -> None:
-    assert not has_orphans(str(place / "missing"))
+def test_the_old_servers_orphans_are_seen_through_a_link_to_the_new_one(place: Path) -> None:
+    """They have the path at which the old server was bound, and no inode that is there now."""
+    (place / "link").symlink_to("real")
+    with _connected(place / "real") as (client, _):
+        client.close()
+        (place / "real").unlink()
+        with _connected(place / "real"):
+            assert has_orphans(str(place / "link"), bytes(place / "real"))
+            assert not has_orphans(str(place / "link"))  # where links lead was not looked up
+
+
+def test_where_there_is_no_socket_it_cannot_be_told(place: Path) -> None:
+    """The socket may have been moved away for a moment, and its orphans with it."""
+    with _connected(place / "s") as (client, _):
+        client.close()
+        (place / "s").rename(place / "aside")
+        with pytest.raises(FileNotFoundError):
+            has_orphans(str(place / "s"))
+
+
+def test_whether_the_kernel_tells_of_sockets_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    peers.require_sock_diag()
+    monkeypatch.setattr(peers, "_SOCK_DIAG_BY_FAMILY", 9999)
+    with pytest.raises(OSError, match="sock_diag"):
+        peers.require_sock_diag()
 
 
 def test_ever_so_many_connections_are_looked_through(place: Path) -> None:

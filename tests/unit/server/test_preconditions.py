@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must be so before a start, as far as no real server is needed to see it."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -68,6 +69,20 @@ def test_a_limit_per_image_that_the_total_is_below_is_a_warning(
     assert check(read_settings()) == [
         "IMAGESERVER_MAX_WRITERS_PER_IMAGE=4 has no effect: IMAGESERVER_MAX_WRITERS=1 is less"
     ]
+
+
+def test_a_kernel_that_tells_nothing_of_sockets_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody asks until a worker has died; from then on, writes would fail."""
+
+    def refused() -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(preconditions, "require_sock_diag", refused)
+    (warning,) = check(read_settings())
+    assert "sock_diag(7): Operation not permitted" in warning
+    assert "AF_NETLINK" in warning
 
 
 def test_a_proc_that_is_not_ours_is_no_place_to_start(monkeypatch: pytest.MonkeyPatch) -> None:

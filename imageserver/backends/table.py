@@ -13,6 +13,7 @@ from imageserver.backends.nbd import kind as nbd
 from imageserver.core.holds import Holds
 from imageserver.core.kinds import Image, ImageKind, Kinds
 from imageserver.core.ports import Backend, Backends, Check, Intent, no_client
+from imageserver.core.transfer import Transfer
 
 if TYPE_CHECKING:
     from imageserver.settings import Settings
@@ -34,7 +35,11 @@ class AnyBackend:
         self._openers = {kind: opener(settings, holds) for kind, opener in TABLE.items()}
 
     def open(
-        self, image: Image, intent: Intent, check: Check = no_client, transfer: str = ""
+        self,
+        image: Image,
+        intent: Intent,
+        check: Check = no_client,
+        transfer: Transfer | None = None,
     ) -> Backend:
         """Open an image: see ``ports.Backends``."""
         return self._openers[image.kind].open(image, intent, check, transfer)

@@ -4,7 +4,7 @@
 from collections.abc import Collection
 from typing import Protocol
 
-from imageserver.core.kinds import Image
+from imageserver.core.transfer import Transfer
 
 
 class Hold(Protocol):
@@ -22,8 +22,8 @@ class Hold(Protocol):
 class Holds(Protocol):
     """What processes share about connections that they keep: for which transfers, and where."""
 
-    def hold(self, transfer_id: str, image: Image) -> Hold | None:
-        """Hold a transfer; None: it has ended, or names another image."""
+    def hold(self, transfer: Transfer) -> Hold | None:
+        """Hold a transfer; None: it has ended, or says something else now."""
         ...
 
     def turned_away(self, server: tuple[int, ...]) -> None:

@@ -222,12 +222,12 @@ class Backends(Protocol[_Image_contra]):
         image: _Image_contra,
         intent: Intent,
         check: Check = no_client,
-        transfer: str = "",
+        transfer: Transfer | None = None,
     ) -> Backend:
         """Open an image; bounded by the connect timeout.
 
-        ``transfer``: the id of that on whose behalf a connection may be kept afterwards, or one
-        that was kept be used; none: a new one is made, and closed.
+        ``transfer``: on whose behalf a connection may be kept afterwards, or one be used that was
+        kept for it; None: a new one is made, and closed.
 
         Raises:
             BackendError, BackendTimeout: the NBD server refuses, or is silent.

@@ -60,6 +60,10 @@ class Transfer:
     ignored: tuple[str, ...] = field(default=(), compare=False)
     """A sentence on each field that was ignored, for a misspelt one changes what is served."""
 
+    def is_still(self, other: "Transfer") -> bool:
+        """Tell whether the transfer has neither ended nor changed since it was ``other``."""
+        return self == other and self.changed_ns == other.changed_ns
+
 
 def is_valid_id(text: str) -> bool:
     """Tell whether ``text`` can name a transfer: one path component of valid UTF-8.

@@ -44,7 +44,7 @@ from imageserver.core.ports import (
     Ticket,
 )
 from imageserver.core.reports import Meter
-from imageserver.core.slots import Kind
+from imageserver.core.slots import Deaths, Kind
 from imageserver.core.transfer import Transfer
 from imageserver.images.held import Held
 from imageserver.transfers.requests import Request
@@ -198,7 +198,7 @@ class Sessions:
             key = self._key(image) if is_named else ""
             ticket = Ticket(transfer.id, need.operation, key, request.client)
             shares = need.shares and self._shares_lock and image.kind.shares_writers
-            held = self._take_or_share(_Wanted(image, need, ticket, request, shares))
+            held = self._take_or_share(_Wanted(image, transfer, need, ticket, request, shares))
         except BaseException:
             request.leave()
             raise
@@ -242,7 +242,7 @@ class Sessions:
             claim(held, wanted)
             need, request = wanted.need, wanted.request
             backend = held.backend = self._backends.open(
-                wanted.image, need.intent, request.check, wanted.ticket.transfer
+                wanted.image, need.intent, request.check, wanted.transfer
             )
             held.takes_several = wanted.shares and backend.info.multi_conn
             request.uses(backend)
@@ -256,12 +256,12 @@ class Sessions:
         need = wanted.need
         if need.locked:
             held.lock = self._locks.acquire(wanted.image)
-        self._claim_slot(held, wanted, alone=need.locked)
+        self._claim_alone(held, wanted)
 
     def _claim_in_turn(self, held: Held, wanted: "_Wanted") -> None:
         """Take both, and wait for others who have the lock until their slots show them."""
         held.lock = self._locks.acquire_briefly(wanted.image)
-        self._claim_slot(held, wanted, alone=True)
+        self._claim_alone(held, wanted)
 
     def _claim_shared(self, held: Held, wanted: "_Wanted") -> None:
         """Take a slot, which lets in who shares the image and keeps out who wants it alone.
@@ -278,22 +278,37 @@ class Sessions:
                 return
             slot.release()
         held.lock = self._locks.acquire_briefly(wanted.image)
-        self._claim_slot(held, wanted, alone=False)
+        deaths = self._claim_slot(held, wanted, alone=False)
+        if not held.lock.is_settled(deaths):
+            held.unlock()  # that may take as long as the back end may: others wait for seconds only
+            self._settle(wanted)
+            held.lock = self._locks.acquire_briefly(wanted.image)
+            held.lock.settle(deaths)
         held.unlock()
 
-    def _claim_slot(self, held: Held, wanted: "_Wanted", *, alone: bool) -> None:
+    def _claim_alone(self, held: Held, wanted: "_Wanted") -> None:
+        """Take a slot, under the lock if there is one."""
+        deaths = self._claim_slot(held, wanted, alone=held.lock is not None)
+        if held.lock and not held.lock.is_settled(deaths):
+            self._settle(wanted)
+            held.lock.settle(deaths)
+
+    def _claim_slot(self, held: Held, wanted: "_Wanted", *, alone: bool) -> Deaths:
         need = wanted.need
         slot = self._slots.claim(need.kind, wanted.ticket, alone=alone, together=need.together)
         held.has(slot, wanted.request)
-        if held.lock and not held.lock.is_settled(slot.deaths):
-            self._backends.settle(wanted.image, wanted.request.check)
-            held.lock.settle(slot.deaths)
+        return slot.deaths
+
+    def _settle(self, wanted: "_Wanted") -> None:
+        """Wait for what a dead holder left under way."""
+        self._backends.settle(wanted.image, wanted.request.check)
 
 
 class _Wanted(NamedTuple):
     """What a session is opened for."""
 
     image: Image
+    transfer: Transfer
     need: Need
     ticket: Ticket
     request: Request

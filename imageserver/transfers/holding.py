@@ -12,7 +12,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from imageserver.core.errors import StateUnavailable, UnknownImage
-from imageserver.core.kinds import Image
 from imageserver.core.ports import Activity
 from imageserver.core.transfer import Transfer
 from imageserver.runtime.marks import Marks
@@ -34,7 +33,7 @@ class Held:
             return False
         if found.activity:
             found.activity.close()
-        return found.transfer == self.transfer
+        return found.transfer.is_still(self.transfer)
 
     def close(self) -> None:
         """Let the transfer go. Never fails, may be called twice."""
@@ -50,16 +49,16 @@ class Holding:
         #: NBD servers that have turned a process away.
         self._marks = marks
 
-    def hold(self, transfer_id: str, image: Image) -> Held | None:
-        """Hold a transfer; None: it has ended, or names another image."""
-        found = _find(self._catalogue, transfer_id)
+    def hold(self, transfer: Transfer) -> Held | None:
+        """Hold a transfer; None: it has ended, or says something else now."""
+        found = _find(self._catalogue, transfer.id)
         if found is None:
             return None
         activity = found.activity
         with contextlib.ExitStack() as opened:
             if activity:
                 opened.callback(activity.close)
-            if found.transfer.image != image:
+            if not found.transfer.is_still(transfer):
                 return None
             if activity:
                 try:
@@ -67,7 +66,7 @@ class Holding:
                 except StateUnavailable:
                     return None
             opened.pop_all()
-        return Held(found.transfer, activity, self._catalogue)
+        return Held(transfer, activity, self._catalogue)
 
     def turned_away(self, server: tuple[int, ...]) -> None:
         """Tell every process that an NBD server has no room to spare."""

@@ -57,7 +57,7 @@ class World:
     opened: list["FakeBackend"] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
     locked: list[Image] = field(default_factory=list)
-    transfers: list[str] = field(default_factory=list)
+    transfers: list[Transfer | None] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
     progress: list[tuple[int, int]] = field(default_factory=list)
     metered: list[tuple[str, str, int]] = field(default_factory=list)
@@ -178,7 +178,11 @@ class FakeBackends:
         self._world.note("settle")
 
     def open(
-        self, image: Image, intent: Intent, check: Check = no_client, transfer: str = ""
+        self,
+        image: Image,
+        intent: Intent,
+        check: Check = no_client,
+        transfer: Transfer | None = None,
     ) -> "FakeBackend":
         self._world.images.append(image)
         self._world.transfers.append(transfer)

@@ -33,7 +33,7 @@ from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, Intent, no_client
 from imageserver.core.sources import Body, Source
-from imageserver.core.transfer import path_text
+from imageserver.core.transfer import Transfer, path_text
 
 #: Holes are looked for in steps of this size, the default cluster of qcow2 and the usual
 #: extent granularity; a step that is all zeros is skipped, not written.
@@ -57,7 +57,11 @@ class ImageFiles:
         self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
 
     def open(
-        self, image: FileImage, intent: Intent, _check: Check = no_client, _transfer: str = ""
+        self,
+        image: FileImage,
+        intent: Intent,
+        _check: Check = no_client,
+        _transfer: Transfer | None = None,
     ) -> "ImageFile":
         """Open a regular file or block device.
 

@@ -25,7 +25,7 @@ from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, Intent, no_client
 from imageserver.core.sources import Source
-from imageserver.core.transfer import path_text
+from imageserver.core.transfer import Transfer, path_text
 
 #: What needs a descriptor that can be written to.
 _WRITING = frozenset((Intent.WRITE, Intent.REPLACE))
@@ -47,7 +47,11 @@ class RawFiles:
         self._roots = tuple(os.path.realpath(os.fsencode(root)) for root in roots)
 
     def open(
-        self, image: FileImage, intent: Intent, check: Check = no_client, _transfer: str = ""
+        self,
+        image: FileImage,
+        intent: Intent,
+        check: Check = no_client,
+        _transfer: Transfer | None = None,
     ) -> "RawFile":
         """Open a regular file or block device, which must be there.
 

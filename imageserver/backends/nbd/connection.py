@@ -223,10 +223,7 @@ def _handshake(
     except nbd.Error as exc:
         raise _refused(exc, handle, name) from exc.with_traceback(None)
     except OSError as exc:
-        cls = Exhausted if exc.errno in NO_DESCRIPTOR else BackendError
-        # In the words in which libnbd says it.
-        code = errno.errorcode.get(exc.errno or 0, "?")
-        raise cls(f"{name}: connect: {exc.strerror} ({code})") from exc.with_traceback(None)
+        raise no_connection(name, exc) from exc.with_traceback(None)
     except ImageServerError as exc:
         raise exc.with_traceback(None)  # noqa: B904 - its frames refer to the connection
     else:
@@ -235,6 +232,13 @@ def _handshake(
         # A connection is closed when nothing refers to it, a traceback included: an error
         # that somebody keeps must not keep a place in the server's queue with it.
         del handle
+
+
+def no_connection(name: str, exc: OSError) -> ImageServerError:
+    """Return what it is that there is no way to a server's socket, in the words of libnbd."""
+    cls = Exhausted if exc.errno in NO_DESCRIPTOR else BackendError
+    code = errno.errorcode.get(exc.errno or 0, "?")
+    return cls(f"{name}: connect: {exc.strerror} ({code})")
 
 
 def _negotiate(
@@ -261,14 +265,26 @@ def _connect_unix(handle: nbd.NBD, image: NbdImage, server: tuple[int, ...]) -> 
     Raises:
         OSError: there is no socket at such a path.
         TryAgain: there is another one.
+        BackendError: the image is pinned, and links lead elsewhere now.
     """
     socket = os.open(image.path, os.O_PATH | os.O_CLOEXEC)
     try:
         if stamp_of(os.fstat(socket)) != server:
             raise TryAgain(f"{image.socket} has been moved")
+        if image.at is not None:
+            _require_place(socket, image)
         handle.aio_connect_unix(b"/proc/self/fd/%d" % socket)  # calls connect(2) at once
     finally:
         close_fd(socket)
+
+
+def _require_place(socket: int, image: NbdImage) -> None:
+    """Prove that an opened socket is where the image was pinned: that is what is locked."""
+    place = os.readlink(b"/proc/self/fd/%d" % socket)
+    if place.endswith(b" (deleted)"):
+        raise TryAgain(f"{image.socket} has been removed")
+    if place != image.at and place.startswith(b"/"):  # else the kernel cannot say
+        raise BackendError(f"{image.socket} has been moved, or links to it lead elsewhere now")
 
 
 def _refused(exc: nbd.Error, handle: nbd.NBD, name: str) -> ImageServerError:

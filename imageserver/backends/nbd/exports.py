@@ -17,6 +17,7 @@ from imageserver.backends.nbd.connection import (
     Connection,
     Tuning,
     connect,
+    no_connection,
 )
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.link import Link
@@ -29,6 +30,7 @@ from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, Intent, no_client
 from imageserver.core.sources import Source
+from imageserver.core.transfer import Transfer
 
 CONNECT_SECONDS = 10.0
 #: How long an OPTIONS or HEAD may wait for a server (docs/api.md).
@@ -46,15 +48,20 @@ class NbdExports:
         self._warm_up = WarmUp()
 
     def open(
-        self, image: NbdImage, intent: Intent, check: Check = no_client, transfer: str = ""
+        self,
+        image: NbdImage,
+        intent: Intent,
+        check: Check = no_client,
+        transfer: Transfer | None = None,
     ) -> "NbdExport":
         """Connect to an export, or take up a connection that was kept: see ``ports.Backends``."""
         needed = _contexts(image, intent)
         server = image.stamp() if transfer else None
         keeps = server is not None and self._pool.keeps(server)
-        if server is not None and keeps and (kept := self._pool.take(server, image, needed)):
-            kept.serve(image, transfer)
-        else:
+        kept = None
+        if server and transfer and keeps:
+            kept = self._pool.take(server, image, needed, transfer)
+        if kept is None:
             contexts = _all_contexts(image) if keeps else needed
             kept = Kept(self._connect(image, contexts, intent, check), image, transfer)
         return NbdExport(Link(kept.connection, check), image, self._warm_up, self._pool, kept)
@@ -82,13 +89,21 @@ class NbdExports:
 
         Raises:
             BackendTimeout: it has not, for the back-end timeout.
+            BackendError: that cannot be told.
         """
         deadline = time.monotonic() + self._tuning.timeout
-        while has_orphans(image.socket, image.at):
+        while _has_orphans(image):
             check()
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{image.socket} still holds the connection of a dead client")
             time.sleep(_SETTLE_SECONDS)
+
+
+def _has_orphans(image: NbdImage) -> bool:
+    try:
+        return has_orphans(image.socket, image.at)
+    except OSError as exc:
+        raise no_connection(f"{image.socket} export {image.export!r}", exc) from exc
 
 
 def _contexts(image: NbdImage, intent: Intent) -> list[str]:

@@ -3,14 +3,16 @@
 
 A connection is kept only where the server takes several clients (multi-conn) and the request that
 had it left nothing under way. It is used by one request at a time. Of each image (a server's socket
-and an export) a worker keeps one; of those that ran side by side, the others go with the next look.
+and an export) a worker keeps one; of those that ran side by side, and of other transfers, the
+others go with the next look.
 
 A thread looks twenty times a second, as long as something is kept. A connection is closed
 
 1. before it has been idle for ``IMAGESERVER_NBD_IDLE_SECONDS``, and at the age of five seconds
    when it is not in use, so that a size that has changed is seen;
-2. when the transfer that used it last has ended or says something else. A control program that
-   unregisters a transfer is answered after that (``ports.Hold``);
+2. when its transfer, the only one that it serves, has ended or says something else. No request
+   that has seen that uses it; a control program that unregisters a transfer is answered after it
+   was closed (``ports.Hold``);
 3. when another server has the path of the socket;
 4. when somebody waits at that socket to be let in, a process of ours or not, or was turned away;
 5. when this process drains.
@@ -25,6 +27,7 @@ from imageserver.backends.nbd.connection import Connection, close_all
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.peers import crowded
 from imageserver.core.holds import Hold, Holds
+from imageserver.core.transfer import Transfer
 
 #: How often kept connections are looked at.
 LOOK_SECONDS = 0.05
@@ -43,11 +46,11 @@ _Key = tuple[_Server, str]
 
 @dataclass(slots=True, eq=False)
 class Kept:
-    """A connection, and the transfer that uses it or has used it last."""
+    """A connection, and the transfer that it serves."""
 
     connection: Connection
     image: NbdImage
-    transfer: str
+    transfer: Transfer | None
     hold: Hold | None = None
     since: float = 0.0
     """When its last use ended (monotonic clock)."""
@@ -57,11 +60,15 @@ class Kept:
         """Which image it is."""
         return self.connection.server, self.image.export
 
-    def serve(self, image: NbdImage, transfer: str) -> None:
-        """Note who uses it now: what was another transfer's is that no more."""
-        if (self.image, self.transfer) != (image, transfer):
-            self.release()
-            self.image, self.transfer = image, transfer
+    def fits(self, image: NbdImage, contexts: Collection[str], transfer: Transfer) -> bool:
+        """Tell whether a request may have it: its transfer, and its place where that is locked."""
+        return (
+            self.transfer is not None
+            and transfer.is_still(self.transfer)
+            and image.at in {None, self.image.at}
+            and self.connection.contexts.issuperset(contexts)
+            and self.connection.is_alive()
+        )
 
     def close(self) -> None:
         """Close the connection, then say so. Never fails."""
@@ -116,21 +123,26 @@ class Pool:
         """Tell whether connections to a server may be kept."""
         return bool(server and self.seconds and server not in self._full and not self._is_draining)
 
-    def take(self, server: _Server, image: NbdImage, contexts: Collection[str]) -> Kept | None:
-        """Return a kept connection that was asked for these contexts; None: there is none."""
-        while kept := self._pop((server, image.export)):
-            if kept.connection.contexts.issuperset(contexts) and kept.connection.is_alive():
+    def take(
+        self, server: _Server, image: NbdImage, contexts: Collection[str], transfer: Transfer
+    ) -> Kept | None:
+        """Return what is kept for a transfer, and was asked for these contexts, if anything."""
+        while kept := self._pop((server, image.export), transfer.id):
+            if kept.fits(image, contexts, transfer):
                 return kept
             kept.close()
         return None
 
-    def _pop(self, key: _Key) -> Kept | None:
+    def _pop(self, key: _Key, name: str) -> Kept | None:
+        """Take out what was kept for a transfer of this id last."""
         with self._changed:
-            kept = self._idle.get(key)
-            if not kept:
-                return None
-            self._count -= 1
-            return kept.pop()
+            stack = self._idle.get(key, [])
+            for kept in reversed(stack):
+                if kept.transfer and kept.transfer.id == name:
+                    stack.remove(kept)
+                    self._count -= 1
+                    return kept
+        return None
 
     def give(self, kept: Kept) -> None:
         """Keep a connection on which nothing is under way, or close it."""
@@ -147,8 +159,8 @@ class Pool:
         return self._now() <= kept.connection.opened + _MOST_AGE_SECONDS
 
     def _is_held(self, kept: Kept) -> bool:
-        if kept.hold is None:
-            kept.hold = self._holds.hold(kept.transfer, kept.image)
+        if kept.hold is None and kept.transfer:
+            kept.hold = self._holds.hold(kept.transfer)
         return kept.hold is not None
 
     def _put(self, kept: Kept) -> bool:

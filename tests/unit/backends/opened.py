@@ -26,7 +26,7 @@ SLOW: dict[str, Callable[[Backend], object]] = {
 class Held:
     """A transfer that never ends: ``holds.Hold`` and ``holds.Holds``."""
 
-    def hold(self, _transfer_id: str, _image: object) -> "Held":
+    def hold(self, _transfer: object) -> "Held":
         return self
 
     def turned_away(self, _server: object) -> None:

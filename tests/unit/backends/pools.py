@@ -12,7 +12,7 @@ import nbd
 from imageserver.backends.nbd.connection import Connection, Tuning
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.pool import LOOK_SECONDS, Kept, Pool
-from imageserver.core.kinds import Image
+from imageserver.core.transfer import Transfer
 
 IDLE = 1.0
 ALLOCATION, DIRTY = "base:allocation", "qemu:dirty-bitmap:b"
@@ -50,12 +50,11 @@ class Handle:
 @dataclass
 class Hold:
     world: "World"
-    transfer: str
-    image: Image
+    transfer: Transfer
     closed: bool = False
 
     def is_current(self) -> bool:
-        return self.world.transfers.get(self.transfer) == self.image
+        return self.world.transfers.get(self.transfer.id) == self.transfer.image
 
     def close(self) -> None:
         self.closed = True
@@ -68,7 +67,7 @@ class World:
     path: Path
     seconds: float = 1000.0
     idle_seconds: float = IDLE
-    transfers: dict[str, Image] = field(default_factory=dict)
+    transfers: dict[str, NbdImage] = field(default_factory=dict)
     holds: list[Hold] = field(default_factory=list)
     crowded: set[tuple[int, ...]] = field(default_factory=set)
     told: list[tuple[int, ...]] = field(default_factory=list)
@@ -94,10 +93,10 @@ class World:
             listener.bind(str(self.path / name))
         return NbdImage(str(self.path / name), export)
 
-    def hold(self, transfer_id: str, image: Image) -> Hold | None:
-        if self.transfers.get(transfer_id) != image:
+    def hold(self, transfer: Transfer) -> Hold | None:
+        if self.transfers.get(transfer.id) != transfer.image:
             return None
-        self.holds.append(Hold(self, transfer_id, image))
+        self.holds.append(Hold(self, transfer))
         return self.holds[-1]
 
     def turned_away(self, server: tuple[int, ...]) -> None:
@@ -117,7 +116,7 @@ class World:
         image = image or self.image
         tuning = Tuning(4096, 3, 5.0)
         made = Connection(Handle(**parts), "export", image.stamp() or (), tuning, contexts)
-        return Kept(made, image, transfer)
+        return Kept(made, image, Transfer(transfer, image))
 
     def given(self, transfer: str = "x", image: NbdImage | None = None) -> Kept:
         """Return a connection that was given to the pool."""
@@ -125,9 +124,16 @@ class World:
         self.pool.give(kept)
         return kept
 
-    def take(self, image: NbdImage | None = None, *contexts: str) -> Kept | None:
+    def take(
+        self,
+        image: NbdImage | None = None,
+        *contexts: str,
+        transfer: str = "x",
+        changed_ns: int = 0,
+    ) -> Kept | None:
         image = image or self.image
-        return self.pool.take(image.stamp() or (), image, contexts)
+        asking = Transfer(transfer, image, changed_ns=changed_ns)
+        return self.pool.take(image.stamp() or (), image, contexts, asking)
 
     def pass_by(self, seconds: float) -> None:
         """Let time pass, with a look twenty times a second."""

@@ -231,6 +231,28 @@ def test_a_pinned_image_stays_at_its_socket_when_the_link_to_it_is_moved(
         _served(image)
 
 
+@pytest.mark.parametrize("what", ["socket", "directory"])
+def test_a_pinned_image_is_not_followed_where_its_place_has_become_a_link(
+    liar: Liar, tmp_path: Path, what: str
+) -> None:
+    """Its lock is of the place where it was pinned: another image would be written unlocked."""
+    place = tmp_path / "d" / "s"
+    place.parent.mkdir()
+    with lying(Liar(place)) as first:
+        pinned = NbdImage(str(place)).pinned()
+        assert _served(pinned) == b"DD"
+        if what == "socket":
+            place.rename(tmp_path / "old")
+            place.symlink_to(liar.path)
+        else:
+            (tmp_path / "d").rename(tmp_path / "e")
+            (tmp_path / "d").symlink_to("e")
+        before = len(liar.got), len(first.got)
+        with pytest.raises(BackendError, match="/d/s has been moved, or links to it lead else"):
+            _served(pinned)
+        assert (len(liar.got), len(first.got)) == before
+
+
 def test_a_link_may_lead_to_a_path_longer_than_an_address_takes(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 100)
     deep.mkdir()

@@ -14,6 +14,7 @@ from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.nbd.peers import has_orphans
 from imageserver.core.errors import BackendError
 from imageserver.core.ports import Backend, Intent, no_client
+from imageserver.core.transfer import Transfer
 from tests.unit.backends.opened import SLOW, WHOLE, exports_of
 from tests.unit.nbd_liar import DISCONNECT, MULTI_CONN, Liar, Peer, lying
 
@@ -46,13 +47,18 @@ OPERATIONS: dict[str, tuple[Intent, Callable[[Backend], object]]] = {
 }
 
 
+def _open(exports: NbdExports, path: Path, intent: Intent) -> Backend:
+    image = NbdImage(str(path))
+    return exports.open(image, intent, no_client, Transfer("x", image))
+
+
 @pytest.mark.parametrize("bitmap", [None, "b"], ids=["no-bitmap", "bitmap"])
 def test_one_connection_serves_every_operation(
     liar: Liar, keeping: NbdExports, bitmap: str | None
 ) -> None:
     image = NbdImage(str(liar.path), bitmap=bitmap)
     for intent, work in OPERATIONS.values():
-        backend = keeping.open(image, intent, no_client, "x")
+        backend = keeping.open(image, intent, no_client, Transfer("x", image))
         work(backend)
         backend.close()
         backend.close()
@@ -76,7 +82,9 @@ def test_where_none_is_kept_each_request_has_a_connection_and_asks_for_what_it_n
     liar.flags |= flags
     exports = exports_of(idle_seconds)
     for _ in range(3):
-        backend = exports.open(NbdImage(str(liar.path)), Intent.READ, no_client, transfer)
+        image = NbdImage(str(liar.path))
+        made_for = Transfer(transfer, image) if transfer else None
+        backend = exports.open(image, Intent.READ, no_client, made_for)
         work = liar.contexts.copy()
         list(backend.read(0, 10))
         backend.close()
@@ -93,11 +101,11 @@ def test_a_request_that_fails_leaves_its_connection_to_nobody(
 ) -> None:
     liar.status = lambda _offset, _length: [(0, 0)]
     image = NbdImage(str(liar.path))
-    backend = keeping.open(image, Intent.EXTENTS, no_client, "x")
+    backend = keeping.open(image, Intent.EXTENTS, no_client, Transfer("x", image))
     with pytest.raises(BackendError):
         SLOW["extents"](backend)
     backend.close()
-    again = keeping.open(image, Intent.READ, no_client, "x")
+    again = keeping.open(image, Intent.READ, no_client, Transfer("x", image))
     SLOW["read"](again)
     again.close()
 
@@ -110,7 +118,7 @@ def test_a_reader_that_gives_up_leaves_its_connection_to_nobody(
     goes_on = threading.Event()
     liar.before = lambda _: len(liar.got) <= 2 or goes_on.wait(10)  # a warm-up, a piece
     image = NbdImage(str(liar.path))
-    backend = keeping.open(image, Intent.READ, no_client, "x")
+    backend = keeping.open(image, Intent.READ, no_client, Transfer("x", image))
     reading = backend.read(0, WHOLE)
     next(reading)
     reading.close()  # the second piece is on its way
@@ -118,7 +126,7 @@ def test_a_reader_that_gives_up_leaves_its_connection_to_nobody(
     closing.start()
     goes_on.set()
     closing.join()
-    again = keeping.open(image, Intent.READ, no_client, "x")
+    again = keeping.open(image, Intent.READ, no_client, Transfer("x", image))
     list(again.read(0, 10))
     again.close()
 
@@ -129,9 +137,9 @@ def test_a_request_that_is_cut_late_does_not_cut_the_next_one(
     liar: Liar, keeping: NbdExports
 ) -> None:
     image = NbdImage(str(liar.path))
-    first = keeping.open(image, Intent.READ, no_client, "x")
+    first = keeping.open(image, Intent.READ, no_client, Transfer("x", image))
     first.close()
-    second = keeping.open(image, Intent.READ, no_client, "x")
+    second = keeping.open(image, Intent.READ, no_client, Transfer("x", image))
     first.stop()
 
     assert b"".join(map(bytes, second.read(0, 2))) == b"DD"
@@ -139,7 +147,7 @@ def test_a_request_that_is_cut_late_does_not_cut_the_next_one(
 
 
 def test_a_kept_connection_is_no_orphan(liar: Liar, keeping: NbdExports) -> None:
-    keeping.open(NbdImage(str(liar.path)), Intent.READ, no_client, "x").close()
+    _open(keeping, liar.path, Intent.READ).close()
     assert not has_orphans(str(liar.path))
 
 
@@ -156,7 +164,7 @@ def test_a_connection_that_the_server_has_closed_is_replaced_unseen(
 
     liar.answer = answer  # type: ignore[method-assign]
     for _ in range(2):
-        backend = keeping.open(image, Intent.READ, no_client, "x")
+        backend = keeping.open(image, Intent.READ, no_client, Transfer("x", image))
         assert b"".join(map(bytes, backend.read(0, 2))) == b"DD"
         backend.close()
         for thread in threading.enumerate():
@@ -187,8 +195,8 @@ def test_what_is_kept_is_of_the_socket_it_is_kept_for_though_a_link_is_moved_to_
     with lying(Liar(tmp_path / "other")) as other:
         other.flags |= MULTI_CONN
         lead_to(liar.path)
-        keeping.open(NbdImage(str(link)), Intent.READ, no_client, "x").close()
-        backend = keeping.open(NbdImage(str(liar.path)), Intent.WRITE, no_client, "x")
+        _open(keeping, link, Intent.READ).close()
+        backend = _open(keeping, link, Intent.WRITE)
         SLOW["write"](backend)
         backend.close()
         keeping.drain()
@@ -204,7 +212,7 @@ def test_a_server_that_has_taken_the_place_of_another_is_told_from_it(
     exports, image = exports_of(), NbdImage(str(liar.path))
 
     def opened() -> Backend:
-        return exports.open(image, Intent.INSPECT, no_client, "x")
+        return exports.open(image, Intent.INSPECT, no_client, Transfer("x", image))
 
     with lying(Liar(tmp_path / "other")) as other, closing(opened()) as first:
         with closing(opened()) as again:

@@ -110,9 +110,8 @@ def test_images_do_not_share_a_connection(world: World) -> None:
     kept |= {"e": world.given("e", other_export), "t": world.given("t", other_socket)}
 
     for name, image in world.transfers.items():
-        assert isinstance(image, NbdImage)
-        assert world.take(image) is kept[name]
-        assert world.take(image) is None
+        assert world.take(image, transfer=name) is kept[name]
+        assert world.take(image, transfer=name) is None
         kept[name].close()
 
 
@@ -132,8 +131,7 @@ def test_a_link_to_the_socket_leads_to_the_same_connection_until_it_is_moved(
     link.symlink_to(world.path / "s")
     world.transfers["x"] = image = NbdImage(str(link))
     kept = world.given("x", image)
-    assert world.take(world.image) is kept
-    kept.serve(image.pinned(), "x")
+    assert world.take(image) is kept
     world.pool.give(kept)
 
     link.unlink()
@@ -150,20 +148,39 @@ def test_a_transfer_that_ends_or_changes_closes_what_is_kept_for_it(world: World
     assert is_closed(kept)
 
 
-def test_a_connection_is_kept_for_the_transfer_that_used_it_last(world: World) -> None:
+def test_a_connection_serves_the_transfer_that_it_was_made_for_and_no_other(world: World) -> None:
     world.transfers["y"] = world.image
-    kept = world.given()
-    assert world.take() is kept
-    kept.serve(world.image, "y")
-    assert [hold.closed for hold in world.holds] == [True]  # x may be unregistered meanwhile
-    world.pool.give(kept)
+    kept = {name: world.given(name) for name in "xy"}
 
-    del world.transfers["x"]
+    assert world.take(transfer="z") is None
+    for name in "xy":
+        assert world.take(transfer=name) is kept[name]
+        world.pool.give(kept[name])
     world.pass_by(2 * LOOK_SECONDS)
-    assert not is_closed(kept)
+    assert [is_closed(kept[name]) for name in "xy"] == [True, False]  # one of each image
     del world.transfers["y"]
     world.pass_by(2 * LOOK_SECONDS)
+    assert is_closed(kept["y"])
+
+
+def test_a_transfer_that_was_made_again_gets_no_connection_of_the_one_before(world: World) -> None:
+    """The look that would close it has not come yet."""
+    kept = world.given()
+
+    assert world.take(changed_ns=1) is None
     assert is_closed(kept)
+
+
+def test_who_has_locked_a_place_gets_no_connection_that_may_lead_elsewhere(world: World) -> None:
+    unpinned = world.given()
+    assert world.take(world.image.pinned()) is None
+    assert is_closed(unpinned)
+
+    pinned = world.given("x", world.image.pinned())
+    for image in (world.image.pinned(), world.image):
+        assert world.take(image) is pinned
+        world.pool.give(pinned)
+    pinned.close()
 
 
 def test_a_hold_lasts_until_the_connectionis_closed(world: World) -> None:

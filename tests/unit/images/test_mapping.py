@@ -39,7 +39,7 @@ class World:
         self.seconds_of_batch = 0.0
         self.mapper = Mapper(self, lambda *_: self.users[-1], lambda: self.now)  # type: ignore[arg-type]
 
-    def open(self, _image: object, intent: Intent, check: Any, transfer: str = "") -> Any:
+    def open(self, _image: object, intent: Intent, check: Any, transfer: Any = None) -> Any:
         self.opened.append((intent, transfer))
         self.now += self.connect_seconds
         check()
@@ -70,7 +70,7 @@ def test_an_image_is_drawn_over_a_connection_that_nobody_keeps():
     picture = world.mapper.picture(TRANSFER)
     assert picture.canvas.totals() == (3 * MIB, 0, 0, SIZE - 3 * MIB)
     assert picture.flag == "hole"
-    assert (world.opened, world.closed) == ([(Intent.EXTENTS, "")], 1)
+    assert (world.opened, world.closed) == ([(Intent.EXTENTS, None)], 1)
 
 
 @pytest.mark.parametrize(("bitmap", "flag"), [("b0", "dirty"), (None, "hole")])
@@ -78,7 +78,7 @@ def test_of_a_transfer_with_a_bitmap_it_shows_what_is_dirty_where_the_server_kno
     world = World()
     world.bitmap = bitmap
     assert world.mapper.picture(MARKED).flag == flag
-    assert (world.opened, world.dirty) == ([(Intent.DIRTY_EXTENTS, "")], flag == "dirty")
+    assert (world.opened, world.dirty) == ([(Intent.DIRTY_EXTENTS, None)], flag == "dirty")
 
 
 def test_a_server_with_no_room_is_left_soon():

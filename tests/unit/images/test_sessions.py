@@ -132,7 +132,7 @@ def test_the_ticket_says_who_does_what(need: Need) -> None:
 
     key = "key" if need.locked else ""
     assert world.tickets == [Ticket("t1", need.operation, key, CLIENT)]
-    assert world.transfers == ["t1"]
+    assert world.transfers == [TRANSFER]
     # Who names no image follows its links only once: when it is opened.
     assert (world.images[0] is TRANSFER.image) is not need.locked
 

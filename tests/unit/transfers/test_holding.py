@@ -47,6 +47,13 @@ class _World:
         self.holding = Holding(self.catalogue, Marks(RuntimeDirectory(str(path))))
         self.registrations.store(Transfer("x", IMAGE, idle_seconds=60))
 
+    def transfer(self) -> Transfer:
+        """The registered transfer, as a request finds it."""
+        found = self.catalogue.find("x", visit=False)
+        assert found.activity
+        found.activity.close()
+        return found.transfer
+
     def require(self) -> None:
         if self.is_lost:
             raise StateUnavailable
@@ -66,7 +73,7 @@ def world(tmp_path: Path) -> _World:
 
 
 def test_a_registered_transfer_is_held_until_its_connection_is_closed(world: _World) -> None:
-    hold = world.holding.hold("x", IMAGE)
+    hold = world.holding.hold(world.transfer())
     assert hold is not None
     seen = [world.is_held("x")]
     hold.close()
@@ -85,29 +92,29 @@ def test_a_registered_transfer_is_held_until_its_connection_is_closed(world: _Wo
 def test_what_does_not_name_the_image_is_not_held(
     world: _World, name: str, image: FileImage
 ) -> None:
-    assert world.holding.hold(name, image) is None
+    assert world.holding.hold(Transfer(name, image, idle_seconds=60)) is None
     assert not world.is_held("x")
 
 
 def test_where_transfers_cannot_be_looked_up_none_is_held(world: _World) -> None:
-    hold = world.holding.hold("x", IMAGE)
+    hold = world.holding.hold(world.transfer())
     assert hold is not None
+    transfer = world.transfer()
     world.is_lost = True
     assert not hold.is_current()
-    assert world.holding.hold("x", IMAGE) is None
+    assert world.holding.hold(transfer) is None
     hold.close()
 
 
-@pytest.mark.parametrize("change", ["unregistered", "replaced", "read-only"])
+@pytest.mark.parametrize("change", ["unregistered", "again", "replaced", "read-only"])
 def test_a_registration_that_ends_or_changes_is_seen(world: _World, change: str) -> None:
-    hold = world.holding.hold("x", IMAGE)
+    hold = world.holding.hold(world.transfer())
     assert hold is not None
     assert hold.is_current()
-    world.registrations.store(Transfer("x", IMAGE, idle_seconds=60))  # says the same
-    assert hold.is_current()
-
     if change == "unregistered":
         world.registrations.remove("x")
+    elif change == "again":
+        world.registrations.store(Transfer("x", IMAGE, idle_seconds=60))
     elif change == "replaced":
         world.registrations.store(Transfer("x", OTHER, idle_seconds=60))
     else:
@@ -117,11 +124,14 @@ def test_a_registration_that_ends_or_changes_is_seen(world: _World, change: str)
 
 
 def test_a_file_that_ends_or_changes_is_seen(world: _World) -> None:
-    hold = world.holding.hold("file", IMAGE)
+    hold = world.holding.hold(world.files["file"])
     assert hold is not None
     assert hold.is_current()
-    world.files["file"] = replace(world.files["file"], read_only=True)
-    assert not hold.is_current()
+    file = world.files["file"]
+    for change in ({"read_only": True}, {"changed_ns": 1}):  # which is a file made anew
+        world.files["file"] = replace(file, **change)
+        assert not hold.is_current()
+        assert world.holding.hold(file) is None
     del world.files["file"]
     assert not hold.is_current()
     hold.close()

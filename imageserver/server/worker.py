@@ -237,6 +237,11 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _abort(self) -> None:
         """End within seconds, with everything given back that threads can give back."""
+        if cut := self._pools.busy():
+            why = (
+                "it was told to stop at once" if self._is_quitting else "the drain timeout is over"
+            )
+            log.warning("worker %d ends, for %s; transfers cut: %d", self.pid, why, cut)
         self._loop.close_all()
         self._pools.abort(_ABORT_SECONDS)
         self._metrics.flush()

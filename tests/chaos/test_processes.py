@@ -6,6 +6,7 @@ Which signal does what is in docs/reliability.md; reloads under load are in ``te
 
 import contextlib
 import itertools
+import re
 import select
 import signal
 import socket
@@ -80,6 +81,8 @@ def test_sigterm_drains_no_longer_than_the_drain_timeout(home, nbd):
             assert 0.8 < time.monotonic() - began < 5
             assert len(rest_of(sock)) < SIZE
         assert not server.holders()
+        cut = re.findall(r"ends, for the drain timeout is over; transfers cut: (\d)", server.log)
+        assert sum(map(int, cut)) == 2
         server.start()
         assert server.request("PUT", "/images/disk", WHOLE).status == 200
 

@@ -31,12 +31,14 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, Intent, no_client
 from imageserver.core.sources import Source
 from imageserver.core.transfer import Transfer
+from imageserver.runtime.flock import steps
 
 CONNECT_SECONDS = 10.0
 #: How long an OPTIONS or HEAD may wait for a server (docs/api.md).
 INSPECT_SECONDS = 1.0
-#: How often the kernel is asked whether a server still holds connections of dead clients.
-_SETTLE_SECONDS = 0.01
+#: How often the kernel is asked whether a server still holds connections of dead clients, at last:
+#: many who share an image may ask at the same time.
+_SETTLE_SECONDS = 0.05
 
 
 class NbdExports:
@@ -92,11 +94,13 @@ class NbdExports:
             BackendError: that cannot be told.
         """
         deadline = time.monotonic() + self._tuning.timeout
-        while _has_orphans(image):
+        for step in steps(_SETTLE_SECONDS):
+            if not _has_orphans(image):
+                return
             check()
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{image.socket} still holds the connection of a dead client")
-            time.sleep(_SETTLE_SECONDS)
+            time.sleep(step)
 
 
 def _has_orphans(image: NbdImage) -> bool:

@@ -3,6 +3,9 @@
 
 All of the file's layout is known before the head is sent, after one walk over the extents. What
 identifies the layout is its ``ETag``, so that a download is resumed only where that is the same.
+
+Of an image without an ``ETag`` of its own (NBD, block devices) that tells layouts apart, and not
+bytes. So it makes no answer 304, nor one that a cache may keep.
 """
 
 import hashlib
@@ -14,13 +17,15 @@ from imageserver.core.errors import BadRequest
 from imageserver.core.qcow2_layout import Layout, shaped
 from imageserver.core.ranges import parse_range, whole
 from imageserver.core.transfer import Transfer
-from imageserver.core.validators import UNKNOWN_STATE, Validators
+from imageserver.core.validators import UNKNOWN_STATE, Conditions, Validators
 from imageserver.images import sessions
 from imageserver.images.probing import Asking, WouldTransfer
 from imageserver.images.qcow2_stream import stream, survey
 from imageserver.images.sessions import Session, Sessions
 from imageserver.web.bitmaps import say_bitmap
 from imageserver.web.body import StreamedBody
+from imageserver.web.conditions import answer_not_modified, read_conditions, say_state
+from imageserver.web.headers import read_range
 from imageserver.web.qcow2_parameters import Qcow2Wanted
 from imageserver.web.requests import open_session
 
@@ -32,12 +37,22 @@ class _File:
     layout: Layout
     bitmap: str | None
     """Of what is dirty; None: everything is in the file, which stands alone."""
-    etag: str | None
-    """None: the image is a file that has just been changed, and has none itself."""
+    state: Validators
+    """No ``etag``: the image is a file that has just been changed, and has none itself."""
+    names_bytes: bool
+    """The ``etag`` covers the image's bytes, and not the layout alone."""
 
     @property
     def is_overlay(self) -> bool:
         return self.bitmap is not None
+
+    def is_wanted(self, conditions: Conditions) -> bool:
+        """Tell whether a read goes on; False: 304.
+
+        Raises:
+            PreconditionFailed: the file is in a state that the request excludes.
+        """
+        return conditions.allow(self.state) or not self.names_bytes
 
 
 class Qcow2Answers:
@@ -61,8 +76,12 @@ class Qcow2Answers:
         """
         if asking is not Asking.NOW:
             raise WouldTransfer
+        conditions = read_conditions(req)
         with self._open(req, transfer, wanted) as session:
             file = _look_at(session, transfer, wanted)
+        if not file.is_wanted(conditions):
+            answer_not_modified(resp, file.state)
+            return
         _describe(req, resp, transfer, wanted, file)
         resp.content_length = file.layout.length
 
@@ -70,13 +89,17 @@ class Qcow2Answers:
         self, req: falcon.Request, resp: falcon.Response, transfer: Transfer, wanted: Qcow2Wanted
     ) -> None:
         """Send the file, or one range of it."""
-        header, condition = req.get_header("Range"), req.get_header("If-Range")
-        part = parse_range(header) if header is not None else None
+        conditions = read_conditions(req)
+        part = read_range(req)
         session = self._open(req, transfer, wanted)
         try:
             file = _look_at(session, transfer, wanted)
-            if condition is not None and condition != file.etag:
-                part = None
+            if not file.is_wanted(conditions):
+                session.close()
+                answer_not_modified(resp, file.state)
+                return
+            if conditions.allow_range(file.state):
+                part = parse_range(req.get_header("Range", required=True))
             span = part.resolve(file.layout.length) if part else whole(file.layout.length)
             pieces = stream(session, file.layout, span, overlay=file.is_overlay)
             body = StreamedBody(req, session, pieces)
@@ -105,7 +128,7 @@ def _look_at(session: Session, transfer: Transfer, wanted: Qcow2Wanted) -> _File
     state = session.info.state or UNKNOWN_STATE
     is_young = state.modified is not None and state.etag is None
     etag = None if is_young else _etag(transfer, bitmap, layout, state)
-    return _File(layout, bitmap, etag)
+    return _File(layout, bitmap, Validators(etag), names_bytes=state.etag is not None)
 
 
 def _etag(transfer: Transfer, bitmap: str | None, layout: Layout, state: Validators) -> str:
@@ -132,5 +155,7 @@ def _describe(
     if wanted.dirty:
         say_bitmap(req, resp, transfer, file.bitmap)
     resp.content_type = "application/octet-stream"
-    if file.etag is not None:
-        resp.set_header("ETag", file.etag)
+    if file.names_bytes:
+        say_state(resp, file.state)
+    elif file.state.etag is not None:
+        resp.set_header("ETag", file.state.etag)

@@ -135,6 +135,67 @@ def test_the_etag_of_a_files_qcow2_file_changes_with_the_files(
     assert len(set(found)) == 3
 
 
+def has_bytes_named(world: World) -> None:
+    """Give the image an ``ETag``, as a raw file has."""
+    state = Validators('"a"', 1)
+    world.info = ImageInfo(10, False, True, True, multi_conn=True, state=state)
+
+
+@pytest.mark.parametrize("is_raw", [False, True], ids=["export", "raw"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_another_state_than_is_asked_for_is_412_and_no_byte_of_it_is_sent(
+    client: testing.TestClient, world: World, method: str, is_raw: bool
+) -> None:
+    """... before the range counts."""
+    if is_raw:
+        has_bytes_named(world)
+    seen = get(client).headers["etag"]
+    for headers in ({"If-Match": seen}, {"If-Match": "*"}):
+        assert client.simulate_request(method, URL, headers=headers).status_code == 200
+    world.batches = [[(0, 10, True, False)]]
+    for headers in ({}, {"Range": "bytes=7-"}, {"Range": f"bytes={LENGTH}-"}):
+        world.journal.clear()
+        result = client.simulate_request(method, URL, headers={"If-Match": seen} | headers)
+
+        assert result.status_code == 412
+        assert world.journal == [*TAKEN, *GIVEN_BACK]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_what_the_client_has_is_304_where_the_etag_names_bytes(
+    client: testing.TestClient, world: World, method: str
+) -> None:
+    """Of an export the same layout may have other bytes: a mirror would keep the old ones."""
+    seen = {"If-None-Match": get(client).headers["etag"]}
+    assert client.simulate_request(method, URL, headers=seen).status_code == 200
+
+    has_bytes_named(world)
+    tag = get(client).headers["etag"]
+    world.journal.clear()
+    result = client.simulate_request(method, URL, headers={"If-None-Match": f'"b", {tag}'})
+
+    assert (result.status_code, result.content) == (304, b"")
+    assert dict(result.headers) == COMMON | {"etag": tag, "cache-control": "no-cache"}
+    assert world.journal == [*TAKEN, *GIVEN_BACK]
+    assert client.simulate_request(method, URL, headers=seen).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_malformed_condition_is_400_before_anything_is_taken(
+    client: testing.TestClient, world: World, method: str
+) -> None:
+    result = client.simulate_request(method, URL, headers={"If-Match": "a"})
+
+    assert result.status_code == 400
+    assert world.journal == []
+
+
+def test_only_what_names_bytes_may_be_kept(client: testing.TestClient, world: World) -> None:
+    assert get(client).headers["cache-control"] == "no-store"
+    has_bytes_named(world)
+    assert get(client).headers["cache-control"] == "no-cache"
+
+
 def test_an_overlay_has_what_is_dirty_and_names_its_backing_file(
     client: testing.TestClient, world: World
 ) -> None:

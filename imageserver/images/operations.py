@@ -38,10 +38,10 @@ def read(session: Session, span: Span, *, one_state: bool = False) -> Generator[
         ImageChanged: they are not.
     """
     made = session.backend.read(span.start, span.length)
-    return sent(session, span, _of_one_state(session.backend, made) if one_state else made)
+    return sent(session, span, made, one_state=one_state)
 
 
-def _of_one_state(backend: Backend, made: Generator[memoryview]) -> Generator[memoryview]:
+def _of_one_state(backend: Backend, made: Generator[_Piece]) -> Generator[_Piece]:
     with closing(made) as pieces:
         for piece in pieces:
             if not backend.is_unchanged():
@@ -49,8 +49,12 @@ def _of_one_state(backend: Backend, made: Generator[memoryview]) -> Generator[me
             yield piece
 
 
-def sent(session: Session, span: Span, made: Generator[_Piece]) -> Generator[_Piece]:
-    """Yield the pieces that are made of ``span``, and show progress."""
+def sent(
+    session: Session, span: Span, made: Generator[_Piece], *, one_state: bool = False
+) -> Generator[_Piece]:
+    """Yield the pieces made of ``span``, and show progress; ``one_state``: see ``read``."""
+    if one_state:
+        made = _of_one_state(session.backend, made)
     session.request.begin(span)
     with session, closing(made) as pieces:
         done = 0

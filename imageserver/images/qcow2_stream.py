@@ -5,7 +5,8 @@
     stream    group by group: the group's extents once more, its L2 table, its data
 
 The second look is compared with the first. Where they differ, somebody has changed the image
-though its lock is held, and the file would be of two states: the stream ends.
+though its lock is held, and the file would be of two states: the stream ends. Bytes that are
+changed in place keep their extents: where the image has an ``ETag``, ``one_state`` sees them.
 """
 
 import time
@@ -48,11 +49,17 @@ def survey(session: Session, shape: Shape, *, overlay: bool) -> Layout:
 
 
 def stream(
-    session: Session, layout: Layout, span: Span, *, overlay: bool
+    session: Session, layout: Layout, span: Span, *, overlay: bool, one_state: bool = False
 ) -> Generator[memoryview | bytes]:
-    """Yield the bytes ``span`` of the file; each piece is valid until the next is asked for."""
+    """Yield the bytes ``span`` of the file; each piece is valid until the next is asked for.
+
+    ``one_state``: all are of the image's state as it was opened, which has an ETag.
+
+    Raises:
+        ImageChanged: they are not, or the extents are not those of the survey.
+    """
     pieces = _pieces(session, layout, span.start, span.stop, overlay=overlay)
-    return operations.sent(session, span, _gathered(pieces))
+    return operations.sent(session, span, _gathered(pieces), one_state=one_state)
 
 
 def _runs(

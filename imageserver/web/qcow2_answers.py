@@ -101,7 +101,10 @@ class Qcow2Answers:
             if conditions.allow_range(file.state):
                 part = parse_range(req.get_header("Range", required=True))
             span = part.resolve(file.layout.length) if part else whole(file.layout.length)
-            pieces = stream(session, file.layout, span, overlay=file.is_overlay)
+            one_state = conditions.names_state and file.names_bytes
+            pieces = stream(
+                session, file.layout, span, overlay=file.is_overlay, one_state=one_state
+            )
             body = StreamedBody(req, session, pieces)
         except BaseException:
             session.close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from falcon import testing
 
-from imageserver.core.errors import BackendError, ClientGone
+from imageserver.core.errors import BackendError, ClientGone, ImageChanged
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.validators import Validators
 from imageserver.images.probing import Asking, WouldTransfer
@@ -194,6 +194,44 @@ def test_only_what_names_bytes_may_be_kept(client: testing.TestClient, world: Wo
     assert get(client).headers["cache-control"] == "no-store"
     has_bytes_named(world)
     assert get(client).headers["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize("is_raw", [False, True], ids=["export", "raw"])
+@pytest.mark.parametrize(
+    ("condition", "names_state"),
+    [
+        ({}, False),
+        ({"If-Match": "*"}, False),
+        ({"If-Match": "{}"}, True),
+        ({"If-Range": "{}", "Range": "bytes=9-"}, True),
+    ],
+    ids=str,
+)
+def test_bytes_of_another_state_are_never_sent_as_of_this_one(
+    client: testing.TestClient,
+    world: World,
+    is_raw: bool,
+    condition: dict[str, str],
+    names_state: bool,
+) -> None:
+    """Where the extents are the same, too, only a raw file's ``ETag`` tells."""
+    if is_raw:
+        has_bytes_named(world)
+    whole = get(client)
+    headers = {name: value.format(whole.headers["etag"]) for name, value in condition.items()}
+    call = Call(app_over(world), "GET", "/images/t1", headers, QUERY_STRING="format=qcow2")
+    pieces = iter(call.pieces)
+    first = bytes(next(pieces))
+    world.is_unchanged = lambda: False
+
+    assert call.headers["etag"] == whole.headers["etag"]
+    if is_raw and names_state:
+        with pytest.raises(ImageChanged):
+            next(pieces)
+    else:
+        assert whole.content.endswith(first + b"".join(pieces))
+    call.close()
+    assert world.journal[-2:] == GIVEN_BACK
 
 
 def test_an_overlay_has_what_is_dirty_and_names_its_backing_file(

@@ -203,3 +203,25 @@ def test_a_file_that_is_cut_short_cuts_its_readers_and_stays_short(
         assert read_answer(stream).refusal == NO_ACCESS
     assert image.stat().st_size == M
     assert server.holders() == []
+
+
+@pytest.mark.parametrize("way", ["removed", "replaced"])
+def test_a_file_that_loses_its_name_cuts_its_readers_and_fails_its_writers(
+    server: Server, image: Path, url: str, way: str
+):
+    """What they write is nowhere: 200 would be a lie."""
+    size = 16 * M
+    os.truncate(image, size)
+    new = sparse(image.with_name("new.raw"), size)
+    with reading(server, url) as sock, putting(server, url, size, DATA) as (put, stream):
+        if way == "removed":
+            image.unlink()
+        else:
+            new.replace(image)
+        with pytest.raises(ConnectionResetError):
+            drain(sock)
+        put.sendall(DATA * 15)
+        assert read_answer(stream).refusal == NO_ACCESS
+    assert image.exists() is (way == "replaced")
+    assert not image.exists() or image.read_bytes() == bytes(size)
+    assert server.holders() == []

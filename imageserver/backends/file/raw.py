@@ -3,8 +3,10 @@
 
 The disk is as large as the file was when it was opened. Nothing here makes it longer, and where
 somebody else has made it shorter no byte is made up: that is an error, of a read, of a write and
-of a list of extents alike. Every write is one system call or more of this process, so that none
-outlives it, and what one connection has written is flushed by any other.
+of a list of extents alike. So it is where the file has lost its last name, be it removed or be
+another one renamed over it: what is written is gone with the descriptor. Every write is one system
+call or more of this process, so that none outlives it, and what one connection has written is
+flushed by any other.
 """
 
 import errno
@@ -134,11 +136,15 @@ class RawFile:
             raise
         return True
 
-    def _require_size(self) -> None:
-        """Raise ``FileAccessError`` where the file has become shorter."""
-        # The kernel itself refuses what lies behind the end of a device.
-        if not self._is_device and os.fstat(self._fd).st_size < self.size:
+    def _require_file(self) -> None:
+        """Raise ``FileAccessError`` where the file has become shorter, or has no name any more."""
+        if self._is_device:
+            return  # the kernel itself refuses what lies behind the end
+        now = os.fstat(self._fd)
+        if now.st_size < self.size:
             raise self._shorter()
+        if not now.st_nlink:  # it had one when it was found (``reach``)
+            raise FileAccessError(f"{path_text(self._path)} was removed or replaced")
 
     def _shorter(self) -> FileAccessError:
         path = path_text(self._path)
@@ -159,6 +165,7 @@ class RawFile:
             try:
                 data = os.pread(self._fd, min(_READ_SIZE, stop - at), at)
                 passage.passed(at + len(data))
+                self._require_file()
             except OSError as exc:
                 raise failure(self._path, exc) from exc
             if not data:
@@ -183,6 +190,7 @@ class RawFile:
 
             try:
                 yield from copy(length, source, write, chunk=self._chunk, owner=self._path)
+                self._require_file()
             except OSError as exc:
                 raise failure(self._path, exc) from exc
 
@@ -194,7 +202,7 @@ class RawFile:
         """Write all of ``data``, unless the file would have to grow for it."""
         try:
             while data:
-                self._require_size()
+                self._require_file()
                 count = os.pwrite(self._fd, data, at)
                 data, at = data[count:], at + count
         except OSError as exc:
@@ -210,7 +218,7 @@ class RawFile:
             for at in zeroed:
                 self._check()
                 yield at - start
-            self._require_size()
+            self._require_file()
         except OSError as exc:
             raise failure(self._path, exc) from exc
 
@@ -220,6 +228,7 @@ class RawFile:
             os.fdatasync(self._fd)
             if not self._is_device:
                 self._sync_name()
+            self._require_file()
         except OSError as exc:
             raise failure(self._path, exc) from exc
 
@@ -238,8 +247,9 @@ class RawFile:
         """Yield the extents of [start, stop): see ``ports.Backend``. Files have no bitmap."""
         try:
             for batch in holes.list_extents(
-                self._fd, start, stop, dirty=dirty, check=self._require_size
+                self._fd, start, stop, dirty=dirty, check=self._require_file
             ):
+                self._require_file()
                 yield batch
                 self._check()
         except OSError as exc:

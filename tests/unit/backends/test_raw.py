@@ -3,7 +3,6 @@
 
 import errno
 import os
-import random
 import stat
 import threading
 import time
@@ -19,13 +18,11 @@ from imageserver.backends.file.kind import RAW, FileImage
 from imageserver.backends.file.raw import RawFile, RawFiles
 from imageserver.core.errors import FileAccessError, NoSpace, ShortBody
 from imageserver.core.ports import Intent
+from tests.unit.backends.raws import BLOCK, CHANGES, OLD, SIZE, open_raw
 from tests.unit.fakes import Bytes
 from tests.unit.shortages import open_descriptors
 
-#: The smallest chunk; and what file systems usually allocate.
-KIB, BLOCK = 1024, 4096
-SIZE = 20 * BLOCK + 512
-OLD = random.Random(3).randbytes(SIZE)  # noqa: S311 - no secret
+KIB = 1024
 TIB = 1 << 40
 
 #: Within a block, over edges, all; short and long.
@@ -48,11 +45,6 @@ def _nothing_is_left() -> Iterator[None]:
     assert open_descriptors() <= before
 
 
-def _open(disk: Path, intent: Intent = Intent.WRITE, *, sparse: bool = True) -> closing[RawFile]:
-    image = FileImage(str(disk), raw=True, sparse=sparse)
-    return closing(RawFiles(BLOCK).open(image, intent))
-
-
 def _allocated(disk: Path) -> int:
     os.sync()
     return disk.stat().st_blocks * 512
@@ -60,7 +52,7 @@ def _allocated(disk: Path) -> int:
 
 @spans
 def test_a_range_is_read_exactly(disk: Path, start: int, length: int) -> None:
-    with _open(disk, Intent.READ) as opened:
+    with open_raw(disk, Intent.READ) as opened:
         assert opened.size == SIZE
         assert b"".join(map(bytes, opened.read(start, length))) == OLD[start : start + length]
 
@@ -71,7 +63,7 @@ def test_a_range_is_written_and_nothing_else(
     disk: Path, start: int, length: int, piece: int
 ) -> None:
     new = bytes(b ^ 0xFF for b in OLD[start : start + length])
-    with _open(disk) as opened:
+    with open_raw(disk) as opened:
         totals = list(opened.write(start, length, Bytes(new, piece)))
 
     assert totals == sorted(set(totals))
@@ -81,7 +73,7 @@ def test_a_range_is_written_and_nothing_else(
 
 @pytest.mark.parametrize("length", [100, 5 * BLOCK], ids=["short", "long"])
 def test_a_body_that_ends_early_says_where(disk: Path, length: int) -> None:
-    with _open(disk) as opened, pytest.raises(ShortBody) as error:
+    with open_raw(disk) as opened, pytest.raises(ShortBody) as error:
         list(opened.write(BLOCK, length, Bytes(bytes(length - 1), KIB)))
 
     assert error.value.received == length - 1
@@ -89,35 +81,8 @@ def test_a_body_that_ends_early_says_where(disk: Path, length: int) -> None:
     assert disk.read_bytes()[BLOCK + length :] == OLD[BLOCK + length :]
 
 
-CHANGES: dict[str, Callable[[RawFile], object]] = {
-    "short write": lambda opened: list(opened.write(SIZE - 10, 10, Bytes(b"x" * 10))),
-    "long write": lambda opened: list(opened.write(0, SIZE, Bytes(OLD, BLOCK))),
-    "replacement": lambda opened: list(opened.replace(SIZE, Bytes(OLD, BLOCK))),
-    "zeroing": lambda opened: list(opened.zero(0, SIZE)),
-}
-#: What reads to the end of the disk.
-USES = CHANGES | {
-    "read": lambda opened: list(opened.read(0, SIZE)),
-    "read behind the end": lambda opened: list(opened.read(SIZE - 10, 10)),
-    "extents": lambda opened: list(opened.extents(0, SIZE, dirty=False)),
-    "extents behind the end": lambda opened: list(opened.extents(SIZE - 10, SIZE, dirty=True)),
-}
-
-
-@pytest.mark.parametrize("use", USES.values(), ids=list(USES))
-def test_a_file_that_has_become_shorter_is_an_error_and_stays_so(
-    disk: Path, use: Callable[[RawFile], object]
-) -> None:
-    with _open(disk) as opened:
-        os.truncate(disk, 3 * BLOCK)
-        with pytest.raises(FileAccessError, match=f"has become shorter than {SIZE} bytes"):
-            use(opened)
-
-    assert disk.stat().st_size == 3 * BLOCK
-
-
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_a_full_disk_is_told_and_nothing_stays_open(
+def test_a_full_disk_is_told_and_nothing_staysopen_raw(
     disk: Path, change: Callable[[RawFile], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:
@@ -126,7 +91,7 @@ def test_a_full_disk_is_told_and_nothing_stays_open(
     monkeypatch.setattr(os, "pwrite", full)
     monkeypatch.setattr(zeroing, "_fallocate", full)
 
-    with _open(disk) as opened, pytest.raises(NoSpace):
+    with open_raw(disk) as opened, pytest.raises(NoSpace):
         change(opened)
 
 
@@ -146,7 +111,7 @@ def test_a_range_is_zeroed_and_nothing_else(
         os.pwrite(fd, bytes(length), start)
 
     monkeypatch.setattr(zeroing, "_fallocate", fallocate)
-    with _open(disk) as opened:
+    with open_raw(disk) as opened:
         opened._is_device = is_device
         totals = list(opened.zero(start, length))
 
@@ -160,12 +125,12 @@ def test_a_range_is_zeroed_and_nothing_else(
 
 def test_zeroing_gives_blocks_back_or_keeps_them_as_the_transfer_says(disk: Path) -> None:
     whole = _allocated(disk)
-    with _open(disk, sparse=False) as opened:
+    with open_raw(disk, sparse=False) as opened:
         list(opened.zero(0, SIZE))
     assert disk.read_bytes() == bytes(SIZE)
     assert _allocated(disk) >= whole
 
-    with _open(disk) as opened:
+    with open_raw(disk) as opened:
         list(opened.zero(0, SIZE))
     assert disk.read_bytes() == bytes(SIZE)
     assert _allocated(disk) < whole // 4
@@ -232,7 +197,7 @@ def test_extents_cover_the_span_and_tell_holes_from_data(
     disk: Path, start: int, stop: int, extents: list[tuple[int, int, bool]], dirty: bool
 ) -> None:
     _layout(disk)
-    with _open(disk, Intent.EXTENTS) as opened:
+    with open_raw(disk, Intent.EXTENTS) as opened:
         assert opened.dirty_bitmap is None
         listed = [each for batch in opened.extents(start, stop, dirty=dirty) for each in batch]
 
@@ -243,7 +208,7 @@ def test_many_extents_come_in_lists_and_are_the_same(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _layout(disk)
-    with _open(disk, Intent.EXTENTS) as opened:
+    with open_raw(disk, Intent.EXTENTS) as opened:
         at_once = [each for batch in opened.extents(0, SIZE, dirty=False) for each in batch]
         monkeypatch.setattr(holes, "_MOST", 1)
         batches = list(opened.extents(0, SIZE, dirty=False))
@@ -260,7 +225,7 @@ def test_without_an_answer_to_seek_hole_all_is_data(
     def refuse(_fd: int, _at: int, whence: int) -> int:
         raise OSError(errno.EINVAL, str(whence))
 
-    with _open(disk, Intent.EXTENTS) as opened:
+    with open_raw(disk, Intent.EXTENTS) as opened:
         monkeypatch.setattr(os, "lseek", refuse)
         assert list(opened.extents(100, SIZE, dirty=False)) == [[(100, SIZE - 100, False, False)]]
 
@@ -272,7 +237,7 @@ def test_16_tib_of_nothing_take_few_calls(tmp_path: Path) -> None:
             file.truncate(16 * TIB - BLOCK)  # the most that ext4 has
         except OSError:
             file.truncate(TIB)
-    with _open(disk) as opened:
+    with open_raw(disk) as opened:
         assert list(opened.extents(0, opened.size, dirty=False)) == [
             [(0, opened.size, True, False)]
         ]
@@ -285,7 +250,7 @@ def test_a_flush_syncs_the_data_and_the_name(disk: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "fdatasync", lambda fd: synced.append(os.fstat(fd).st_ino))
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
     for intent in (Intent.FLUSH, Intent.WRITE, Intent.REPLACE):
-        with _open(disk, intent) as opened:
+        with open_raw(disk, intent) as opened:
             opened.flush()
 
     assert synced == [disk.stat().st_ino, disk.parent.stat().st_ino] * 3
@@ -306,14 +271,14 @@ def test_what_cannot_be_opened_to_write_is_read_only(
     monkeypatch.setattr(raw, "may_write", lambda _: False)
 
     for intent in (Intent.WRITE, Intent.REPLACE, Intent.INSPECT):
-        with _open(disk, intent) as opened:
+        with open_raw(disk, intent) as opened:
             assert opened.info.read_only
             assert opened.size == SIZE
 
 
 def test_a_disk_that_may_be_written_can_do_everything(disk: Path) -> None:
     for intent in Intent:
-        with _open(disk, intent) as opened:
+        with open_raw(disk, intent) as opened:
             told = replace(opened.info, identity=())
             assert told == replace(RAW.assumed, size=SIZE, state=told.state)
             assert opened.info.identity == (disk.stat().st_dev, disk.stat().st_ino)
@@ -329,7 +294,7 @@ def test_what_is_no_disk_is_refused_and_not_made(tmp_path: Path, intent: Intent,
         os.mkfifo(path)
 
     with pytest.raises(FileAccessError):
-        _open(path, intent)
+        open_raw(path, intent)
 
     assert path.exists() is (what != "missing")
     if what != "missing":

@@ -136,6 +136,35 @@ def test_zeroing_gives_blocks_back_or_keeps_them_as_the_transfer_says(disk: Path
     assert _allocated(disk) < whole // 4
 
 
+@pytest.mark.parametrize("is_allowed", [True, False], ids=["allowed", "forbidden"])
+def test_a_file_has_other_times_before_a_byte_of_it_is_zeroed(
+    disk: Path, is_allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """... or its ETag would still name the old bytes: tmpfs sets the times at the end."""
+    seen, utime = [], os.utime
+
+    def forget() -> None:
+        utime(disk, ns=(0, 0))
+
+    def fallocate(fd: int, *_: int) -> None:
+        seen.append(os.fstat(fd).st_mtime_ns)
+        forget()
+
+    def refuse(_fd: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(zeroing, "_fallocate", fallocate)
+    monkeypatch.setattr(zeroing, "_FIRST_STEP", BLOCK)
+    if not is_allowed:
+        monkeypatch.setattr(os, "utime", refuse)
+    forget()
+    with open_raw(disk) as opened:
+        assert list(opened.zero(0, SIZE))[-1] == SIZE
+
+    assert len(seen) > 1
+    assert (min(seen) > 0) is is_allowed
+
+
 def test_steps_grow_while_the_file_system_is_quick_and_shrink_when_it_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

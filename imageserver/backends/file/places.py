@@ -5,9 +5,11 @@
     /root --openat a--> --openat b--> fd     O_NOFOLLOW each: Place(fd, "image")
 
 Whoever may rename inside a root can exchange a directory for a link at any moment. So no
-path is opened whole: a component that has become a link since it was resolved is an error,
-and whatever is done afterwards (open, temporary file, rename, sync) is done in ``fd``.
+path below a root is opened whole: a component that has become a link since it was resolved is an
+error, and whatever is done afterwards (open, temporary file, rename, sync) is done in ``fd``.
 This needs nothing of ``openat2(2)``, for a resolved path has neither links nor ``..``.
+Above a root, and where there are none, the kernel says at the end where ``fd`` lies: if a link
+or a rename led elsewhere, that is an error as well, for another path was locked.
 
 Paths are bytes: those of transfers are UTF-8 whatever the locale, and a link may lead to any.
 
@@ -164,7 +166,8 @@ def find(path: bytes, roots: tuple[bytes, ...]) -> Place:
     ``roots`` must be resolved.
 
     Raises:
-        FileAccessError: it lies outside of all roots, in /proc or /sys, or is the root directory.
+        FileAccessError: it lies outside of all roots, in /proc or /sys, or is the root directory;
+            or its directory is not the one that was resolved.
         OSError: a directory on the way cannot be opened, or has become a link.
     """
     real = resolved_name(path)
@@ -173,6 +176,7 @@ def find(path: bytes, roots: tuple[bytes, ...]) -> Place:
         raise FileAccessError(f"{path_text(path)} is a directory")
     directory = _open_directory(real, roots)
     try:
+        _require_at(directory, real)
         _refuse_made_up(directory, real)
     except BaseException:
         close_fd(directory)
@@ -188,6 +192,11 @@ def _open_directory(real: bytes, roots: tuple[bytes, ...]) -> int:
         if real.startswith(prefix):
             return _walk(root, real[len(prefix) :].split(b"/")[:-1])
     raise _outside(real)
+
+
+def _require_at(directory: int, real: bytes) -> None:
+    if os.readlink(b"/proc/self/fd/%d" % directory) != os.path.dirname(real):
+        raise FileAccessError(f"{path_text(real)} has become a link")
 
 
 def _below(root: bytes) -> bytes:

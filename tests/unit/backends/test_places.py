@@ -2,6 +2,7 @@
 """Where image files lie: links and roots, and directories exchanged while a request looks."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -111,6 +112,26 @@ def test_what_is_exchanged_for_a_link_meanwhile_is_not_followed(
     after_resolving(exchange)
     with pytest.raises(OSError):  # noqa: PT011 - ELOOP or ENOTDIR
         _read(root / "a" / "b" / "image", root)
+
+
+@pytest.mark.parametrize("with_roots", [False, True])
+@pytest.mark.parametrize("part", ["root", "root/a", "root/a/b"])
+def test_a_directory_on_the_way_that_becomes_a_link_meanwhile_is_never_used(
+    root: Path,
+    after_resolving: Callable[[Callable[[], object]], None],
+    part: str,
+    with_roots: bool,
+) -> None:
+    above = root.parent
+    shutil.copytree(above / part, above / "other", symlinks=True)
+
+    def exchange() -> None:
+        (above / part).rename(above / "aside")
+        (above / part).symlink_to(above / "other")
+
+    after_resolving(exchange)
+    with pytest.raises((FileAccessError, NotADirectoryError)):
+        _read(root / "a" / "b" / "image", *([root] if with_roots else []))
 
 
 def test_what_is_found_stays_found_when_its_directory_is_exchanged(root: Path) -> None:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from queue import SimpleQueue
 from typing import Self
 
-from imageserver.core.checksums import Block, Recipe, Splitter
+from imageserver.core.checksums import Block, Recipe
 from imageserver.core.errors import ClientGone, Exhausted, ImageServerError
 from imageserver.core.extents import Extent
 from imageserver.core.ports import Backend
@@ -86,7 +86,7 @@ class _Crew:
 
     def blocks(self, span: Span) -> Generator[int]:
         """Add all blocks of a span; yield how far that is now and then, 0 where nothing is new."""
-        splitter = Splitter(span.start, self._recipe.block_size)
+        splitter = self._recipe.splitter(span.start)
         pending: deque[tuple[Block, Future[bytes] | None]] = deque()
         listed = _listed(self._session, span, has_extents=self._session.has_extents)
         with closing(listed):

@@ -17,7 +17,7 @@ from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import ClientError
 from imageserver.client.http.remote import Remote
 from imageserver.client.plan import MIB, Range, Spans
-from imageserver.core.checksums import Block, Recipe, Splitter
+from imageserver.core.checksums import Block, Recipe
 from imageserver.core.extents import Extent
 
 #: Entries, blocks of data or runs of zero blocks, that are under way for each thread.
@@ -93,7 +93,7 @@ def _taken(pending: deque[tuple[Block, Future[bytes] | None]]) -> tuple[Block, b
 
 def blocks(recipe: Recipe, data: Spans, span: Range) -> Iterator[Block]:
     """Yield the blocks of a span in order, those of holes in runs."""
-    splitter = Splitter(span[0], recipe.block_size)
+    splitter = recipe.splitter(span[0])
     yield from splitter.add(_extents(data, *span))
     yield from splitter.finish()
 

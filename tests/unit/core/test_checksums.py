@@ -58,6 +58,16 @@ def test_a_long_hole_is_a_few_entries_that_begin_where_the_span_does() -> None:
     assert not any(block.data for block in blocks)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "most"), [("whole-sha256", 64 * MIB), ("blake2b", 4096 * MIB)]
+)
+def test_what_hashes_a_hole_byte_by_byte_takes_less_of_it_at_once(
+    algorithm: str, most: int
+) -> None:
+    blocks = Recipe(algorithm, None).splitter(5).add([(5, 8192 * MIB, True, False)])
+    assert {block.length for block in blocks} == {most}
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_holes_and_data_add_up_to_the_digest_of_the_bytes(algorithm: str) -> None:
     data = bytearray(bytes(range(1, 252)) * (3 * MIB // 251 + 1))
@@ -74,7 +84,8 @@ def test_holes_and_data_add_up_to_the_digest_of_the_bytes(algorithm: str) -> Non
     def read(start: int, length: int) -> Generator[memoryview]:
         yield memoryview(data)[start : start + length]
 
-    for block in _blocks([extents]):
+    splitter = recipe.splitter(0)
+    for block in [*splitter.add(extents), *splitter.finish()]:
         if block.data:
             recipe.add(recipe.part(block, read))
         else:

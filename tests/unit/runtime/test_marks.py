@@ -37,6 +37,25 @@ def test_a_mark_is_seen_by_others_for_as_long_as_who_set_it_is_there(
     assert seen == [set(), {A}, set(), {A}, set()]
 
 
+def test_a_process_that_has_set_very_many_marks_drops_them_and_begins_anew(
+    runtime: RuntimeDirectory,
+) -> None:
+    one, two, other = (Marks(runtime) for _ in range(3))
+    things = [(number,) for number in range(1026)]
+    two.add(A)
+    for thing in things[:1024]:
+        one.add(thing)
+    seen = [other.among(things)]
+    for thing in things[1024:]:
+        one.add(thing)
+    seen.append(other.among([A, *things]))
+    for marks in (one, two, other):
+        os.close(marks._fd)
+    runtime.close()
+
+    assert seen == [set(things[:1024]), {A, *things[1024:]}]
+
+
 def test_where_no_table_is_kept_nothing_is_marked(tmp_path: Path) -> None:
     marks = Marks(RuntimeDirectory(str(tmp_path)))
     marks.add(A)

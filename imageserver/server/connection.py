@@ -38,6 +38,7 @@ class Connection:
     __slots__ = (
         "_scanned",
         "_state",
+        "accepted_at",
         "address",
         "bad_head",
         "buffer",
@@ -60,6 +61,8 @@ class Connection:
         self.listener = listener
         self.buffer = bytearray()
         self._state = State.ACCEPTED
+        #: When the loop took it, by the loop's clock.
+        self.accepted_at = 0.0
         self.deadline = 0.0
         self.requests = 0
         #: The last head was refused before any application saw it.

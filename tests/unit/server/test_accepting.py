@@ -149,6 +149,47 @@ def test_one_connection_too_many_closes_the_one_with_the_least_time_left(world: 
     assert (len(world.waiting), world.counted) == (2, ["too_many"])
 
 
+@pytest.mark.parametrize("said", [b"", b"G"], ids=["silent", "begun"])
+def test_a_new_client_is_heard_where_slow_heads_take_every_place(
+    world: _World, said: bytes
+) -> None:
+    world.listen(spreads=False)
+    world.loop.most_waiting = 4
+    slow = [world.connect() for _ in range(4)]
+    for client in slow:
+        client.sendall(said)
+        world.loop.step()
+    world.seconds += 2
+    client = world.connect()
+    world.connect()
+    client.sendall(b"O")
+    world.loop.step()
+
+    assert [each.recv(1) for each in slow[:2]] == [b"", b""]
+    assert [bytes(conn.buffer) for conn in world.waiting] == [said, said, b"O", b""]
+
+
+def test_a_client_that_comes_while_newer_ones_fill_every_place_closes_the_oldest_of_them(
+    world: _World,
+) -> None:
+    world.listen(spreads=False)
+    world.loop.most_waiting = 4
+    first, *_ = [world.connect() for _ in range(5)]
+
+    assert (first.recv(1), len(world.waiting)) == (b"", 4)
+
+
+def test_of_many_places_several_are_freed_at_once(world: _World) -> None:
+    world.listen(spreads=False)
+    world.loop.most_waiting = 192
+    first, second, third, *_ = [world.connect() for _ in range(193)]
+
+    assert [each.recv(1) for each in (first, second, third)] == [b"", b"", b""]
+    assert (len(world.waiting), world.counted) == (190, ["too_many"] * 3)
+    world.connect()
+    assert (len(world.waiting), world.counted) == (191, ["too_many"] * 3)
+
+
 def test_a_worker_that_accepts_no_more_frees_its_address_and_keeps_its_connections(
     world: _World,
 ) -> None:

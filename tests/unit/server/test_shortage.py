@@ -25,6 +25,7 @@ from imageserver.server.control import ControlServer
 from imageserver.server.loop import MOST_WAITING, Loop, Timeouts
 from imageserver.server.pools import Pools
 from imageserver.server.shortage import LimitedWarnings, Reserve
+from imageserver.server.states import State
 from imageserver.server.worker import most_waiting
 from tests.unit.shortages import no_descriptors, no_threads, open_descriptors
 
@@ -98,6 +99,16 @@ class World:
             self.loop.step()
         return client
 
+    def idle_client(self) -> socket.socket:
+        """Return a client that has been answered."""
+        client = self.client(REQUEST)
+        conn = self.dispatched.pop()
+        conn.move(State.QUEUED)
+        conn.move(State.WORK)
+        conn.buffer.clear()
+        self.loop.keep(conn)
+        return client
+
     def have_no_reserve(self) -> None:
         reserve = self.loop._reserve
         reserve.fill = lambda _: None  # type: ignore[method-assign]
@@ -133,13 +144,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 
 def test_where_descriptors_run_out_the_idle_one_with_the_least_time_left_goes(world):
-    begun = world.client(b"GET")
-    idle = [world.client(), world.client()]
+    idle = [world.idle_client(), world.idle_client()]
+    others = [world.client(b"GET"), world.client()]
     world.have_no_reserve()  # and needs none
     world.listener.times = 1
     client = world.client(REQUEST)
 
-    assert [world.is_open(each) for each in (begun, *idle)] == [True, False, True]
+    assert [world.is_open(each) for each in (*others, *idle)] == [True, True, False, True]
     (conn,) = world.dispatched
     assert conn.buffer == REQUEST
     assert world.is_open(client)

@@ -330,27 +330,3 @@ def test_a_killed_workers_connection_goes_with_it(server, disk, name):
     wait_until(lambda: len(server.worker_pids()) == 3)
     place = {"Content-Range": f"bytes 0-{KIB - 1}/*"}
     assert server.request("PUT", url, bytes(KIB), place).status == 200
-
-
-@pytest.mark.parametrize("second", ["the same id", "another id"])
-def test_a_transfer_made_after_another_ended_reaches_what_the_server_has_now(
-    server: Server, home: Path, second: str
-):
-    """With nbdkit, a connection has the file that had the export's name when it was made."""
-    disks, sock = home / "disks", home / "s"
-    disks.mkdir()
-    ids = ["first", "first" if second == "the same id" else "second"]
-    with nbdkit(sock, "file", f"dir={disks}"), _connected(server) as connection:
-        for content, name in zip((b"o", b"n"), ids, strict=True):
-            (home / "new").write_bytes(content * SIZE)
-            (home / "new").rename(disks / "vda")
-            url = server.add(name, socket=str(sock), export="vda")
-            assert _get(connection, url) == content * KIB  # with a connection that is kept
-            if content == b"o":
-                (server.config / name).unlink()
-        fields = {"Range": f"bytes=0-{KIB - 1}"}
-        assert exchange(connection, "PATCH", url, b"w" * KIB, headers=fields).status == 200
-        assert exchange(connection, "POST", f"{url}/flush", b"").status == 200
-        assert (disks / "vda").read_bytes()[: 2 * KIB] == b"w" * KIB + b"n" * KIB
-        (server.config / name).unlink()
-        _closed_soon(sock)

@@ -31,7 +31,6 @@ from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, Intent, no_client
 from imageserver.core.sources import Source
 from imageserver.core.transfer import Transfer
-from imageserver.runtime.flock import steps
 
 CONNECT_SECONDS = 10.0
 #: How long an OPTIONS or HEAD may wait for a server (docs/api.md).
@@ -94,13 +93,13 @@ class NbdExports:
             BackendError: that cannot be told.
         """
         deadline = time.monotonic() + self._tuning.timeout
-        for step in steps(_SETTLE_SECONDS):
-            if not _has_orphans(image):
-                return
+        step = 0.001
+        while _has_orphans(image):
             check()
             if time.monotonic() > deadline:
                 raise BackendTimeout(f"{image.socket} still holds the connection of a dead client")
             time.sleep(step)
+            step = min(2 * step, _SETTLE_SECONDS)
 
 
 def _has_orphans(image: NbdImage) -> bool:

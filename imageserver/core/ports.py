@@ -281,8 +281,8 @@ class Activity(Protocol):
         """Say that the transfer is in use now."""
         ...
 
-    def visitors(self) -> int:
-        """Return how many requests, without this one, use the transfer."""
+    def visitors(self, for_ns: int | None = None) -> int:
+        """Return how many requests, without this one, use the transfer, or do so for that long."""
         ...
 
     def hold(self) -> None:

@@ -130,10 +130,11 @@ def to_secret_fields(transfer: Transfer) -> dict[str, object]:
     return to_fields(transfer) | token
 
 
-def has_expired(transfer: Transfer, unused_ns: int) -> bool:
-    """Tell whether a transfer that has gone unused for so long has expired."""
+def overdue_ns(transfer: Transfer, unused_ns: int) -> int | None:
+    """Return how long ago a transfer's idle time was over; None: it is not, or has no end."""
     idle = transfer.idle_seconds
-    return idle is not None and unused_ns >= idle * 1_000_000_000
+    over_ns = -1 if idle is None else unused_ns - idle * 1_000_000_000
+    return over_ns if over_ns >= 0 else None
 
 
 def path_bytes(path: str) -> bytes:

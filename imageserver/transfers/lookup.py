@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from imageserver.core.errors import StateUnavailable, UnknownImage
 from imageserver.core.ports import Activities, Activity, Owned, Transfers
-from imageserver.core.transfer import Transfer, has_expired, is_valid_id
+from imageserver.core.transfer import Transfer, is_valid_id, overdue_ns
 from imageserver.transfers.fileage import FileAge
 
 
@@ -76,7 +76,7 @@ class Catalogue:
             except UnknownImage:
                 return None
             # Registering is use, so the time of the file itself does not count.
-            _check(transfer, activity.idle_ns())
+            _check(transfer, activity.idle_ns(), activity)
             held.pop_all()
         return Found(replace(transfer, id=transfer_id), activity)
 
@@ -89,7 +89,7 @@ class Catalogue:
         with contextlib.ExitStack() as held:
             if activity:
                 held.callback(activity.close)
-            _check(transfer, self._unused_ns(transfer, activity))
+            _check(transfer, self._unused_ns(transfer, activity), activity)
             if activity is None:
                 activity = self._activities.make(Owned.FILE, transfer.id)
                 held.callback(activity.close)
@@ -110,6 +110,9 @@ class Catalogue:
         return min(self._ages.age_ns(transfer.changed_ns), activity.idle_ns())
 
 
-def _check(transfer: Transfer, unused_ns: int) -> None:
-    if has_expired(transfer, unused_ns):
+def _check(transfer: Transfer, unused_ns: int, activity: Activity | None) -> None:
+    over_ns = overdue_ns(transfer, unused_ns)
+    # A request in flight notes its use, unless its worker is stopped. One that has come since,
+    # as we have, does not count: two of them would let each other in.
+    if over_ns is not None and not (activity and activity.visitors(over_ns)):
         raise UnknownImage(transfer.id)

@@ -27,6 +27,7 @@ from imageserver.core.transfer import (
     Transfer,
     id_hash,
     is_valid_id,
+    overdue_ns,
     to_secret_fields,
 )
 from imageserver.runtime.guard import guarded
@@ -181,6 +182,9 @@ class RegistrationFiles:
                 return 0
             with contextlib.closing(activity):
                 unused_ns = activity.idle_ns()
+                over_ns = overdue_ns(transfer, unused_ns)
+                if over_ns is not None and activity.visitors(over_ns):
+                    unused_ns = 0  # as in lookup.py
         except StateUnavailable:
             unused_ns = 0  # whether it has expired is not known
         return time.monotonic_ns() - unused_ns + (transfer.idle_seconds or 0) * 1_000_000_000

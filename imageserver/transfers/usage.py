@@ -2,11 +2,12 @@
 """How transfers are used, over all processes: one small file for each that can expire.
 
 ``usagerecord.py`` has the layout. Times are of the monotonic clock, which all processes share and
-nobody can set; a file of an earlier boot is reset. Each request (visit) locks a random byte of its
-own, far beyond the record (F_OFD_SETLK, fcntl(2)): so the kernel can count the requests, and drops
-the locks of processes that die. So does each connection to the image's server that is kept on the
-transfer's behalf, elsewhere in the file. Any process stores a time at any moment, 8 bytes at once;
-sums are changed under flock(2), which the kernel drops as well.
+nobody can set; a file of an earlier boot is reset. Each request (visit) locks a byte of its own,
+far beyond the record (F_OFD_SETLK, fcntl(2)), whose place is the time when it began: so the kernel
+can count the requests, and drops the locks of processes that die. So does each connection to the
+image's server that is kept on the transfer's behalf, elsewhere in the file. Any process stores a
+time at any moment, 8 bytes at once; sums are changed under flock(2), which the kernel drops as
+well.
 
 A damaged file is reset as soon as that is noticed, as if the transfer had just been used: nothing
 expires early for it, and nothing lives for ever.
@@ -14,9 +15,9 @@ expires early for it, and nothing lives for ever.
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
-import random
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ log = logging.getLogger(__name__)
 
 #: struct flock (fcntl(2)): type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi4x")
-#: Bytes that visits lock, [_FIRST, _LAST), and those that kept connections lock, [_LAST, _END).
+#: Bytes that visits lock, [_FIRST, _LAST), and those that kept connections lock, [_LAST, _END):
+#: one for each nanosecond, for 73 years without a reboot.
 _FIRST, _LAST, _END = 1 << 20, 1 << 61, 1 << 62
 #: Sums are changed within microseconds: only a process stopped meanwhile makes others wait.
 _ADD_SECONDS = 1.0
@@ -104,18 +106,17 @@ class OpenActivity:
     @_OWN_FILES
     def enter(self) -> bool:
         """Begin a visit; False where the file has been removed."""
-        self._lock_byte(_FIRST, _LAST)
+        self._lock_byte(_FIRST)
         return os.fstat(self._fd).st_nlink > 0
 
     @_OWN_FILES
     def hold(self) -> None:
         """Say, until ``close``, that a connection is kept: see ``ports.Activity``."""
-        self._lock_byte(_LAST, _END)
+        self._lock_byte(_LAST)
 
-    def _lock_byte(self, first: int, last: int) -> None:
-        """Lock a byte of [first, last) that nobody has locked."""
-        while True:
-            byte = random.randrange(first, last)  # noqa: S311 - no secret
+    def _lock_byte(self, first: int) -> None:
+        """Lock the byte of this moment, or the next one that nobody has locked."""
+        for byte in itertools.count(first + self._now_ns()):
             lock = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
             try:
                 fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
@@ -131,10 +132,10 @@ class OpenActivity:
         return found != fcntl.F_UNLCK
 
     @_OWN_FILES
-    def visitors(self) -> int:
-        """Return how many visits others are on."""
+    def visitors(self, for_ns: int | None = None) -> int:
+        """Return how many visits others are on, or are on for longer than ``for_ns``."""
         count = 0
-        spans = [(_FIRST, _LAST)]
+        spans = [(_FIRST, _LAST if for_ns is None else _FIRST + self._now_ns() - for_ns)]
         while spans:
             low, high = spans.pop()
             if low >= high:

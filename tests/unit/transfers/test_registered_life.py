@@ -152,6 +152,21 @@ def test_a_registration_expires_when_nobody_has_used_it_for_its_time(place: _Pla
     assert place.ids() == ["long"]
 
 
+def test_a_registration_counts_as_long_as_a_request_is_in_flight_that_notes_no_use(
+    place: _Place,
+) -> None:
+    place.files.store(_transfer("a", 5))
+    visit = place.visit("a")
+    assert visit
+    place.pass_by(100)
+    place.files.prune(lambda _: False)
+    with closing(visit):
+        assert place.ids() == ["a"]
+    place.files.prune(lambda _: False)
+
+    assert (place.files.all(), os.listdir(place.registered)) == ([], [])
+
+
 def test_use_through_another_process_makes_it_last(place: _Place) -> None:
     place.files.store(_transfer("a", 5))
     for _ in range(3):

@@ -261,7 +261,41 @@ def test_a_registered_transfer_counts_by_its_use_alone(place: _Place) -> None:
     catalogue = Catalogue(_Known({}), known, place.activities, place.ages)
     place.activities.make(Owned.REGISTERED, "x").close()
     place.pass_(IDLE - 1)
-    assert catalogue.find("x").activity
+    activity = catalogue.find("x").activity
+    assert activity
+    activity.close()
     place.pass_(1)
     with pytest.raises(UnknownImage):
         catalogue.find("x")
+
+
+@pytest.mark.parametrize("owned", Owned)
+def test_a_request_in_flight_of_a_stopped_worker_keeps_its_transfer_and_a_look_does_not(
+    place: _Place, owned: Owned
+) -> None:
+    known = {
+        name: Transfer("x", FileImage("/x"), idle_seconds=IDLE) for name in ("x", id_hash("x"))
+    }
+    files, registered = _Known(known), _Known(known if owned is Owned.REGISTERED else {})
+    catalogue = Catalogue(files, registered, place.activities, place.ages)
+
+    def is_known() -> bool:
+        try:
+            activity = catalogue.find("x").activity
+        except UnknownImage:
+            return False
+        assert activity
+        activity.close()
+        return True
+
+    in_flight = place.activities.make(owned, "x")  # whose worker notes no use
+    place.pass_(IDLE)
+    looking = place.activities.find(owned, "x", visit=True)
+    place.pass_(3 * IDLE)
+    seen = [is_known()]
+    in_flight.close()
+    seen.append(is_known())
+    assert looking
+    looking.close()
+
+    assert seen == [True, False]

@@ -48,6 +48,15 @@ def test_visitors_are_counted_whoever_they_are(place: _Place, count: int) -> Non
     assert watched.visitors() == 0
 
 
+def test_visitors_are_counted_that_have_been_there_for_longer(place: _Place) -> None:
+    watched = place.files.make(Owned.FILE, "x")
+    for _ in range(3):
+        place.another().make(Owned.FILE, "x")
+        place.now += SECOND
+
+    assert [watched.visitors(seconds * SECOND) for seconds in range(4)] == [3, 2, 1, 0]
+
+
 def test_holds_are_seen_by_others_until_they_are_closed_and_are_no_visits(place: _Place) -> None:
     watched = place.files.make(Owned.FILE, "x")
     holds = [place.another().find(Owned.FILE, "x", visit=False) for _ in range(2)]

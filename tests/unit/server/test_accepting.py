@@ -56,6 +56,20 @@ class _World:
         self.loop.step()
         return client
 
+    def queue(self, count: int) -> None:
+        """Have so many clients come, who say nothing."""
+        for _ in range(count):
+            self.clients.append(socket.socket(socket.AF_UNIX))
+            self.clients[-1].connect(str(self._path))
+
+    def pause(self) -> int:
+        """Let a pause before accepting begin, and end; return how many were accepted then."""
+        before, self.delay = len(self.waiting), 0.001
+        self.loop.step()
+        self.seconds += 0.001
+        self.loop.step()
+        return len(self.waiting) - before
+
     @property
     def waiting(self) -> list[Connection]:
         return list(self.loop._waiting.values())
@@ -109,6 +123,39 @@ def test_a_worker_that_has_just_accepted_says_so_until_a_request_comes_or_5_ms_a
     world.connect()
 
     assert world.fresh == [False, True, True, False, False]
+
+
+def test_after_each_pause_that_brings_no_request_one_more_is_let_in(world: _World) -> None:
+    world.listen()
+    world.queue(40)
+
+    assert [world.pause() for _ in range(8)] == [1, 1, 2, 3, 4, 5, 6, 7]
+    world.queue(100)
+    assert [world.pause() for _ in range(10)] == [8, 9, 10, 11, 12, 13, 14, 15, 16, 3]
+
+
+def test_a_request_or_a_longer_wait_has_them_let_in_one_by_one_again(world: _World) -> None:
+    world.listen()
+    world.queue(40)
+
+    assert [world.pause() for _ in range(4)] == [1, 1, 2, 3]
+    world.waiting[-1].requests = 1
+    assert [world.pause() for _ in range(4)] == [1, 1, 2, 3]
+    world.seconds += 0.006
+    assert [world.pause() for _ in range(4)] == [1, 1, 2, 3]
+    world.delay = 0.0
+    world.loop.step()
+    assert [world.pause() for _ in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_request_that_comes_during_the_pause_counts(world: _World) -> None:
+    world.listen()
+    world.queue(40)
+
+    assert [world.pause() for _ in range(4)] == [1, 1, 2, 3]
+    world.loop.step()
+    world.waiting[-1].requests = 1
+    assert world.pause() == 1
 
 
 def test_what_another_worker_took_meanwhile_is_no_error(world: _World) -> None:

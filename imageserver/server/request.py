@@ -7,13 +7,15 @@ a client of a later HTTP/1 is answered as one of HTTP/1.1.
 
 from gunicorn.config import Config
 from gunicorn.http.body import ChunkedReader
-from gunicorn.http.errors import ParseException
+from gunicorn.http.errors import InvalidRequestMethod, ParseException
 from gunicorn.http.message import Request
 from gunicorn.http.unreader import Unreader
 
 from imageserver.server.commonhead import HOST, CommonHead, CommonHeads
 
 _HTTP_1_1 = (1, 1)
+#: What Falcon takes for no method of HTTP: it raises an error for it that no handler sees.
+_NO_METHODS = {"WEBSOCKET"}
 #: A chunked body is never read (docs/api.md): its end is unknown, so the connection ends.
 _ENDLESS = 1 << 62
 
@@ -77,6 +79,8 @@ class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
 
     def __init__(self, rules: HeadRules, unreader: Unreader, address: object, number: int) -> None:
         super().__init__(rules, unreader, address, number)
+        if self.method in _NO_METHODS:
+            raise InvalidRequestMethod(self.method)
         # RFC 9110 section 2.5: a client of a later minor version understands this one.
         self.version = min(self.version, _HTTP_1_1)
         host: str | None = None

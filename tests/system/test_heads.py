@@ -22,6 +22,7 @@ HEADS: dict[str, tuple[bytes, int, str | None]] = {
     "raw non-ASCII target": (b"GET /images/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", 400, None),
     "blank in target": (b"GET /images/a b HTTP/1.1\r\nHost: x\r\n\r\n", 400, None),
     "bad method": (b"G@T / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid method"),
+    "method of no HTTP": (b"WEBSOCKET / HTTP/1.1\r\nHost: x\r\n\r\n", 400, "invalid method"),
     "HTTP/3.0": (b"GET / HTTP/3.0\r\nHost: x\r\n\r\n", 400, "unsupported HTTP version"),
     "no Host": (LINE + b"X: y\r\n\r\n", 400, "Host header required"),
     "two Hosts": (LINE + b"Host: x\r\nHost: x\r\n\r\n", 400, "invalid request head"),

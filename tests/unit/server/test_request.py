@@ -2,16 +2,17 @@
 """Heads where RFC 9110 and 9112 ask more than gunicorn does: Host, Connection, versions."""
 
 import pytest
+from falcon import App
 from gunicorn.config import Config
-from gunicorn.http.errors import InvalidHeader
+from gunicorn.http.errors import InvalidHeader, InvalidRequestMethod
 
 from imageserver.server.request import BadHost, HeadRules, ImageRequest, _HeadReader
 
 
-def _parse(*lines: str, version: str = "1.1") -> ImageRequest:
+def _parse(*lines: str, version: str = "1.1", method: str = "GET") -> ImageRequest:
     cfg = Config()
     cfg.set("http_parser", "python")
-    head = "".join(f"{line}\r\n" for line in (f"GET / HTTP/{version}", *lines, ""))
+    head = "".join(f"{line}\r\n" for line in (f"{method} / HTTP/{version}", *lines, ""))
     return ImageRequest(HeadRules(cfg), _HeadReader(head.encode("latin-1")), ("192.0.2.1", 4321), 1)
 
 
@@ -51,6 +52,12 @@ def test_http_1_1_needs_a_host(version: str) -> None:
 
 def test_http_1_0_needs_none() -> None:
     assert _parse(version="1.0").headers == []
+
+
+@pytest.mark.parametrize("method", sorted(App._META_METHODS))
+def test_a_method_that_falcon_would_raise_at_is_refused(method: str) -> None:
+    with pytest.raises(InvalidRequestMethod):
+        _parse("Host: x", method=method)
 
 
 @pytest.mark.parametrize(("asked", "spoken"), [("1.0", (1, 0)), ("1.1", (1, 1)), ("1.2", (1, 1))])

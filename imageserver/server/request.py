@@ -95,10 +95,8 @@ class ImageRequest(Request):  # type: ignore[misc]  # gunicorn has no types
         self._ends = self.method == "CONNECT" or _ends(options, is_old=self.version < _HTTP_1_1)
 
     def _peer_is_trusted_proxy(self) -> bool:
-        # Where no address is trusted, none need be parsed.
-        if isinstance(self.peer_addr, tuple) and not self.cfg.forwarded_allow_ips:
-            return False
-        return bool(super()._peer_is_trusted_proxy())
+        # gunicorn always trusts a peer at a Unix socket; here that is a client like any other.
+        return bool(self.cfg.forwarded_allow_ips) and bool(super()._peer_is_trusted_proxy())
 
     @property
     def length(self) -> int:

@@ -110,16 +110,14 @@ def test_the_rules_have_all_that_the_parser_asks_of_the_configuration(cfg: confi
 
 @pytest.mark.parametrize("allowed", ["", "127.0.0.1", "192.0.2.0/24", "*"])
 @pytest.mark.parametrize("peer", [PEER, ("::1", 4321, 0, 0), "unix"])
-def test_the_peers_that_are_trusted_are_gunicorns(
+def test_the_peers_that_are_trusted_are_gunicorns_but_nobody_where_none_is_named(
     cfg: config.Config, peer: object, allowed: str
 ) -> None:
     cfg.set("forwarded_allow_ips", allowed)
     ours = ImageRequest(HeadRules(cfg), _HeadReader(GET), peer, 1)
 
-    assert (
-        ours._peer_is_trusted_proxy()
-        == Request(cfg, _HeadReader(GET), peer, 1)._peer_is_trusted_proxy()
-    )
+    theirs = Request(cfg, _HeadReader(GET), peer, 1)._peer_is_trusted_proxy()
+    assert ours._peer_is_trusted_proxy() == (bool(allowed) and theirs)
 
 
 # Errors

@@ -54,6 +54,16 @@ def test_http_1_0_needs_none() -> None:
     assert _parse(version="1.0").headers == []
 
 
+@pytest.mark.parametrize("peer", [("192.0.2.1", 4321), ("::1", 4321, 0, 0), "unix"], ids=str)
+def test_no_peer_is_taken_for_a_proxy_whatever_it_forwards(
+    configured: Config, peer: object
+) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Ssl: off\r\n\r\n"
+    req = ImageRequest(HeadRules(configured), _HeadReader(head), peer, 1)
+
+    assert (req.scheme, req.remote_addr) == ("http", peer)
+
+
 @pytest.mark.parametrize("method", sorted(App._META_METHODS))
 def test_a_method_that_falcon_would_raise_at_is_refused(method: str) -> None:
     with pytest.raises(InvalidRequestMethod):

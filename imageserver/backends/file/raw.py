@@ -143,7 +143,7 @@ class RawFile:
         now = os.fstat(self._fd)
         if now.st_size < self.size:
             raise self._shorter()
-        if self._found.st_nlink and not now.st_nlink:  # some file systems count none
+        if not now.st_nlink:  # it had one when it was found (``reach``)
             raise FileAccessError(f"{path_text(self._path)} was removed or replaced")
 
     def _shorter(self) -> FileAccessError:

@@ -147,6 +147,8 @@ class RegistrationFiles:
         fresh = {}
         with os.scandir(self._directory) as entries:
             for entry in entries:
+                if entry.name.startswith(_NEW):
+                    continue
                 version = entry.name, entry.inode()
                 # If it was used since, it expires later.
                 lasts_ns = self._fresh.get(version, 0)
@@ -163,6 +165,8 @@ class RegistrationFiles:
         self._require()
         found = []
         for name in os.listdir(self._directory):
+            if name.startswith(_NEW):
+                continue
             # It may be unregistered meanwhile.
             with contextlib.suppress(FileNotFoundError, UnknownImage):
                 transfer_id = self._id_of(name) if self._counts(name) else None

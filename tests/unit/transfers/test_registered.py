@@ -54,6 +54,15 @@ def test_all_can_be_made_unknown_at_once(place: _Place) -> None:
     assert [path.name for path in place.activity.iterdir()] == [f"registered-{id_hash('b')}"]
 
 
+def test_one_that_is_being_written_is_neither_counted_nor_complained_of(
+    place: _Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.store("a")
+    (place.registered / "new-0123").write_bytes(b'{"transfer_id"')
+
+    assert (place.files.count(), place.ids(), caplog.records) == (1, ["a"], [])
+
+
 def test_the_id_is_read_that_was_written(place: _Place) -> None:
     place.store("\u00fcx")
     (path,) = place.registered.iterdir()

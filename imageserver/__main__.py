@@ -19,6 +19,9 @@ def main() -> int:
 
 def load() -> Callable[[], int]:
     """Import all commands; return what runs one."""
+    from imageserver.client.commands import outputs  # noqa: PLC0415 - after Ctrl-C, as above
+
+    outputs.open_closed()
     from imageserver.server import commandline  # noqa: PLC0415 - it imports the rest
 
     return partial(commandline.main, share_command())

@@ -3,7 +3,6 @@
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 
@@ -15,13 +14,13 @@ _URLLIB3 = 2
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # noqa: PLR2004 - stderr's
-        os.set_inheritable(fd, True)  # noqa: FBT003 # a closed one: no other file may get its number
-    os.close(fd)
     return interrupts.run("imagectl", _load)
 
 
 def _load() -> Callable[[], int]:
+    from imageserver.client.commands import outputs  # noqa: PLC0415 - after Ctrl-C is taken care of
+
+    outputs.open_closed()
     if lack := _lack():
         print(  # noqa: T201 - its answer
             f"imagectl: {lack}; in imageserver's source, pip install '.[client]' "
@@ -29,7 +28,7 @@ def _load() -> Callable[[], int]:
             file=sys.stderr,
         )
         return lambda: 5
-    from imageserver.client.commands import cli, outputs  # noqa: PLC0415 - they import the rest
+    from imageserver.client.commands import cli  # noqa: PLC0415 - it imports the rest
 
     outputs.replace_outputs()
     return cli.main

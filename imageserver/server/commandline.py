@@ -194,13 +194,11 @@ def _tell(lines: Iterable[str]) -> None:
     _write("".join(f"{line}\n" for line in lines), sys.stdout)
 
 
-def _write(text: str, file: TextIO | None) -> None:
+def _write(text: str, file: TextIO) -> None:
     """Write an answer; where that cannot be done, end the process, as SIGPIPE would.
 
-    A message on stderr may be lost. None is a stream that was closed from the start.
+    A message on stderr may be lost.
     """
-    if not file:
-        return
     try:
         file.write(text)
         file.flush()

@@ -197,6 +197,7 @@ def test_the_help_of_each_command_names_every_setting() -> None:
 
 
 LOST = "imageserver: the output cannot be written: No space left on device\n"
+CLOSED = "imageserver: the output cannot be written: Bad file descriptor\n"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,11 @@ LOST = "imageserver: the output cannot be written: No space left on device\n"
         ("config show >/dev/full", 1, LOST),
         ("check --help >/dev/full", 1, LOST),
         ("config >/dev/full 2>/dev/full", 2, ""),
-        ("config show >&-", 0, ""),
+        ("config show >&-", 1, CLOSED),
+        ("check --admin-bind none >&-", 1, CLOSED),
+        ("--version >&-", 1, CLOSED),
+        ("config show >&- 2>&-", 1, ""),
+        ("share /none/such >&-", 5, "imageserver: /none/such: No such file or directory.\n"),
     ],
 )
 def test_an_answer_that_cannot_be_written_is_a_sentence_or_a_status(

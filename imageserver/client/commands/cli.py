@@ -77,8 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with seen_while_waiting():
             status = imagectl.main(words, prog_name="imagectl", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001 - the last to see any
         if "--debug" in words:
             traceback.print_exc()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process's stdout and stderr: a stdout that cannot be written is an error of its own kind."""
+"""The process's stdout and stderr: a stdout that cannot be written is an error of its own kind.
+
+So is one that was closed from the start, as by a shell's ``>&-``.
+"""
 
 import contextlib
 import io
@@ -31,18 +34,37 @@ class _Errors(io.FileIO):
         return len(data)
 
 
-def replace_outputs() -> None:
-    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that fail as described above.
+def open_closed() -> None:
+    """Open the standard streams that were closed at the start, for which ``sys`` has None.
 
-    ``sys`` has None for one that was closed at the start: its descriptor is /dev/null by now.
+    No other file may get their numbers. What is written to stdout fails, as to a full disk, for
+    it is open for reading; what is written to stderr is lost.
     """
+    for fd, name, flags in (
+        (0, "stdin", os.O_RDONLY),
+        (1, "stdout", os.O_RDONLY),
+        (2, "stderr", os.O_WRONLY),
+    ):
+        if getattr(sys, name) is not None:
+            continue
+        opened = os.open(os.devnull, flags)
+        if opened != fd:
+            os.dup2(opened, fd)
+            os.close(opened)
+        os.set_inheritable(fd, True)  # noqa: FBT003 - its signature
+        stream = open(fd, "w" if fd else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+
+
+def replace_outputs() -> None:
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that fail as described above."""
     for name, fd, kind in (("stdout", 1, _Output), ("stderr", 2, _Errors)):
         stream = getattr(sys, name)
         text = io.TextIOWrapper(
             io.BufferedWriter(kind(fd, "w", closefd=False)),
-            encoding=stream.encoding if stream else "utf-8",
+            encoding=stream.encoding,
             errors="backslashreplace",  # an id may have characters that the locale has not
-            line_buffering=bool(stream and stream.line_buffering),
+            line_buffering=stream.line_buffering,
         )
         setattr(sys, name, text)
 

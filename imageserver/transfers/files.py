@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from imageserver.backends.table import KINDS
+from imageserver.core.entry import fields
 from imageserver.core.errors import NO_DESCRIPTOR, Exhausted, StateUnavailable, UnknownImage
 from imageserver.core.transfer import (
     MAX_TRANSFER_SIZE,
@@ -230,7 +231,7 @@ class TransferFiles:
                 self._reported.popitem(last=False)
         path = path_text(self._path(name) if name else os.fsencode(self._directory))
         if not seen and self._is_first(f"{path} {version} {problem}"):
-            log.warning("%s: path=%s problem=%s", event, path, problem)
+            log.warning(event, extra=fields(path=path, problem=problem))
 
 
 def _blame_host(exc: Exception) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A locale without UTF-8 changes nothing: ids and paths are UTF-8, names on disk any bytes."""
 
+import json
 import os
 import shutil
 import socket
@@ -101,7 +102,8 @@ def test_the_log_is_utf_8_and_names_bytes_that_are_not(server: Server) -> None:
     temporary.chmod(0o600)
     temporary.rename(server.config / "kaputt-ü")
     assert server.request("GET", f"/images/{quote('kaputt-ü')}").status == 404
-    wait_until(lambda: f"path={server.config}/kaputt-ü problem=not valid JSON" in server.log)
+    told = f'path={json.dumps(str(server.config / "kaputt-ü"))} problem="not valid JSON'
+    wait_until(lambda: told in server.log)
 
     missing = server.directory / "link-missing"
     missing.unlink(missing_ok=True)

@@ -39,9 +39,10 @@ def write(server: Server, name: str, text: bytes) -> Path:
 
 
 def lines(server: Server, name: str) -> list[str]:
-    """Return what the log says of a transfer's file."""
+    """Return what the log says of a transfer's file, its quotes as they were before quoting."""
     path = str(server.config / name)
-    return [line for line in server.log.splitlines() if path in line.split("path=")[-1].split()]
+    log = server.log.replace('\\"', '"')
+    return [line for line in log.splitlines() if path in line.split("path=")[-1].split()]
 
 
 def age(path: Path, seconds: float = SETTLED) -> None:

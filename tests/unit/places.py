@@ -9,6 +9,7 @@ import pytest
 from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import UnknownImage
 from imageserver.transfers.files import TransferFiles
+from tests.unit.logged import told
 
 SECOND = 1_000_000_000
 NOW = 1_700_000_000 * SECOND
@@ -54,4 +55,4 @@ class Place:
 
     def reports(self) -> list[str]:
         """Return the problems that were logged."""
-        return [record.getMessage().partition("problem=")[2] for record in self._log.records]
+        return [str(told(record)[1]["problem"]) for record in self._log.records]

@@ -12,7 +12,9 @@ from imageserver.backends.file.kind import FileImage
 from imageserver.core.errors import Exhausted, StateUnavailable
 from imageserver.core.kinds import Kinds
 from imageserver.core.transfer import Transfer
+from imageserver.observability import logs
 from imageserver.transfers import files
+from tests.unit.logged import told
 from tests.unit.places import NOW, OLD, SECOND, A, B, Place
 from tests.unit.shortages import no_descriptors
 
@@ -170,9 +172,10 @@ def test_a_file_that_does_not_count_is_reported_with_its_path_and_field(
     place.put("t", '{"backend":"file"}')
 
     assert place.image() is None
-    assert [record.getMessage() for record in caplog.records] == [
-        f'transfer file ignored: path={place.path}/t problem=missing "file"'
-    ]
+    line = logs.formatter("text").format(caplog.records[0])
+    assert line.endswith(rf' transfer file ignored path={place.path}/t problem="missing \"file\""')
+    fields = {"path": f"{place.path}/t", "problem": 'missing "file"'}
+    assert [told(record) for record in caplog.records] == [("transfer file ignored", fields)]
 
 
 def test_ignored_fields_are_reported_once_per_change_by_one_worker(
@@ -184,9 +187,12 @@ def test_ignored_fields_are_reported_once_per_change_by_one_worker(
         for each in (place.registry, place.registry, place.another()):
             assert each.get("t").read_only is False
 
-    problem = 'problem=unknown field "readonly"; did you mean "read_only"?'
-    warning = f"transfer file has ignored fields: path={place.path}/t {problem}"
-    assert [record.getMessage() for record in caplog.records] == [warning] * 2
+    problem = 'unknown field "readonly"; did you mean "read_only"?'
+    warning = (
+        "transfer file has ignored fields",
+        {"path": f"{place.path}/t", "problem": problem},
+    )
+    assert [told(record) for record in caplog.records] == [warning] * 2
 
 
 def test_each_change_is_reported_once(place: Place) -> None:

@@ -6,12 +6,13 @@ the sample environment file and the table in the documentation derive from it. A
 not parse stops the server with a sentence that names the variable or the flag.
 """
 
+import difflib
 import math
 import os
 import pwd
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -35,8 +36,14 @@ from imageserver.settings.texts import (
 )
 
 PREFIX = "IMAGESERVER_"
-#: Variables of these names are for the tests of others, whose servers share our prefix.
-_TESTS = ("IMAGESERVER_TEST_", "IMAGESERVER_STRESS_TEST_")
+#: Variables that share the prefix: of other projects' tests; and what each pod is told of a Service
+#: called imageserver (Kubernetes documentation, "Service", "Environment variables").
+_FOREIGN = re.compile(
+    "IMAGESERVER_((STRESS_)?TEST_.*|SERVICE_HOST=.*|SERVICE_PORT(_[A-Z0-9_]+)?=[0-9]+"
+    "|PORT(_[0-9]+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://.*"
+    "|PORT_[0-9]+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.*)",
+    re.DOTALL,
+)
 
 
 class InvalidSetting(Exception):
@@ -291,10 +298,10 @@ class Settings:
         """
         known = {variable_of(f.name): f for f in fields(cls)}
         given = {name: text for name, text in environ.items() if text.strip()}
-        for variable in given:
-            is_ours = variable.startswith(PREFIX) and not variable.startswith(_TESTS)
+        for variable, text in given.items():
+            is_ours = variable.startswith(PREFIX) and not _FOREIGN.fullmatch(f"{variable}={text}")
             if is_ours and variable not in known:
-                raise InvalidSetting(f"{variable} is not a setting; known are {', '.join(known)}.")
+                raise InvalidSetting(f"{variable} is not a setting; {_hint(variable, known)}")
         values = {}
         for variable, declared in known.items():
             if flags and declared.name in flags:
@@ -310,6 +317,12 @@ def _parsed(declared: Field[Any], source: str, text: str) -> Any:
         return declared.metadata["parse"](text.strip())
     except WrongText as exc:
         raise InvalidSetting(f"{source}={text!r} is wrong: it must be {exc}.") from exc
+
+
+def _hint(variable: str, known: Iterable[str]) -> str:
+    names = {name.removeprefix(PREFIX): name for name in known}
+    near = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, 1)
+    return f"did you mean {names[near[0]]}?" if near else f"known are {', '.join(known)}."
 
 
 def variable_of(name: str) -> str:

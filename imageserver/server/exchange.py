@@ -75,7 +75,7 @@ def serve(  # noqa: PLR0913 - what a request needs
     try:
         req = parse_head(gateway.rules, head, conn.address, conn.requests)
     except Exception as exc:  # noqa: BLE001 - gunicorn's parse errors have no common root
-        _send(conn, _refused_head(conn, exc))
+        _send(conn, _refused_head(conn, head, exc))
         return False
     body = RequestInput(wire, conn.buffer, req.length, expects_continue=req.expects_continue)
     presence = Presence(conn.sock, is_tls=conn.is_tls, knows_100=req.version >= (1, 1))
@@ -89,7 +89,7 @@ def serve(  # noqa: PLR0913 - what a request needs
     afterwards: list[Callable[[], None]] = []
     environ[AFTERWARDS] = afterwards
     try:
-        _answer(conn, resp, environ, app)
+        _answer(conn, resp, environ, app, head)
     except WouldWait:
         conn.buffer[:0] = head
         conn.requests -= 1
@@ -101,7 +101,7 @@ def serve(  # noqa: PLR0913 - what a request needs
 
 
 def _answer(
-    conn: Connection, resp: ImageResponse, environ: dict[str, Any], app: Application
+    conn: Connection, resp: ImageResponse, environ: dict[str, Any], app: Application, head: bytes
 ) -> None:
     whole: list[bytes] | None = None
     try:
@@ -123,7 +123,7 @@ def _answer(
         if resp.headers_sent and whole is None:
             raise ClientGone from exc
         resp.force_close()
-        whole = [refusal(500, "internal error")]
+        whole = [refusal(500, "internal error", head)]
     if whole:
         _send(conn, b"".join(whole))
 
@@ -139,14 +139,14 @@ def _send(conn: Connection, answer: bytes) -> None:
         raise ClientGone from exc
 
 
-def _refused_head(conn: Connection, exc: Exception) -> bytes:
+def _refused_head(conn: Connection, head: bytes, exc: Exception) -> bytes:
     conn.bad_head = True
     status, message = next((s, m) for cls, s, m in _HEAD_ERRORS if isinstance(exc, cls))
     if isinstance(exc, http.InvalidHeader) and exc.hdr == "CONTENT-LENGTH":
         message = "Invalid Content-Length"
     if isinstance(exc, BadHost):
         message = str(exc)
-    return refused_head(conn.client, status, message)
+    return refused_head(conn.client, status, message, head)
 
 
 def cut(sock: socket.socket) -> None:

@@ -129,7 +129,8 @@ class Loop:
                 self._metrics.tls_failed()
             if conn.state is State.HEAD and conn.has_begun():
                 self._metrics.refused("head_timeout")
-                self.refuse(conn, refused_head(conn.client, 408, "request head took too long"))
+                message = "request head took too long"
+                self.refuse(conn, refused_head(conn.client, 408, message, conn.buffer))
             elif conn.state is State.SENDING and not conn.stalls(now, self._client_timeout):
                 conn.deadline = now + self._seconds[Deadline.PROGRESS]
             else:

@@ -177,7 +177,8 @@ class Pools:
 
     def _refuse(self, conn: Connection) -> None:
         self._metrics.refused("server_busy")
-        self._loop.refuse(conn, refused_head(conn.client, 503, "server busy", retry=True))
+        answer = refused_head(conn.client, 503, "server busy", conn.buffer, retry=True)
+        self._loop.refuse(conn, answer)
 
     def _pool_of(self, conn: Connection) -> _Pool:
         admin = self._admin.get(conn.listener)

@@ -149,10 +149,14 @@ def send_queue(sock: socket.socket) -> bytes:
     return fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))
 
 
-def refusal(status: int, message: str, *, retry: bool = False) -> bytes:
-    """Return a whole answer for a request that the application does not get to see."""
+def refusal(status: int, message: str, head: bytes | bytearray, *, retry: bool = False) -> bytes:
+    """Return a whole answer for a request that the application does not get to see.
+
+    ``head``: the request's, as far as it has come. An answer to HEAD has no body (RFC 9110
+    section 9.3.2), else the client would take it for the next answer.
+    """
     body = json.dumps({"error": message}, separators=(",", ":"))
-    return (
+    fields = (
         f"HTTP/1.1 {status} {REASONS[status]}\r\n"
         "Connection: close\r\n"
         "Accept-Ranges: bytes\r\n"
@@ -160,14 +164,17 @@ def refusal(status: int, message: str, *, retry: bool = False) -> bytes:
         "Cache-Control: no-store\r\n"
         + ("Retry-After: 1\r\n" if retry else "")
         + "Content-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n{body}"
-    ).encode("ascii")
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return (fields if head.startswith(b"HEAD ") else fields + body).encode("ascii")
 
 
-def refused_head(client: str, status: int, message: str, *, retry: bool = False) -> bytes:
-    """Log that a head was refused; return the answer."""
+def refused_head(
+    client: str, status: int, message: str, head: bytes | bytearray, *, retry: bool = False
+) -> bytes:
+    """Log that a head was refused; return the answer: see ``refusal``."""
     log.info("head refused", extra=fields(client=client, status=status, detail=message))
-    return refusal(status, message, retry=retry)
+    return refusal(status, message, head, retry=retry)
 
 
 class RequestInput:

@@ -62,6 +62,21 @@ def test_a_refusal_never_waits_for_its_client(line: Line, head: str, app: App) -
     assert line.conn.unsent.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 500 "))
 
 
+@pytest.mark.parametrize(
+    ("head", "app"),
+    [
+        pytest.param("HEAD /x HTTP/1.1\r\nHost: a b\r\n\r\n", App(), id="bad-head"),
+        pytest.param("HEAD /x HTTP/1.1\r\nHost: x\r\n\r\n", App(look=lambda _: 1 // 0), id="bug"),
+    ],
+)
+def test_a_refusal_of_head_has_headers_only(line: Line, head: str, app: App) -> None:
+    assert not line.ask(app, head)
+
+    first, headers, body = line.answer()
+    assert first.startswith(("HTTP/1.1 400 ", "HTTP/1.1 500 "))
+    assert (int(headers["Content-Length"]) > 0, body) == (True, b"")
+
+
 def test_a_complete_answer_of_the_wrong_length_is_an_error_of_ours(line: Line) -> None:
     assert not line.ask(App(pieces=[b"ab"]))
 

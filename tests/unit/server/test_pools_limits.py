@@ -51,6 +51,15 @@ def test_a_transfer_that_finds_no_thread_is_refused_logged_and_counted(
     assert "/one-more" not in world.asked
 
 
+def test_head_that_finds_no_thread_is_refused_without_a_body(world: _World) -> None:
+    world.pools._probes.room = 0
+    with world.send("HEAD", "/x") as client:
+        first, fields, body = _answer(client)
+
+    assert first == b"HTTP/1.1 503 Service Unavailable"
+    assert (fields[b"Content-Length"], body) == (b"23", b"")
+
+
 def test_a_body_is_read_from_its_client_who_has_the_client_timeout_for_it(world: _World) -> None:
     def read(environ: dict[str, Any]) -> bytes:
         body = environ["wsgi.input"]

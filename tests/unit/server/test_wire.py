@@ -296,7 +296,8 @@ def test_an_unread_body_that_has_not_all_come_has_bytes_left(wire: Wire) -> None
 @pytest.mark.parametrize("status", REASONS)
 @pytest.mark.parametrize("retry", [False, True])
 def test_a_refusal_is_a_whole_answer_with_the_usual_headers(status: int, retry: bool) -> None:
-    head, _, body = refusal(status, 'no "thanks"', retry=retry).partition(b"\r\n\r\n")
+    answer = refusal(status, 'no "thanks"', b"GET / HTTP/1.1\r\n", retry=retry)
+    head, _, body = answer.partition(b"\r\n\r\n")
     first, *lines = head.decode().split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines)
 
@@ -310,3 +311,5 @@ def test_a_refusal_is_a_whole_answer_with_the_usual_headers(status: int, retry: 
         "Content-Length": str(len(body)),
     } | ({"Retry-After": "1"} if retry else {})
     assert json.loads(body) == {"error": 'no "thanks"'}
+    asked = bytearray(b"HEAD / HTTP/1.1\r\n")
+    assert refusal(status, 'no "thanks"', asked, retry=retry) == head + b"\r\n\r\n"

@@ -38,7 +38,8 @@ def check(settings: Settings) -> list[str]:
     _check_libnbd()
     tls_context(settings)
     _check_heartbeats()
-    warnings = _check_directories(settings) + _limits_without_effect(settings) + _check_peers()
+    warnings = _check_directories(settings) + _limits_without_effect(settings)
+    warnings += _too_few_threads(settings) + _check_peers()
     try:
         addresses.check(settings)
     except UnusableAddress as exc:
@@ -73,6 +74,20 @@ def _limits_without_effect(settings: Settings) -> list[str]:
         for name, limits in given.items()
         if limits[1] is not None and limits[1] > limits[0]
     ]
+
+
+def _too_few_threads(settings: Settings) -> list[str]:
+    """Return a warning where transfers can take all threads, so that others get ``server busy``."""
+    threads = settings.workers * settings.threads
+    transfers = settings.max_readers + settings.max_writers
+    if threads > transfers:
+        return []
+    warning = (
+        f"IMAGESERVER_WORKERS x IMAGESERVER_THREADS = {threads} is not more than "
+        f"IMAGESERVER_MAX_READERS + IMAGESERVER_MAX_WRITERS = {transfers}: "
+        "while all of these run, other clients get 503 server busy"
+    )
+    return [warning]
 
 
 def heartbeat_directory() -> str | None:
@@ -132,6 +147,10 @@ def _check_directories(settings: Settings) -> list[str]:
             "the dead: mount it in this one (unshare --mount-proc does)."
         )
     path = settings.runtime_dir
+    if os.path.realpath(path) == os.path.realpath(settings.config_dir):
+        raise CannotStart(
+            f"IMAGESERVER_RUNTIME_DIR: {path} is IMAGESERVER_CONFIG_DIR, too; choose another."
+        )
     try:
         examine_runtime(path, SIZE)
         if os.path.isdir(path):

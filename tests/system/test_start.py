@@ -110,7 +110,7 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], words: list[str]
     assert done.returncode not in {0, -6, -11}, done
     lines = [line for line in done.stderr.splitlines() if line and "[INFO]" not in line]
     assert len(lines) == 1, lines
-    assert re.fullmatch(r"imageserver: .*\.", lines[0])
+    assert re.fullmatch(r"imageserver: .*[.?]", lines[0])
     assert [word for word in words if word not in lines[0]] == []
 
 

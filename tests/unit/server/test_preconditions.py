@@ -71,6 +71,33 @@ def test_a_limit_per_image_that_the_total_is_below_is_a_warning(
     ]
 
 
+@pytest.mark.parametrize(("threads", "is_enough"), [("4", False), ("5", True)])
+def test_threads_that_transfers_can_take_all_of_are_a_warning(
+    threads: str, is_enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGESERVER_WORKERS", "2")
+    monkeypatch.setenv("IMAGESERVER_THREADS", threads)
+    monkeypatch.setenv("IMAGESERVER_MAX_READERS", "7")
+
+    said = (
+        "IMAGESERVER_WORKERS x IMAGESERVER_THREADS = 8 is not more than IMAGESERVER_MAX_READERS + "
+        "IMAGESERVER_MAX_WRITERS = 8: while all of these run, other clients get 503 server busy"
+    )
+    assert check(read_settings()) == ([] if is_enough else [said])
+
+
+def test_a_runtime_directory_is_no_config_directory(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "transfers").chmod(0o700)
+    (place / "link").symlink_to("transfers")
+    monkeypatch.setenv("IMAGESERVER_CONFIG_DIR", f"{place}/link")
+    monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", f"{place}/transfers")
+
+    with pytest.raises(CannotStart, match="transfers is IMAGESERVER_CONFIG_DIR, too; choose ano"):
+        check(read_settings())
+
+
 def test_a_kernel_that_tells_nothing_of_sockets_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -32,6 +32,8 @@ class UnusableAddress(Exception):
 def check(settings: Settings) -> None:
     """Prove that no address is named twice, however it is spelt, and that sockets can be made.
 
+    A port is left alone, for a running server may have it: a host is tried with one that is free.
+
     Raises:
         UnusableAddress: it is, or they cannot.
     """
@@ -41,6 +43,9 @@ def check(settings: Settings) -> None:
             _check_socket(variable, path)
     for variable, address in _named(settings):
         _check_host(variable, address)
+        if not (address.startswith("unix:") or is_handed_over()):
+            with contextlib.ExitStack() as bound:
+                _bind(bound, variable, address, any_port=True)
     for (other, first), (variable, second) in combinations(_named(settings), 2):
         if _overlap(_names(first), _names(second)):
             raise UnusableAddress(
@@ -64,6 +69,11 @@ def check_free(settings: Settings) -> None:
         for variable, address in _named(settings):
             if not address.startswith("unix:"):
                 _bind(bound, variable, address)
+
+
+def is_handed_over() -> bool:
+    """Tell whether the running server, or systemd, hands its sockets over to this process."""
+    return "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ
 
 
 def _named(settings: Settings) -> list[tuple[str, str]]:
@@ -145,12 +155,14 @@ def _parsed(address: str) -> tuple[int, str, int]:
     return family, host.strip("[]"), int(port)
 
 
-def _bind(bound: contextlib.ExitStack, variable: str, address: str) -> None:
+def _bind(
+    bound: contextlib.ExitStack, variable: str, address: str, *, any_port: bool = False
+) -> None:
     family, host, port = _parsed(address)
     try:
         probe = bound.enter_context(socket.socket(family))
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
+        probe.bind((host, 0 if any_port else port))
         probe.listen()
     except OSError as exc:
         raise UnusableAddress(
@@ -159,7 +171,11 @@ def _bind(bound: contextlib.ExitStack, variable: str, address: str) -> None:
 
 
 def _remedy(exc: OSError, port: int) -> str:
-    states = _states_at(port) if exc.errno == errno.EADDRINUSE else set()
+    if exc.errno == errno.EACCES:
+        return "choose a port above 1023, or give the server CAP_NET_BIND_SERVICE"
+    if exc.errno != errno.EADDRINUSE:
+        return "choose an address of this host, as 'ip address' lists them"
+    states = _states_at(port)
     if states and _LISTEN not in states:
         return (
             "an outgoing connection of this host has taken the port; wait until it has ended, "

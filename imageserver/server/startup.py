@@ -51,8 +51,8 @@ def set_umask() -> None:
 
 def require_free_addresses(settings: Settings) -> None:
     """Prove that nobody listens at the addresses of the settings."""
-    if "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ:
-        return  # the running server, or systemd, hands its sockets over
+    if addresses.is_handed_over():
+        return
     try:
         addresses.check_free(settings)
     except UnusableAddress as exc:

@@ -3,6 +3,8 @@
 
 import errno
 import os
+import re
+import socket
 import tempfile
 from pathlib import Path
 
@@ -129,6 +131,37 @@ def test_a_socket_that_is_there_already_need_not_be_made(
     monkeypatch.setattr(addresses, "_is_socket", lambda _: True)
 
     assert check(read_settings()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("nosuchhost.invalid:1", ".*"),
+        ("192.0.2.1:54323", "Cannot assign requested address"),
+        ("[2001:db8::1]:0", ".*"),
+    ],
+)
+def test_an_address_that_this_host_has_not_is_refused(
+    address: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGESERVER_BIND", address)
+
+    said = (
+        rf"^IMAGESERVER_BIND: {re.escape(address)} cannot be used \({why}\); "
+        r"choose an address of this host, as 'ip address' lists them\.$"
+    )
+    with pytest.raises(CannotStart, match=said):
+        check(read_settings())
+
+    monkeypatch.setenv("LISTEN_FDS", "1")  # systemd has bound it, and need not have that address
+    assert check(read_settings()) == []
+
+
+def test_a_port_that_a_running_server_has_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as running:
+        monkeypatch.setenv("IMAGESERVER_BIND", f"127.0.0.1:{running.getsockname()[1]}")
+
+        assert check(read_settings()) == []
 
 
 def test_a_slash_at_the_end_of_a_directory_does_not_count(

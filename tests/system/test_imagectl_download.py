@@ -241,6 +241,11 @@ def test_tls_and_unix_sockets_are_ways_to_the_server(workplace: Path, home: Path
         imagectl("download", url, home / "tls.raw", "--cacert", pki / "ca.crt")
         refused = imagectl("download", url, home / "no.raw", status=1).stderr
         assert refused.startswith(f"imagectl: no TLS with 127.0.0.1:{server.port}: ")
+        plain = f"http://127.0.0.1:{server.port}{path}"
+        refused = imagectl("info", plain, "--patience", "0", status=1).stderr
+        assert refused.endswith(" (does this port speak TLS? then say https://)\n")
+        imagectl("download", f"{url}?format=qcow2", home / "no.raw", status=2)
+        imagectl("download", plain, home / "no.raw", "--cacert", pki / "ca.crt", status=2)
         imagectl("download", f"http://x{path}", home / "unix.raw", "--unix-socket", sock)
     assert_same(image, home / "tls.raw")
     assert_same(image, home / "unix.raw")

@@ -59,9 +59,13 @@ class Access:
         """Refuse a URL that cannot be requested; drop its user and password, which are not used.
 
         Raises:
-            BadUrl: it cannot.
+            BadUrl: it cannot, or not in TLS, for which there are options.
         """
         object.__setattr__(self, "url", _checked(self.url))
+        if self.url.startswith("http:") and (self.cacert or self.cert or self.key):
+            raise BadUrl(
+                f"--cacert, --cert and --key are for https:// URLs, and {self.url} is none"
+            )
 
 
 def _checked(url: str) -> str:
@@ -78,6 +82,12 @@ def _checked(url: str) -> str:
         raise BadUrl(f"{masked!r} is no http:// or https:// URL")
     if port == 0 or not _HOST.fullmatch(host):
         raise wrong
+    if parts.query or parts.fragment:
+        bare = re.split("[?#]", masked)[0]
+        raise BadUrl(
+            f"{bare!r} is followed by a query or fragment: leave it out; options say what is "
+            "wanted (download --format qcow2, map --context dirty)"
+        )
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 

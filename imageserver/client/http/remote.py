@@ -53,8 +53,7 @@ class Remote:
         self.url = access.url
         self._is_local = access.is_local
         self._transport = Transport(access, connections)
-        path, _, self._query = self._transport.target.partition("?")
-        self._path = path.rstrip("/")
+        self._path = self._transport.target.rstrip("/")
         self._target = self._at()
         #: What the last dirty extents rest on; "": no bitmap, so all is dirty. None: not known.
         self.bitmap: str | None = None
@@ -264,8 +263,7 @@ class Remote:
         self._patch({"op": "flush"})
 
     def _at(self, route: str = "", parameter: str = "") -> str:
-        query = "&".join(filter(None, (parameter, self._query)))
-        return (self._path + route or "/") + (f"?{query}" if query else "")
+        return (self._path + route or "/") + (f"?{parameter}" if parameter else "")
 
     def _patch(self, fields: dict[str, object]) -> None:
         body = json.dumps(fields).encode()

@@ -41,11 +41,13 @@ class Transport:
 
     def __init__(self, access: Access, connections: int = 8) -> None:
         parts = urlsplit(access.url)
-        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.target = parts.path or "/"
         #: The server's name in messages.
         self.name = access.unix_socket or parts.netloc
         self._fields = {"Host": access.host_field, "User-Agent": "imagectl"} | access.fields
         self._seconds = access.timeout_seconds
+        #: Nothing has come from a port that may expect TLS, of which we speak none.
+        self._may_be_tls = parts.scheme == "http" and not access.unix_socket
         self._sockets = Sockets()
         self._pool = make_pool(access, connections, self._sockets)
 
@@ -83,6 +85,7 @@ class Transport:
                 preload_content=False,
                 timeout=self._timeout(silent_seconds),
             )
+            self._may_be_tls = False
             if response.status in expected:
                 return response
             raise self._refusal(method, response)
@@ -125,7 +128,13 @@ class Transport:
         except (exceptions.HTTPError, OSError) as exc:
             if _is_no_http(_innermost(exc)):
                 raise Failed(f"{self.name} does not speak HTTP: {_reason(exc)}") from exc
-            raise Broken(f"the connection to {self.name} broke: {_reason(exc)}") from exc
+            raise self._broken(exc) from exc
+
+    def _broken(self, exc: BaseException) -> Broken:
+        sentence = f"the connection to {self.name} broke: {_reason(exc)}"
+        if self._may_be_tls and isinstance(_innermost(exc), ConnectionError):
+            sentence += " (does this port speak TLS? then say https://)"
+        return Broken(sentence)
 
     def _without_tls(self, exc: NoTls) -> Exception:
         """Return the failure for a handshake that failed: one that was cut may succeed later."""

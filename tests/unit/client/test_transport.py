@@ -3,6 +3,7 @@
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -127,6 +128,33 @@ def test_a_port_that_does_not_speak_http_is_asked_once(text: bytes):
 
 def test_a_connection_that_is_closed_without_an_answer_is_asked_again():
     assert type(failure(says(), Remote.abilities)) is Broken
+
+
+def resets(connection: socket.socket) -> None:
+    """Close with bytes unread, as a server does that has seen no TLS."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.recv(1)
+
+
+@pytest.mark.parametrize("serve", [says(), resets], ids=["closed", "reset"])
+def test_a_port_that_has_never_answered_may_speak_tls(serve: Serve):
+    found = failure(serve, Remote.abilities, seconds=5)
+    assert str(found).endswith(" (does this port speak TLS? then say https://)")
+
+
+def test_a_port_that_has_answered_is_not_said_to_speak_tls():
+    answers = iter([says(answer(b"", "Connection: close")), says()])
+
+    def serve(connection: socket.socket) -> None:
+        next(answers)(connection)
+
+    def ask_twice(image: Remote) -> None:
+        with pytest.raises(Failed, match="was answered with nothing"):
+            image.abilities()
+        image.abilities()
+
+    found = failure(serve, ask_twice, seconds=5)
+    assert (type(found), "TLS" in str(found)) == (Broken, False)
 
 
 # What drips
@@ -303,23 +331,6 @@ def test_what_is_said_to_be_done_is(action: str, text: bytes):
 def test_nothing_is_no_answer_to_options():
     found = failure(says(answer(b"")), Remote.abilities)
     assert str(found) == "OPTIONS was answered with nothing: this is no image server"
-
-
-# Addresses with a zone
-
-
-@pytest.mark.parametrize(
-    ("url", "host", "field"),
-    [
-        ("http://[fe80::1%25eth0]:8080/x", "fe80::1%eth0", "[fe80::1]:8080"),
-        ("http://[fe80::1%eth0]/x", "fe80::1%eth0", "[fe80::1]"),
-        ("http://[::1]:80/x", "::1", "[::1]:80"),
-        ("http://Host:80/x", "host", "Host:80"),
-    ],
-)
-def test_a_zone_is_for_this_side_only(url: str, host: str, field: str):
-    access = Access(url)
-    assert (access.host, access.host_field) == (host, field)
 
 
 def test_a_url_with_a_zone_is_asked():

@@ -78,7 +78,8 @@ def of_argparse(parser: argparse.ArgumentParser, text: str = "") -> Command:
             positionals.append(str(action.metavar or "COMMAND"))
         elif action.help != argparse.SUPPRESS:
             options.append((_terms(action), _expanded(parser, action)))
-            positionals += [] if action.option_strings else [str(_metavar(action))]
+            several = "..." if action.nargs == "+" else ""
+            positionals += [] if action.option_strings else [f"{_metavar(action)}{several}"]
     groups = [
         f"{str(group.title).capitalize()}: {group.description}"
         for group in parser._action_groups  # noqa: SLF001 - as above

@@ -28,6 +28,7 @@ class NbdServer:
         self.source = source
         self.socket = sock
         self._names = dict(source.names)
+        self._read_only = wanted.read_only
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - see close
         command = [
             program("qemu-nbd"),
@@ -61,7 +62,10 @@ class NbdServer:
         deadline = time.monotonic() + _START_SECONDS
         while not self._greets():
             if self.has_ended():
-                raise refusal(self.source.name, self.said(), self._names)
+                # It could be read: its header was (``sources``).
+                raise refusal(
+                    self.source.name, self.said(), self._names, could_be_read=not self._read_only
+                )
             if time.monotonic() > deadline:
                 raise LocalFailure(f"{self.source.name}: qemu-nbd does not answer")
             time.sleep(0.005)

@@ -136,7 +136,8 @@ def _checked(name: str, kind: str, chain: Chain, wanted: Wanted, directory: str)
     if direct is None:
         program("qemu-nbd")  # missing: said before anything is read
     elif not hold(chain.members[0].file.fd, writable=not wanted.read_only):
-        raise _in_use(name)
+        only_read = not wanted.read_only and hold(chain.members[0].file.fd, writable=False)
+        raise _in_use(name, only_read=only_read)
     _require_passphrase(name, kind, chain)
     require_sound(chain)
     node = _node(kind, chain, directory)
@@ -246,14 +247,18 @@ def info(name: str, arguments: list[str], names: Names) -> dict[str, Any]:
     return found
 
 
-def refusal(name: str, said: str, names: Names) -> LocalFailure:
+def refusal(name: str, said: str, names: Names, *, could_be_read: bool = False) -> LocalFailure:
     """Return what one of QEMU's programs has said about an image, as one sentence."""
     if LOCKED.search(said):
-        return _in_use(name)
+        return _in_use(name, only_read=could_be_read)
     return LocalFailure(f"{name} cannot be opened: {reason(said, names) or 'QEMU says not why'}")
 
 
-def _in_use(name: str) -> LocalFailure:
+def _in_use(name: str, *, only_read: bool) -> LocalFailure:
+    if only_read:
+        return LocalFailure(
+            f"{name} is read by another program, as its lock tells: --read-only shares it"
+        )
     return LocalFailure(f"{name} is in use by another program, as its lock tells")
 
 

@@ -83,7 +83,7 @@ def _require_consistent(member: Member, objects: list[str], *, is_source: bool) 
     status, output, said = run("qemu-img", arguments, names)
     path = member.file.path
     if status == _DAMAGED:
-        first = said.partition("\n")[0].removeprefix("ERROR").strip()
+        first = said.partition("\n")[0].removeprefix("ERROR").lstrip(": ")
         raise Damaged(f"{path} is damaged: {_corruptions(output)}{first and f' ({first})'}")
     if LOCKED.search(said):
         raise LocalFailure(f"{path} is being written by another program, as its lock tells")

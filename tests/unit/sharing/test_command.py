@@ -15,6 +15,7 @@ from imageserver.server.startup import read_settings
 from imageserver.sharing import command
 from imageserver.sharing.command import Server, add_arguments, share
 from imageserver.sharing.image_lock import hold
+from imageserver.sharing.sources import refusal
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +83,7 @@ def cut() -> str:
         (lambda: raw(head=b"KDMV"), [], "disk.raw looks like VMDK, which is not shared: "),
         (raw, ["--bitmap", "x"], "disk.raw has no bitmap 'x': it has none."),
         (with_bitmap, ["--bitmap", "x"], "disk.qcow2 has no bitmap 'x': it has monday."),
-        (cut, [], "disk.qcow2 is damaged: "),
+        (cut, [], "disk.qcow2 is damaged: qemu-img check finds 3 errors (counting reference "),
         (encrypted, [], "disk.qcow2 is encrypted (LUKS): --secret-file names "),
         (encrypted, ["--secret-file", "none"], "none: No such file or directory."),
         (lambda: "https://host/disk", [], "https://host/disk is no file here: --allow-remote "),
@@ -146,6 +147,20 @@ def test_an_image_in_use_is_one_sentence(
 
     errors = capsys.readouterr().err
     assert errors == f"imageserver: {name} is {said} by another program, as its lock tells.\n"
+
+
+def test_an_image_that_another_program_only_reads_can_be_shared_read_only(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = raw()
+    with open(name, "rb") as reader:
+        assert hold(reader.fileno(), writable=False)
+        assert shared(name) == 5
+
+    told = f"{name} is read by another program, as its lock tells: --read-only shares it"
+    assert capsys.readouterr().err == f"imageserver: {told}.\n"
+    by_qemu = refusal(name, 'Failed to get "write" lock', {}, could_be_read=True)
+    assert str(by_qemu) == told
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(

@@ -85,7 +85,7 @@ def test_its_refusals_its_log_lines_and_its_unknown_fields_follow_from_its_row(
 
     (server.config / "typo").write_text('{"backend":"memory","name":"x","size":"1"}')
     assert server.request("GET", "/images/typo").refusal == (404, "unknown image_id")
-    assert '"size" must be 0 to 1048576' in server.log
+    assert r"\"size\" must be 0 to 1048576" in server.log
     (server.config / "none").write_text('{"backend":"nfs"}')
     assert server.request("GET", "/images/none").refusal == (404, "unknown image_id")
-    assert '"backend" must be "nbd" or "file" or "memory"' in server.log
+    assert r"\"backend\" must be \"nbd\" or \"file\" or \"memory\"" in server.log

@@ -149,7 +149,7 @@ def test_a_file_expires_only_if_it_asks_for_that(waited):
 def test_a_file_with_a_timeout_of_another_kind_is_unknown_and_logged(server, one, value):
     url = server.add("wrong", **one, idle_timeout_seconds=value)
     assert server.request("GET", url).refusal == UNKNOWN
-    assert '"idle_timeout_seconds" must be an integer' in server.log
+    assert r"\"idle_timeout_seconds\" must be an integer" in server.log
 
 
 # Courses of events

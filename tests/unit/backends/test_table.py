@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of kinds: what its rows say agrees, and an image that is written down comes back."""
 
+from pathlib import Path
+
 import pytest
 
 from imageserver.backends.file.kind import RAW, FileImage
 from imageserver.backends.nbd.kind import NBD, NbdImage
 from imageserver.backends.table import KINDS, TABLE
 from imageserver.core.kinds import Image, ImageKind
-from imageserver.core.transfer import Transfer, to_fields, transfer_from_fields
+from imageserver.core.transfer import _COMMON_FIELDS, Transfer, to_fields, transfer_from_fields
 
 kinds = pytest.mark.parametrize("kind", TABLE, ids=lambda kind: kind.name)
 
@@ -60,3 +62,12 @@ def test_a_raw_file_has_what_an_nbd_image_has() -> None:
     assert RAW.read_only_methods == NBD.read_only_methods
     assert RAW.features == NBD.features
     assert RAW.read_only_features == NBD.read_only_features
+
+
+def test_the_documentation_has_each_field_of_a_transfer() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
+    table = text.partition("| field | | meaning |")[2].partition("\n\n")[0]
+    rows = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
+
+    own = {name for kind in TABLE for name in kind.own_fields}
+    assert rows == own | set(_COMMON_FIELDS) - {"transfer_id"}  # that is in files of ours alone

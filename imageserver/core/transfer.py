@@ -137,6 +137,13 @@ def overdue_ns(transfer: Transfer, unused_ns: int) -> int | None:
     return over_ns if over_ns >= 0 else None
 
 
+def open_to_others(mode: int) -> str | None:
+    """Return why a transfer's file, or its directory, of this mode does not count, if so."""
+    if mode & 0o022:
+        return f"can be written by group or others (mode {mode & 0o7777:04o})"
+    return None
+
+
 def path_bytes(path: str) -> bytes:
     """Return a path, or an id as a file's name, for the kernel: UTF-8 whatever the locale."""
     return path.encode()

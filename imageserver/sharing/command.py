@@ -254,7 +254,7 @@ class _Run:
         if self._parsed.json:
             told = {"file": nbd.source.name, "id": shared.id, "error": problem}
             write(json.dumps(told) + "\n")
-        self._transfers.remove(shared.id, None, force=False)
+        self._transfers.remove(shared.id)
 
 
 def _close_all(sources: list[Source]) -> None:

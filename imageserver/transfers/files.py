@@ -27,6 +27,7 @@ from imageserver.core.transfer import (
     InvalidTransfer,
     Transfer,
     is_valid_id,
+    open_to_others,
     parse_transfer,
     path_bytes,
     path_text,
@@ -134,9 +135,7 @@ class TransferFiles:
     def _distrust(self, found: os.stat_result) -> str | None:
         if found.st_uid not in self._owners:
             return f"belongs to uid {found.st_uid}, who is not in IMAGESERVER_CONFIG_OWNERS"
-        if found.st_mode & 0o022:
-            return f"can be written by group or others (mode {stat.S_IMODE(found.st_mode):04o})"
-        return None
+        return open_to_others(found.st_mode)
 
     def _cached(self, transfer_id: str) -> Transfer | None:
         """Return the cached transfer, if its directory is trusted and its file unchanged."""

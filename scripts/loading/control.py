@@ -11,6 +11,7 @@ from gevent.event import Event
 from locust import between, task
 
 from imageserver.client.failures import ClientError
+from imageserver.client.local.control_socket import ControlSocket
 from loading.client import Answer, Call, Unexpected
 from loading.images import Image
 from loading.users import LoadUser
@@ -79,8 +80,11 @@ class ControlProgram(LoadUser):
             yield image
         finally:
             with self.plan.measured(self.kind, f"end {registrar}", ClientError):
-                seconds = _UNREGISTER_SECONDS if registrar == "socket" else None
-                self.plan.registrars[registrar].remove(name, seconds, force=False)
+                registered = self.plan.registrars[registrar]
+                if isinstance(registered, ControlSocket):
+                    registered.remove(name, _UNREGISTER_SECONDS, force=False)
+                else:
+                    registered.remove(name)
 
     def _make(self, registrar: str, name: str) -> Image:
         image, transfer = self.choose.choice(self.plan.sources)

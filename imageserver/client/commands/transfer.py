@@ -169,7 +169,14 @@ def remove_command(
 ) -> None:
     """Remove a transfer; an id that is not known is no error."""
     place = _place(control_socket, config_dir)
-    place.remove(_id(transfer_id), timeout, force=force)
+    if isinstance(place, ControlSocket):
+        place.remove(_id(transfer_id), timeout, force=force)
+    elif force or timeout is not None:
+        raise click.UsageError(
+            "--timeout and --force are for --control-socket: files know no requests."
+        )
+    else:
+        place.remove(_id(transfer_id))
 
 
 @transfer_command.command("list")

@@ -43,6 +43,11 @@ def test_every_help_fits_80_columns_and_is_whole():
         ),
         (["checksum", IMAGE, "--format", "raw"], "--format, --backing and --force are of a FILE."),
         (["map", IMAGE, "--quiet"], "No such option '--quiet'."),
+        (["transfer", "remove", "x", "--config-dir", ".", "--force"], "are for --control-socket"),
+        (
+            ["transfer", "remove", "x", "--config-dir", ".", "--timeout", "5"],
+            "are for --control-socket",
+        ),
     ],
     ids=[
         "a pipe",
@@ -53,6 +58,8 @@ def test_every_help_fits_80_columns_and_is_whole():
         "a block of no use",
         "a format of no use",
         "silence that says nothing",
+        "a file's requests to cut",
+        "a file's requests to wait for",
     ],
 )
 def test_arguments_that_make_no_sense_are_told(words, sentence):

@@ -10,7 +10,8 @@ import pytest
 from imageserver.backends.file.kind import FileImage
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.backends.table import KINDS
-from imageserver.client.failures import LocalFailure, Refused
+from imageserver.client.failures import LocalFailure
+from imageserver.client.local import transfer_files
 from imageserver.client.local.transfer_files import ConfigDirectory
 from imageserver.core.transfer import Transfer, parse_transfer
 
@@ -55,7 +56,9 @@ def test_what_cannot_be_renamed_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["one"]
 
 
-def test_a_list_has_what_counts_in_order(tmp_path: Path) -> None:
+def test_a_list_has_what_counts_in_order_and_says_why_the_rest_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     place = ConfigDirectory(str(tmp_path))
     for transfer in (TWO, ONE):
         place.add(transfer)
@@ -66,17 +69,60 @@ def test_a_list_has_what_counts_in_order(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / os.fsdecode(b"\xff")).write_bytes((tmp_path / "one").read_bytes())
     (tmp_path / ".imagectl-0").write_bytes((tmp_path / "one").read_bytes())
+    (tmp_path / "open").write_bytes((tmp_path / "one").read_bytes())
+    (tmp_path / "open").chmod(0o620)
+
     assert place.list() == [ONE, TWO]
+
+    said = [record.getMessage().removeprefix("imagectl: ") for record in caplog.records]
+    assert said == [
+        f"'{tmp_path}/{name}' does not count: {problem}"
+        for name, problem in (
+            ("a directory", "not a regular file"),
+            ("fifo", "not a regular file"),
+            ("large", "larger than 65536 bytes"),
+            ("link", "is a symbolic link"),
+            ("no json", said[4].partition("count: ")[2]),
+            ("open", "can be written by group or others (mode 0620)"),
+        )
+    ]
+
+
+def test_a_file_of_another_owner_is_listed_with_what_it_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = ConfigDirectory(str(tmp_path))
+    place.add(ONE)
+    real = os.stat
+
+    def owned_by_4711(path: str) -> os.stat_result:
+        fields = list(real(path))
+        fields[stat.ST_UID] = 4711
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(os, "stat", owned_by_4711)
+    monkeypatch.setattr(transfer_files, "_ROOT", 4712)
+
+    assert place.list() == [ONE]
+    (record,) = caplog.records
+    assert f"counts only for a server of its owner, uid {os.geteuid()}," in record.getMessage()
+
+
+def test_a_directory_that_others_may_write_has_none_that_count(tmp_path: Path) -> None:
+    place = ConfigDirectory(str(tmp_path))
+    place.add(ONE)
+    tmp_path.chmod(0o777)
+
+    with pytest.raises(LocalFailure, match=r"it can be written by group or others .mode 0777.$"):
+        place.list()
 
 
 def test_a_file_is_removed_and_one_that_is_not_there_is_fine(tmp_path: Path) -> None:
     place = ConfigDirectory(str(tmp_path))
     place.add(ONE)
     for _ in range(2):
-        place.remove("one", None, force=False)
+        place.remove("one")
     assert os.listdir(tmp_path) == []
-    with pytest.raises(Refused, match="only a control socket"):
-        place.remove("one", 5, force=False)
 
 
 def test_a_directory_that_is_not_there_is_told_so(tmp_path: Path) -> None:

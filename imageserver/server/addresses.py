@@ -173,8 +173,10 @@ def _bind(
 def _remedy(exc: OSError, port: int) -> str:
     if exc.errno == errno.EACCES:
         return "choose a port above 1023, or give the server CAP_NET_BIND_SERVICE"
-    if exc.errno != errno.EADDRINUSE:
+    if exc.errno == errno.EADDRNOTAVAIL or isinstance(exc, socket.gaierror):
         return "choose an address of this host, as 'ip address' lists them"
+    if exc.errno != errno.EADDRINUSE:
+        return "choose another address"
     states = _states_at(port)
     if states and _LISTEN not in states:
         return (

@@ -35,8 +35,9 @@ _FULL_SECONDS = 0.1
 MOST_WAITING = 8192
 #: Where one has to go, one in so many goes: looking through 8192 takes 2 ms, once for 128 clients.
 _EVICTED_SHARE = 64
-#: For so long a new connection is closed after all others: its request may not have been read yet.
+#: For so long a new connection is spared where it can be: its request may not have been read yet.
 _GRACE_SECONDS = 1.0
+_ANSWERED = {State.SENDING, State.LINGER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,14 +158,17 @@ class Loop:
     def _evict(self) -> int:
         """Close some connections; return how many, none only where none waits.
 
-        Those between requests go first, those that have just been accepted last: a client that
-        comes while others hold all the places has to be heard. Among equals, who has the least
-        time left: a head that has begun keeps no place for longer than one that has not.
+        Those that have no request go first, begun or not, and among them who has the least time
+        left; then those that have just been accepted, for a client that comes while others hold
+        all the places has to be heard; then those that get an answer.
         """
         young = self._now() - _GRACE_SECONDS
 
-        def rank(conn: Connection) -> tuple[bool, bool, float]:
-            return conn.state is not State.IDLE, conn.accepted_at > young, conn.deadline
+        def rank(conn: Connection) -> tuple[int, float]:
+            if conn.state in _ANSWERED:
+                return 2, conn.deadline
+            is_new = conn.state is not State.IDLE and conn.accepted_at > young
+            return int(is_new), conn.deadline
 
         with self._arming:
             waiting = list(self._waiting.values())

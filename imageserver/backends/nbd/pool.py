@@ -3,8 +3,8 @@
 
 A connection is kept only where the server takes several clients (multi-conn) and the request that
 had it left nothing under way. It is used by one request at a time. Of each image (a server's socket
-and an export) a worker keeps one; of those that ran side by side, and of other transfers, the
-others go with the next look.
+and an export) a worker keeps one: of those that ran side by side, the others go with the next look,
+and what was kept for another transfer goes at once.
 
 A thread looks twenty times a second, as long as something is kept. A connection is closed
 
@@ -138,7 +138,7 @@ class Pool:
         with self._changed:
             stack = self._idle.get(key, [])
             for kept in reversed(stack):
-                if kept.transfer and kept.transfer.id == name:
+                if _name(kept) == name:
                     stack.remove(kept)
                     self._count -= 1
                     return kept
@@ -148,6 +148,18 @@ class Pool:
         """Keep a connection on which nothing is under way, or close it."""
         if not (self._may_keep(kept) and self._is_held(kept) and self._put(kept)):
             kept.close()
+        for other in self._others(kept):
+            other.close()
+
+    def _others(self, kept: Kept) -> list[Kept]:
+        """Take out what is kept of the same image for other transfers: it takes places there."""
+        with self._changed:
+            stack = self._idle.get(kept.key, [])
+            others = [other for other in stack if _name(other) != _name(kept)]
+            for other in others:
+                stack.remove(other)
+            self._count -= len(others)
+        return others
 
     def _may_keep(self, kept: Kept) -> bool:
         server = kept.connection.server
@@ -283,6 +295,10 @@ class Pool:
         stack.remove(kept)
         self._count -= 1
         return True
+
+
+def _name(kept: Kept) -> str:
+    return kept.transfer.id if kept.transfer else ""
 
 
 def _is_wanted(kept: Kept) -> bool:

@@ -74,10 +74,11 @@ def handler(liar: Liar) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name.replace("_", "-"), value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: liar.allowed] if status == 206 else body)
             if status == 206:
                 self.close_connection = liar.allowed < len(body)
-                liar.allowed -= min(len(body), liar.allowed)
+                body = body[: liar.allowed]
+                liar.allowed -= len(body)  # before the client can ask on another connection
+            self.wfile.write(body)
 
         def do_OPTIONS(self) -> None:
             self.answer(200, b'{"features":["extents"],"max_readers":4}', Allow="GET")

@@ -148,6 +148,7 @@ class Pool:
         """Keep a connection on which nothing is under way, or close it."""
         if not (self._may_keep(kept) and self._is_held(kept) and self._put(kept)):
             kept.close()
+            return
         for other in self._others(kept):
             other.close()
 

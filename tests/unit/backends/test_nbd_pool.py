@@ -160,6 +160,15 @@ def test_a_connection_serves_the_transfer_that_it_was_made_for_and_no_other(worl
     other.close()
 
 
+def test_a_connection_of_a_probe_closes_nothing_that_is_kept(world: World) -> None:
+    kept, probe = world.given(), world.connected()
+    probe.transfer = None
+    world.pool.give(probe)
+
+    assert [is_closed(kept), is_closed(probe)] == [False, True]
+    kept.close()
+
+
 def test_a_transfer_that_was_made_again_gets_no_connection_of_the_one_before(world: World) -> None:
     """The look that would close it has not come yet."""
     kept = world.given()

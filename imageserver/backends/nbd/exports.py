@@ -25,7 +25,7 @@ from imageserver.backends.nbd.peers import has_orphans
 from imageserver.backends.nbd.pool import Kept, Pool
 from imageserver.backends.nbd.warmup import WarmUp
 from imageserver.core import extents
-from imageserver.core.errors import BackendTimeout
+from imageserver.core.errors import NO_DESCRIPTOR, BackendError, BackendTimeout
 from imageserver.core.extents import Extent
 from imageserver.core.kinds import ImageInfo
 from imageserver.core.ports import Check, Intent, no_client
@@ -106,7 +106,13 @@ def _has_orphans(image: NbdImage) -> bool:
     try:
         return has_orphans(image.socket, image.at)
     except OSError as exc:
-        raise no_connection(f"{image.socket} export {image.export!r}", exc) from exc
+        name = f"{image.socket} export {image.export!r}"
+        if exc.filename is not None or exc.errno in NO_DESCRIPTOR:
+            raise no_connection(name, exc) from exc
+        raise BackendError(
+            f"{name}: the kernel does not tell whether a dead worker's writes may still land "
+            f"(sock_diag(7): {exc.strerror}); allow AF_NETLINK"
+        ) from exc
 
 
 def _contexts(image: NbdImage, intent: Intent) -> list[str]:

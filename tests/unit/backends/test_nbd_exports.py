@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports of servers that say what no real one does: an error in words, or the right bytes."""
 
+import errno
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from lab.processes import wait_until
 
+from imageserver.backends.nbd import exports
 from imageserver.backends.nbd.kind import NbdImage
 from imageserver.core.errors import BackendError, ClientGone, Exhausted
 from imageserver.core.extents import Extent
@@ -229,6 +231,26 @@ def test_a_pinned_image_stays_at_its_socket_when_the_link_to_it_is_moved(
     assert _served(pinned) == b"DD"
     with pytest.raises(BackendError, match=r"^.*/link export '': .*No such file"):
         _served(image)
+
+
+@pytest.mark.parametrize(
+    ("error", "cls", "said"),
+    [
+        (PermissionError(errno.EPERM, "Not permitted"), BackendError, "sock_diag.*AF_NETLINK"),
+        (OSError(errno.EMFILE, "Too many"), Exhausted, "connect: Too many"),
+        (FileNotFoundError(errno.ENOENT, "None", "/s"), BackendError, "connect: None .ENOENT"),
+    ],
+    ids=["netlink", "descriptors", "socket"],
+)
+def test_where_orphans_cannot_be_told_the_log_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, cls: type[Exception], said: str
+) -> None:
+    def refused(*_: object) -> bool:
+        raise error
+
+    monkeypatch.setattr(exports, "has_orphans", refused)
+    with pytest.raises(cls, match=f"^/s export '': .*{said}"):
+        exports_of().settle(NbdImage("/s"))
 
 
 @pytest.mark.parametrize("what", ["socket", "directory"])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Descriptors, closed come what may; ``runtime/private.py`` has the same for the layers above."""
 
-import contextlib
 import os
 
 
@@ -11,5 +10,7 @@ def close_fd(fd: int) -> None:
     A file system may say so late that what was written is not stored. Whoever promises that it is
     has asked fsync(2), which has said so already.
     """
-    with contextlib.suppress(OSError):
+    try:  # noqa: SIM105 - quicker than contextlib.suppress, several times a request
         os.close(fd)
+    except OSError:
+        pass

@@ -30,6 +30,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 VERSION = 3
@@ -107,7 +108,7 @@ class Occupant(NamedTuple):
     together: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, for that takes three times as long to make
 class Deaths:
     """How many holders have left a write under way, perhaps; and the count when a table began."""
 
@@ -219,7 +220,7 @@ class SlotTable:
         return sum(1 for _ in self._having(image, (kind,)))
 
     def _having(self, image: str, kinds: Iterable[Kind]) -> Iterator[int]:
-        wanted = struct.pack("32s", _encoded(image))
+        wanted = struct.pack("32s", *_encoded(image))
         states = bytes(self._states)
         for kind in kinds:
             index = states.find(kind)
@@ -299,11 +300,8 @@ class SlotTable:
             view.release()
 
     def _write(self, index: int, holder: Holder) -> None:
-        static = _STATIC.pack(
-            *(holder.owner.pid, holder.owner.start, holder.started_ns),
-            *(_encoded(holder.operation), _encoded(holder.image)),
-            *(_encoded(holder.client), _encoded(holder.transfer)),
-        )
+        names = _encoded(holder.operation, holder.image, holder.client, holder.transfer)
+        static = _STATIC.pack(*holder.owner, holder.started_ns, *names)
         crc = zlib.crc32(static, holder.kind)
         at = _RECORDS + index * RECORD
         how = _TOGETHER if holder.together else _ALONE if holder.alone else _SHARED
@@ -342,8 +340,9 @@ def _word(index: int) -> int:
     return index * RECORD // 8  # where a record begins, in 8-byte words
 
 
-def _encoded(text: str) -> bytes:
-    return text.encode(errors="replace")  # cut where it is packed
+@lru_cache(256)  # a client's requests for an image come one after the other
+def _encoded(*texts: str) -> list[bytes]:
+    return [text.encode(errors="replace") for text in texts]  # cut where they are packed
 
 
 def _text(field: bytes) -> str:

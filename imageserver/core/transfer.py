@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from imageserver.core.jsontext import InvalidJson, parse_json
@@ -62,9 +63,10 @@ class Transfer:
 
     def is_still(self, other: "Transfer") -> bool:
         """Tell whether the transfer has neither ended nor changed since it was ``other``."""
-        return self == other and self.changed_ns == other.changed_ns
+        return self is other or (self == other and self.changed_ns == other.changed_ns)
 
 
+@lru_cache(1024)
 def is_valid_id(text: str) -> bool:
     """Tell whether ``text`` can name a transfer: one path component of valid UTF-8.
 

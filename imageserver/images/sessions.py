@@ -227,6 +227,8 @@ class Sessions:
         return held
 
     def _is_single(self, image: Image) -> bool:
+        if not self._single:
+            return False  # mostly, at once
         known = self._single.get(image, _UNSEEN)
         return known is not _UNSEEN and known == self._stamp(image)
 

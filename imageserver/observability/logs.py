@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from typing import TextIO
 
 from imageserver.core.entry import FIELDS, Entry
 
@@ -39,8 +40,16 @@ def configure(level: str, style: str = "text") -> None:
     if not logger.handlers:
         if isinstance(sys.stderr, io.TextIOWrapper):  # readers do not know the locale
             sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
-        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.addHandler(_Handler(sys.stderr))
     logger.handlers[0].setFormatter(formatter(style))
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes each record at once."""
+
+    def flush(self) -> None:
+        """Flush the stream, which ``emit`` asks for with the lock held already."""
+        self.stream.flush()
 
 
 def formatter(style: str) -> logging.Formatter:

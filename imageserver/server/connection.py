@@ -7,6 +7,7 @@
 import contextlib
 import socket
 import ssl
+from typing import Any
 
 from imageserver.server.states import TRANSITIONS, Deadline, IllegalTransition, State
 from imageserver.server.wire import send_queue
@@ -43,6 +44,7 @@ class Connection:
         "bad_head",
         "buffer",
         "deadline",
+        "environ",
         "is_last",
         "is_tls",
         "lingered",
@@ -59,6 +61,8 @@ class Connection:
         self.is_tls = isinstance(sock, ssl.SSLSocket)
         self.address = address
         self.listener = listener
+        #: What of a request's environment is the connection's (``environ.Gateway``).
+        self.environ: dict[str, Any] | None = None
         self.buffer = bytearray()
         self._state = State.ACCEPTED
         #: When the loop took it, by the loop's clock.
@@ -126,6 +130,8 @@ class Connection:
     def has_head(self) -> bool:
         """Tell whether a whole head has arrived, or so much that it will be refused."""
         buffer = self.buffer
+        if not buffer:
+            return False
         # A head may follow empty lines (RFC 9112 section 2.2), which are no end of one.
         while buffer.startswith((b"\r\n", b"\n")):
             del buffer[: 2 if buffer[0] == 13 else 1]  # noqa: PLR2004 - CR

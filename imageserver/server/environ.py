@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The WSGI environment of a request (PEP 3333), made of its parsed head and its connection.
 
-As gunicorn's, but without ``wsgi.early_hints``; and what is the same for every request is looked
-up once. ``SCRIPT_NAME`` is the process's variable, as with gunicorn, and no header's.
+As gunicorn's, but without ``wsgi.early_hints``; and what is the same for every request of the
+process, or of a connection, is looked up once. ``SCRIPT_NAME`` is the process's variable, as with
+gunicorn, and no header's.
 """
 
 import os
@@ -26,8 +27,9 @@ class Gateway:
 
     def __init__(self, cfg: Config) -> None:
         self.rules = HeadRules(cfg)
-        self._common = {**base_environ(cfg), "wsgi.multithread": True}
         self._script_name = os.environ.get("SCRIPT_NAME", "")
+        more = {"wsgi.multithread": True, "SCRIPT_NAME": self._script_name}
+        self._common = {**base_environ(cfg), **more}
 
     def environ(self, req: CommonHead | ImageRequest, conn: Connection) -> dict[str, Any]:
         """Return a request's environment, which has no ``wsgi.input`` yet.
@@ -38,13 +40,13 @@ class Gateway:
         path, script_name = req.path, self._script_name
         if not path.startswith(script_name):
             raise ConfigurationProblem(f"{path!r} does not begin with {script_name!r}")
-        environ = self._common.copy()
-        environ["gunicorn.socket"] = conn.sock
+        if conn.environ is None:
+            conn.environ = {**self._common, "gunicorn.socket": conn.sock, **_addresses(conn)}
+        environ = conn.environ.copy()
         environ["REQUEST_METHOD"] = req.method
         environ["QUERY_STRING"] = req.query
         environ["RAW_URI"] = req.uri
         environ["SERVER_PROTOCOL"] = "HTTP/1.1" if req.version == (1, 1) else "HTTP/1.0"
-        environ["SCRIPT_NAME"] = script_name
         path = path[len(script_name) :]
         environ["PATH_INFO"] = unquote_to_wsgi_str(path) if "%" in path else path
         # gunicorn knows of no TLS here.
@@ -53,7 +55,8 @@ class Gateway:
             _add_fields(environ, req.headers)
         else:
             environ.update(req.fields)
-        _add_addresses(environ, conn, scheme)
+        if "SERVER_NAME" not in environ:
+            _name_server(environ, conn.listener, scheme)
         if req.proxy_protocol_info:
             environ.update(proxy_environ(req))
         return environ
@@ -72,16 +75,20 @@ def _add_fields(environ: dict[str, Any], fields: Iterable[tuple[str, str]]) -> N
         environ[at] = ",".join(values)
 
 
-def _add_addresses(environ: dict[str, Any], conn: Connection, scheme: str) -> None:
+def _addresses(conn: Connection) -> dict[str, str]:
+    """Return a connection's own part: who is at its ends, as far as it tells."""
     peer, listener = conn.address, conn.listener
     if isinstance(peer, tuple):
-        environ["REMOTE_ADDR"] = peer[0]
-        environ["REMOTE_PORT"] = str(peer[1])
+        found = {"REMOTE_ADDR": peer[0], "REMOTE_PORT": str(peer[1])}
     else:
-        environ["REMOTE_ADDR"] = str(peer)
+        found = {"REMOTE_ADDR": str(peer)}
     if isinstance(listener, tuple):
-        environ["SERVER_NAME"], environ["SERVER_PORT"] = listener[0], str(listener[1])
-    else:  # a Unix socket: what the client takes it for
-        name, _, port = environ.get("HTTP_HOST", "").partition(":")
-        environ["SERVER_NAME"] = name or str(listener)
-        environ["SERVER_PORT"] = port or (_PORTS[scheme] if name else "")
+        found |= {"SERVER_NAME": listener[0], "SERVER_PORT": str(listener[1])}
+    return found
+
+
+def _name_server(environ: dict[str, Any], listener: object, scheme: str) -> None:
+    """Name a server at a Unix socket: what the client takes it for."""
+    name, _, port = environ.get("HTTP_HOST", "").partition(":")
+    environ["SERVER_NAME"] = name or str(listener)
+    environ["SERVER_PORT"] = port or (_PORTS[scheme] if name else "")

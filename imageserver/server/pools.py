@@ -259,14 +259,24 @@ class Pools:
             return True
         if pool.is_wanted() or self.last:
             return False
-        pool.between_requests.add(conn)
-        arrived = arrival.poll(pool.wait_ms())
-        pool.between_requests.discard(conn)
-        if not arrived:
-            return False
-        try:
-            return conn.receive() and conn.has_head()
-        except BLOCKED:
-            return False
-        except OSError as exc:
-            raise ClientGone from exc
+        has_head = _receives_head(conn)  # at once: most clients are as fast as this thread
+        if has_head is None:
+            pool.between_requests.add(conn)
+            arrived = arrival.poll(pool.wait_ms())
+            pool.between_requests.discard(conn)
+            has_head = bool(arrived) and _receives_head(conn)
+        return bool(has_head)
+
+
+def _receives_head(conn: Connection) -> bool | None:
+    """Tell whether a whole head has arrived; None where no byte has.
+
+    Raises:
+        ClientGone: the connection broke.
+    """
+    try:
+        return conn.receive() and conn.has_head()
+    except BLOCKED:
+        return None
+    except OSError as exc:
+        raise ClientGone from exc

@@ -68,14 +68,14 @@ def _read_y_or_n(req: falcon.Request, name: str) -> bool | None:
 
 def full_body_length(req: falcon.Request) -> int:
     """Return the length of a body that is a whole image, in bytes."""
-    if req.get_header("Range") is not None or req.get_header("Content-Range") is not None:
+    if "HTTP_RANGE" in req.env or "HTTP_CONTENT_RANGE" in req.env:
         raise BadRequest("Range/Content-Range not supported; full writes only")
     return body_length(req)
 
 
 def body_length(req: falcon.Request) -> int:
     """Return the body's announced length. A chunked body announces none."""
-    if req.get_header("Transfer-Encoding") is not None:
+    if "HTTP_TRANSFER_ENCODING" in req.env:
         raise BadRequest("Content-Length required")
     return parse_length(req.env.get("CONTENT_LENGTH"))
 

@@ -144,8 +144,9 @@ class ImageResource:
         """Replace the whole image by the body, or with ``Content-Range`` a part of it."""
         close_if_asked(req)
         flush = read_flush(req)
-        if req.get_header("Content-Range") and transfer.image.kind.writes_ranges:
-            length, flushed = self._put_range(req, transfer, flush=flush)
+        part: str | None = req.env.get("HTTP_CONTENT_RANGE")
+        if part and transfer.image.kind.writes_ranges:
+            length, flushed = self._put_range(req, transfer, part, flush=flush)
         else:
             length, flushed = self._put_whole(req, transfer, flush=flush)
         set_encoded(resp, written(length, flushed=None if flush is None else flushed))
@@ -168,13 +169,11 @@ class ImageResource:
         return length, done
 
     def _put_range(
-        self, req: falcon.Request, transfer: Transfer, *, flush: bool | None
+        self, req: falcon.Request, transfer: Transfer, part: str, *, flush: bool | None
     ) -> tuple[int, bool]:
-        if req.get_header("Range") is not None:
+        if "HTTP_RANGE" in req.env:
             raise BadRequest("Range/Content-Range not supported; full writes only")
-        wanted = parse_content_range(
-            req.get_header("Content-Range", required=True), body_length(req)
-        )
+        wanted = parse_content_range(part, body_length(req))
         expected = read_digests(req, is_whole=False)
         conditions = read_conditions(req)
         need = sessions.WRITE_ALONE if conditions.names_state else sessions.WRITE

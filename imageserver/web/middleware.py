@@ -16,8 +16,13 @@ from imageserver.web.body import StreamedBody
 from imageserver.web.cors import Cors
 from imageserver.web.requests import request_of
 
-#: Sent with every answer that has no image of its own to speak for.
-DEFAULT_METHODS = "GET, PUT, OPTIONS"
+#: Sent with every answer. Responders change what an image of its own says better: its methods,
+#: and whether what has validators may be stored (``conditions``).
+_COMMON = (
+    ("Cache-Control", "no-store"),
+    ("Accept-Ranges", "bytes"),
+    ("Access-Control-Allow-Methods", "GET, PUT, OPTIONS"),
+)
 #: No body goes with these (RFC 9110 section 6.4.1).
 _BODILESS = (204, 304)
 _ENCODED_SEPARATORS = ("%2f", "%5c", "%00")
@@ -40,8 +45,7 @@ class ImageMiddleware:
 
     def process_request(self, req: falcon.Request, resp: falcon.Response) -> None:
         """Refuse encoded separators: decoded, they would look like routes."""
-        # For what has validators, responders change this (``conditions``).
-        resp.set_header("Cache-Control", "no-store")
+        resp.set_headers(_COMMON)
         path: str = req.env.get("RAW_URI", "")
         if "%" in path:
             path = path.partition("?")[0].lower()
@@ -86,10 +90,7 @@ class ImageMiddleware:
         _resource: object,
         req_succeeded: bool,  # noqa: FBT001 - Falcon's signature
     ) -> None:
-        """Add the common headers; close a stream that Falcon would drop unclosed."""
-        resp.set_header("Accept-Ranges", "bytes")
-        if resp.get_header("Access-Control-Allow-Methods") is None:
-            resp.set_header("Access-Control-Allow-Methods", DEFAULT_METHODS)
+        """Say what scripts may read; close a stream that Falcon would drop unclosed."""
         if self._cors:
             self._cors.add_headers(req, resp)
         stream = resp.stream

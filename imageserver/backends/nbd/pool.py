@@ -101,7 +101,8 @@ class Pool:
         self._holds = holds
         self._now = now
         self._waited_for = waited_for
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._idle: dict[_Key, list[Kept]] = {}
         self._count = 0
         #: Sockets where something was kept, by the time of the last use.
@@ -135,7 +136,7 @@ class Pool:
 
     def _pop(self, key: _Key, name: str) -> Kept | None:
         """Take out what was kept for a transfer of this id last."""
-        with self._changed:
+        with self._lock:
             stack = self._idle.get(key, [])
             for kept in reversed(stack):
                 if _name(kept) == name:
@@ -146,21 +147,11 @@ class Pool:
 
     def give(self, kept: Kept) -> None:
         """Keep a connection on which nothing is under way, or close it."""
-        if not (self._may_keep(kept) and self._is_held(kept) and self._put(kept)):
-            kept.close()
-            return
-        for other in self._others(kept):
-            other.close()
-
-    def _others(self, kept: Kept) -> list[Kept]:
-        """Take out what is kept of the same image for other transfers: it takes places there."""
-        with self._changed:
-            stack = self._idle.get(kept.key, [])
-            others = [other for other in stack if _name(other) != _name(kept)]
-            for other in others:
-                stack.remove(other)
-            self._count -= len(others)
-        return others
+        replaced = [kept]
+        if self._may_keep(kept) and self._is_held(kept):
+            replaced = self._put(kept)
+        for each in replaced:
+            each.close()
 
     def _may_keep(self, kept: Kept) -> bool:
         server = kept.connection.server
@@ -176,18 +167,24 @@ class Pool:
             kept.hold = self._holds.hold(kept.transfer)
         return kept.hold is not None
 
-    def _put(self, kept: Kept) -> bool:
+    def _put(self, kept: Kept) -> list[Kept]:
+        """Keep it; return what is to be closed for that: what other transfers left there, or it."""
         server = kept.connection.server
         kept.since = self._now()
-        with self._changed:
+        with self._lock:
             if self._is_draining or server in self._crowded or self._count >= MOST_KEPT:
-                return False
+                return [kept]
             if self._looking is None and not self._start():
-                return False
+                return [kept]
             self._used[server] = kept.since
-            self._idle.setdefault(kept.key, []).append(kept)
-            self._count += 1
-        return True
+            stack = self._idle.setdefault(kept.key, [])
+            name = _name(kept)
+            others = [other for other in stack if _name(other) != name]
+            for other in others:
+                stack.remove(other)
+            stack.append(kept)
+            self._count += 1 - len(others)
+        return others
 
     def _start(self) -> bool:
         looking = threading.Thread(target=self._look_on, name="links", daemon=True)
@@ -200,7 +197,7 @@ class Pool:
 
     def is_full(self, server: _Server) -> None:
         """Keep nothing at a server that has no room to spare, until its socket is another one."""
-        with self._changed:
+        with self._lock:
             self._note_full({server})
             self._tell()
 
@@ -217,14 +214,14 @@ class Pool:
 
     def is_waited_for(self, server: _Server) -> None:
         """Close what is kept at a server at which somebody waits to be let in."""
-        with self._changed:
+        with self._lock:
             if server in self._used:
                 self._crowded.add(server)
                 self._tell()
 
     def drain(self) -> None:
         """Close what is kept, at once, and keep nothing any more. Does not wait."""
-        with self._changed:
+        with self._lock:
             self._is_draining = True
             self._tell()
 
@@ -236,7 +233,7 @@ class Pool:
 
     def _look_on(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 if not (self._count or self._used):
                     self._looking = None
                     return
@@ -250,7 +247,7 @@ class Pool:
         now = self._now()
         servers = list(self._used)
         crowds, full = self._waited_for(servers), self._holds.without_room(servers)
-        with self._changed:
+        with self._lock:
             self._crowded |= crowds
             self._note_full(full)
             due = [kept for key in list(self._idle) for kept in self._due(key, now)]
@@ -259,7 +256,7 @@ class Pool:
                     del self._used[server]
             rest = [kept for stack in self._idle.values() for kept in stack]
         lost = [kept for kept in rest if now >= kept.since + LOOK_SECONDS and not _is_wanted(kept)]
-        with self._changed:
+        with self._lock:
             due += [kept for kept in lost if self._remove(kept)]
             # Of no other server would anybody notice that nobody waits there any more.
             self._crowded = crowds & self._used.keys()

@@ -80,11 +80,16 @@ def test_whatever_is_taken_is_read_as_gunicorn_reads_it(
     rules: HeadRules, head: bytes, peer: object
 ) -> None:
     heads = {head, *_changed(head)}
+    # Twice: the first time reads each line, the second knows most of them.
     taken = {each: req for each in heads if (req := rules.common.read(each))}
+    again = {each: req for each in heads if (req := rules.common.read(each))}
 
     assert len(taken) > len(heads) // 10
+    assert taken.keys() == again.keys()
     for each, req in taken.items():
-        assert _told(req) == _told(ImageRequest(rules, _HeadReader(each), peer, 1)), each
+        told = _told(ImageRequest(rules, _HeadReader(each), peer, 1))
+        assert _told(req) == told, each
+        assert _told(again[each]) == told, each
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,23 @@ def test_whatever_is_taken_is_read_as_gunicorn_reads_it(
 )
 def test_where_gunicorn_is_told_otherwise_it_reads_every_head(changed: dict[str, object]) -> None:
     assert HeadRules(_configured(**changed)).common.read(GET) is None
+
+
+def test_no_token_is_kept_in_memory(rules: HeadRules) -> None:
+    rules.common.read(GET)
+
+    known = [*rules.common._fields, *rules.common._starts]
+    assert "User-Agent: x/1 (y; z)" in known
+    assert not any("Bearer" in line for line in known)
+
+
+def test_no_more_lines_are_kept_than_a_worker_has_room_for(rules: HeadRules) -> None:
+    for number in range(2000):
+        head = b"GET /images/%d HTTP/1.1\r\nHost: h%d\r\nAccept: %d\r\n\r\n"
+        assert rules.common.read(head % (number, number, number))
+
+    assert 0 < len(rules.common._starts) <= 512
+    assert 0 < len(rules.common._fields) <= 512
 
 
 def test_a_long_head_is_gunicorns(rules: HeadRules) -> None:

@@ -191,7 +191,7 @@ class Process:
             Limits(settings.readers_of_image, settings.writers_of_image, settings.unix_socket),
             journals=(OperationLog(), self.metrics, self.recent),
             origins=settings.cors_origins,
-            put_flushes=settings.put_flush == "y",
+            put_flushes=settings.put_flush,
             underway=self.recent.underway,
         )
 

@@ -245,7 +245,7 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
                 listener.close()
         super().stop(graceful)
         is_last = self.reexec_pid == self.master_pid == 0  # no upgrade is under way
-        if self._was_told_to_end and is_last and self.settings.keep_registrations == "no":
+        if self._was_told_to_end and is_last and not self.settings.keep_registrations:
             startup.forget_registrations(self.process)
 
     # gunicorn's hooks

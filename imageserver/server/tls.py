@@ -66,7 +66,7 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
     context.options |= ssl.OP_NO_RENEGOTIATION  # a client could make us work at will
     # HTTP knows how long a body is: one that ends early gets its answer, not OpenSSL's alert.
     context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF
-    if settings.ktls == "on":
+    if settings.ktls:
         context.options |= _ENABLE_KTLS  # without effect where OpenSSL or the kernel lacks it
     context.set_alpn_protocols(["http/1.1"])
     _load_pair(context, settings.tls_cert, settings.tls_key)

@@ -33,6 +33,7 @@ from imageserver.settings.texts import (
     seconds_or_none,
     size,
     socket_path,
+    yes_or_no,
 )
 
 PREFIX = "IMAGESERVER_"
@@ -53,6 +54,7 @@ class InvalidSetting(Exception):
 _NO_UID = 2**32 - 1  #: (uid_t)-1, which chown(2) takes for "leave alone"
 #: Each has a record in the slot table.
 MAX_WORKERS = 128
+LEVELS = "debug", "info", "warning", "error"
 
 
 def _owners(text: str) -> tuple[int, ...]:
@@ -100,6 +102,10 @@ def _setting(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _switch(help_text: str, *, is_on: bool = False) -> Any:
+    return _setting(is_on, yes_or_no, f"{help_text}: yes or no")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,14 +180,10 @@ class Settings:
     file_roots: tuple[str, ...] = _setting(
         (), paths, "directories the file backend may touch, comma-separated", "any"
     )
-    keep_page_cache: str = _setting(
-        "no",
-        choice("yes", "no"),
-        "whether what long streams of files bring into the host's page cache stays: yes or no",
+    keep_page_cache: bool = _switch(
+        "whether what long streams of files bring into the host's page cache stays"
     )
-    put_flush: str = _setting(
-        "n", choice("y", "n"), "whether a PUT without flush in its URL is flushed: y or n"
-    )
+    put_flush: bool = _switch("whether a PUT without flush in its URL is flushed")
     cors_origins: tuple[str, ...] = _setting(
         (),
         origins,
@@ -197,9 +199,7 @@ class Settings:
     tls_client_ca: str = _setting(
         "", path, "PEM certificates of which one must have signed a client's", "any client"
     )
-    ktls: str = _setting(
-        "off", choice("off", "on"), "let the kernel encrypt where it can (kTLS): off or on"
-    )
+    ktls: bool = _switch("whether the kernel encrypts where it can (kTLS)")
     control_socket: str = _setting(
         "",
         socket_path,
@@ -216,10 +216,8 @@ class Settings:
         "none",
         empty=NONE,
     )
-    keep_registrations: str = _setting(
-        "yes",
-        choice("yes", "no"),
-        "whether registered transfers outlive a stop of the server (its death they do): yes or no",
+    keep_registrations: bool = _switch(
+        "whether registered transfers outlive a stop of the server (its death they do)", is_on=True
     )
     admin_bind: tuple[str, ...] = _setting(
         ("127.0.0.1:54324",),
@@ -237,7 +235,7 @@ class Settings:
         "text", choice("text", "json"), "how log lines are written: text or json"
     )
     log_level: str = _setting(
-        "info", choice("debug", "info", "warning", "error"), "least severe messages to log"
+        "info", choice(*LEVELS), f"least severe messages to log: {', '.join(LEVELS)}"
     )
 
     @property
@@ -337,6 +335,8 @@ def flag_of(name: str) -> str:
 
 def as_text(value: object) -> str:
     """Write a value as a variable takes it; an empty one: see ``Settings.text``."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if value is None or value == math.inf:

@@ -10,6 +10,7 @@ _MAX_PORT = 65535
 _MAX_SUN_PATH = 107  #: sizeof(sun_path) less its NUL (unix(7))
 #: How a setting that is on by default is turned off; an empty value counts as absent.
 NONE = "none"
+_YES, _NO = {"yes", "y", "on", "true", "1"}, {"no", "n", "off", "false", "0"}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _ADDRESS = r"unix:(/[^,\0]+|@[^,\0]+)|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})"
 
@@ -173,6 +174,14 @@ def host_names(text: str) -> tuple[str, ...]:
     if not found or not all(re.fullmatch(_HOST_NAME, name) for name in found):
         raise WrongText("names of hosts without a port, such as images.example, comma-separated")
     return found
+
+
+def yes_or_no(text: str) -> bool:
+    """Return whether a text says yes, in one of the words that settings have for it elsewhere."""
+    for words, value in ((_YES, True), (_NO, False)):
+        if text.lower() in words:
+            return value
+    raise WrongText("yes or no")
 
 
 def choice(*choices: str) -> Callable[[str], str]:

@@ -47,7 +47,11 @@ def _read(name: str, text: str) -> object:
         pytest.param("DRAIN_TIMEOUT", "0", 0.0, id="no-drain"),
         pytest.param("UNREGISTER_TIMEOUT", "4", 4.0, id="unregister-timeout"),
         pytest.param("UNREGISTER_TIMEOUT", "NONE", math.inf, id="no-unregister-timeout"),
-        pytest.param("KEEP_REGISTRATIONS", "No", "no", id="no-in-capitals"),
+        pytest.param("KEEP_REGISTRATIONS", "No", False, id="no-in-capitals"),
+        *(
+            pytest.param("PUT_FLUSH", text, text in {"yes", "y", "on", "true", "1"}, id=text)
+            for text in ("yes", "y", "on", "true", "1", "no", "n", "off", "false", "0")
+        ),
         pytest.param("KEEPALIVE", "1.5", 1.5, id="fraction"),
         pytest.param("CHUNK_SIZE", "4096", 4096, id="smallest-chunk"),
         pytest.param("CHUNK_SIZE", "512k", 512 << 10, id="k"),
@@ -121,7 +125,7 @@ _OWNER = "must be user names or numbers that exist"
         pytest.param("BACKEND_TIMEOUT", ".5", _SECONDS, id="no-leading-zero"),
         pytest.param("DRAIN_TIMEOUT", "-1", "seconds from 0 to 604800", id="negative-seconds"),
         pytest.param("UNREGISTER_TIMEOUT", "inf", "to 3.1536e+07, or none", id="no-number"),
-        pytest.param("KEEP_REGISTRATIONS", "1", "must be yes or no", id="neither-yes-nor-no"),
+        pytest.param("KEEP_REGISTRATIONS", "maybe", "must be yes or no", id="neither-yes-nor-no"),
         pytest.param("KEEPALIVE", "0.5", "seconds from 1 to 86400", id="keepalive-too-short"),
         pytest.param("CHUNK_SIZE", "0", _CHUNK, id="empty-chunk"),
         pytest.param("CHUNK_SIZE", "5000", _CHUNK, id="not-a-multiple"),

@@ -114,7 +114,7 @@ def opener(settings: "Settings", _holds: "Holds") -> "ImageFiles":
     from imageserver.backends.file.image import ImageFiles  # noqa: PLC0415
     from imageserver.backends.file.pagecache import PageCache  # noqa: PLC0415
 
-    pages = PageCache(keeps=settings.keep_page_cache == "yes")
+    pages = PageCache(keeps=settings.keep_page_cache)
     return ImageFiles(settings.chunk_size, settings.file_roots, pages)
 
 
@@ -123,5 +123,5 @@ def raw_opener(settings: "Settings", _holds: "Holds") -> "RawFiles":
     from imageserver.backends.file.pagecache import PageCache  # noqa: PLC0415
     from imageserver.backends.file.raw import RawFiles  # noqa: PLC0415
 
-    pages = PageCache(keeps=settings.keep_page_cache == "yes")
+    pages = PageCache(keeps=settings.keep_page_cache)
     return RawFiles(settings.chunk_size, settings.file_roots, pages)

@@ -92,7 +92,7 @@ def test_the_agent_gets_what_it_expects() -> None:
         max_writers_per_image=4,
         drain_timeout=5.0,
         unregister_timeout=4.0,
-        keep_registrations="no",
+        keep_registrations=False,
     )
 
 

@@ -73,6 +73,7 @@ class Qcow2:
         for handle in self._all:
             self._idle.put(handle)
         self._is_ending = threading.Event()
+        self._is_lost = False
         #: Buffers of abandoned requests: libnbd may still use them.
         self._kept: list[Buffer] = []
         self.size: int = self._all[0].get_size()
@@ -207,9 +208,18 @@ class Qcow2:
                 self._wait(handle, handle.aio_zero(min(_STEP, stop - offset), offset))
 
     def sync(self, within: float = math.inf) -> None:
-        """Bring written data to stable storage; fail after so many seconds."""
-        with self._handle(within) as handle:
-            self._wait(handle, handle.aio_flush(), within=within)
+        """Bring written data to stable storage; fail after so many seconds.
+
+        Once that has failed, it fails: see ``RawFile.sync``.
+        """
+        if self._is_lost:
+            raise LocalFailure(f"{self.path}: what was written before is lost")
+        try:
+            with self._handle(within) as handle:
+                self._wait(handle, handle.aio_flush(), within=within)
+        except LocalFailure:
+            self._is_lost = True
+            raise
 
     def forget_cached(self) -> None:
         """Do nothing: qemu-nbd has the file open."""

@@ -27,6 +27,7 @@ class RawFile:
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
+        self._is_lost = False
         self._is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         self.size = os.lseek(fd, 0, os.SEEK_END)
 
@@ -99,9 +100,19 @@ class RawFile:
                 self.write(offset, _ZERO_MIB[: min(MIB, stop - offset)])
 
     def sync(self, within: float = math.inf) -> None:
-        """Bring the data to stable storage."""
-        with local_errors(self.path):
-            os.fdatasync(self.fd)
+        """Bring the data to stable storage. Once that has failed, it fails.
+
+        The kernel tells once that it could not write, and drops what it had (fsync(2)): a second
+        try would succeed without it.
+        """
+        if self._is_lost:
+            raise LocalFailure(f"{self.path}: what was written before is lost")
+        try:
+            with local_errors(self.path):
+                os.fdatasync(self.fd)
+        except LocalFailure:
+            self._is_lost = True
+            raise
 
     def forget_cached(self) -> None:
         """Ask the kernel to drop its cached pages of the file."""

@@ -2,6 +2,7 @@
 """imagectl download: what --verify finds out, and whom the lock keeps out."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -90,6 +91,30 @@ def test_zeros_that_did_not_become_zeros_are_found_by_verify(
     monkeypatch.undo()
     download(remote, wanted, Silent())
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_what_was_lost_in_a_failed_sync_does_not_count_as_done(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel says once that pages are lost: the sync before the state is the second one."""
+    synced = []
+
+    def fails_once(fd: int) -> None:
+        synced.append(fd)
+        if len(synced) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fails_once)
+    file.unlink()
+    with (
+        liar("") as url,
+        contextlib.closing(Remote(Access(url))) as remote,
+        pytest.raises(LocalFailure, match="Input/output error"),
+    ):
+        download(remote, Wanted(str(file)), Silent())
+    saved = resume.State(f"{file}.part.state").load()
+    assert saved is not None
+    assert saved.done == []
 
 
 def test_no_other_download_has_the_part_while_it_is_renamed(

@@ -62,6 +62,19 @@ def test_a_bounded_sync_and_the_end_give_up(image: Qcow2, monkeypatch: pytest.Mo
     assert_gone(image, began)
 
 
+def test_a_sync_that_has_failed_fails_for_good(image: Qcow2, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as silent:
+        silent.setattr(image, "_wait", _fail)
+        with pytest.raises(LocalFailure, match="lost some"):
+            image.sync()
+    with pytest.raises(LocalFailure, match="what was written before is lost"):
+        image.sync()
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise LocalFailure("lost some")
+
+
 def test_ctrl_c_ends_each_wait(image: Qcow2):
     stop(image)
     began = time.monotonic()

@@ -50,6 +50,22 @@ def test_holes_are_left_out_and_made(tmp_path: Path):
     file.close()
 
 
+def test_a_sync_that_has_failed_fails_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The kernel says once that pages are lost."""
+    file = RawFile.create(str(tmp_path / "image"), MIB)
+
+    def fail(_fd: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    with pytest.raises(LocalFailure, match="Input/output error"):
+        file.sync()
+    monkeypatch.undo()
+    with pytest.raises(LocalFailure, match="what was written before is lost"):
+        file.sync()
+    file.close()
+
+
 def test_an_existing_file_is_opened_as_it_is(tmp_path: Path):
     (tmp_path / "image").write_bytes(b"abc")
     file = RawFile.open(str(tmp_path / "image"))

@@ -5,6 +5,7 @@
     ├── Failed                1   the server or the network failed
     │   └── Transient             ... and the same request may succeed later
     │       ├── Busy              409, 503 and the like; ``wait`` is the server's Retry-After
+    │       │   └── GaveUp            502, 504: it may have been done all the same
     │       ├── Broken            the connection broke, or nothing came for too long
     │       └── Unreachable       no connection could be made
     ├── BadUrl                2   an argument is no URL (click reports all other wrong arguments)
@@ -36,6 +37,9 @@ class Failed(ClientError):
 class Transient(Failed):
     """The same request may succeed later; ``wait``: seconds that the server asks to wait first."""
 
+    is_undone: ClassVar[bool] = False
+    """Nothing of the request was done."""
+
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
         self.wait = wait
@@ -44,6 +48,14 @@ class Transient(Failed):
 class Busy(Transient):
     """The server has no room for this now, or another client holds the image."""
 
+    is_undone = True
+
+
+class GaveUp(Busy):
+    """The server, or a proxy before it, has not waited for the end of what was asked for."""
+
+    is_undone = False
+
 
 class Broken(Transient):
     """The connection broke, or the answer was cut."""
@@ -51,6 +63,8 @@ class Broken(Transient):
 
 class Unreachable(Transient):
     """No connection could be made."""
+
+    is_undone = True
 
 
 class BadUrl(ClientError):

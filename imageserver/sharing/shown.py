@@ -6,9 +6,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 
 from imageserver.client.showing.units import plain_text, size_text
 from imageserver.sharing.sources import Source, Wanted
@@ -65,14 +65,15 @@ class Shared:
 
 
 def copy_names(files: Sequence[str]) -> Iterator[str]:
-    """Yield a name for a copy of each file: never its own, lest a copy overwrite its source."""
-    taken = Counter[str]()
-    for file in files:
-        name = os.path.basename(file.rstrip("/").partition("?")[0]) or "disk"
+    """Yield a name for a copy of each file: no file's own, lest a copy overwrite its source."""
+    names = [os.path.basename(file.rstrip("/").partition("?")[0]) or "disk" for file in files]
+    taken = {os.path.splitext(name)[0] for name in names}
+    for name in names:
         stem = plain_text(os.path.splitext(name)[0])
-        taken[stem] += 1
-        number = f"-{taken[stem]}" if taken[stem] > 1 else ""
-        yield f"{'./' * stem.startswith('-')}{stem}{number}.copy"
+        numbered = (f"{stem}-{number}.copy" for number in count(2))
+        copy = next(each for each in chain([f"{stem}.copy"], numbered) if each not in taken)
+        taken.add(copy)
+        yield f"{'./' * stem.startswith('-')}{copy}"
 
 
 def _imagectl() -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import urllib3
 from urllib3 import exceptions
 
-from imageserver.client.failures import Broken, Busy, Failed, Refused, Unreachable
+from imageserver.client.failures import Broken, Busy, Failed, GaveUp, Refused, Unreachable
 from imageserver.client.http.access import Access, tls_reason
 from imageserver.client.http.answers import parse_fields
 from imageserver.client.http.connections import NoTls, Sockets, is_protocol_error, make_pool
@@ -22,6 +22,7 @@ from imageserver.client.pace import LONGEST_WORK
 
 #: Statuses that a retry may change (502 and 504: a proxy whose server restarts).
 _TRANSIENT = {408, 409, 425, 429, 502, 503, 504}
+_GIVEN_UP = {502, 504}
 #: Longest error message of a server that is read, in bytes.
 _MAX_MESSAGE = 4096
 #: Longest part of it that is shown, in characters.
@@ -154,7 +155,8 @@ class Transport:
         sentence = f"{self.name} answered {method} with {response.status}: {_message(response)}"
         if response.status in _TRANSIENT:
             wait = response.headers.get("Retry-After", "")
-            return Busy(sentence, float(wait) if _SECONDS.fullmatch(wait) else None)
+            kind = GaveUp if response.status in _GIVEN_UP else Busy
+            return kind(sentence, float(wait) if _SECONDS.fullmatch(wait) else None)
         if response.status >= 500 and response.status != 501:  # noqa: PLR2004 - RFC 9110
             return Failed(sentence)
         return Refused(sentence, response.status)

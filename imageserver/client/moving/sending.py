@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from imageserver.client.failures import Busy, Different, Mismatch, Transient
+from imageserver.client.failures import Different, Mismatch, Transient
 from imageserver.client.local.formats import LocalImage
 from imageserver.client.moving.movers import Advance, Move
 from imageserver.client.plan import KIB, MIB, Piece, Range
@@ -133,7 +133,8 @@ class Sender:
             send(*span, body(), sha256)
         except (Transient, Mismatch) as exc:
             advance(-count)
-            self.touched |= count > 0 and not isinstance(exc, Busy)
+            is_undone = isinstance(exc, Transient) and exc.is_undone
+            self.touched |= count > 0 and not is_undone
             raise
 
     def _sha256(self, span: Range, advance: Advance) -> bytes:

@@ -65,6 +65,11 @@ class Target:
             self._locked = held.enter_context(ours)
             if self._wanted.in_place:  # again: a link may have been added
                 require_one_name(self.path)
+            elif self._locked.file.st_size and not self._state.exists():
+                raise LocalFailure(
+                    f"{self.path} is not what a download has left, for it has no state beside it: "
+                    "move it away"
+                )
             if self._wanted.base:
                 self._is_base_same = held.enter_context(unchanged(self._wanted.base))
             yield
@@ -91,8 +96,7 @@ class Target:
                 note(f"{exc}: starting again.")
         if self._wanted.in_place:  # its state stays until ``save`` replaces it
             return [], self._open_base(connections)
-        if self._state.exists():
-            self.distrust()
+        self.distrust()  # before there are bytes: without a state they would look like an image
         return [], self._create(connections)
 
     def _fitting(self, saved: resume.Saved | None) -> list[Range]:

@@ -27,7 +27,6 @@ from imageserver.client.failures import (
     LocalFailure,
     Refused,
     Transient,
-    Unreachable,
 )
 from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
@@ -51,6 +50,8 @@ _LARGEST = 256 * MIB
 #: Largest range of one zero request, in bytes: some servers write zeros one by one.
 _LARGEST_ZERO = 4 * GIB
 #: Added to errors after which the image may be incomplete.
+#: How long to wait before a server is asked again for the size of an image that may be missing.
+_PAD_WAITS = 0.5, 1.0
 _UNKNOWN = "the image on the server may be part old, part new"
 
 
@@ -154,7 +155,7 @@ class _Upload:
         try:
             yield
         except (Failed, Refused, LocalFailure, Different) as exc:
-            if isinstance(exc, Busy | Unreachable) and not self._touched:
+            if isinstance(exc, Transient) and exc.is_undone and not self._touched:
                 raise  # the server has refused everything
             raise type(exc)(f"{exc}; {_UNKNOWN}") from exc
 
@@ -240,14 +241,22 @@ class _Upload:
         """Return the image's size; 0 for a file that the upload will make.
 
         imageserver answers 500 for one, other servers may answer 404. If there is a larger image
-        nevertheless, ``_require_size`` fails.
+        nevertheless, ``_require_size`` fails, or FILE takes its place: so with --pad the server is
+        asked once more, and again, for it may have failed for a moment.
         """
-        try:
-            return self._remote.size()
-        except Transient:
-            raise
-        except (Failed, Refused):
-            return 0
+        waits = iter(_PAD_WAITS if self._wanted.pad else ())
+        while True:
+            try:
+                return self._remote.size()
+            except Transient:
+                raise
+            except Failed:
+                wait = next(waits, None)
+                if wait is None:
+                    return 0
+                time.sleep(wait)
+            except Refused:
+                return 0
 
     def _require_size(self, sent: int) -> None:
         """Refuse a larger image: a device keeps its length, and what lies behind the upload."""

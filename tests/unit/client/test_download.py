@@ -117,6 +117,29 @@ def test_what_was_lost_in_a_failed_sync_does_not_count_as_done(
     assert saved.done == []
 
 
+def test_a_file_that_is_called_as_a_part_but_has_no_state_is_left_alone(file: Path):
+    part = file.rename(f"{file}.part")
+    with (
+        liar("") as url,
+        contextlib.closing(Remote(Access(url))) as remote,
+        pytest.raises(LocalFailure, match=r"copy.part is not what a download has left"),
+    ):
+        download(remote, Wanted(str(file)), Silent())
+    assert part.read_bytes() == b"x" * SIZE
+
+
+def test_no_part_is_left_that_could_be_taken_for_an_image(tmp_path: Path):
+    """The state's name is too long: there is none that says what the part is."""
+    file = tmp_path / ("n" * 245)
+    with (
+        liar("") as url,
+        contextlib.closing(Remote(Access(url))) as remote,
+        pytest.raises(LocalFailure, match="File name too long"),
+    ):
+        download(remote, Wanted(str(file)), Silent())
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_other_download_has_the_part_while_it_is_renamed(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from imageserver.client.failures import Broken, Busy, Different, LocalFailure, Mismatch
+from imageserver.client.failures import Broken, Busy, Different, GaveUp, LocalFailure, Mismatch
 from imageserver.client.moving.sending import Sender
 from imageserver.client.plan import KIB, MIB, Piece
 
@@ -39,7 +39,7 @@ class _Server:
 
     def send(self, start: int, stop: int, body: Iterator[bytes], sha256: bytes | None) -> None:
         answer = self.answers.pop(0)
-        if isinstance(answer, Busy):
+        if isinstance(answer, Busy) and answer.is_undone:
             raise answer
         self.came.append((start, stop, b"".join(body), sha256))
         if answer:
@@ -88,7 +88,9 @@ def test_what_arrives_damaged_twice_is_an_error_that_names_the_range() -> None:
     assert len(server.came) == 2
 
 
-@pytest.mark.parametrize(("error", "touched"), [(Busy("busy"), False), (Broken("cut"), True)])
+@pytest.mark.parametrize(
+    ("error", "touched"), [(Busy("busy"), False), (GaveUp("504"), True), (Broken("cut"), True)]
+)
 def test_what_can_be_retried_later_is_left_to_others(error: Exception, touched: bool) -> None:
     sender = Sender(_Local(), has_digests=True)  # type: ignore[arg-type]
     counted: list[int] = []

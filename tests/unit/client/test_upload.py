@@ -4,14 +4,18 @@
 import contextlib
 import os
 import subprocess
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from imageserver.client.failures import Broken, Different, LocalFailure
+from imageserver.client.failures import Broken, Different, Failed, GaveUp, LocalFailure
 from imageserver.client.http.access import Access
+from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Extent, Remote
+from imageserver.client.moving import upload as module
 from imageserver.client.moving.upload import Wanted, upload
 from imageserver.client.showing.progress import Silent
 from tests.unit import liars
@@ -92,6 +96,47 @@ def test_a_zero_request_that_is_done_late_wipes_nothing(
         served = b"".join(map(bytes, remote.read(0, result.size)))
     assert (result.data, result.zeroed) == (holes * block, holes * block)
     assert served == file.read_bytes()
+
+
+def test_a_write_that_was_given_up_may_have_been_done(file: str):
+    class _GivesUp(Remote):
+        def write(self, *arguments: Any, **more: Any) -> None:
+            super().write(*arguments, **more)
+            raise GaveUp("answered PUT with 504")
+
+    with (
+        liars.liar("") as url,
+        contextlib.closing(_GivesUp(Access(url))) as remote,
+        pytest.raises(GaveUp, match="504; the image on the server may be part old, part new"),
+    ):
+        upload(remote, Wanted(file, patience_seconds=0), Silent())
+
+
+@pytest.mark.parametrize(("failures", "size"), [(1, 2 * SIZE), (3, SIZE)])
+def test_padding_asks_again_for_the_size_of_what_may_be_missing(
+    file: str, monkeypatch: pytest.MonkeyPatch, failures: int, size: int
+):
+    class _Failing(Remote):
+        answers = [Failed("500")] * failures
+
+        def abilities(self) -> Abilities:
+            return replace(super().abilities(), methods=frozenset(("GET", "PUT")))
+
+        def size(self) -> int:
+            if self.answers:
+                raise self.answers.pop()
+            return 2 * SIZE if not sent else sent[0]
+
+        def put(self, size: int, body: Iterable[bytes], **_: object) -> bool:
+            assert sum(map(len, body)) == size
+            sent.append(size)
+            return True
+
+    monkeypatch.setattr(module, "_PAD_WAITS", (0.0, 0.0))
+    sent: list[int] = []
+    with liars.liar("") as url, contextlib.closing(_Failing(Access(url))) as remote:
+        upload(remote, Wanted(file, pad=True), Silent())
+    assert sent == [size]
 
 
 ODD = 300 * liars.KIB + 100

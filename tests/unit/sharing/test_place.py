@@ -39,13 +39,16 @@ def test_who_can_reach_an_address_is_known(text: str, is_loopback: bool, begins:
         assert address.reachable != f"0.0.0.0:{address.port}"
 
 
-def test_a_copy_never_has_its_sources_name() -> None:
-    files = ["a/disk.raw", "b/disk.qcow2", "-x", "https://host/vm.img?token=1", "disk.copy.raw"]
-
-    assert list(copy_names(files)) == [
-        "disk.copy",
-        "disk-2.copy",
-        "./-x.copy",
-        "vm.copy",
-        "disk.copy.copy",
-    ]
+@pytest.mark.parametrize(
+    ("files", "copies"),
+    [
+        (["a/disk.raw", "b/disk.qcow2"], ["disk.copy", "disk-2.copy"]),
+        (["-x", "https://host/vm.img?token=1"], ["./-x.copy", "vm.copy"]),
+        (["disk.raw", "disk.copy.qcow2"], ["disk-2.copy", "disk.copy.copy"]),
+        (["a.raw", "a.img", "a-2.raw"], ["a.copy", "a-2.copy", "a-2-2.copy"]),
+    ],
+)
+def test_a_copy_has_the_name_of_no_file_and_of_no_other_copy(
+    files: list[str], copies: list[str]
+) -> None:
+    assert list(copy_names(files)) == copies

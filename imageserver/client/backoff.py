@@ -101,8 +101,11 @@ def retried(
     action: Callable[[], T],
     budget: RetryBudget,
     on: type[Transient] | tuple[type[Transient], ...] = Transient,
+    wait: Callable[[float], object] = time.sleep,
 ) -> T:
     """Call ``action`` until it succeeds; only the failures in ``on`` are retried.
+
+    ``wait`` waits for so many seconds, or until there is no use in that.
 
     Raises:
         Transient: the last failure, once the budget is used up.
@@ -112,7 +115,7 @@ def retried(
         try:
             done = action()
         except on as exc:
-            time.sleep(budget.after(streak, exc))
+            wait(budget.after(streak, exc))
         else:
             budget.progress()
             return done

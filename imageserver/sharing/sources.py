@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import Any
 
 from imageserver.client.failures import LocalFailure
@@ -98,6 +98,8 @@ def open_sources(
         else:
             found = _local(name, wanted, os.path.join(directory, f"{len(sources)}.chain"))
         sources.append(found)
+    if not wanted.read_only:
+        _refuse_bases(sources)
 
 
 def _refuse_twice(files: Sequence[str]) -> None:
@@ -105,6 +107,19 @@ def _refuse_twice(files: Sequence[str]) -> None:
         both = os.path.exists(name) and os.path.exists(other)
         if name == other or (both and os.path.samefile(name, other)):
             raise LocalFailure(f"{other} is {name} once more: name each image once")
+
+
+def _refuse_bases(sources: Sequence[Source]) -> None:
+    """Refuse to share for writing what another FILE is based on: its disk would change as well."""
+    for source, other in permutations(sources, 2):
+        _, *below = source.chain.files() if source.chain.members else (None,)
+        if os.path.exists(other.name) and any(
+            file.is_same_as(os.stat(other.name)) for file in below
+        ):
+            raise LocalFailure(
+                f"{source.name} is based on {other.name}: what is written to that would change "
+                "both; share one of them, or both with --read-only"
+            )
 
 
 # Paths

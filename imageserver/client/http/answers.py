@@ -85,8 +85,8 @@ def range_size(headers: Mapping[str, str]) -> int:
     return parse_size(match[3])
 
 
-def check_range(headers: Mapping[str, str], start: int, stop: int) -> None:
-    """Require the head of a 206 to announce exactly this range.
+def check_range(headers: Mapping[str, str], start: int, stop: int, size: int | None = None) -> None:
+    """Require the head of a 206 to announce exactly this range; of an image of ``size`` bytes.
 
     Raises:
         Failed: it does not, or its end cannot be known.
@@ -100,6 +100,8 @@ def check_range(headers: Mapping[str, str], start: int, stop: int) -> None:
         raise Failed("the server answered with another range: has the image become smaller?")
     if match[3] != "*" and int(match[3]) < stop:
         raise Failed("the server answered with a range that ends beyond its image")
+    if match[3] != "*" and size not in {None, int(match[3])}:
+        raise Failed(f"the image had {size} bytes, and has {match[3][:20]}, as its server says")
     if headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Failed("the server answered with an encoding that was not asked for")
     length = headers.get("Content-Length")

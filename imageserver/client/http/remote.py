@@ -58,6 +58,7 @@ class Remote:
         #: What the last dirty extents rest on; "": no bitmap, so all is dirty. None: not known.
         self.bitmap: str | None = None
         self._is_ovirt = False
+        self._size: int | None = None
 
     def close(self) -> None:
         """Close the connections that are idle."""
@@ -97,7 +98,14 @@ class Remote:
         return parse_abilities(body, allow)
 
     def size(self) -> int:
-        """Ask for the image's size in bytes (HEAD, or a range where there is no HEAD)."""
+        """Ask for the image's size in bytes (HEAD, or a range where there is no HEAD).
+
+        From then on no range may be of an image of another size.
+        """
+        self._size = self._asked_size()
+        return self._size
+
+    def _asked_size(self) -> int:
         try:
             length = self._head().headers.get("Content-Length", "")
             if re.fullmatch("[0-9]+", length):
@@ -178,7 +186,7 @@ class Remote:
         """
         response = self._ask_for(start, stop)
         with _read_to_the_end(response):
-            check_range(response.headers, start, stop)
+            check_range(response.headers, start, stop, self._size)
             yield from self._received(response, start, stop)
 
     def _ask_for(self, start: int, stop: int) -> Response:

@@ -29,7 +29,8 @@ class RawFile:
         self.fd = fd
         self._is_lost = False
         self._is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-        self.size = os.lseek(fd, 0, os.SEEK_END)
+        with local_errors(path):
+            self.size = os.lseek(fd, 0, os.SEEK_END)
 
     @classmethod
     def open(cls, path: str, *, writable: bool = False, ours: os.stat_result | None = None) -> Self:

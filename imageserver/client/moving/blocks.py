@@ -51,7 +51,7 @@ class RemoteParts:
 
     def part(self, block: Block) -> bytes:
         """Return what a block adds."""
-        return retried(lambda: self._tried(block), self._budget)
+        return retried(lambda: self._tried(block), self._budget, wait=self._is_over.wait)
 
     def _tried(self, block: Block) -> bytes:
         if self._is_over.is_set():

@@ -23,6 +23,14 @@ class LockedFile:
         #: Identifies the file when it is opened once more.
         self.file = os.fstat(fd)
 
+    def be_as_private_as(self, path: str) -> None:
+        """Take over mode and owner of a file that this one is to replace, if there is one."""
+        with contextlib.suppress(FileNotFoundError), local_errors(self._path):
+            found = os.stat(path)
+            with contextlib.suppress(PermissionError):
+                os.fchown(self._fd, found.st_uid, found.st_gid)
+            os.fchmod(self._fd, stat.S_IMODE(found.st_mode) & 0o777)
+
     def require(self) -> None:
         """Require the path to lead to this file still.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layout of an image on a server: its size, and where its data is. Both must agree."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from imageserver.client.backoff import RetryBudget, retried
@@ -8,6 +9,7 @@ from imageserver.client.failures import Failed, Refused
 from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Remote
 from imageserver.client.plan import Spans, data_spans, joined
+from imageserver.core.extents import Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,14 @@ class Layout:
     def changed(self) -> Spans:
         """All spans that an incremental download writes."""
         return Spans(joined([*self.data, *self.zeros]))
+
+
+def _up_to(size: int, extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Yield extents as far as the first that ends beyond the image: more may come without end."""
+    for extent in extents:
+        yield extent
+        if extent[0] + extent[1] > size:
+            return
 
 
 def ask_layout(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dirty: bool) -> Layout:
@@ -41,7 +51,8 @@ def ask_layout(remote: Remote, abilities: Abilities, budget: RetryBudget, *, dir
         return Layout(size, Spans([(0, size)]), Spans(), is_mapped=False)
 
     def spans() -> tuple[Spans, Spans, int]:
-        return data_spans(remote.extents("dirty" if dirty else "zero"), dirty=dirty)
+        extents = remote.extents("dirty" if dirty else "zero")
+        return data_spans(_up_to(size, extents), dirty=dirty)
 
     data, zeros, end = retried(spans, budget)
     if end != size:  # it may have grown between the two questions

@@ -118,6 +118,8 @@ class Movers:
             if self._stop.is_set():
                 raise Stopped from exc
             self._give(number, piece, finished=False)
+            if piece.position > before and not self._is_proof:
+                self._budget.progress()  # the server has said that it has so much
             if piece.position > before and self._budget.steps > steps:
                 streak = FailureStreak()
             self._stop.wait(self._budget.after(streak, exc))

@@ -89,6 +89,11 @@ class State:
                 raise
             sync_folder(self.path)
 
+    def spoil(self) -> None:
+        """Make the state of an earlier run unreadable, which needs no room on the disk."""
+        with local_errors(self.path):
+            os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC))
+
     def remove(self) -> None:
         """Remove the file."""
         with local_errors(self.path), contextlib.suppress(FileNotFoundError):

@@ -22,6 +22,7 @@ from dataclasses import replace
 from imageserver.client.failures import Different, LocalFailure
 from imageserver.client.local.files import local_errors, rename_new, sync_folder
 from imageserver.client.local.formats import LocalImage, create_image, open_image
+from imageserver.client.local.qcow2_check import LOCKED
 from imageserver.client.local.qcow2_header import SECTOR
 from imageserver.client.moving import resume
 from imageserver.client.moving.file_locks import LockedFile, claimed, unchanged
@@ -70,6 +71,8 @@ class Target:
                     f"{self.path} is not what a download has left, for it has no state beside it: "
                     "move it away"
                 )
+            if self._wanted.force and not self._wanted.in_place:
+                self._locked.be_as_private_as(self._wanted.file)
             if self._wanted.base:
                 self._is_base_same = held.enter_context(unchanged(self._wanted.base))
             yield
@@ -135,6 +138,8 @@ class Target:
         try:
             local = self._open_part(connections)
         except LocalFailure as exc:
+            if LOCKED.search(str(exc)):  # by the qemu-nbd of a run that was killed, perhaps
+                raise
             raise unlike from exc
         if local.size != self._local_size():
             local.close()
@@ -178,11 +183,16 @@ class Target:
 
     def distrust(self) -> None:
         """Write to the state that the file may be wrong: the next run fetches everything."""
-        if self._wanted.in_place:
-            self.save([])
-        else:  # a state must stay beside the part: it is no image
-            self._locked.require()
-            self._state.save(replace(self._identity, kind=_WRONG), [])
+        try:
+            if self._wanted.in_place:
+                self.save([])
+            else:  # a state must stay beside the part: it is no image
+                self._locked.require()
+                self._state.save(replace(self._identity, kind=_WRONG), [])
+        except LocalFailure:
+            if not self._state.exists():
+                raise
+            self._state.spoil()  # the disk is full
 
     def fits(self, layout: Layout) -> bool:
         """Tell whether a later layout of the image is the same."""

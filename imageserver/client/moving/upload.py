@@ -53,6 +53,7 @@ _LARGEST_ZERO = 4 * GIB
 #: How long to wait before a server is asked again for the size of an image that may be missing.
 _PAD_WAITS = 0.5, 1.0
 _UNKNOWN = "the image on the server may be part old, part new"
+_UNKNOWN_DEVICE = "if the server writes it in place (a block device), it may be part old, part new"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +112,9 @@ class _Upload:
             try:
                 return self._send(abilities)
             except KeyboardInterrupt as exc:
-                raise Interrupted(
-                    "interrupted: the image on the server is incomplete; "
-                    "the same command makes it whole."
-                ) from exc
+                whole = "incomplete; the same command makes it whole"
+                how = whole if self._touched else "as it was"
+                raise Interrupted(f"interrupted: the image on the server is {how}.") from exc
         finally:
             self._local.close()
 
@@ -138,7 +138,7 @@ class _Upload:
         else:
             size = self._fitting()
             flushed = self._wanted.flush and abilities.has("flush")
-            with self._state_told():
+            with self._state_told(_UNKNOWN):
                 data, zeroed = self._put_ranges(size, abilities)
                 if flushed:
                     retried(self._remote.flush, self._budget)
@@ -150,14 +150,15 @@ class _Upload:
         return Result(size, data, zeroed, seconds, flushed, self._wanted.verify, verified_by)
 
     @contextlib.contextmanager
-    def _state_told(self) -> Iterator[None]:
-        """Add to an error that the image may be incomplete, if anything may have been written."""
+    def _state_told(self, how: str) -> Iterator[None]:
+        """Add to an error how the image may be now, if anything may have been written."""
         try:
             yield
         except (Failed, Refused, LocalFailure, Different) as exc:
-            if isinstance(exc, Transient) and exc.is_undone and not self._touched:
+            is_undone = isinstance(exc, Refused) or (isinstance(exc, Transient) and exc.is_undone)
+            if is_undone and not self._touched:
                 raise  # the server has refused everything
-            raise type(exc)(f"{exc}; {_UNKNOWN}") from exc
+            raise type(exc)(f"{exc}; {how}") from exc
 
     def _fitting(self) -> int:
         """Return the image's size, which FILE must fit into."""
@@ -229,11 +230,9 @@ class _Upload:
             nonlocal flushed
             flushed = self._remote.put(size, body, flush=self._wanted.flush, sha256=sha256)
 
-        self._run(
-            self._sender.move_at_once(put, is_hashed=self._wanted.verify),
-            iter([Piece(0, 0, size)]),
-            1,
-        )
+        move = self._sender.move_at_once(put, is_hashed=self._wanted.verify)
+        with self._state_told(_UNKNOWN_DEVICE):
+            self._run(move, iter([Piece(0, 0, size)]), 1)
         self._require_size(size)
         return size, flushed
 

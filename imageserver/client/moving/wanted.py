@@ -55,6 +55,8 @@ class Wanted:
 
 def check_file(wanted: Wanted) -> None:
     """Refuse a download whose FILE or base cannot be right."""
+    if not wanted.file:
+        raise LocalFailure("FILE has no name")
     exists = os.path.lexists(wanted.file)
     require_replaceable(wanted.file)
     if wanted.in_place and not exists:

@@ -4,7 +4,7 @@
 import pytest
 
 from imageserver.client.failures import Failed
-from imageserver.client.http.answers import Abilities, parse_abilities, parse_bitmap
+from imageserver.client.http.answers import Abilities, check_range, parse_abilities, parse_bitmap
 
 
 def test_our_answer_to_options_is_understood():
@@ -22,6 +22,16 @@ def test_what_options_leaves_out_is_not_there():
 def test_another_kind_of_server_is_found_out(body):
     with pytest.raises(Failed, match="this is no image server"):
         parse_abilities(body, "")
+
+
+@pytest.mark.parametrize("size", [None, 100, 99, 101])
+def test_a_range_is_of_an_image_of_the_size_that_was_told(size: int | None):
+    headers = {"Content-Range": "bytes 0-9/100", "Content-Length": "10"}
+    if size in {None, 100}:
+        check_range(headers, 0, 10, size)
+        return
+    with pytest.raises(Failed, match=f"the image had {size} bytes, and has 100"):
+        check_range(headers, 0, 10, size)
 
 
 def test_deep_json_is_no_answer_to_options():

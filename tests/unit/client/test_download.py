@@ -3,13 +3,14 @@
 
 import contextlib
 import errno
+import itertools
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
-from imageserver.client.failures import Different, LocalFailure
+from imageserver.client.failures import Different, Failed, LocalFailure
 from imageserver.client.http.access import Access
 from imageserver.client.http.remote import Extent, Remote
 from imageserver.client.local import files
@@ -198,3 +199,60 @@ def test_what_became_a_fifo_meanwhile_is_not_replaced(file: Path):
     ):
         download(remote, wanted, Silent())
     assert file.is_fifo()
+
+
+def test_what_replaces_a_private_file_is_private_from_the_beginning(file: Path):
+    class _Looking(Remote):
+        def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
+            modes.add(Path(f"{file}.part").stat().st_mode & 0o777)
+            return super().read(start, stop)
+
+    modes: set[int] = set()
+    file.chmod(0o600)
+    with liar("") as url, contextlib.closing(_Looking(Access(url))) as remote:
+        download(remote, Wanted(str(file), force=True), Silent())
+    assert (modes, file.stat().st_mode & 0o777) == ({0o600}, 0o600)
+
+
+def test_a_file_without_a_name_is_refused():
+    with pytest.raises(LocalFailure, match="FILE has no name"):
+        check_file(Wanted(""))
+
+
+def test_extents_without_end_are_not_kept(file: Path):
+    class _Endless(Remote):
+        def extents(self, context: str = "zero") -> Generator[Extent]:
+            for start in itertools.count(0, SIZE):
+                assert start < 4 * SIZE
+                yield start, SIZE, False, False
+
+    with (
+        liar("") as url,
+        contextlib.closing(_Endless(Access(url))) as remote,
+        pytest.raises(Failed, match=f"the extents end at {2 * SIZE}, the image at {SIZE}"),
+    ):
+        download(remote, Wanted(str(file), force=True), Silent())
+
+
+def test_that_a_part_is_wrong_is_noted_on_a_full_disk_as_well(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The state of the part must not go on to say that all of it is done."""
+
+    def differs(_target: target.Target) -> None:
+        monkeypatch.setattr(resume.State, "save", _full)
+        raise Different("the base was changed")
+
+    monkeypatch.setattr(target.Target, "check_base", differs)
+    with (
+        liar("") as url,
+        contextlib.closing(Remote(Access(url))) as remote,
+        pytest.raises(Different, match="the next run fetches all again"),
+    ):
+        download(remote, Wanted(str(file), force=True), Silent())
+    state = resume.State(f"{file}.part.state")
+    assert (state.exists(), state.load()) == (True, None)
+
+
+def _full(*_: object) -> None:
+    raise LocalFailure("No space left on device")

@@ -2,13 +2,14 @@
 """Threads that move pieces: failures, budget, and the end."""
 
 import threading
+import time
 
 import pytest
 
 from imageserver.client.backoff import RetryBudget
-from imageserver.client.failures import Busy, Refused
+from imageserver.client.failures import Broken, Busy, Refused
 from imageserver.client.moving.movers import Movers
-from imageserver.client.plan import Spans, pieces
+from imageserver.client.plan import Piece, Spans, pieces
 
 
 def nothing() -> None:
@@ -61,6 +62,20 @@ def test_one_that_is_refused_leaves_the_work_to_others():
     movers = Movers(first_only, todo(), RetryBudget(60), is_proof=True)
     movers.run(4, nothing, nothing)
     assert (movers.moved, movers.done()) == (100, [(0, 100)])
+
+
+def test_what_was_acknowledged_renews_the_patience_of_an_upload():
+    """Of an upload bytes that move say nothing; a position that has moved does."""
+
+    def move(piece, advance):
+        time.sleep(0.05)
+        piece.position += 1
+        if piece.position < piece.stop:
+            raise Broken("cut")
+
+    movers = Movers(move, iter([Piece(0, 0, 10)]), RetryBudget(0.2), is_proof=False)
+    movers.run(1, nothing, nothing)
+    assert movers.done() == [(0, 10)]
 
 
 def test_the_first_error_stops_all():

@@ -50,6 +50,11 @@ def test_holes_are_left_out_and_made(tmp_path: Path):
     file.close()
 
 
+def test_a_file_that_tells_no_length_is_refused():
+    with pytest.raises(LocalFailure, match="/proc/version: Invalid argument"):
+        RawFile.open("/proc/version")
+
+
 def test_a_sync_that_has_failed_fails_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The kernel says once that pages are lost."""
     file = RawFile.create(str(tmp_path / "image"), MIB)

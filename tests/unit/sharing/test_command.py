@@ -67,6 +67,12 @@ def encrypted() -> str:
     return name
 
 
+def overlay() -> str:
+    name = raw()
+    os.truncate(name, 1 << 20)
+    return qcow2("top", "-b", name, "-F", "raw")
+
+
 def cut() -> str:
     name = qcow2()
     os.truncate(name, 4096)
@@ -98,6 +104,7 @@ def cut() -> str:
             'top is based on \'json:{"driver":"null-co"}\', which is no path ',
         ),
         (raw, ["disk.raw"], "disk.raw is disk.raw once more: name each image once."),
+        (overlay, ["disk.raw"], "top is based on disk.raw: what is written to that would "),
         (raw, ["--bind", "host:port"], "--bind 'host:port' is wrong: it must be HOST, "),
     ],
 )

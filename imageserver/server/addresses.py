@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the addresses to listen at: each is named once, and is free.
+"""The addresses to listen at: each is named once, and is free. The files of Unix sockets.
 
 gunicorn would try an address in use for 5 s, with 11 log lines, and would replace the Unix socket
 of a running server silently.
@@ -7,14 +7,20 @@ of a running server silently.
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
+from collections.abc import Iterable, Mapping
 from itertools import combinations
+from typing import Any
 
+from imageserver.server import activation
 from imageserver.server.admin_listener import bindable
 from imageserver.server.control import UnusableSocket, check_socket, take_over
 from imageserver.settings import Settings
+
+log = logging.getLogger(__name__)
 
 _ADMIN, _CONTROL, _IMAGES = (
     "IMAGESERVER_ADMIN_BIND",
@@ -71,9 +77,30 @@ def check_free(settings: Settings) -> None:
                 _bind(bound, variable, address)
 
 
+def files_of(listeners: Iterable[Any]) -> dict[str, os.stat_result]:
+    """Return the files of Unix sockets by path, of those that are there."""
+    found = {}
+    for listener in listeners:
+        path = listener.getsockname()
+        if isinstance(path, str):
+            try:
+                found[path] = os.stat(path, follow_symlinks=False)
+            except OSError as exc:  # removed, while an upgrade was under way
+                log.warning("nobody can connect to %s: %s", path, exc.strerror)
+    return found
+
+
+def remove_files(made: Mapping[str, os.stat_result]) -> None:
+    """Remove files of sockets, where they are still the ones that were made."""
+    for path, file in made.items():
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(path, follow_symlinks=False), file):
+                os.unlink(path)
+
+
 def is_handed_over() -> bool:
     """Tell whether the running server, or systemd, hands its sockets over to this process."""
-    return "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ
+    return activation.is_activated() or {"GUNICORN_PID", "GUNICORN_FD"} <= os.environ.keys()
 
 
 def _named(settings: Settings) -> list[tuple[str, str]]:

@@ -14,7 +14,10 @@ import os
 import signal
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from queue import Empty
+from types import MappingProxyType
 from typing import Any
 
 from gunicorn.arbiter import Arbiter
@@ -26,12 +29,12 @@ from imageserver.core.slots import IncompatibleTable, Kind
 from imageserver.core.workers import WorkerState
 from imageserver.observability import logs
 from imageserver.process import Process
-from imageserver.server import activation, admin_listener, startup
+from imageserver.server import activation, addresses, admin_listener, startup
 from imageserver.server.activation import WrongSockets
 from imageserver.server.admin_listener import admin_name, bindable
 from imageserver.server.control import allow_group
 from imageserver.server.preconditions import CannotStart, check, check_reload, tls_context
-from imageserver.server.worker import STOPPING, ImageWorker
+from imageserver.server.worker import STOPPING, ImageWorker, is_draining
 from imageserver.settings import Settings, variable_of
 from imageserver.transfers.fileage import file_age
 
@@ -41,6 +44,10 @@ log = logging.getLogger(__name__)
 _SPAWN_SECONDS = 0.05
 #: After a worker that could not start; the master's loop wakes up every second.
 _PAUSE_SECONDS = 0.9
+#: How long workers may take to end at once: what they hold is given back in two of these.
+_QUICK_SECONDS, _STEP_SECONDS = 5.0, 0.1
+#: A master that looks after its workers this late was stopped, or the host was: so were they.
+_GAP_SECONDS, _THAW_SECONDS = 20.0, 10.0
 
 
 class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
@@ -56,6 +63,10 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
     #: No worker is forked before this time (monotonic clock).
     _paused_until = 0.0
     _was_told_to_end = False
+    #: When the heartbeats of workers were looked at last, and from when on they count again.
+    _looked_at = _spared_until = 0.0
+    #: The files of our Unix sockets, by path.
+    _sockets: Mapping[str, os.stat_result] = MappingProxyType({})
     #: Addresses of the configuration that must not be bound.
     _unbound: frozenset[str] = frozenset()
 
@@ -69,6 +80,7 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         """Check, and clean up after predecessors; or end the process with a sentence."""
         logs.configure(settings.log_level, settings.log_format)
         startup.set_umask()
+        self._looked_at = time.monotonic()
         try:
             warnings = check(settings)
             self.tls = tls_context(settings)
@@ -154,7 +166,11 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         self.process.runtime.claim.take()
         file_age().look()
         workers = self.WORKERS.values()
-        staying = [worker for worker in workers if not hasattr(worker, "is_told_to_stop")]
+        staying = [
+            worker
+            for worker in workers
+            if not (hasattr(worker, "is_told_to_stop") or is_draining(worker.tmp))
+        ]
         staying.sort(key=lambda worker: worker.age)
         for worker in staying[: max(0, len(staying) - self.num_workers)]:
             self.kill_worker(worker.pid, signal.SIGTERM)
@@ -164,13 +180,23 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             self.spawn_worker()
             time.sleep(_SPAWN_SECONDS)
 
+    def murder_workers(self) -> None:
+        """End workers that show no life; not all of them, where the whole host stood still."""
+        now, before = time.monotonic(), self._looked_at
+        self._looked_at = now
+        if now - before > _GAP_SECONDS:
+            log.warning("everything stood still for %.0f s", now - before)
+            self._spared_until = now + _THAW_SECONDS
+        if now >= self._spared_until:
+            super().murder_workers()
+
     def reap_workers(self) -> None:
-        """Reap dead workers; one that could not boot ends the server only if no other serves."""
+        """Reap dead workers; one that could not boot ends a server that has replaced none yet."""
         while True:
             try:
                 super().reap_workers()
             except HaltServer as exc:
-                if not self._has_accepting():
+                if self.worker_age <= self.num_workers and not self._has_accepting():
                     raise
                 log.error("%s The others go on", exc.reason)  # noqa: TRY400
                 self._pause()
@@ -238,29 +264,53 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         super().halt(reason, exit_status)
 
     def stop(self, graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - gunicorn's signature
-        """Stop; close abstract sockets (unix(7)) first: gunicorn would try to unlink them."""
-        for listener in list(self.LISTENERS):
-            if isinstance(listener.getsockname(), bytes):
-                self.LISTENERS.remove(listener)
-                listener.close()
-        super().stop(graceful)
+        """Stop, by a clock that nobody sets; gunicorn's own measures time by the system's.
+
+        It would also fail, and cut what drains, where the file of a Unix socket has been removed.
+        """
         is_last = self.reexec_pid == self.master_pid == 0  # no upgrade is under way
+        while self.LISTENERS:
+            self.LISTENERS.pop().close()
+        if is_last and not self.systemd:
+            addresses.remove_files(self._sockets)
+        self.kill_workers(signal.SIGTERM if graceful else signal.SIGQUIT)
+        deadline = time.monotonic() + (self.cfg.graceful_timeout if graceful else _QUICK_SECONDS)
+        while self.WORKERS and time.monotonic() < deadline:
+            if graceful and self._is_hurried():
+                graceful = False
+                self.kill_workers(signal.SIGQUIT)
+                deadline = time.monotonic() + _QUICK_SECONDS
+            self._reap()
+            time.sleep(_STEP_SECONDS)
+        self.kill_workers(signal.SIGKILL)
+        self._reap()
         if self._was_told_to_end and is_last and not self.settings.keep_registrations:
             startup.forget_registrations(self.process)
+
+    def _is_hurried(self) -> bool:
+        """Tell whether a signal has come that ends the server at once."""
+        with contextlib.suppress(Empty):
+            return self.SIG_QUEUE.get_nowait() in {signal.SIGINT, signal.SIGQUIT}
+        return False
+
+    def _reap(self) -> None:
+        with contextlib.suppress(HaltServer):  # a worker that could not boot is no news any more
+            self.reap_workers()
 
     # gunicorn's hooks
 
     def set_socket_modes(self) -> None:
         """``when_ready``: all addresses are bound, no worker is forked yet."""
+        self._sockets = addresses.files_of(self.LISTENERS)
         try:
             # systemd's sockets have the modes that imageserver.socket says.
-            if self.settings.control_socket and not self.systemd:
+            if self.settings.control_socket in self._sockets and not self.systemd:
                 allow_group(self.settings.control_socket)
             for address in self.settings.admin_bind:
                 if not any(admin_name(listener, (address,)) for listener in self.LISTENERS):
                     # Sockets came from a server without it, or the worker class is another.
                     log.warning("nothing listens at IMAGESERVER_ADMIN_BIND=%s", address)
-                elif not self.systemd:
+                elif not self.systemd and address.removeprefix("unix:") in self._sockets:
                     admin_listener.restrict(address)
         except OSError as exc:
             raise SystemExit(f"imageserver: {exc.filename}: {exc.strerror}.") from exc

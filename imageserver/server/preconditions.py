@@ -4,11 +4,13 @@
 A check changes nothing, on the disk or elsewhere; ``startup`` is what follows.
 """
 
+import contextlib
 import os
 import ssl
 import tempfile
 
 from imageserver.backends.nbd.peers import require_sock_diag
+from imageserver.core.errors import NoSlot, StateUnavailable
 from imageserver.core.slots import SIZE, IncompatibleTable
 from imageserver.process import Process
 from imageserver.runtime import tablefile
@@ -50,8 +52,8 @@ def check(settings: Settings) -> list[str]:
 def check_reload(process: Process) -> None:
     """Prove that new workers of the master ``process`` can start. Changes nothing.
 
-    Not checked: the addresses, which are bound by now; the table, which is open, and may be
-    damaged for a moment; the certificate, for one that does not fit leaves the old one.
+    Not checked: the addresses, which are bound by now; the certificate, for one that does not fit
+    leaves the old one.
 
     Raises:
         CannotStart: they cannot.
@@ -60,6 +62,11 @@ def check_reload(process: Process) -> None:
     problem = process.runtime.problem()
     if problem:
         raise CannotStart(f"IMAGESERVER_RUNTIME_DIR: {problem}; restart the server.")
+    try:
+        with contextlib.closing(process.slots) as slots:  # mapped again at its next use
+            slots.prove()
+    except (IncompatibleTable, NoSlot, StateUnavailable, OSError) as exc:
+        raise CannotStart(f"no worker can take a slot now ({exc}); try again.") from exc
     _check_config_directory(process.settings)
 
 
@@ -147,9 +154,11 @@ def _check_directories(settings: Settings) -> list[str]:
             "the dead: mount it in this one (unshare --mount-proc does)."
         )
     path = settings.runtime_dir
-    if os.path.realpath(path) == os.path.realpath(settings.config_dir):
+    place, config = os.path.realpath(path), os.path.realpath(settings.config_dir)
+    if os.path.commonpath((place, config)) == place:  # a start cleans up in there
         raise CannotStart(
-            f"IMAGESERVER_RUNTIME_DIR: {path} is IMAGESERVER_CONFIG_DIR, too; choose another."
+            f"IMAGESERVER_CONFIG_DIR: {settings.config_dir} is in IMAGESERVER_RUNTIME_DIR={path}, "
+            "which is the server's own; choose another."
         )
     try:
         examine_runtime(path, SIZE)

@@ -14,6 +14,7 @@ of their request. An idle connection is kept open while other workers live on (a
 next request is answered, with ``Connection: close``. The drain timeout bounds it all.
 """
 
+import contextlib
 import logging
 import os
 import resource
@@ -22,7 +23,7 @@ import socket
 import ssl
 import sys
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from gunicorn import systemd
 from gunicorn.workers.base import Worker
@@ -67,9 +68,24 @@ _LEAST_WAITING = 16
 STOPPING = frozenset({signal.SIGTERM, signal.SIGQUIT, signal.SIGINT})
 
 
+#: The master's, which the end of a terminal brings to every process: by default, it kills.
+_MASTERS = frozenset({signal.SIGHUP, signal.SIGUSR2})
+
+
+def is_draining(heartbeat: Any) -> bool:
+    """Tell whether a worker drains, by its heartbeat file: for its master, which opens no table."""
+    try:
+        return os.fstat(heartbeat.fileno()).st_size > 0
+    except (OSError, ValueError):  # closed
+        return False
+
+
 class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     """A gunicorn worker for long transfers and frequent probes."""
 
+    SIGNALS: ClassVar[list[signal.Signals]] = [
+        number for number in Worker.SIGNALS if number not in _MASTERS
+    ]
     #: What the master has read and made before the fork (``ImageArbiter.equip``).
     settings: Settings | None = None
     tls: ssl.SSLContext | None = None
@@ -108,6 +124,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         """Handle the signals that come between the fork and ``init_signals``."""
         for number in STOPPING:
             signal.signal(number, self.handle_exit)
+        for number in _MASTERS:
+            signal.signal(number, signal.SIG_IGN)
 
     def handle_exit(self, _sig: int, _frame: Any) -> None:
         """SIGTERM: drain."""
@@ -206,6 +224,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
     # Stopping
 
     def _drain(self) -> None:
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.tmp.fileno(), 1)  # see is_draining
         self._acceptors.close()
         self._control.stop()
         self._pools.last = True
@@ -230,7 +250,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._row.release()
 
     def _has_successor(self) -> bool:
-        return any(WorkerState.of(row) is not WorkerState.DRAINING for row in self._workers())
+        rows = self.process.slots.living(Kind.WORKER)
+        return any(WorkerState.of(row) is not WorkerState.DRAINING for row in rows)
 
     def _workers(self) -> list[Holder]:
         return self.process.slots.holders(Kind.WORKER)

@@ -113,7 +113,11 @@ class TransferFiles:
             FileNotFoundError: it does not exist (yet).
             OSError, UntrustedDirectory: it cannot be used.
         """
-        close_fd(self._open_directory())
+        fd = self._open_directory()
+        try:
+            os.stat(".", dir_fd=fd)  # who may not search it finds no file there
+        finally:
+            close_fd(fd)
 
     def has(self, transfer_id: str) -> bool:
         """Tell whether there is a file of this name, ignored or not."""

@@ -6,6 +6,7 @@ Which signal does what is in docs/reliability.md; reloads under load are in ``te
 
 import contextlib
 import itertools
+import os
 import re
 import select
 import signal
@@ -70,6 +71,34 @@ def test_sigterm_stops_accepting_and_finishes_what_runs(server):
     assert server.process.wait(10) == 0
     assert not [pid for pid in pids if is_running(pid)]
     assert not server.holders()
+
+
+def test_what_is_meant_for_the_master_hurts_no_worker(server):
+    """The end of a terminal sends SIGHUP to all of them; a script may send SIGTERM to one."""
+    old = server.worker_pids()
+    with transfers(server):
+        for pid in old:
+            os.kill(pid, signal.SIGHUP)
+            os.kill(pid, signal.SIGUSR2)
+        for pid in old:
+            os.kill(pid, signal.SIGTERM)
+        # They drain: others take their places at once.
+        wait_until(lambda: len(set(server.worker_pids()) - set(old)) == 3)
+        assert server.request("OPTIONS", "/images/disk").status == 200
+    wait_until(lambda: not set(server.worker_pids()) & set(old))
+
+
+def test_a_stop_finishes_what_runs_though_a_sockets_file_is_gone(home, nbd):
+    refill(nbd.image, WHOLE)
+    control = home / "control.sock"
+    with Server(home, control_socket=str(control), drain_timeout=20) as server:
+        server.add("disk", socket=str(nbd.socket))
+        assert server.process is not None
+        with transfers(server):
+            control.unlink()
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: refuses(server))
+        assert server.process.wait(10) == 0
 
 
 def test_sigterm_drains_no_longer_than_the_drain_timeout(home, nbd):

@@ -183,10 +183,16 @@ def test_a_worker_that_cannot_be_forked_is_waited_for(
     ]
 
 
+@pytest.mark.parametrize("is_old", [True, False])
 @pytest.mark.parametrize("others_accept", [True, False])
 def test_a_worker_that_cannot_boot_ends_a_server_only_where_no_other_serves(
-    place: Path, arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch, others_accept: bool
+    place: Path,
+    arbiter: ImageArbiter,
+    monkeypatch: pytest.MonkeyPatch,
+    others_accept: bool,
+    is_old: bool,
 ) -> None:
+    """A server that has replaced workers has served, and may do so again."""
     failures: list[BaseException] = [HaltServer("Worker failed to boot.", 3)]
 
     def reap(_arbiter: ImageArbiter) -> None:
@@ -200,11 +206,13 @@ def test_a_worker_that_cannot_boot_ends_a_server_only_where_no_other_serves(
     state = WorkerState.ACCEPTING if others_accept else WorkerState.BOOTING
     row.progress(0, state.value)
     arbiter.WORKERS = {os.getpid(): None}
+    arbiter._num_workers, arbiter.worker_age = 2, 2 + is_old
     try:
         arbiter.reap_workers()
-        assert others_accept
+        assert others_accept or is_old
     except HaltServer:
         assert not others_accept
+        assert not is_old
     finally:
         table.close()
 
@@ -245,36 +253,6 @@ def test_an_upgrade_that_cannot_begin_ends_its_own_process_only(
     arbiter.reexec()
 
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
-
-
-def test_workers_told_to_stop_do_not_count(
-    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = []
-
-    def spawn(arbiter: ImageArbiter = arbiter) -> None:
-        age = len(arbiter.WORKERS)
-        arbiter.WORKERS[age] = SimpleNamespace(pid=age, age=age)
-
-    monkeypatch.setattr(Arbiter, "spawn_worker", spawn)
-    monkeypatch.setattr(Arbiter, "kill_worker", lambda _, pid, sig: told.append((pid, sig)))
-    begin(arbiter)
-
-    arbiter._num_workers = 2
-    arbiter.manage_workers()
-    spawn()
-    spawn()
-    arbiter.manage_workers()  # as in a reload: the older ones go
-    arbiter.manage_workers()  # and are told so once
-    assert told == [(0, signal.SIGTERM), (1, signal.SIGTERM)]
-    del arbiter.WORKERS[2], arbiter.WORKERS[3]  # the new ones die
-    arbiter.manage_workers()
-    assert sorted(arbiter.WORKERS) == [0, 1, 2, 3]
-    arbiter.kill_worker(3, signal.SIGUSR1)
-    arbiter.manage_workers()
-    arbiter._num_workers = 1
-    arbiter.manage_workers()
-    assert told[2:] == [(3, signal.SIGUSR1), (2, signal.SIGTERM)]
 
 
 # A new worker

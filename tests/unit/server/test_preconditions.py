@@ -88,15 +88,18 @@ def test_threads_that_transfers_can_take_all_of_are_a_warning(
     assert check(read_settings()) == ([] if is_enough else [said])
 
 
-def test_a_runtime_directory_is_no_config_directory(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("below", ["", "/registered"])
+def test_a_config_directory_is_not_in_the_runtime_directory(
+    place: Path, monkeypatch: pytest.MonkeyPatch, below: str
 ) -> None:
+    """A start would remove the transfer files there."""
+    (place / "transfers/registered").mkdir(mode=0o700)
     (place / "transfers").chmod(0o700)
     (place / "link").symlink_to("transfers")
-    monkeypatch.setenv("IMAGESERVER_CONFIG_DIR", f"{place}/link")
+    monkeypatch.setenv("IMAGESERVER_CONFIG_DIR", f"{place}/link{below}")
     monkeypatch.setenv("IMAGESERVER_RUNTIME_DIR", f"{place}/transfers")
 
-    with pytest.raises(CannotStart, match="transfers is IMAGESERVER_CONFIG_DIR, too; choose ano"):
+    with pytest.raises(CannotStart, match=f"link{below} is in IMAGESERVER_RUNTIME_DIR=.*choose an"):
         check(read_settings())
 
 
@@ -154,6 +157,7 @@ def test_an_address_that_this_host_has_not_is_refused(
         check(read_settings())
 
     monkeypatch.setenv("LISTEN_FDS", "1")  # systemd has bound it, and need not have that address
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     assert check(read_settings()) == []
 
 

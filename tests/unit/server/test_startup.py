@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold before the master binds: else it ends with a sentence."""
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -192,13 +193,24 @@ def test_a_port_that_an_outgoing_connection_has_is_said_to_be_that() -> None:
     )
 
 
-@pytest.mark.parametrize("variable", ["GUNICORN_FD", "LISTEN_FDS"])
+@pytest.mark.parametrize(
+    ("variables", "is_ours"),
+    [
+        ({"GUNICORN_FD": "3", "GUNICORN_PID": "1"}, True),
+        ({"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}, True),
+        ({"GUNICORN_FD": "3"}, False),
+        ({"LISTEN_FDS": "1", "LISTEN_PID": "1"}, False),
+    ],
+)
 def test_inherited_sockets_are_not_checked(
-    taken: str, monkeypatch: pytest.MonkeyPatch, variable: str
+    taken: str, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], is_ours: bool
 ) -> None:
-    monkeypatch.setenv(variable, "3")
+    """Those that were meant for another process are not inherited."""
+    for variable, text in variables.items():
+        monkeypatch.setenv(variable, text)
 
-    startup.require_free_addresses(Settings(bind=(taken,), admin_bind=()))
+    with contextlib.nullcontext() if is_ours else pytest.raises(SystemExit, match="in use"):
+        startup.require_free_addresses(Settings(bind=(taken,), admin_bind=()))
 
 
 def test_the_check_leaves_an_address_free(taken: str) -> None:

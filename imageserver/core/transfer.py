@@ -66,12 +66,16 @@ class Transfer:
         return self is other or (self == other and self.changed_ns == other.changed_ns)
 
 
-@lru_cache(1024)
 def is_valid_id(text: str) -> bool:
     """Tell whether ``text`` can name a transfer: one path component of valid UTF-8.
 
     ``*`` is the server itself (docs/api.md); U+FFFD is what undecodable bytes turn into.
     """
+    return len(text) <= MAX_ID_SIZE and _is_valid(text)
+
+
+@lru_cache(1024)  # short texts only: what a client makes up stays in memory
+def _is_valid(text: str) -> bool:
     if text in {"", ".", "..", "*"} or _NO_ID.search(text):
         return False
     try:

@@ -45,6 +45,7 @@ class Connection:
         "buffer",
         "deadline",
         "environ",
+        "has_ended",
         "is_last",
         "is_tls",
         "lingered",
@@ -65,6 +66,8 @@ class Connection:
         self.environ: dict[str, Any] | None = None
         self.buffer = bytearray()
         self._state = State.ACCEPTED
+        #: The client has said that it sends no more: over TLS, no poll tells that again.
+        self.has_ended = False
         #: When the loop took it, by the loop's clock.
         self.accepted_at = 0.0
         self.deadline = 0.0
@@ -117,7 +120,8 @@ class Connection:
         """Read what has arrived of a head; False where the client has closed."""
         data = self.sock.recv(_RECORD if self.is_tls else _AT_ONCE)
         self.buffer += data
-        return bool(data)
+        self.has_ended = not data
+        return not self.has_ended
 
     def receive_decrypted(self) -> None:
         """Read what TLS has decrypted along with a body and nobody has asked for yet.

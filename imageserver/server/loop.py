@@ -209,7 +209,7 @@ class Loop:
         if more:
             self._epoll.modify(conn.sock.fileno(), events | select.EPOLLONESHOT)
         else:
-            self.close(conn)
+            self._close_silent(conn)
 
     def _hand_over(self, conn: Connection) -> None:
         del self._waiting[conn.sock.fileno()]

@@ -242,7 +242,7 @@ class Pools:
 
         while serve(conn, wire, pool.app, self._gateway, is_last, asking=asking):
             if conn.unsent or not self._has_next(pool, conn, arrival):
-                return self._loop.keep
+                return self._loop.linger if conn.has_ended else self._loop.keep
             # A transfer goes to the transfer threads; a probe any thread may answer.
             is_transfer = pool is not self._transfers and self._pool_of(conn) is self._transfers
             if is_transfer or pool.is_wanted():

@@ -194,6 +194,15 @@ def test_a_last_answer_ends_with_a_farewell(server):
         assert stream.read() == b""
 
 
+@pytest.mark.parametrize("later", [0.0, 0.3], ids=["at once", "later"])
+def test_a_farewell_is_answered_with_one(server, later):
+    """RFC 8446 section 6.1; after the answer a thread has the connection, later the loop."""
+    with server.raw(OPTIONS, 5) as sock, sock.makefile("rb") as stream:
+        assert read_answer(stream).status == 200
+        time.sleep(later)
+        sock.unwrap().close()
+
+
 def test_an_idle_connection_ends_with_a_farewell(home, pki):
     with (
         serving(home, pki, keepalive=1) as server,

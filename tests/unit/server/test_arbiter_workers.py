@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The master and its workers: who counts, who is ended, and what is left at the end."""
 
+import itertools
 import os
 import signal
 import socket
@@ -125,3 +126,25 @@ def test_workers_that_do_not_end_at_once_are_killed_whatever_the_drain_may_take(
 
     ends = [signal.SIGQUIT, signal.SIGKILL]
     assert told == [*ends, signal.SIGTERM, *ends]
+
+
+def test_a_clock_that_is_set_cuts_nothing_that_drains(
+    arbiter: ImageArbiter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = iter(({1: None}, {1: None}, {}, {}))
+    told: list[tuple[int, int]] = []
+
+    def reap(arbiter: ImageArbiter) -> None:
+        arbiter.WORKERS = next(turns)
+
+    begin(arbiter)
+    monkeypatch.setattr(Arbiter, "reap_workers", reap)
+    monkeypatch.setattr(
+        Arbiter, "kill_workers", lambda arbiter, number: told.append((number, len(arbiter.WORKERS)))
+    )
+    monkeypatch.setattr(time, "time", itertools.count(0, 10**6).__next__)
+    monkeypatch.setattr(arbiter, "cfg", SimpleNamespace(graceful_timeout=60))
+    arbiter.WORKERS, arbiter.LISTENERS = {1: None}, []
+    arbiter.stop()
+
+    assert told == [(signal.SIGTERM, 1), (signal.SIGKILL, 0)]

@@ -155,7 +155,8 @@ def _check_directories(settings: Settings) -> list[str]:
         )
     path = settings.runtime_dir
     place, config = os.path.realpath(path), os.path.realpath(settings.config_dir)
-    if os.path.commonpath((place, config)) == place:  # a start cleans up in there
+    # A start cleans up in there. A link is refused below.
+    if os.path.commonpath((place, config)) == place and not os.path.islink(path):
         raise CannotStart(
             f"IMAGESERVER_CONFIG_DIR: {settings.config_dir} is in IMAGESERVER_RUNTIME_DIR={path}, "
             "which is the server's own; choose another."

@@ -25,8 +25,11 @@ class LockedFile:
 
     def be_as_private_as(self, path: str) -> None:
         """Take over mode and owner of a file that this one is to replace, if there is one."""
-        with contextlib.suppress(FileNotFoundError), local_errors(self._path):
+        try:
             found = os.stat(path)
+        except FileNotFoundError:
+            return
+        with local_errors(self._path):
             with contextlib.suppress(PermissionError):
                 os.fchown(self._fd, found.st_uid, found.st_gid)
             os.fchmod(self._fd, stat.S_IMODE(found.st_mode) & 0o777)

@@ -75,7 +75,18 @@ class Target:
                 self._locked.be_as_private_as(self._wanted.file)
             if self._wanted.base:
                 self._is_base_same = held.enter_context(unchanged(self._wanted.base))
-            yield
+            is_first = not self._state.exists()
+            try:
+                yield
+            except BaseException:
+                if is_first:
+                    self._remove_state_of_nothing()
+                raise
+
+    def _remove_state_of_nothing(self) -> None:
+        with contextlib.suppress(LocalFailure, OSError):
+            if not self._wanted.in_place and not os.path.getsize(self.path):
+                self._state.remove()
 
     def open(
         self,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from imageserver.client.backoff import RetryBudget, retried
 from imageserver.client.failures import (
     Busy,
+    ClientError,
     Different,
     Failed,
     Interrupted,
@@ -102,6 +103,8 @@ class _Upload:
         self._began = time.monotonic()
         #: Whether the server may have written anything.
         self._touched = False
+        #: ... or may be about to.
+        self._has_begun = False
 
     def run(self) -> Result:
         self._local = self._open()
@@ -113,7 +116,7 @@ class _Upload:
                 return self._send(abilities)
             except KeyboardInterrupt as exc:
                 whole = "incomplete; the same command makes it whole"
-                how = whole if self._touched else "as it was"
+                how = whole if self._has_begun else "as it was"
                 raise Interrupted(f"interrupted: the image on the server is {how}.") from exc
         finally:
             self._local.close()
@@ -138,7 +141,7 @@ class _Upload:
         else:
             size = self._fitting()
             flushed = self._wanted.flush and abilities.has("flush")
-            with self._state_told(_UNKNOWN):
+            with self._state_told(_UNKNOWN, Failed, Refused, LocalFailure, Different):
                 data, zeroed = self._put_ranges(size, abilities)
                 if flushed:
                     retried(self._remote.flush, self._budget)
@@ -150,11 +153,11 @@ class _Upload:
         return Result(size, data, zeroed, seconds, flushed, self._wanted.verify, verified_by)
 
     @contextlib.contextmanager
-    def _state_told(self, how: str) -> Iterator[None]:
-        """Add to an error how the image may be now, if anything may have been written."""
+    def _state_told(self, how: str, *kinds: type[ClientError]) -> Iterator[None]:
+        """Add to such errors how the image may be now, if anything may have been written."""
         try:
             yield
-        except (Failed, Refused, LocalFailure, Different) as exc:
+        except kinds as exc:
             is_undone = isinstance(exc, Refused) or (isinstance(exc, Transient) and exc.is_undone)
             if is_undone and not self._touched:
                 raise  # the server has refused everything
@@ -199,6 +202,7 @@ class _Upload:
         return data.total, zeros.total
 
     def _run(self, move: Move, todo: Iterator[Piece], many: int) -> None:
+        self._has_begun = True
         movers = Movers(move, todo, self._budget, is_proof=False)
         try:
             movers.run(many, lambda: self._watch.moved(movers.moved), self._remote.cut)
@@ -231,7 +235,7 @@ class _Upload:
             flushed = self._remote.put(size, body, flush=self._wanted.flush, sha256=sha256)
 
         move = self._sender.move_at_once(put, is_hashed=self._wanted.verify)
-        with self._state_told(_UNKNOWN_DEVICE):
+        with self._state_told(_UNKNOWN_DEVICE, Failed, LocalFailure):
             self._run(move, iter([Piece(0, 0, size)]), 1)
         self._require_size(size)
         return size, flushed

@@ -15,7 +15,8 @@ _FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
 SUBDIRECTORIES = ("locks", "registered", "activity", "metrics")
 #: What every runtime directory of ours has, whichever version has made it.
 _SIGN = "slots.use"
-_OURS = {*SUBDIRECTORIES, _SIGN, "slots", "slots.new", "registered.lock"}
+#: What the server has in there.
+OURS = {*SUBDIRECTORIES, _SIGN, "slots", "slots.new", "registered.lock"}
 _MODE = 0o700
 
 
@@ -64,7 +65,7 @@ def examine_runtime(path: str, size: int) -> None:
         names = set(os.listdir(path))
     except OSError as exc:
         raise _unusable(path, exc) from exc
-    foreign = sorted(names - _OURS)
+    foreign = sorted(names - OURS)
     if foreign and _SIGN not in names:
         raise UnusableDirectory(
             f"{path} holds what is none of this server's ({foreign[0]}); "

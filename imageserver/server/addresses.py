@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any
 
+from imageserver.runtime.private import OURS
 from imageserver.server import activation
 from imageserver.server.admin_listener import bindable
 from imageserver.server.control import UnusableSocket, check_socket, take_over
@@ -29,6 +30,8 @@ _ADMIN, _CONTROL, _IMAGES = (
 )
 _LISTEN = "0A"  # TCP_LISTEN, as /proc/net/tcp writes it
 _ANY = {"0.0.0.0", "::"}  # noqa: S104 - to compare with
+_BINDV6ONLY = "/proc/sys/net/ipv6/bindv6only"
+_UNPRIVILEGED = 1024  #: unless ip_unprivileged_port_start (ip-sysctl) says less
 
 
 class UnusableAddress(Exception):
@@ -44,6 +47,7 @@ def check(settings: Settings) -> None:
         UnusableAddress: it is, or they cannot.
     """
     for variable, path in _sockets(settings):
+        _refuse_own(variable, path, settings.runtime_dir)
         # systemd may have made one for images in a directory where this user cannot.
         if variable != _IMAGES or not _is_socket(path):
             _check_socket(variable, path)
@@ -52,6 +56,7 @@ def check(settings: Settings) -> None:
         if not (address.startswith("unix:") or is_handed_over()):
             with contextlib.ExitStack() as bound:
                 _bind(bound, variable, address, any_port=True)
+                _check_privilege(variable, address)
     for (other, first), (variable, second) in combinations(_named(settings), 2):
         if _overlap(_names(first), _names(second)):
             raise UnusableAddress(
@@ -147,6 +152,31 @@ def _check_host(variable: str, address: str) -> None:
         ) from exc
 
 
+def _refuse_own(variable: str, path: str, runtime_dir: str) -> None:
+    """Refuse a socket in place of the runtime directory, or of what the server has in there."""
+    if path.startswith("\0"):
+        return
+    name, own = os.path.realpath(path), os.path.realpath(runtime_dir)
+    if name == own or (os.path.dirname(name) == own and os.path.basename(name) in OURS):
+        raise UnusableAddress(f"{variable}: {path} is IMAGESERVER_RUNTIME_DIR's; choose another")
+
+
+def _check_privilege(variable: str, address: str) -> None:
+    """Prove that a port below 1024 may be bound: whoever has it now does not matter."""
+    family, host, port = _parsed(address)
+    if not 0 < port < _UNPRIVILEGED:
+        return
+    try:
+        with socket.socket(family) as probe:
+            probe.bind((host, port))
+    except PermissionError as exc:
+        raise UnusableAddress(
+            f"{variable}: {address} cannot be used ({exc.strerror}); {_remedy(exc, port)}"
+        ) from exc
+    except OSError:
+        pass
+
+
 def _names(address: str) -> set[tuple[str, str]]:
     """Return what an address stands for: a host's numbers with the port, or a socket's file."""
     if address.startswith("unix:/"):
@@ -164,16 +194,28 @@ def _names(address: str) -> set[tuple[str, str]]:
 
 
 def _overlap(some: set[tuple[str, str]], others: set[tuple[str, str]]) -> bool:
-    """Tell whether two addresses are one; between IPv4 and IPv6, the bind decides."""
+    """Tell whether two addresses are one, or one of them stands for the other as well."""
     return any(
-        port == other_port
-        and (
-            host == other_host
-            or ((":" in host) == (":" in other_host) and not _ANY.isdisjoint({host, other_host}))
-        )
+        port == other_port and (host == other_host or _includes(host, other_host))
         for host, port in some
         for other_host, other_port in others
     )
+
+
+def _includes(host: str, other: str) -> bool:
+    """Tell whether one of two hosts' numbers stands for any address, the other one among them."""
+    if (":" in host) == (":" in other):
+        return not _ANY.isdisjoint({host, other})
+    return "::" in {host, other} and not _is_ipv6_apart()
+
+
+def _is_ipv6_apart() -> bool:
+    """Tell whether ``[::]`` leaves IPv4 alone (ip-sysctl, ``bindv6only``)."""
+    try:
+        with open(_BINDV6ONLY, encoding="ascii") as file:
+            return file.read().strip() == "1"
+    except OSError:
+        return True
 
 
 def _parsed(address: str) -> tuple[int, str, int]:

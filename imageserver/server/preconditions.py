@@ -41,6 +41,11 @@ def check(settings: Settings) -> list[str]:
     tls_context(settings)
     _check_heartbeats()
     warnings = _check_directories(settings) + _limits_without_effect(settings)
+    warnings += [
+        f"IMAGESERVER_FILE_ROOTS: {root} is no directory: no file in it is served"
+        for root in settings.file_roots
+        if not os.path.isdir(root)
+    ]
     warnings += _too_few_threads(settings) + _check_peers()
     try:
         addresses.check(settings)

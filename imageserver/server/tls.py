@@ -17,6 +17,7 @@ Four things differ from a plain socket:
 """
 
 import contextlib
+import os
 import select
 import socket
 import ssl
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 from imageserver.core.errors import ClientGone
 from imageserver.core.sources import HasFileno
 from imageserver.server.wire import BLOCKED, Wire
-from imageserver.settings import Settings
+from imageserver.settings import Settings, variable_of
 
 #: Neighbouring pieces up to this many bytes together are copied into one: each write costs a
 #: record of its own. A head and a small range are; a piece of a large body is not.
@@ -60,6 +61,10 @@ def server_context(settings: Settings) -> ssl.SSLContext | None:
                     "set the certificate too, or neither"
                 )
         return None
+    for name in ("tls_cert", "tls_key", "tls_client_ca"):
+        path = getattr(settings, name)
+        if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would be waited for
+            raise UnusableFiles(f"{variable_of(name)}={path} cannot be read (no regular file)")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.sslsocket_class = TlsSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -203,3 +203,64 @@ def test_beside_a_server_that_has_its_directory_another_one_may_start(place: Pat
         check(read_settings())
         startup.take_over(Process(read_settings()))
     others.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "control_socket",
+            "run",
+            "IMAGESERVER_CONTROL_SOCKET: .*/run is IMAGESERVER_RUNTIME_DIR's",
+        ),
+        ("bind", "unix:run/slots", "IMAGESERVER_BIND: .*/slots is IMAGESERVER_RUNTIME_DIR's"),
+        ("tls_cert", "fifo", "IMAGESERVER_TLS_CERT=.*fifo cannot be read .no regular file"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_the_check(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    os.mkfifo(place / "fifo")
+    prefix, _, path = value.rpartition(":")
+    monkeypatch.setenv(
+        f"IMAGESERVER_{name.upper()}", f"{prefix}{':' if prefix else ''}{place}/{path}"
+    )
+
+    with pytest.raises(CannotStart, match=said):
+        check(read_settings())
+
+
+def test_file_roots_that_are_not_there_are_a_warning(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGESERVER_FILE_ROOTS", f"{place},{place}/none")
+
+    told = f"IMAGESERVER_FILE_ROOTS: {place}/none is no directory: no file in it is served"
+    assert check(read_settings()) == [told]
+
+
+@pytest.mark.parametrize(("apart", "is_refused"), [("0\n", True), ("1\n", False)])
+def test_any_address_of_ipv6_includes_those_of_ipv4(
+    place: Path, monkeypatch: pytest.MonkeyPatch, apart: str, is_refused: bool
+) -> None:
+    (place / "bindv6only").write_text(apart)
+    monkeypatch.setattr(addresses, "_BINDV6ONLY", str(place / "bindv6only"))
+    some, others = {("::", "80")}, {("192.0.2.1", "80")}
+
+    assert addresses._overlap(some, others) == addresses._overlap(others, some) == is_refused
+
+
+def test_a_port_that_only_root_may_bind_is_refused_by_the_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class _Unprivileged(socket.socket):
+        def bind(self, address: tuple[str, int]) -> None:  # type: ignore[override]
+            if 0 < address[1] < 1024:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", _Unprivileged)
+    monkeypatch.setenv("IMAGESERVER_BIND", "127.0.0.1:80")
+
+    with pytest.raises(CannotStart, match=r"80 cannot be used .*choose a port above 1023"):
+        check(read_settings())

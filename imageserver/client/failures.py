@@ -14,6 +14,7 @@
     ├── Different             4   the bytes are not what they should be
     ├── LocalFailure          5   a local file or program failed
     │   ├── Damaged               ... a qcow2 image is incomplete or inconsistent
+    │   ├── InUse                 ... another program has the image open
     │   └── OutputLost            ... stdout cannot be written
     │       └── OutputUnread  141 ... because its reader has gone
     └── Interrupted           130 by Ctrl-C or SIGTERM
@@ -101,6 +102,10 @@ class LocalFailure(ClientError):
 
 class Damaged(LocalFailure):
     """A qcow2 image is incomplete or inconsistent, or cannot be checked."""
+
+
+class InUse(LocalFailure):
+    """Another program has the image open, as its lock tells."""
 
 
 class OutputLost(LocalFailure):

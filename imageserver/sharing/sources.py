@@ -21,9 +21,16 @@ from typing import Any
 from imageserver.client.failures import LocalFailure
 from imageserver.client.local.qcow2 import linked
 from imageserver.client.local.qcow2_chain import KEY, Chain, OpenFile
-from imageserver.client.local.qcow2_check import LOCKED, require_sound
+from imageserver.client.local.qcow2_check import require_sound
 from imageserver.client.local.qcow2_header import QCOW2_MAGIC
-from imageserver.client.local.qemu_programs import Names, as_filename, program, reason, run
+from imageserver.client.local.qemu_programs import (
+    LOCKED,
+    Names,
+    as_filename,
+    program,
+    reason,
+    run,
+)
 from imageserver.sharing.image_lock import hold
 
 #: Formats that can be shared, by what their files have at an offset. Others may name further

@@ -30,11 +30,12 @@ except ImportError:  # missing, or of no use here; only qcow2 needs it
 else:
     _HAS_LIBNBD = True
 
-from imageserver.client.failures import LocalFailure
+from imageserver.client.failures import InUse, LocalFailure
 from imageserver.client.local.files import Buffer, local_errors
 from imageserver.client.local.qcow2_chain import Chain, Member, OpenFile
 from imageserver.client.local.qemu_programs import (
     END_SECONDS,
+    LOCKED,
     as_filename,
     end,
     qemu_img,
@@ -129,6 +130,8 @@ class Qcow2:
                     return handle
             if self._server.poll() is not None:
                 said = self._server.stderr.read() if self._server.stderr else ""
+                if LOCKED.search(said):
+                    raise InUse(f"{self.path} is in use by another program, as its lock tells")
                 raise LocalFailure(f"{self.path}: {reason(said, self._names) or 'no qemu-nbd'}")
             if time.monotonic() >= deadline:
                 raise LocalFailure(f"{self.path}: qemu-nbd does not answer")

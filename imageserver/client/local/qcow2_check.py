@@ -18,16 +18,15 @@ in its last sector, so the one in which a file ends is unpacked: QEMU accepts on
 """
 
 import json
-import re
 import sys
 import zlib
 from array import array
 from collections.abc import Iterator
 
-from imageserver.client.failures import Damaged, LocalFailure
+from imageserver.client.failures import Damaged, InUse
 from imageserver.client.local.qcow2_chain import Chain, Member
 from imageserver.client.local.qcow2_header import SECTOR, Header
-from imageserver.client.local.qemu_programs import as_filename, reason, run
+from imageserver.client.local.qemu_programs import LOCKED, as_filename, reason, run
 
 #: Bits of an L2 table's entry.
 _OFFSET, _COMPRESSED, _ZERO = 0x00FFFFFFFFFFFE00, 1 << 62, 1 << 0
@@ -40,8 +39,6 @@ _SOUND, _DAMAGED, _LEAKED = 0, 2, 3
 _MANY_LEAKS = 4096
 #: zlib.decompressobj: a raw stream, and the window of QEMU's (docs/interop/qcow2.txt).
 _WINDOW_BITS = -12
-#: QEMU's message about an image that another of its programs has open for writing.
-LOCKED = re.compile("Failed to get .* lock")
 
 
 def require_sound(chain: Chain, first_source: int | None = None) -> None:
@@ -86,7 +83,7 @@ def _require_consistent(member: Member, objects: list[str], *, is_source: bool) 
         first = said.partition("\n")[0].removeprefix("ERROR").lstrip(": ")
         raise Damaged(f"{path} is damaged: {_corruptions(output)}{first and f' ({first})'}")
     if LOCKED.search(said):
-        raise LocalFailure(f"{path} is being written by another program, as its lock tells")
+        raise InUse(f"{path} is being written by another program, as its lock tells")
     if status == _LEAKED:
         _require_few_leaks(path, output, is_source=is_source)
     elif status != _SOUND:

@@ -14,6 +14,8 @@ from imageserver.client.failures import LocalFailure
 
 #: How long qemu-nbd may write at its end, and how long a killed one may take, in seconds.
 END_SECONDS, _STOP_SECONDS = 120.0, 5.0
+#: What they say of an image that another one has open.
+LOCKED = re.compile("Failed to get .* lock")
 #: The beginning of errors about an image that was given as JSON.
 _CALLED = re.compile(r"(?:Could not open|Failed to blk_new_open) '?json:\{.*\}'?: ")
 _PREFIX = re.compile(r"qemu-(?:img|nbd): ")

@@ -19,10 +19,9 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from imageserver.client.failures import Different, LocalFailure
+from imageserver.client.failures import Different, InUse, LocalFailure
 from imageserver.client.local.files import local_errors, rename_new, sync_folder
 from imageserver.client.local.formats import LocalImage, create_image, open_image
-from imageserver.client.local.qcow2_check import LOCKED
 from imageserver.client.local.qcow2_header import SECTOR
 from imageserver.client.moving import resume
 from imageserver.client.moving.file_locks import LockedFile, claimed, unchanged
@@ -148,9 +147,9 @@ class Target:
             raise unlike
         try:
             local = self._open_part(connections)
+        except InUse:  # by the qemu-nbd of a run that was killed, perhaps
+            raise
         except LocalFailure as exc:
-            if LOCKED.search(str(exc)):  # by the qemu-nbd of a run that was killed, perhaps
-                raise
             raise unlike from exc
         if local.size != self._local_size():
             local.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from imageserver.client.failures import LocalFailure
+from imageserver.client.failures import InUse, LocalFailure
 from imageserver.client.local import qcow2
 from imageserver.client.local.qcow2 import Qcow2
 from imageserver.client.local.qcow2_chain import Chain
@@ -169,7 +169,7 @@ def test_an_image_that_is_being_written_is_in_use(image: Qcow2):
     finally:
         chain.close()
     sentence = f"{image.path} is being written by another program, as its lock tells"
-    assert (type(raised.value), str(raised.value)) == (LocalFailure, sentence)
+    assert (type(raised.value), str(raised.value)) == (InUse, sentence)
 
 
 def test_temporary_files_may_lie_deep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -191,3 +191,9 @@ def test_a_module_that_is_hidden_is_told_from_one_that_is_missing(
     with pytest.raises(LocalFailure, match="install python3-libnbd") as raised:
         Qcow2.create(str(tmp_path / "image"), MIB, 1)
     assert ("--system-site-packages" in str(raised.value)) == is_hidden
+
+
+def test_an_image_in_use_is_said_to_be(image: Qcow2):
+    """The state of a download is kept then: its qemu-nbd may outlive a run for a moment."""
+    with pytest.raises(InUse, match="is in use by another program, as its lock tells"):
+        Qcow2(Chain.open(image.path, writable=True), 1, writable=True)

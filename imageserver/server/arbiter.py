@@ -264,15 +264,12 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         super().halt(reason, exit_status)
 
     def stop(self, graceful: bool = True) -> None:  # noqa: FBT001, FBT002 - gunicorn's signature
-        """Stop, by a clock that nobody sets; gunicorn's own measures time by the system's.
-
-        It would also fail, and cut what drains, where the file of a Unix socket has been removed.
-        """
-        is_last = self.reexec_pid == self.master_pid == 0  # no upgrade is under way
+        """Stop. gunicorn's own goes by the system's clock, and fails if a socket's file is gone."""
         while self.LISTENERS:
             self.LISTENERS.pop().close()
-        if is_last and not self.systemd:
+        if self.reexec_pid == self.master_pid == 0 and not self.systemd:
             addresses.remove_files(self._sockets)
+            self._sockets = {}  # SIGINT stops twice, and a successor may come in between
         self.kill_workers(signal.SIGTERM if graceful else signal.SIGQUIT)
         deadline = time.monotonic() + (self.cfg.graceful_timeout if graceful else _QUICK_SECONDS)
         while self.WORKERS and time.monotonic() < deadline:
@@ -284,6 +281,7 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             time.sleep(_STEP_SECONDS)
         self.kill_workers(signal.SIGKILL)
         self._reap()
+        is_last = self.reexec_pid == self.master_pid == 0  # no upgrade is under way
         if self._was_told_to_end and is_last and not self.settings.keep_registrations:
             startup.forget_registrations(self.process)
 

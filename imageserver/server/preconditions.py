@@ -70,7 +70,7 @@ def check_reload(process: Process) -> None:
     try:
         with contextlib.closing(process.slots) as slots:  # mapped again at its next use
             slots.prove()
-    except (IncompatibleTable, NoSlot, StateUnavailable, OSError) as exc:
+    except (IncompatibleTable, NoSlot, StateUnavailable, OSError, ValueError) as exc:
         raise CannotStart(f"no worker can take a slot now ({exc}); try again.") from exc
     _check_config_directory(process.settings)
 

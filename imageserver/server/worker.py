@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 from gunicorn import systemd
 from gunicorn.workers.base import Worker
 
+from imageserver.core.errors import ImageServerError
 from imageserver.core.ports import Ticket
 from imageserver.core.slots import Holder, Kind
 from imageserver.core.workers import WorkerState
@@ -225,7 +226,8 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
 
     def _drain(self) -> None:
         with contextlib.suppress(OSError):
-            os.ftruncate(self.tmp.fileno(), 1)  # see is_draining
+            os.ftruncate(self.tmp.fileno(), 1)  # see is_draining; sets its time to the system's
+            self.notify()
         self._acceptors.close()
         self._control.stop()
         self._pools.last = True
@@ -250,7 +252,10 @@ class ImageWorker(Worker):  # type: ignore[misc]  # gunicorn has no types
         self._row.release()
 
     def _has_successor(self) -> bool:
-        rows = self.process.slots.living(Kind.WORKER)
+        try:
+            rows = self.process.slots.living(Kind.WORKER)
+        except ImageServerError:  # no descriptor is free to ask who lives
+            rows = self._workers()
         return any(WorkerState.of(row) is not WorkerState.DRAINING for row in rows)
 
     def _workers(self) -> list[Holder]:

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -86,6 +87,16 @@ def test_what_is_meant_for_the_master_hurts_no_worker(server):
         wait_until(lambda: len(set(server.worker_pids()) - set(old)) == 3)
         assert server.request("OPTIONS", "/images/disk").status == 200
     wait_until(lambda: not set(server.worker_pids()) & set(old))
+
+
+def test_a_worker_without_descriptors_drains_all_the_same(server):
+    assert server.process is not None
+    with transfers(server):
+        for pid in server.worker_pids():
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, 3))
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: refuses(server))
+    assert server.process.wait(10) == 0
 
 
 def test_a_stop_finishes_what_runs_though_a_sockets_file_is_gone(home, nbd):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from imageserver.client.failures import Failed
+from imageserver.client.failures import Different, Failed
 from imageserver.client.http.extent_list import MAX_SIZE
 
 #: Numbers have no more digits than the largest size.
@@ -101,7 +101,7 @@ def check_range(headers: Mapping[str, str], start: int, stop: int, size: int | N
     if match[3] != "*" and int(match[3]) < stop:
         raise Failed("the server answered with a range that ends beyond its image")
     if match[3] != "*" and size not in {None, int(match[3])}:
-        raise Failed(f"the image had {size} bytes, and has {match[3][:20]}, as its server says")
+        raise Different(f"the image had {size} bytes, and has {match[3][:20]}, as its server says")
     if headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Failed("the server answered with an encoding that was not asked for")
     length = headers.get("Content-Length")

@@ -55,4 +55,4 @@ class MadeFile(Remote):
 
 
 def _changed() -> Different:
-    return Different("where the image has data has changed; the next run fetches all again")
+    return Different("where the image has data has changed")

@@ -120,8 +120,8 @@ class _Download:
             done, local = target.open(self._connections, self._compare_samples, self._watch.note)
             with contextlib.closing(local):
                 left = layout.data.without(done)
-                self._move(layout, target, local, left, done)
                 with _distrusted(target):
+                    self._move(layout, target, local, left, done)
                     if self._wanted.made:  # before it is opened as what it claims to be
                         self._wanted.made.require(local)
                 self._prove(abilities, layout, target, local, left)

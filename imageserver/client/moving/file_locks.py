@@ -20,11 +20,15 @@ class LockedFile:
 
     def __init__(self, path: str, fd: int, *, is_part: bool) -> None:
         self._path, self._fd, self._is_part = path, fd, is_part
+        self._mode: int | None = None
         #: Identifies the file when it is opened once more.
         self.file = os.fstat(fd)
 
     def be_as_private_as(self, path: str) -> None:
-        """Take over mode and owner of a file that this one is to replace, if there is one."""
+        """Take over mode and owner of a file that this one is to replace, if there is one.
+
+        Until ``be_as_before``, its owner may write it.
+        """
         try:
             found = os.stat(path)
         except FileNotFoundError:
@@ -32,7 +36,14 @@ class LockedFile:
         with local_errors(self._path):
             with contextlib.suppress(PermissionError):
                 os.fchown(self._fd, found.st_uid, found.st_gid)
-            os.fchmod(self._fd, stat.S_IMODE(found.st_mode) & 0o777)
+            self._mode = stat.S_IMODE(found.st_mode) & 0o777
+            os.fchmod(self._fd, self._mode | stat.S_IRUSR | stat.S_IWUSR)
+
+    def be_as_before(self) -> None:
+        """Have just the mode of the file that this one replaces, if there was one."""
+        if self._mode is not None:
+            with local_errors(self._path):
+                os.fchmod(self._fd, self._mode)
 
     def require(self) -> None:
         """Require the path to lead to this file still.

@@ -193,11 +193,11 @@ class Target:
 
     def distrust(self) -> None:
         """Write to the state that the file may be wrong: the next run fetches everything."""
+        self._locked.require()
         try:
             if self._wanted.in_place:
                 self.save([])
             else:  # a state must stay beside the part: it is no image
-                self._locked.require()
                 self._state.save(replace(self._identity, kind=_WRONG), [])
         except LocalFailure:
             if not self._state.exists():
@@ -226,6 +226,7 @@ class Target:
     def finish(self) -> None:
         """Rename the part to FILE, and remove the states."""
         self._locked.require()
+        self._locked.be_as_before()
         file = self._wanted.file
         with local_errors(file):
             if not self._wanted.in_place and self._wanted.force:

@@ -103,8 +103,8 @@ class _Upload:
         self._began = time.monotonic()
         #: Whether the server may have written anything.
         self._touched = False
-        #: ... or may be about to.
-        self._has_begun = False
+        #: How an interruption leaves the image.
+        self._is_left = "is as it was"
 
     def run(self) -> Result:
         self._local = self._open()
@@ -115,9 +115,7 @@ class _Upload:
             try:
                 return self._send(abilities)
             except KeyboardInterrupt as exc:
-                whole = "incomplete; the same command makes it whole"
-                how = whole if self._has_begun else "as it was"
-                raise Interrupted(f"interrupted: the image on the server is {how}.") from exc
+                raise Interrupted(f"interrupted: the image on the server {self._is_left}.") from exc
         finally:
             self._local.close()
 
@@ -193,6 +191,7 @@ class _Upload:
         self._local.require_unchanged()  # the end of a truncated file looks like zeros
         zeros = data.gaps(size)
         many = self._remote.connections(self._wanted.connections, abilities.max_writers)
+        self._is_left = "is incomplete; the same command makes it whole"
         self._watch.begin("zero", zeros.total)
         self._run(self._zero, pieces(zeros, _LARGEST_ZERO, 0), many)
         self._watch.begin("upload", data.total)
@@ -202,7 +201,6 @@ class _Upload:
         return data.total, zeros.total
 
     def _run(self, move: Move, todo: Iterator[Piece], many: int) -> None:
-        self._has_begun = True
         movers = Movers(move, todo, self._budget, is_proof=False)
         try:
             movers.run(many, lambda: self._watch.moved(movers.moved), self._remote.cut)
@@ -211,7 +209,11 @@ class _Upload:
         self._watch.moved(movers.moved)
 
     def _zero(self, piece: Piece, advance: Advance) -> None:
-        self._remote.zero(piece.position, piece.stop)
+        try:
+            self._remote.zero(piece.position, piece.stop)
+        except Transient as exc:
+            self._touched |= not exc.is_undone
+            raise
         advance(piece.stop - piece.position)
         piece.position = piece.stop
 
@@ -235,6 +237,7 @@ class _Upload:
             flushed = self._remote.put(size, body, flush=self._wanted.flush, sha256=sha256)
 
         move = self._sender.move_at_once(put, is_hashed=self._wanted.verify)
+        self._is_left = "is as it was, unless it is written in place (a block device)"
         with self._state_told(_UNKNOWN_DEVICE, Failed, LocalFailure):
             self._run(move, iter([Piece(0, 0, size)]), 1)
         self._require_size(size)

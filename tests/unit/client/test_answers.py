@@ -3,7 +3,7 @@
 
 import pytest
 
-from imageserver.client.failures import Failed
+from imageserver.client.failures import Different, Failed
 from imageserver.client.http.answers import Abilities, check_range, parse_abilities, parse_bitmap
 
 
@@ -30,7 +30,7 @@ def test_a_range_is_of_an_image_of_the_size_that_was_told(size: int | None):
     if size in {None, 100}:
         check_range(headers, 0, 10, size)
         return
-    with pytest.raises(Failed, match=f"the image had {size} bytes, and has 100"):
+    with pytest.raises(Different, match=f"the image had {size} bytes, and has 100"):
         check_range(headers, 0, 10, size)
 
 

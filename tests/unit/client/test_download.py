@@ -201,17 +201,22 @@ def test_what_became_a_fifo_meanwhile_is_not_replaced(file: Path):
     assert file.is_fifo()
 
 
-def test_what_replaces_a_private_file_is_private_from_the_beginning(file: Path):
+@pytest.mark.parametrize(("mode", "meanwhile"), [(0o600, 0o600), (0o444, 0o644), (0o400, 0o600)])
+def test_what_replaces_a_private_file_is_private_from_the_beginning(
+    file: Path, mode: int, meanwhile: int
+):
+    """Until it is complete, its owner may write it."""
+
     class _Looking(Remote):
         def read(self, start: int, stop: int) -> Generator[bytes | bytearray]:
             modes.add(Path(f"{file}.part").stat().st_mode & 0o777)
             return super().read(start, stop)
 
     modes: set[int] = set()
-    file.chmod(0o600)
+    file.chmod(mode)
     with liar("") as url, contextlib.closing(_Looking(Access(url))) as remote:
         download(remote, Wanted(str(file), force=True), Silent())
-    assert (modes, file.stat().st_mode & 0o777) == ({0o600}, 0o600)
+    assert (modes, file.stat().st_mode & 0o777) == ({meanwhile}, mode)
 
 
 def test_a_file_without_a_name_is_refused():

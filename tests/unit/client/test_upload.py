@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from imageserver.client.failures import Broken, Different, Failed, GaveUp, LocalFailure
+from imageserver.client.failures import Broken, Busy, Different, Failed, GaveUp, LocalFailure
 from imageserver.client.http.access import Access
 from imageserver.client.http.answers import Abilities
 from imageserver.client.http.remote import Extent, Remote
@@ -110,6 +110,21 @@ def test_a_write_that_was_given_up_may_have_been_done(file: str):
         pytest.raises(GaveUp, match="504; the image on the server may be part old, part new"),
     ):
         upload(remote, Wanted(file, patience_seconds=0), Silent())
+
+
+def test_a_zero_request_that_was_given_up_may_have_been_done(file: str):
+    answers = [GaveUp("answered PATCH with 504")]
+
+    class _GivesUp(Remote):
+        def zero(self, start: int, stop: int) -> None:
+            raise answers.pop() if answers else Busy("answered PATCH with 409")
+
+    with (
+        liars.liar("") as url,
+        contextlib.closing(_GivesUp(Access(url))) as remote,
+        pytest.raises(Busy, match="409; the image on the server may be part old, part new"),
+    ):
+        upload(remote, Wanted(file, patience_seconds=0.3), Silent())
 
 
 @pytest.mark.parametrize(("failures", "size"), [(1, 2 * SIZE), (3, SIZE)])

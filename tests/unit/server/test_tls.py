@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gunicorn.config import Config
@@ -47,7 +48,7 @@ def context(pki: Path) -> ssl.SSLContext:
     return context_of(pki)
 
 
-def context_of(pki: Path, **more: str) -> ssl.SSLContext:
+def context_of(pki: Path, **more: Any) -> ssl.SSLContext:
     crt, key = (str(pki / name) for name in ("server.crt", "server.key"))
     made = server_context(Settings(tls_cert=crt, tls_key=key, **more))
     assert made is not None
@@ -109,7 +110,7 @@ def test_a_context_speaks_what_the_contract_promises(context):
 
 
 def test_where_the_kernel_may_encrypt_but_cannot_openssl_does(pki, context):
-    kernels = context_of(pki, ktls="on")
+    kernels = context_of(pki, ktls=True)
     assert [made.options & 0x8 for made in (context, kernels)] == [0, 8]  # SSL_OP_ENABLE_KTLS
     # A pair of Unix sockets: no kernel has TLS there.
     with greeted(pki, kernels, *socket.socketpair()) as (client, ours):

@@ -119,7 +119,7 @@ def test_every_request_counts_through_whatever_worker(server, control, one):
     expected = dict(zip(kinds, (status for *_, status in REQUESTS), strict=True))
     with one_connection_each(server) as connections:
         for name in kinds:
-            control.register(name, **one)
+            control.register(name, **one | {"idle_timeout_seconds": 2})
         for _ in range(2):
             for connection in connections:
                 time.sleep(MOMENT)
@@ -131,7 +131,7 @@ def test_every_request_counts_through_whatever_worker(server, control, one):
         for connection in connections:
             for name in kinds:
                 assert exchange(connection, "GET", f"/images/{name}").status == 200
-        time.sleep(EXPIRED)
+        time.sleep(EXPIRED + 1)
         for connection in connections:
             for name in kinds:
                 assert exchange(connection, "GET", f"/images/{name}").refusal == UNKNOWN

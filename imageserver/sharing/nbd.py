@@ -10,8 +10,7 @@ import time
 from typing import IO
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.qemu_programs import program
-from imageserver.sharing.processes import death_signal
+from imageserver.client.local.qemu_programs import death_signal, program
 from imageserver.sharing.sources import Source, Wanted, refusal
 
 _START_SECONDS, _STOP_SECONDS = 30.0, 5.0

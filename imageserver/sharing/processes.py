@@ -1,28 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes that are told when their parent has died, be it by SIGKILL (prctl(2))."""
+"""Child processes, watched by their descriptors."""
 
-import ctypes
 import os
 import signal
-from collections.abc import Callable
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def death_signal(number: signal.Signals) -> Callable[[], None]:
-    """Return what a new child calls so that it gets a signal when the thread that made it ends.
-
-    The library is loaded here, before the fork. A parent that died in between is noticed.
-    """
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return ask
 
 
 class Child:

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 from imageserver.client.failures import LocalFailure
+from imageserver.client.local.qemu_programs import death_signal
 from imageserver.sharing.place import remove_for_certain
-from imageserver.sharing.processes import Child, death_signal
+from imageserver.sharing.processes import Child
 
 _START_SECONDS = 30.0
 #: How long the server may take to tell its status.

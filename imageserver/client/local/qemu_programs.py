@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import IO
 
 from imageserver.client.failures import LocalFailure
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 #: How long qemu-nbd may write at its end, and how long a killed one may take, in seconds.
 END_SECONDS, _STOP_SECONDS = 120.0, 5.0
 #: What they say of an image that another one has open.
@@ -70,10 +72,32 @@ def _beginning(stream: IO[bytes]) -> str:
     return kept.decode("utf-8", "replace")
 
 
+def death_signal(number: signal.Signals) -> Callable[[], None]:
+    """Return what a new child calls so that it gets a signal when the thread that made it ends.
+
+    Be it by SIGKILL (prctl(2)). The library is loaded here, before the fork. A parent that died in
+    between is noticed.
+    """
+    import ctypes  # noqa: PLC0415 - takes time, and most commands start no program
+
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return ask
+
+
 def start_nbd(
     filename: str, sock: str, shared: int, fds: Collection[int], *, writable: bool
 ) -> "subprocess.Popen[str]":
-    """Start a qemu-nbd that serves so many connections, and ends after the last."""
+    """Start a qemu-nbd that serves so many connections, and ends after the last, or with us.
+
+    To be called by the main thread, with which it ends.
+    """
     command = [
         program("qemu-nbd"),
         f"--shared={shared}",
@@ -89,6 +113,7 @@ def start_nbd(
         text=True,
         errors="replace",
         pass_fds=list(fds),
+        preexec_fn=death_signal(signal.SIGTERM),  # noqa: PLW1509 - no piece is moved yet
         start_new_session=True,  # a terminal's Ctrl-C reaches imagectl only, which ends qemu-nbd
     )
 

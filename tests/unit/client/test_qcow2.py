@@ -197,3 +197,30 @@ def test_an_image_in_use_is_said_to_be(image: Qcow2):
     """The state of a download is kept then: its qemu-nbd may outlive a run for a moment."""
     with pytest.raises(InUse, match="is in use by another program, as its lock tells"):
         Qcow2(Chain.open(image.path, writable=True), 1, writable=True)
+
+
+def test_a_qemu_nbd_that_nobody_has_connected_to_ends_with_imagectl(tmp_path: Path):
+    """By itself it would wait for its first client for ever, and hold the image's lock."""
+    program = (
+        "import os, signal, sys\n"
+        "from imageserver.client.local.qcow2 import Qcow2\n"
+        "Qcow2._connect = lambda image, _: print(image._server.pid, flush=True) or "
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Qcow2.create(sys.argv[1], 1 << 20, 1)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "image")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    deadline = time.monotonic() + _AT_ONCE_SECONDS
+
+    assert done.returncode == -signal.SIGKILL
+    while _is_running(int(done.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # which nobody has reaped

@@ -29,6 +29,8 @@ class ClientError(Exception):
     """Root of all failures; ``status`` is the exit status."""
 
     status: ClassVar[int] = 1
+    is_undone: ClassVar[bool] = False
+    """Nothing of what was asked for was done."""
 
 
 class Failed(ClientError):
@@ -37,9 +39,6 @@ class Failed(ClientError):
 
 class Transient(Failed):
     """The same request may succeed later; ``wait``: seconds that the server asks to wait first."""
-
-    is_undone: ClassVar[bool] = False
-    """Nothing of the request was done."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -78,6 +77,7 @@ class Refused(ClientError):
     """The server refuses, and would again. ``code`` is the HTTP status."""
 
     status = 3
+    is_undone = True
 
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
@@ -86,6 +86,8 @@ class Refused(ClientError):
 
 class Mismatch(Refused):
     """The server has received other bytes than those of the digest."""
+
+    is_undone = False
 
 
 class Different(ClientError):

@@ -41,7 +41,8 @@ class UnusableAddress(Exception):
 def check(settings: Settings) -> None:
     """Prove that no address is named twice, however it is spelt, and that sockets can be made.
 
-    A port is left alone, for a running server may have it: a host is tried with one that is free.
+    A running server may have a port: a host is tried with one that is free, and of a port below
+    1024 only whether this user may bind it.
 
     Raises:
         UnusableAddress: it is, or they cannot.

@@ -185,7 +185,7 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
         now, before = time.monotonic(), self._looked_at
         self._looked_at = now
         if now - before > _GAP_SECONDS:
-            log.warning("everything stood still for %.0f s", now - before)
+            log.warning("everything stood still for %.0f s; no worker is ended", now - before)
             self._spared_until = now + _THAW_SECONDS
         if now >= self._spared_until:
             super().murder_workers()
@@ -198,7 +198,7 @@ class ImageArbiter(Arbiter):  # type: ignore[misc]  # gunicorn has no types
             except HaltServer as exc:
                 if self.worker_age <= self.num_workers and not self._has_accepting():
                     raise
-                log.error("%s The others go on", exc.reason)  # noqa: TRY400
+                log.error("%s Trying again", exc.reason)  # noqa: TRY400
                 self._pause()
                 self.free_slots(None)
             else:

@@ -89,6 +89,7 @@ def check_range(headers: Mapping[str, str], start: int, stop: int, size: int | N
     """Require the head of a 206 to announce exactly this range; of an image of ``size`` bytes.
 
     Raises:
+        Different: the image has another size by now.
         Failed: it does not, or its end cannot be known.
     """
     match = _CONTENT_RANGE.fullmatch(headers.get("Content-Range", "").strip())

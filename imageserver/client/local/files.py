@@ -4,10 +4,12 @@
 An error of the system becomes ``LocalFailure``, which names the file.
 """
 
+import contextlib
 import errno
 import functools
 import os
 import stat
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from imageserver.client.failures import LocalFailure
@@ -98,6 +100,29 @@ class local_errors:  # noqa: N801 - used as a function
     def __exit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
         if isinstance(exc, OSError):
             raise LocalFailure(f"{self._path}: {exc.strerror or exc}") from exc
+
+
+class Loss:
+    """Whether a sync of a file has failed: then each later one fails.
+
+    The kernel tells once that it could not write, and drops what it had (fsync(2)): a second try
+    would succeed without it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._is_known = False
+
+    @contextlib.contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Sync within this block."""
+        if self._is_known:
+            raise LocalFailure(f"{self._path}: what was written before is lost")
+        try:
+            yield
+        except LocalFailure:
+            self._is_known = True
+            raise
 
 
 def sync_folder(path: str) -> None:

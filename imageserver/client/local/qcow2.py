@@ -31,7 +31,7 @@ else:
     _HAS_LIBNBD = True
 
 from imageserver.client.failures import InUse, LocalFailure
-from imageserver.client.local.files import Buffer, local_errors
+from imageserver.client.local.files import Buffer, Loss, local_errors
 from imageserver.client.local.qcow2_chain import Chain, Member, OpenFile
 from imageserver.client.local.qemu_programs import (
     END_SECONDS,
@@ -74,7 +74,7 @@ class Qcow2:
         for handle in self._all:
             self._idle.put(handle)
         self._is_ending = threading.Event()
-        self._is_lost = False
+        self._loss = Loss(self.path)
         #: Buffers of abandoned requests: libnbd may still use them.
         self._kept: list[Buffer] = []
         self.size: int = self._all[0].get_size()
@@ -211,18 +211,9 @@ class Qcow2:
                 self._wait(handle, handle.aio_zero(min(_STEP, stop - offset), offset))
 
     def sync(self, within: float = math.inf) -> None:
-        """Bring written data to stable storage; fail after so many seconds.
-
-        Once that has failed, it fails: see ``RawFile.sync``.
-        """
-        if self._is_lost:
-            raise LocalFailure(f"{self.path}: what was written before is lost")
-        try:
-            with self._handle(within) as handle:
-                self._wait(handle, handle.aio_flush(), within=within)
-        except LocalFailure:
-            self._is_lost = True
-            raise
+        """Bring written data to stable storage; fail after so many seconds."""
+        with self._loss.noticed(), self._handle(within) as handle:
+            self._wait(handle, handle.aio_flush(), within=within)
 
     def forget_cached(self) -> None:
         """Do nothing: qemu-nbd has the file open."""

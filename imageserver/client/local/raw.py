@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Self
 
 from imageserver.client.failures import LocalFailure
-from imageserver.client.local.files import Buffer, local_errors, opened, punch_hole, read_at
+from imageserver.client.local.files import Buffer, Loss, local_errors, opened, punch_hole, read_at
 from imageserver.client.plan import MIB, Range, Spans
 
 #: Zeros are found in blocks of a page, the smallest hole of file systems; in bytes.
@@ -27,7 +27,7 @@ class RawFile:
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
-        self._is_lost = False
+        self._loss = Loss(path)
         self._is_file = stat.S_ISREG(os.fstat(fd).st_mode)
         with local_errors(path):
             self.size = os.lseek(fd, 0, os.SEEK_END)
@@ -101,19 +101,9 @@ class RawFile:
                 self.write(offset, _ZERO_MIB[: min(MIB, stop - offset)])
 
     def sync(self, within: float = math.inf) -> None:
-        """Bring the data to stable storage. Once that has failed, it fails.
-
-        The kernel tells once that it could not write, and drops what it had (fsync(2)): a second
-        try would succeed without it.
-        """
-        if self._is_lost:
-            raise LocalFailure(f"{self.path}: what was written before is lost")
-        try:
-            with local_errors(self.path):
-                os.fdatasync(self.fd)
-        except LocalFailure:
-            self._is_lost = True
-            raise
+        """Bring the data to stable storage."""
+        with self._loss.noticed(), local_errors(self.path):
+            os.fdatasync(self.fd)
 
     def forget_cached(self) -> None:
         """Ask the kernel to drop its cached pages of the file."""

@@ -133,8 +133,7 @@ class Sender:
             send(*span, body(), sha256)
         except (Transient, Mismatch) as exc:
             advance(-count)
-            is_undone = isinstance(exc, Transient) and exc.is_undone
-            self.touched |= count > 0 and not is_undone
+            self.touched |= count > 0 and not exc.is_undone
             raise
 
     def _sha256(self, span: Range, advance: Advance) -> bytes:

@@ -50,9 +50,9 @@ _BLOCK = 64 * KIB
 _LARGEST = 256 * MIB
 #: Largest range of one zero request, in bytes: some servers write zeros one by one.
 _LARGEST_ZERO = 4 * GIB
-#: Added to errors after which the image may be incomplete.
 #: How long to wait before a server is asked again for the size of an image that may be missing.
 _PAD_WAITS = 0.5, 1.0
+#: Added to errors after which the image may be incomplete.
 _UNKNOWN = "the image on the server may be part old, part new"
 _UNKNOWN_DEVICE = "if the server writes it in place (a block device), it may be part old, part new"
 
@@ -156,8 +156,7 @@ class _Upload:
         try:
             yield
         except kinds as exc:
-            is_undone = isinstance(exc, Refused) or (isinstance(exc, Transient) and exc.is_undone)
-            if is_undone and not self._touched:
+            if exc.is_undone and not self._touched:
                 raise  # the server has refused everything
             raise type(exc)(f"{exc}; {how}") from exc
 
@@ -237,7 +236,10 @@ class _Upload:
             flushed = self._remote.put(size, body, flush=self._wanted.flush, sha256=sha256)
 
         move = self._sender.move_at_once(put, is_hashed=self._wanted.verify)
-        self._is_left = "is as it was, unless it is written in place (a block device)"
+        self._is_left = (
+            "is as it was or, written in place (a block device), incomplete; "
+            "the same command makes it whole"
+        )
         with self._state_told(_UNKNOWN_DEVICE, Failed, LocalFailure):
             self._run(move, iter([Piece(0, 0, size)]), 1)
         self._require_size(size)

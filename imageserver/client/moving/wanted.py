@@ -56,7 +56,7 @@ class Wanted:
 def check_file(wanted: Wanted) -> None:
     """Refuse a download whose FILE or base cannot be right."""
     if not wanted.file:
-        raise LocalFailure("FILE has no name")
+        raise LocalFailure("FILE is empty: name the file to write")
     exists = os.path.lexists(wanted.file)
     require_replaceable(wanted.file)
     if wanted.in_place and not exists:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imageserver.client.failures import Different, Failed, LocalFailure
+from imageserver.client.failures import Different, Failed, InUse, LocalFailure
 from imageserver.client.http.access import Access
 from imageserver.client.http.remote import Extent, Remote
 from imageserver.client.local import files
@@ -118,6 +118,25 @@ def test_what_was_lost_in_a_failed_sync_does_not_count_as_done(
     assert saved.done == []
 
 
+def test_a_part_that_another_program_has_open_keeps_its_state(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def in_use(*_: object, **__: object) -> None:
+        raise InUse("in use")
+
+    state = resume.State(f"{file}.part.state")
+    with liar("") as url, contextlib.closing(Remote(Access(url))) as remote:
+        monkeypatch.setattr(target.Target, "finish", in_use)
+        with pytest.raises(InUse):
+            download(remote, Wanted(str(file), force=True), Silent())
+        before = state.load()
+        assert before
+        monkeypatch.setattr(target, "open_image", in_use)
+        with pytest.raises(InUse):
+            download(remote, Wanted(str(file), force=True), Silent())
+    assert state.load() == before
+
+
 def test_a_file_that_is_called_as_a_part_but_has_no_state_is_left_alone(file: Path):
     part = file.rename(f"{file}.part")
     with (
@@ -220,7 +239,7 @@ def test_what_replaces_a_private_file_is_private_from_the_beginning(
 
 
 def test_a_file_without_a_name_is_refused():
-    with pytest.raises(LocalFailure, match="FILE has no name"):
+    with pytest.raises(LocalFailure, match="FILE is empty: name the file"):
         check_file(Wanted(""))
 
 

@@ -3,11 +3,12 @@
 
 import hashlib
 import threading
+import time
 
 import pytest
 
 from imageserver.client.backoff import RetryBudget
-from imageserver.client.failures import Broken, ClientError
+from imageserver.client.failures import Broken, Busy, ClientError
 from imageserver.client.moving.blocks import RemoteParts, add, local_part, parts
 from imageserver.client.plan import MIB, Spans
 from imageserver.core.checksums import Recipe
@@ -79,6 +80,22 @@ def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
     image, recipe = _Breaking(), Recipe("sha256", MIB)
     reader = RemoteParts(image, recipe, RetryBudget(60))  # type: ignore[arg-type]
     assert computed(recipe, reader.part) == expected(0, SIZE)
+
+
+def test_a_thread_that_waits_for_the_server_ends_with_the_checksum() -> None:
+    class _Full(_Image):
+        def read(self, start: int, stop: int):  # type: ignore[override]
+            raise Busy("busy", 30)
+
+    recipe = Recipe("sha256", MIB)
+    reader = RemoteParts(_Full(), recipe, RetryBudget(60))  # type: ignore[arg-type]
+    found = parts(recipe, HELD, (0, SIZE), reader.part, threads=1)
+    threading.Timer(0.1, reader.end).start()
+    began = time.monotonic()
+    with pytest.raises(ClientError, match="given up"):
+        next(found)
+
+    assert time.monotonic() - began < 10
 
 
 def test_threads_of_a_checksum_that_is_given_up_end() -> None:

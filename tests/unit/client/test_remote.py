@@ -64,7 +64,23 @@ class _Head:
     def __init__(self, **fields: str) -> None:
         self.headers = {"Content-Length": "10"} | fields
 
+    def close(self):
+        pass
+
     def drain_conn(self) -> None: ...
+
+
+def test_a_range_of_an_image_that_has_another_size_by_now_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def request(_self, method, _target, **_rest):
+        return _Head(**{"Content-Range": "bytes 0-4/11", "Content-Length": "10"})
+
+    monkeypatch.setattr(Transport, "request", request)
+    image = Remote(Access("http://x/images/a"))
+    assert image.size() == 10
+    with pytest.raises(Different, match="the image had 10 bytes, and has 11, as its server says"):
+        next(image.read(0, 5))
 
 
 def test_a_file_that_the_server_makes_is_read_as_long_as_it_is_that_one(

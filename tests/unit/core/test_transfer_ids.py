@@ -3,7 +3,7 @@
 
 import pytest
 
-from imageserver.core.transfer import is_valid_id
+from imageserver.core.transfer import _is_valid, is_valid_id
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,14 @@ from imageserver.core.transfer import is_valid_id
 )
 def test_one_path_component_is_an_id(text: str) -> None:
     assert is_valid_id(text)
+
+
+def test_no_id_that_is_too_long_stays_in_memory() -> None:
+    before = _is_valid.cache_info().currsize
+    for number in range(100):
+        assert not is_valid_id(f"{number}" * 1000)
+
+    assert _is_valid.cache_info().currsize == before
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from gunicorn import config
 
+from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.configuration import ImageApplication
 from imageserver.settings import Settings
 from tests.unit.exchanges import Line
+from tests.unit.masters import new_arbiter, settle
 
 
 @pytest.fixture
@@ -21,6 +23,18 @@ def line() -> Iterator[Line]:
     theirs.settimeout(5)
     with ours, theirs:
         yield Line(ours, theirs)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where a server's directories are, as its variables say."""
+    return settle(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def arbiter() -> ImageArbiter:
+    """Return a master that has bound and forked nothing."""
+    return new_arbiter()
 
 
 @pytest.fixture

@@ -22,18 +22,10 @@ from imageserver.runtime.slottable import SharedTable
 from imageserver.server import arbiter as master
 from imageserver.server.arbiter import ImageArbiter
 from imageserver.server.worker import STOPPING, ImageWorker
-from tests.unit.masters import begin, die_holding_a_slot, new_arbiter, settle, writers
+from tests.unit.masters import begin, die_holding_a_slot, writers
 from tests.unit.shortages import open_descriptors
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return settle(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def arbiter() -> ImageArbiter:
-    return new_arbiter()
+pytestmark = pytest.mark.usefixtures("place")
 
 
 # An upgrade

@@ -17,17 +17,9 @@ from gunicorn.arbiter import Arbiter
 
 from imageserver.server import addresses
 from imageserver.server.arbiter import ImageArbiter
-from tests.unit.masters import begin, new_arbiter, settle
+from tests.unit.masters import begin
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return settle(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def arbiter() -> ImageArbiter:
-    return new_arbiter()
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.fixture
@@ -108,6 +100,19 @@ def test_a_stop_removes_the_files_of_its_own_sockets_only(
         arbiter.stop()
 
     assert (arbiter.LISTENERS, os.path.exists(path)) == ([], fate == "replaced")
+
+
+def test_a_socket_whose_file_is_gone_keeps_no_successor_from_starting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        os.unlink(tmp_path / "socket")
+        assert addresses.files_of([listener]) == {}
+
+    assert [record.getMessage() for record in caplog.records] == [
+        f"nobody can connect to {tmp_path}/socket: No such file or directory"
+    ]
 
 
 def test_workers_that_do_not_end_at_once_are_killed_whatever_the_drain_may_take(

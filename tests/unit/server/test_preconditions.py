@@ -15,7 +15,7 @@ from imageserver.runtime.pathclaim import PathClaim
 from imageserver.server import addresses, preconditions, startup
 from imageserver.server.preconditions import CannotStart, check, check_reload
 from imageserver.server.startup import read_settings
-from tests.unit.masters import prepared, settle
+from tests.unit.masters import prepared
 from tests.unit.processes import holding
 
 _USE = """
@@ -30,9 +30,7 @@ sys.stdin.readline()
 """
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return settle(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def test_heartbeats_are_in_memory() -> None:

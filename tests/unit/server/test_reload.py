@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A reload in the master: checked before it stops anyone, and never the master's end."""
 
+import os
 import shutil
 import ssl
 from collections.abc import Callable
@@ -13,17 +14,9 @@ from gunicorn.config import Config
 
 from imageserver.server.arbiter import ImageArbiter
 from imageserver.transfers.fileage import FileAge, file_age
-from tests.unit.masters import begin, new_arbiter, settle
+from tests.unit.masters import begin
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return settle(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def arbiter() -> ImageArbiter:
-    return new_arbiter()
+pytestmark = pytest.mark.usefixtures("place")
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -144,3 +137,20 @@ def test_workers_inherit_what_the_master_has_noted_of_the_clock(
 
     assert noted == [file_age()]
     assert arbiter.process.catalogue._ages is noted[0]
+
+
+def test_a_reload_whose_workers_could_take_no_slot_stops_nobody(
+    place: Path,
+    arbiter: ImageArbiter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reloads: list[object] = []
+    monkeypatch.setattr(Arbiter, "reload", reloads.append)
+    begin(arbiter)
+    os.truncate(place / "run/slots", 0)
+    arbiter.reload()
+
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "reload refused, the workers go on: no worker can take a slot" in record.getMessage()
+    assert (reloads, record.exc_info) == ([], None)

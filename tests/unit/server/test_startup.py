@@ -23,21 +23,11 @@ from tests.system.skips import needs
 from tests.unit.masters import (
     begin,
     die_holding_a_slot,
-    new_arbiter,
     prepared,
-    settle,
     writers,
 )
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return settle(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def arbiter() -> ImageArbiter:
-    return new_arbiter()
+pytestmark = pytest.mark.usefixtures("place")
 
 
 # Checks
